@@ -1,0 +1,2 @@
+//! What a recording is.
+#![forbid(unsafe_code)]
