@@ -1,0 +1,291 @@
+//! Takes a bzImage apart: the setup header in front, the compressed kernel inside.
+//!
+//! A bzImage carries its own decompressor, which would run in the guest, choose addresses and
+//! read the clock on the way. So the payload is unpacked here instead: the guest then begins in
+//! the kernel proper, and its code is there to be searched for trap sites before it runs.
+
+use super::error::BootError;
+use super::payload;
+use super::zero_page::{
+    BOOT_FLAG, BOOT_FLAG_MAGIC, HDRS, HEADER_JUMP, HEADER_MAGIC, KERNEL_VERSION, LOADFLAGS,
+    PAYLOAD_LENGTH, PAYLOAD_OFFSET, PROTOCOL, SETUP_HEADER, SETUP_HEADER_END, SETUP_SECTS,
+    XLOADFLAGS,
+};
+
+/// Boot protocol that brought `payload_offset` (Linux 2.6.26).
+const PROTOCOL_WITH_PAYLOAD: u16 = 0x0208;
+/// Boot protocol that brought `xloadflags` (Linux 3.8).
+const PROTOCOL_WITH_XLOADFLAGS: u16 = 0x020c;
+/// `LOADED_HIGH` in loadflags.
+const LOADED_HIGH: u8 = 1;
+/// `XLF_KERNEL_64` in xloadflags.
+const XLF_KERNEL_64: u16 = 1;
+const SECTOR_BYTES: usize = 512;
+/// The version string is a line; a longer one is not a version.
+const VERSION_LIMIT: usize = 512;
+
+/// A kernel, unpacked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Kernel {
+    /// The kernel proper, an ELF file.
+    pub elf: Vec<u8>,
+    /// What the setup header says of itself (`6.1.0-56-amd64 (…) #1 SMP …`), or empty.
+    pub version: String,
+    /// Bytes 0x1f1 and following of the bzImage, as long as the header says it is; none for a vmlinux.
+    pub setup_header: Option<Vec<u8>>,
+    /// How the payload was compressed: `gzip`, `bzip2`, `lzma`, `xz`, `lzo`, `lz4`, `zstd`, or `none`.
+    pub compression: &'static str,
+}
+
+/// Unpacks a bzImage, or takes an ELF file (a vmlinux) as it is.
+///
+/// # Errors
+///
+/// Says what is wrong with the file: not a kernel, cut short, for another machine, or damaged. The unpacked
+/// kernel is limited to 1 GiB.
+pub fn unpack(image: &[u8]) -> Result<Kernel, BootError> {
+    if image.starts_with(b"\x7fELF") {
+        return Ok(Kernel {
+            elf: image.to_vec(),
+            version: String::new(),
+            setup_header: None,
+            compression: "none",
+        });
+    }
+    if image.len() >= BOOT_FLAG + 2 && u16_at(image, BOOT_FLAG)? != BOOT_FLAG_MAGIC {
+        return Err(BootError::NotAKernel {
+            found: image[..8].to_vec(),
+        });
+    }
+    let magic = u32_at(image, HEADER_MAGIC)?;
+    if magic != HDRS {
+        return Err(BootError::NoSetupHeader { found: magic });
+    }
+    check_flags(image)?;
+
+    let setup_bytes = match byte_at(image, SETUP_SECTS)? {
+        // "For backwards compatibility, if setup_sects is 0, the real value is 4" (boot.rst).
+        0 => 5 * SECTOR_BYTES,
+        sectors => (usize::from(sectors) + 1) * SECTOR_BYTES,
+    };
+    let start = setup_bytes as u64 + u64::from(u32_at(image, PAYLOAD_OFFSET)?);
+    let end = start + u64::from(u32_at(image, PAYLOAD_LENGTH)?);
+    let found = image.len() as u64;
+    if end > found {
+        return Err(BootError::Truncated {
+            what: "the compressed kernel",
+            needed: end,
+            found,
+        });
+    }
+    // Both fit a usize, being no larger than the file.
+    let (elf, compression) = payload::unpack(&image[start as usize..end as usize])?;
+    Ok(Kernel {
+        elf,
+        version: version(image, setup_bytes),
+        setup_header: Some(setup_header(image)?.to_vec()),
+        compression,
+    })
+}
+
+/// Refuses kernels that cannot be entered in 64-bit mode or do not say where their payload is.
+fn check_flags(image: &[u8]) -> Result<(), BootError> {
+    let protocol = u16_at(image, PROTOCOL)?;
+    if protocol < PROTOCOL_WITH_PAYLOAD {
+        return Err(BootError::OldProtocol { found: protocol });
+    }
+    let loadflags = byte_at(image, LOADFLAGS)?;
+    if loadflags & LOADED_HIGH == 0 {
+        return Err(BootError::NotLoadedHigh { loadflags });
+    }
+    let xloadflags = u16_at(image, XLOADFLAGS)?;
+    // Older 64-bit kernels have no such flag; the ELF header inside tells.
+    if protocol >= PROTOCOL_WITH_XLOADFLAGS && xloadflags & XLF_KERNEL_64 == 0 {
+        let (found, expected) = (u64::from(xloadflags), u64::from(xloadflags | XLF_KERNEL_64));
+        return Err(BootError::NotX86_64 {
+            what: "xloadflags",
+            found,
+            expected,
+        });
+    }
+    Ok(())
+}
+
+/// The setup header: up to where the jump over it lands, and no further than the zero page has room.
+fn setup_header(image: &[u8]) -> Result<&[u8], BootError> {
+    let end = HEADER_MAGIC + usize::from(byte_at(image, HEADER_JUMP)?);
+    // It reaches at least over the payload fields, which were read.
+    slice(
+        image,
+        "the setup header",
+        SETUP_HEADER,
+        end.clamp(PAYLOAD_LENGTH + 4, SETUP_HEADER_END),
+    )
+}
+
+/// The version string, or nothing where the pointer leads outside the setup code.
+fn version(image: &[u8], setup_bytes: usize) -> String {
+    let Ok(pointer @ 1..) = u16_at(image, KERNEL_VERSION) else {
+        return String::new();
+    };
+    let Some(text) = image.get(usize::from(pointer) + 0x200..setup_bytes.min(image.len())) else {
+        return String::new();
+    };
+    let end = text
+        .iter()
+        .take(VERSION_LIMIT)
+        .position(|&byte| byte == 0)
+        .unwrap_or(0);
+    String::from_utf8_lossy(&text[..end]).into_owned()
+}
+
+fn slice<'a>(
+    image: &'a [u8],
+    what: &'static str,
+    start: usize,
+    end: usize,
+) -> Result<&'a [u8], BootError> {
+    image.get(start..end).ok_or(BootError::Truncated {
+        what,
+        needed: end as u64,
+        found: image.len() as u64,
+    })
+}
+
+fn byte_at(image: &[u8], offset: usize) -> Result<u8, BootError> {
+    Ok(slice(image, "the setup header", offset, offset + 1)?[0])
+}
+
+fn u16_at(image: &[u8], offset: usize) -> Result<u16, BootError> {
+    let bytes = slice(image, "the setup header", offset, offset + 2)?;
+    Ok(u16::from_le_bytes([bytes[0], bytes[1]]))
+}
+
+fn u32_at(image: &[u8], offset: usize) -> Result<u32, BootError> {
+    let bytes = slice(image, "the setup header", offset, offset + 4)?;
+    Ok(u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{Image, debian_kernels, tiny_elf};
+    use super::*;
+
+    #[test]
+    fn a_vmlinux_is_taken_as_it_is() {
+        let elf = tiny_elf(&[0x0f, 0x31]);
+        let kernel = unpack(&elf).unwrap();
+        assert_eq!(kernel.elf, elf);
+        assert_eq!(kernel.compression, "none");
+        assert_eq!(kernel.setup_header, None);
+    }
+
+    #[test]
+    fn a_bzimage_gives_its_kernel_its_version_and_its_header() {
+        let elf = tiny_elf(&[0x0f, 0x31]);
+        let kernel = unpack(&Image::gzip(&elf).build()).unwrap();
+        assert_eq!(kernel.elf, elf);
+        assert_eq!(kernel.version, "6.1.0-test");
+        let header = kernel.setup_header.unwrap();
+        assert_eq!(&header[HEADER_MAGIC - SETUP_HEADER..][..4], b"HdrS");
+        assert_eq!(header.len(), 0x202 + 0x6a - SETUP_HEADER);
+    }
+
+    #[test]
+    fn an_image_cut_at_any_byte_is_refused_and_never_a_panic() {
+        let image = Image::gzip(&tiny_elf(&[0x0f, 0x31])).build();
+        for length in 0..image.len() {
+            assert!(
+                unpack(&image[..length]).is_err(),
+                "accepted at {length} of {} bytes",
+                image.len()
+            );
+        }
+    }
+
+    #[test]
+    fn an_image_with_any_header_byte_spoilt_is_unpacked_or_refused_and_never_a_panic() {
+        let image = Image::gzip(&tiny_elf(&[0x0f, 0x31])).build();
+        for offset in SETUP_HEADER..SETUP_HEADER_END {
+            for value in [0x00, 0x7f, 0x80, 0xff] {
+                let mut spoilt = image.clone();
+                spoilt[offset] = value;
+                let _ = unpack(&spoilt);
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_a_kernel_is_named_as_such() {
+        assert!(matches!(unpack(&[]), Err(BootError::Truncated { .. })));
+        assert!(matches!(
+            unpack(&[7; 4096]),
+            Err(BootError::NotAKernel { .. })
+        ));
+        let mut image = Image::gzip(b"x");
+        image.protocol = 0x0207;
+        assert_eq!(
+            unpack(&image.build()),
+            Err(BootError::OldProtocol { found: 0x0207 })
+        );
+        let mut image = Image::gzip(b"x");
+        image.loadflags = 0;
+        assert_eq!(
+            unpack(&image.build()),
+            Err(BootError::NotLoadedHigh { loadflags: 0 })
+        );
+        let mut image = Image::gzip(b"x");
+        image.xloadflags = 2;
+        assert!(matches!(
+            unpack(&image.build()),
+            Err(BootError::NotX86_64 {
+                found: 2,
+                expected: 3,
+                ..
+            })
+        ));
+    }
+
+    #[test]
+    fn a_payload_that_reaches_past_the_file_is_refused_before_it_is_read() {
+        let mut image = Image::gzip(b"x").build();
+        image[PAYLOAD_OFFSET..PAYLOAD_OFFSET + 8].fill(0xff);
+        let error = unpack(&image).unwrap_err();
+        assert!(
+            matches!(
+                error,
+                BootError::Truncated {
+                    what: "the compressed kernel",
+                    ..
+                }
+            ),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_version_pointer_to_nowhere_gives_no_version() {
+        let mut image = Image::gzip(b"x").build();
+        image[KERNEL_VERSION..KERNEL_VERSION + 2].fill(0xff);
+        assert_eq!(unpack(&image).unwrap().version, "");
+    }
+
+    #[test]
+    fn debians_kernels_unpack_to_elf_files() {
+        for (path, image) in debian_kernels() {
+            let started = std::time::Instant::now();
+            let kernel = unpack(&image).unwrap();
+            eprintln!(
+                "{path}: {} {:?}, {:?}",
+                kernel.compression,
+                kernel.version,
+                started.elapsed()
+            );
+            assert!(kernel.elf.starts_with(b"\x7fELF"));
+            assert!(
+                path.ends_with(kernel.version.split(' ').next().unwrap()),
+                "{path}"
+            );
+        }
+    }
+}

@@ -1,0 +1,157 @@
+//! The zero page (`struct boot_params`): the letter from the boot loader to Linux.
+//!
+//! Offsets follow `Documentation/arch/x86/zero-page.rst` and `boot.rst`. The setup header stands at the
+//! same offsets in a bzImage's first sectors as in the zero page, so both use the constants here.
+
+use super::load::E820Entry;
+
+/// Where the setup header begins, in the file and in the zero page.
+pub(super) const SETUP_HEADER: usize = 0x1f1;
+/// First byte after the longest setup header that the zero page has room for.
+pub(super) const SETUP_HEADER_END: usize = 0x290;
+/// u8: sectors of real-mode code after the first; 0 means 4.
+pub(super) const SETUP_SECTS: usize = 0x1f1;
+/// u16: 0xaa55.
+pub(super) const BOOT_FLAG: usize = 0x1fe;
+/// u8: distance from 0x202 to the end of the setup header.
+pub(super) const HEADER_JUMP: usize = 0x201;
+/// u32: "HdrS".
+pub(super) const HEADER_MAGIC: usize = 0x202;
+/// u16: boot protocol.
+pub(super) const PROTOCOL: usize = 0x206;
+/// u16: where the version string stands, less 0x200.
+pub(super) const KERNEL_VERSION: usize = 0x20e;
+/// u8: who loaded the kernel; 0xff is "somebody without a number".
+pub(super) const TYPE_OF_LOADER: usize = 0x210;
+/// u8: bit 0 is LOADED_HIGH.
+pub(super) const LOADFLAGS: usize = 0x211;
+/// u32: initrd address, low half.
+pub(super) const RAMDISK_IMAGE: usize = 0x218;
+/// u32: initrd size, low half.
+pub(super) const RAMDISK_SIZE: usize = 0x21c;
+/// u32: address of the command line, low half.
+pub(super) const CMD_LINE_PTR: usize = 0x228;
+/// u32: highest address that the initrd may cover (protocol 2.03).
+pub(super) const INITRD_ADDR_MAX: usize = 0x22c;
+/// u32: alignment of a relocatable kernel.
+pub(super) const KERNEL_ALIGNMENT: usize = 0x230;
+/// u16: bit 0 says that there is a 64-bit entry (protocol 2.12).
+pub(super) const XLOADFLAGS: usize = 0x236;
+/// u32: longest command line, without its NUL (protocol 2.06).
+pub(super) const CMDLINE_SIZE: usize = 0x238;
+/// u32: where the compressed kernel begins, counted from the protected-mode code (protocol 2.08).
+pub(super) const PAYLOAD_OFFSET: usize = 0x248;
+/// u32: how long it is (protocol 2.08).
+pub(super) const PAYLOAD_LENGTH: usize = 0x24c;
+/// u64: list of further parameters; the file's value is not ours to pass on.
+const SETUP_DATA: usize = 0x250;
+/// u32: memory that the kernel needs from its start on while it sets up (protocol 2.10).
+pub(super) const INIT_SIZE: usize = 0x260;
+
+const EXT_RAMDISK_IMAGE: usize = 0x0c0;
+const EXT_RAMDISK_SIZE: usize = 0x0c4;
+const EXT_CMD_LINE_PTR: usize = 0x0c8;
+const E820_ENTRIES: usize = 0x1e8;
+const E820_TABLE: usize = 0x2d0;
+const E820_ENTRY_BYTES: usize = 20;
+/// How many memory map entries the zero page holds (`E820_MAX_ENTRIES_ZEROPAGE`).
+pub(super) const E820_LIMIT: usize = 128;
+
+/// The magic at [`HEADER_MAGIC`].
+pub(super) const HDRS: u32 = 0x5372_6448;
+/// The magic at [`BOOT_FLAG`].
+pub(super) const BOOT_FLAG_MAGIC: u16 = 0xaa55;
+
+/// A setup header as found in a bzImage, with every field absent that its length does not cover.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct SetupHeader<'a>(pub Option<&'a [u8]>);
+
+impl SetupHeader<'_> {
+    /// The little-endian u32 at `offset` (an offset into the zero page), if the header reaches that far.
+    pub(super) fn u32(&self, offset: usize) -> Option<u32> {
+        let start = offset.checked_sub(SETUP_HEADER)?;
+        let bytes = self.0?.get(start..start + 4)?;
+        Some(u32::from_le_bytes(bytes.try_into().ok()?))
+    }
+}
+
+/// One zero page under construction.
+#[derive(Debug)]
+pub(super) struct ZeroPage {
+    bytes: [u8; 4096],
+}
+
+impl ZeroPage {
+    /// A zero page with the kernel's own setup header, or a plain one where the kernel brought none.
+    pub(super) fn new(header: SetupHeader<'_>) -> Self {
+        let mut page = ZeroPage { bytes: [0; 4096] };
+        match header.0 {
+            Some(header) => {
+                let length = header.len().min(SETUP_HEADER_END - SETUP_HEADER);
+                page.bytes[SETUP_HEADER..SETUP_HEADER + length].copy_from_slice(&header[..length]);
+                page.bytes[SETUP_DATA..SETUP_DATA + 8].fill(0);
+            }
+            None => {
+                page.bytes[BOOT_FLAG..BOOT_FLAG + 2]
+                    .copy_from_slice(&BOOT_FLAG_MAGIC.to_le_bytes());
+                page.u32(HEADER_MAGIC, HDRS);
+                page.bytes[PROTOCOL..PROTOCOL + 2].copy_from_slice(&0x020f_u16.to_le_bytes());
+                page.bytes[LOADFLAGS] = 1;
+                page.u32(KERNEL_ALIGNMENT, super::layout::KERNEL_ALIGNMENT);
+            }
+        }
+        page.bytes[TYPE_OF_LOADER] = 0xff;
+        page
+    }
+
+    fn u32(&mut self, offset: usize, value: u32) {
+        self.bytes[offset..offset + 4].copy_from_slice(&value.to_le_bytes());
+    }
+
+    /// Writes the low half of `value` at `low` and its high half at `high`.
+    fn split(&mut self, low: usize, high: usize, value: u64) {
+        self.u32(low, value as u32);
+        self.u32(high, (value >> 32) as u32);
+    }
+
+    /// Says where the command line is; `bytes` is its length without the NUL.
+    pub(super) fn command_line(&mut self, gpa: u64, bytes: usize) {
+        self.split(CMD_LINE_PTR, EXT_CMD_LINE_PTR, gpa);
+        // The kernel reads at most this much; a bzImage's own value is already right.
+        if self.bytes[CMDLINE_SIZE..CMDLINE_SIZE + 4] == [0; 4] {
+            self.u32(
+                CMDLINE_SIZE,
+                u32::try_from(bytes).expect("checked against the room for it"),
+            );
+        }
+    }
+
+    /// Says where the initrd is.
+    pub(super) fn initrd(&mut self, gpa: u64, bytes: u64) {
+        self.split(RAMDISK_IMAGE, EXT_RAMDISK_IMAGE, gpa);
+        self.split(RAMDISK_SIZE, EXT_RAMDISK_SIZE, bytes);
+    }
+
+    /// Writes the memory map. The caller has checked that it is not longer than [`E820_LIMIT`].
+    pub(super) fn memory_map(&mut self, entries: &[E820Entry]) {
+        assert!(
+            entries.len() <= E820_LIMIT,
+            "{} memory map entries, room for {E820_LIMIT}",
+            entries.len()
+        );
+        self.bytes[E820_ENTRIES] = entries.len() as u8;
+        for (entry, slot) in entries
+            .iter()
+            .zip(self.bytes[E820_TABLE..].chunks_exact_mut(E820_ENTRY_BYTES))
+        {
+            slot[..8].copy_from_slice(&entry.address.to_le_bytes());
+            slot[8..16].copy_from_slice(&entry.bytes.to_le_bytes());
+            slot[16..].copy_from_slice(&entry.kind.to_le_bytes());
+        }
+    }
+
+    /// The page as it goes to guest memory.
+    pub(super) fn as_bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+}
