@@ -1,0 +1,287 @@
+//! Finds the instructions that KVM answers behind our back, and makes each of them exit.
+//!
+//! RDTSC, RDTSCP and CPUID never reach the VMM, and CR4 must keep its TSD bit whatever the kernel writes. So before
+//! the guest starts, each of these instructions becomes an OUT to a port that no device owns, which exits on any KVM.
+//!
+//! **Why OUT and not IN:** an OUT's exit is over when we see it, except that RIP must move on. An IN's is not: KVM still
+//! has to write the port's value to EAX, would do so over the value we gave, and on the emulated path loses what was set
+//! before. Both encode in two bytes (`e6 ib`), and the three- and four-byte instructions are filled
+//! up with NOPs, which the guest executes by itself after the trap.
+//!
+//! **Decoded, never searched.** `0f 31` also occurs inside immediates, displacements and data. Each code section
+//! is decoded from its first byte, one instruction after the other, as objdump does.
+
+use iced_x86::{Code as Opcode, Decoder, DecoderOptions, Instruction, OpKind, Register};
+use serde::{Deserialize, Serialize};
+
+use super::elf::{Code, Elf};
+use super::error::BootError;
+
+/// Port of a RDTSC.
+pub const TRAP_RDTSC: u8 = 0xf1;
+/// Port of a RDTSCP.
+pub const TRAP_RDTSCP: u8 = 0xf2;
+/// Port of a CPUID.
+pub const TRAP_CPUID: u8 = 0xf3;
+/// Port of a `mov %reg,%cr4`.
+pub const TRAP_WRITE_CR4: u8 = 0xf4;
+/// Port of a `mov %cr4,%reg`.
+pub const TRAP_READ_CR4: u8 = 0xf5;
+/// Port of the first instruction of the #GP entry, rewritten while the guest runs.
+pub const TRAP_GP_ENTRY: u8 = 0xf6;
+
+/// `out %al, imm8`.
+const OUT: u8 = 0xe6;
+const NOP: u8 = 0x90;
+/// Shortest trap: OUT and its port.
+const SHORTEST: usize = 2;
+/// Longest trap: `mov %r8,%cr4` with its REX prefix.
+const LONGEST: usize = 4;
+/// How much of `.text` runs before the kernel's own page tables stand (head_64.S).
+const EARLY_BYTES: u64 = 0x1000;
+
+/// What an instruction did before it became a trap.
+///
+/// Register numbers are those of the encoding: rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8 to r15.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SiteKind {
+    /// Time to EDX:EAX.
+    Rdtsc,
+    /// Time to EDX:EAX, processor number to ECX.
+    Rdtscp,
+    /// Features.
+    Cpuid,
+    /// CR4 set from a register.
+    WriteCr4 {
+        /// Number of the register.
+        source: u8,
+    },
+    /// CR4 read to a register.
+    ReadCr4 {
+        /// Number of the register.
+        target: u8,
+    },
+}
+
+impl SiteKind {
+    /// The port that a trap of this kind writes to.
+    pub fn port(self) -> u8 {
+        match self {
+            SiteKind::Rdtsc => TRAP_RDTSC,
+            SiteKind::Rdtscp => TRAP_RDTSCP,
+            SiteKind::Cpuid => TRAP_CPUID,
+            SiteKind::WriteCr4 { .. } => TRAP_WRITE_CR4,
+            SiteKind::ReadCr4 { .. } => TRAP_READ_CR4,
+        }
+    }
+
+    /// The instruction, as errors call it.
+    pub fn name(self) -> &'static str {
+        match self {
+            SiteKind::Rdtsc => "rdtsc",
+            SiteKind::Rdtscp => "rdtscp",
+            SiteKind::Cpuid => "cpuid",
+            SiteKind::WriteCr4 { .. } => "write of cr4",
+            SiteKind::ReadCr4 { .. } => "read of cr4",
+        }
+    }
+
+    fn of(instruction: &Instruction) -> Option<Self> {
+        match instruction.code() {
+            Opcode::Rdtsc => Some(SiteKind::Rdtsc),
+            Opcode::Rdtscp => Some(SiteKind::Rdtscp),
+            Opcode::Cpuid => Some(SiteKind::Cpuid),
+            Opcode::Mov_cr_r64 if instruction.op0_register() == Register::CR4 => {
+                Some(SiteKind::WriteCr4 {
+                    source: instruction.op1_register().number() as u8,
+                })
+            }
+            Opcode::Mov_r64_cr if instruction.op1_register() == Register::CR4 => {
+                debug_assert_eq!(instruction.op0_kind(), OpKind::Register);
+                Some(SiteKind::ReadCr4 {
+                    target: instruction.op0_register().number() as u8,
+                })
+            }
+            _ => None,
+        }
+    }
+
+    fn is_cr4(self) -> bool {
+        matches!(self, SiteKind::WriteCr4 { .. } | SiteKind::ReadCr4 { .. })
+    }
+}
+
+/// One instruction to trap.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Site {
+    /// Its virtual address.
+    pub address: u64,
+    /// Its physical address.
+    pub physical: u64,
+    /// Its length in bytes, 2 to 4.
+    pub length: u8,
+    /// What it did.
+    pub kind: SiteKind,
+}
+
+/// All instructions to trap, sorted by virtual address.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sites {
+    /// The sites.
+    pub sites: Vec<Site>,
+}
+
+/// How many sites there are of each kind.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TrapCounts {
+    /// RDTSC.
+    pub rdtsc: u32,
+    /// RDTSCP.
+    pub rdtscp: u32,
+    /// CPUID.
+    pub cpuid: u32,
+    /// `mov %reg,%cr4`.
+    pub cr4_writes: u32,
+    /// `mov %cr4,%reg`.
+    pub cr4_reads: u32,
+}
+
+impl Sites {
+    /// The site whose instruction begins at virtual address `address`: the trap's RIP, less the OUT's
+    /// two bytes once KVM has moved on.
+    pub fn at(&self, address: u64) -> Option<&Site> {
+        let index = self
+            .sites
+            .binary_search_by_key(&address, |site| site.address)
+            .ok()?;
+        Some(&self.sites[index])
+    }
+
+    /// How many there are of each kind.
+    pub fn counts(&self) -> TrapCounts {
+        let mut counts = TrapCounts::default();
+        for site in &self.sites {
+            *match site.kind {
+                SiteKind::Rdtsc => &mut counts.rdtsc,
+                SiteKind::Rdtscp => &mut counts.rdtscp,
+                SiteKind::Cpuid => &mut counts.cpuid,
+                SiteKind::WriteCr4 { .. } => &mut counts.cr4_writes,
+                SiteKind::ReadCr4 { .. } => &mut counts.cr4_reads,
+            } += 1;
+        }
+        counts
+    }
+}
+
+/// Finds every site in a kernel's code.
+///
+/// Reads and writes of CR4 in head_64.S, before the kernel's own tables stand, are left alone.
+///
+/// # Errors
+///
+/// A kernel without any RDTSC, or one with a site that no trap fits.
+pub fn find(elf: &Elf<'_>) -> Result<Sites, BootError> {
+    let mut sites = Vec::new();
+    for code in &elf.code {
+        sweep(elf, code, &mut sites)?;
+    }
+    // Sections come in the file's order, and damaged files may name one twice.
+    sites.sort_by_key(|site| site.address);
+    sites.dedup_by_key(|site| site.address);
+    let sites = Sites { sites };
+    if sites.counts().rdtsc == 0 {
+        return Err(BootError::NoTimeReads {
+            code_bytes: elf.code.iter().map(|code| code.file.len() as u64).sum(),
+        });
+    }
+    Ok(sites)
+}
+
+/// The bytes of a site's trap, and how many of them count: `out %al,PORT`, then NOPs to the instruction's length.
+pub fn rewrite(site: &Site) -> ([u8; LONGEST], usize) {
+    let length = usize::from(site.length);
+    assert!(
+        (SHORTEST..=LONGEST).contains(&length),
+        "site at {:#x} is {length} bytes long",
+        site.address
+    );
+    ([OUT, site.kind.port(), NOP, NOP], length)
+}
+
+/// Checks that this kernel has the instruction that `site` speaks of.
+pub(super) fn check(elf: &Elf<'_>, site: &Site) -> Result<(), BootError> {
+    let found = elf
+        .at(site.address, usize::from(site.length))
+        .is_some_and(|bytes| {
+            let instruction = decoder(bytes, site.address).decode();
+            SiteKind::of(&instruction) == Some(site.kind)
+                && instruction.len() == usize::from(site.length)
+                && (SHORTEST..=LONGEST).contains(&instruction.len())
+        });
+    if found && elf.physical(site.address) == Some(site.physical) {
+        return Ok(());
+    }
+    Err(BootError::ForeignSite {
+        address: site.address,
+        kind: site.kind.name(),
+    })
+}
+
+fn decoder(bytes: &[u8], address: u64) -> Decoder<'_> {
+    Decoder::with_ip(64, bytes, address, DecoderOptions::NONE)
+}
+
+/// Decodes one section from its first byte to its last.
+fn sweep(elf: &Elf<'_>, code: &Code, sites: &mut Vec<Site>) -> Result<(), BootError> {
+    let bytes = elf.bytes(&code.file);
+    let mut decoder = decoder(bytes, code.address);
+    let mut instruction = Instruction::default();
+    while decoder.can_decode() {
+        let start = decoder.position();
+        decoder.decode_out(&mut instruction);
+        if instruction.is_invalid() {
+            // Start again one byte on, as objdump does: the bad byte need not have cost us the good ones after it.
+            decoder
+                .set_position(start + 1)
+                .expect("the bad byte was inside");
+            decoder.set_ip(code.address + start as u64 + 1);
+            continue;
+        }
+        if let Some(kind) = SiteKind::of(&instruction) {
+            sites.extend(site(elf, code, kind, instruction.ip(), instruction.len())?);
+        }
+    }
+    Ok(())
+}
+
+/// One found instruction as a site, unless it is one to be left alone.
+fn site(
+    elf: &Elf<'_>,
+    code: &Code,
+    kind: SiteKind,
+    address: u64,
+    length: usize,
+) -> Result<Option<Site>, BootError> {
+    let early = match &code.name[..] {
+        ".text" => address - code.address < EARLY_BYTES,
+        name => name.starts_with(".head"),
+    };
+    if early && kind.is_cr4() {
+        return Ok(None);
+    }
+    if !(SHORTEST..=LONGEST).contains(&length) {
+        return Err(BootError::OddSite { address, length });
+    }
+    let physical = elf
+        .physical(address)
+        .expect("Elf::parse lets no code section out of its segment");
+    Ok(Some(Site {
+        address,
+        physical,
+        length: length as u8,
+        kind,
+    }))
+}
+
+#[cfg(test)]
+mod tests;
