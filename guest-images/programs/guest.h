@@ -1,0 +1,72 @@
+/* What the programs of the guests share. Each is a first process, or started by one: no
+ * shell, no libraries, a serial console. A failed call has nobody to tell but the console, so
+ * must() says what failed and ends the process, which for process 1 is a kernel panic. */
+#ifndef GUEST_H
+#define GUEST_H
+
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mount.h>
+#include <sys/reboot.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+static inline long must(long result, const char *what)
+{
+    if (result < 0) {
+        printf("%s: %s\n", what, strerror(errno));
+        fflush(stdout);
+        _exit(1);
+    }
+    return result;
+}
+
+/* The time since boot, by the system call itself: the guests run with vdso=0, and so does a
+ * guest that was started without it. */
+static inline uint64_t now_ns(void)
+{
+    struct timespec t;
+    must(syscall(SYS_clock_gettime, CLOCK_MONOTONIC, &t), "clock_gettime");
+    return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
+}
+
+/* FNV-1a: one differing bit in what was read shows on the console. */
+#define CHECKSUM_START 0xcbf29ce484222325u
+static inline uint64_t checksum(uint64_t sum, const void *data, size_t size)
+{
+    const unsigned char *byte = data;
+    while (size--)
+        sum = (sum ^ *byte++) * 0x100000001b3u;
+    return sum;
+}
+
+static inline void mount_all(void)
+{
+    static const char *const places[] = {"proc", "sys", "dev"};
+    static const char *const kinds[] = {"proc", "sysfs", "devtmpfs"};
+    for (int i = 0; i < 3; i++) {
+        char path[8];
+        snprintf(path, sizeof path, "/%s", places[i]);
+        mkdir(path, 0755);
+        if (mount(kinds[i], path, kinds[i], 0, NULL) < 0 && errno != EBUSY)
+            must(-1, path);
+    }
+}
+
+/* Ends a guest that has done its work: a reboot, which the monitor sees as the end. */
+static inline void restart(void)
+{
+    fflush(stdout);
+    sync();
+    must(reboot(RB_AUTOBOOT), "reboot");
+}
+
+#endif

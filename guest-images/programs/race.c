@@ -1,0 +1,145 @@
+/* A bank with a bug. Tellers, each a process of its own, move money between the accounts of a
+ * shared ledger, and each keeps a trail of its transfers. At closing time process 1 audits: every
+ * account must hold what its transfers add up to. If one does not, process 1 gives up, and the
+ * kernel panics, for it cannot live without process 1.
+ *
+ * Nothing here is set to fail. transfer() holds no lock, so it is wrong only when the
+ * scheduler takes the processor away at one certain place and another teller touches the same
+ * accounts meanwhile: about one run in four or five. The next run will probably be fine. That is the
+ * kind of bug that one wants a recording of. */
+#include "guest.h"
+#include <sys/mman.h>
+
+/* The odds. A timer tick (250 a second) hands the processor to the next teller. The tick
+ * arrives at one of the places where a teller asks for the time: LOOKS + 1 of them are
+ * harmless, one is inside transfer(). So with open hours of T ticks
+ *     odds of a loss = 1 - (1 - 1 / (LOOKS + 2)) ** T
+ * and as both are counts, the speed of the machine matters little. (Where interrupts land
+ * anywhere, as on real hardware, the odds are up to twice that: the page faults of the audit
+ * trail lengthen the dangerous place.) Few accounts make it nearly certain that the others
+ * touch the same ones meanwhile. To tune, change LOOKS; the odds go as 1 / LOOKS. */
+enum {
+    TELLERS = 4,
+    ACCOUNTS = 4,
+    DEPOSIT = 1000,
+    OPEN_MS = 100,
+    LOOKS = 128,
+    TRAIL = 1 << 16, /* records that one teller can leave */
+};
+
+struct record {
+    uint64_t time_ns;
+    int from, to;
+    long amount;
+};
+
+struct teller {
+    uint64_t random;
+    unsigned records;
+    struct record trail[TRAIL];
+};
+
+struct bank {
+    long balance[ACCOUNTS];
+    struct teller teller[TELLERS];
+};
+
+static unsigned draw(struct teller *me, unsigned below)
+{
+    me->random = me->random * 6364136223846793005u + 1442695040888963407u;
+    return (unsigned)(me->random >> 33) % below;
+}
+
+/* The bug. What was read before the audit record is written back after it, and to make the
+ * record takes a system call. */
+static void transfer(struct bank *bank, struct teller *me, int from, int to, long amount)
+{
+    long from_balance = bank->balance[from];
+    long to_balance = bank->balance[to];
+
+    if (from_balance < amount)
+        return;
+    me->trail[me->records++] = (struct record){now_ns(), from, to, amount};
+    bank->balance[from] = from_balance - amount;
+    bank->balance[to] = to_balance + amount;
+}
+
+/* No customer: the teller looks at the clock. Counted rather than timed: see the odds. */
+static uint64_t wait_for_customer(void)
+{
+    uint64_t time_ns = 0;
+    for (int i = 0; i < LOOKS + 1; i++)
+        time_ns = now_ns();
+    return time_ns;
+}
+
+static void serve(struct bank *bank, struct teller *me, uint64_t closing_ns)
+{
+    while (wait_for_customer() < closing_ns && me->records < TRAIL) {
+        int from = (int)draw(me, ACCOUNTS);
+        int to = (from + 1 + (int)draw(me, ACCOUNTS - 1)) % ACCOUNTS;
+        transfer(bank, me, from, to, 1 + (long)draw(me, 50));
+    }
+}
+
+/* Compares the ledger with what the tellers wrote down. Returns how many accounts are wrong. */
+static int audit(const struct bank *bank)
+{
+    long should[ACCOUNTS], sum = 0;
+    unsigned transfers = 0;
+    int wrong = 0;
+
+    for (int i = 0; i < ACCOUNTS; i++)
+        should[i] = DEPOSIT;
+    for (int t = 0; t < TELLERS; t++) {
+        const struct teller *teller = &bank->teller[t];
+        for (unsigned i = 0; i < teller->records; i++) {
+            should[teller->trail[i].from] -= teller->trail[i].amount;
+            should[teller->trail[i].to] += teller->trail[i].amount;
+        }
+        transfers += teller->records;
+    }
+    for (int i = 0; i < ACCOUNTS; i++) {
+        sum += bank->balance[i];
+        if (bank->balance[i] == should[i])
+            continue;
+        printf("race: account %d holds %ld, but its transfers add up to %ld\n", i,
+               bank->balance[i], should[i]);
+        wrong++;
+    }
+    printf("race: %u transfers by %d tellers; the bank had %d and has %ld\n", transfers, TELLERS,
+           ACCOUNTS * DEPOSIT, sum);
+    return wrong;
+}
+
+int main(void)
+{
+    struct bank *bank = mmap(NULL, sizeof *bank, PROT_READ | PROT_WRITE,
+                             MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (bank == MAP_FAILED)
+        must(-1, "mmap");
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    for (int i = 0; i < ACCOUNTS; i++)
+        bank->balance[i] = DEPOSIT;
+
+    uint64_t closing_ns = now_ns() + OPEN_MS * 1000000ull;
+    puts("race: the bank opens");
+    for (int t = 0; t < TELLERS; t++) {
+        bank->teller[t].random = (uint64_t)t + 1;
+        if (must(fork(), "fork") == 0) {
+            serve(bank, &bank->teller[t], closing_ns);
+            _exit(0);
+        }
+    }
+    while (wait(NULL) > 0)
+        ;
+
+    if (audit(bank) != 0) {
+        puts("race: the books do not balance");
+        return 1; /* process 1 ends: "Attempted to kill init!" */
+    }
+    puts("race: ok");
+    if (getpid() == 1)
+        restart();
+    return 0;
+}
