@@ -1,2 +1,39 @@
 //! What a recording is.
+//!
+//! [`Moment`] names a point in the guest's execution. [`Outside`] is the one door through which a
+//! host fact may reach the guest: [`Live`] asks the world, [`Recorder`] writes the answers to a
+//! journal, [`Replayer`] reads them back and stops at the first [`Divergence`]. [`Machine`] is the
+//! one loop over them all.
 #![forbid(unsafe_code)]
+
+mod cpuid;
+mod digest;
+mod divergence;
+mod event;
+mod exit;
+mod header;
+mod journal;
+mod live;
+mod machine;
+mod moment;
+mod outside;
+mod panic_watch;
+mod recorder;
+mod replayer;
+
+pub use cpuid::{CpuidEntry, CpuidTable};
+pub use digest::{Digest, MemoryDigest, PAGE_BYTES};
+pub use divergence::{Difference, Divergence, first_difference};
+pub use event::{End, Ending, Entry, Event};
+pub use exit::{Answer, Exit, Mode, Registers, TimeInstruction, Turn};
+pub use header::{Content, Detail, Header, Host, Machine as MachineDescription, TrapCounts};
+pub use journal::{
+    FRAME_HEAD_BYTES, FRAME_MAGIC, Frame, FrameHead, IndexEntry, JournalError, JournalReader,
+    JournalWriter, MAGIC, Tail, TailReason, VERSION,
+};
+pub use live::{Live, TOLERANCE_NS};
+pub use machine::{Back, Cpu, Machine, Observer, RunError, Tally};
+pub use moment::{ExitNumber, Moment};
+pub use outside::{Closed, Outside, TimeQuery, World};
+pub use recorder::{Recorder, WITNESS_EVERY};
+pub use replayer::Replayer;

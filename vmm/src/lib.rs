@@ -1,1 +1,10 @@
 //! The shell around the machine: KVM, boot, trap ports, the live world, and the command line.
+
+pub mod boot;
+pub mod cli;
+pub mod doctor;
+pub mod host;
+#[allow(unsafe_code)]
+pub mod kvm;
+pub mod machine;
+pub mod recording;

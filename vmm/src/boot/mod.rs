@@ -22,4 +22,4 @@ pub use bzimage::{Kernel, unpack};
 pub use elf::{Code, Elf, Segment};
 pub use error::{BootError, OutOfRam};
 pub use load::{BootPlan, E820Entry, GuestRam, e820, load};
-pub use traps::{Site, SiteKind, Sites, TrapCounts};
+pub use traps::{Site, SiteKind, Sites};

@@ -12,6 +12,7 @@
 //! is decoded from its first byte, one instruction after the other, as objdump does.
 
 use iced_x86::{Code as Opcode, Decoder, DecoderOptions, Instruction, OpKind, Register};
+use hindsight_replay::TrapCounts;
 use serde::{Deserialize, Serialize};
 
 use super::elf::{Code, Elf};
@@ -129,21 +130,6 @@ pub struct Site {
 pub struct Sites {
     /// The sites.
     pub sites: Vec<Site>,
-}
-
-/// How many sites there are of each kind.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct TrapCounts {
-    /// RDTSC.
-    pub rdtsc: u32,
-    /// RDTSCP.
-    pub rdtscp: u32,
-    /// CPUID.
-    pub cpuid: u32,
-    /// `mov %reg,%cr4`.
-    pub cr4_writes: u32,
-    /// `mov %cr4,%reg`.
-    pub cr4_reads: u32,
 }
 
 impl Sites {

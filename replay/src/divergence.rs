@@ -1,0 +1,133 @@
+//! Drift, named: what the recording says, what the replay did, and what led up to it.
+
+use std::fmt;
+
+use crate::exit::{Registers, Turn};
+use crate::moment::Moment;
+
+/// One thing that differs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Difference {
+    /// A turn differs in one field (full-detail recordings).
+    Turn {
+        /// Which field.
+        field: &'static str,
+        /// What the recording says.
+        expected: String,
+        /// What the replay did.
+        found: String,
+    },
+    /// The digest differs; the first difference lies behind `equal_through`.
+    Witness {
+        /// The last exit at which the digests were seen to be equal.
+        equal_through: u64,
+        /// The recording's 16 bits.
+        expected: [u8; 2],
+        /// The replay's.
+        found: [u8; 2],
+    },
+    /// An interrupt came that the recording does not have here, or not this one.
+    Interrupt {
+        /// What the recording says comes next.
+        expected: String,
+        /// What came.
+        found: String,
+    },
+    /// The recording has something at this exit or before that the replay passed by.
+    Missed {
+        /// What the recording says.
+        expected: String,
+    },
+    /// All of memory differs.
+    Memory {
+        /// The recording's digest.
+        expected: Option<u64>,
+        /// The replay's.
+        found: Option<u64>,
+    },
+    /// The run ended differently.
+    End {
+        /// Which part of the ending.
+        field: &'static str,
+        /// What the recording says.
+        expected: String,
+        /// What the replay came to.
+        found: String,
+    },
+    /// The journal says something that no machine can do.
+    Impossible {
+        /// What.
+        what: String,
+    },
+}
+
+/// The first point at which a replay is not the recording.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Divergence {
+    /// Where.
+    pub at: Moment,
+    /// What differs.
+    pub difference: Difference,
+    /// The last turns before it, oldest first, with the numbers of their exits.
+    pub history: Vec<(u64, Turn)>,
+}
+
+impl fmt::Display for Divergence {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the replay left the recording at {}: ", self.at)?;
+        match &self.difference {
+            Difference::Turn { field, expected, found }
+            | Difference::End { field, expected, found } => {
+                write!(f, "{field} differs\n  recorded: {expected}\n  replayed: {found}")?;
+            }
+            Difference::Witness { equal_through, expected, found } => write!(
+                f,
+                "the digest differs, and was last equal at exit {equal_through}\n  recorded: \
+                 ..{:02x}{:02x}\n  replayed: ..{:02x}{:02x}\n  to see which exit it was, record \
+                 with --detail full",
+                expected[1], expected[0], found[1], found[0]
+            )?,
+            Difference::Interrupt { expected, found } => {
+                write!(f, "interrupts differ\n  recorded: {expected}\n  replayed: {found}")?;
+            }
+            Difference::Missed { expected } => {
+                write!(f, "the replay passed by what was recorded\n  recorded: {expected}")?;
+            }
+            Difference::Memory { expected, found } => write!(
+                f,
+                "memory differs\n  recorded: {}\n  replayed: {}",
+                hex(*expected),
+                hex(*found)
+            )?,
+            Difference::Impossible { what } => write!(f, "the journal is impossible: {what}")?,
+        }
+        if !self.history.is_empty() {
+            write!(f, "\n  what led up to it, as replayed:")?;
+            for (exits, turn) in &self.history {
+                write!(f, "\n    exit {exits}: {turn}")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn hex(digest: Option<u64>) -> String {
+    digest.map_or_else(|| "none".to_string(), |digest| format!("{digest:016x}"))
+}
+
+/// The first field in which two turns differ, with both sides.
+pub fn first_difference(expected: &Turn, found: &Turn) -> Option<(&'static str, String, String)> {
+    if expected.exit != found.exit {
+        return Some(("the exit", expected.exit.to_string(), found.exit.to_string()));
+    }
+    if expected.answer != found.answer {
+        return Some(("the answer", expected.to_string(), found.to_string()));
+    }
+    if expected.now != found.now {
+        return Some(("guest time", format!("{} ns", expected.now), format!("{} ns", found.now)));
+    }
+    let pairs = expected.registers.0.iter().zip(&found.registers.0);
+    Registers::NAMES.iter().zip(pairs).find_map(|(name, (e, f))| {
+        (e != f).then(|| (*name, format!("{e:#x} at {expected}"), format!("{f:#x} at {found}")))
+    })
+}

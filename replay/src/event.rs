@@ -1,0 +1,201 @@
+//! What a journal says: events, each at its exit, and how they become bytes.
+//!
+//! Events are written with postcard. Positions and registers are written as differences to what
+//! came before within the same frame, which keeps them short; a frame starts afresh, so that it
+//! can be read without the frames before it.
+
+use hindsight_devices::{Input, Nanos};
+use serde::{Deserialize, Serialize};
+
+use crate::exit::{Answer, Exit, Registers, Turn};
+use crate::moment::Moment;
+
+/// How the guest's run ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Ending {
+    /// The guest reset itself.
+    Reset(hindsight_devices::Reset),
+    /// The CPU shut down: a triple fault.
+    TripleFault,
+    /// HLT with nothing left that could wake the machine.
+    Halted,
+    /// The operator asked it to stop, at an exit.
+    Stopped,
+    /// The operator asked it to stop, and the guest did not exit any more.
+    StoppedRunning,
+}
+
+/// The last event of a whole recording.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct End {
+    /// How it ended.
+    pub ending: Ending,
+    /// What the guest said if it panicked: the line on its console, or the pvpanic port.
+    pub panic: Option<String>,
+    /// Guest time in nanoseconds.
+    pub now: Nanos,
+    /// The digest of every turn and interrupt.
+    pub digest: u64,
+    /// The digest of all of memory; `None` where the guest was still running.
+    pub memory: Option<u64>,
+}
+
+/// One thing a journal says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// Full detail only: the whole turn.
+    Turn(Box<Turn>),
+    /// Guest time differs from what the rule gives: the difference in nanoseconds.
+    Time {
+        /// Guest time less the rule's.
+        ahead_ns: i64,
+    },
+    /// Something came from outside.
+    Input(Input),
+    /// An interrupt was delivered.
+    Interrupt {
+        /// Its vector.
+        vector: u8,
+        /// Where exactly.
+        at: Moment,
+    },
+    /// The lowest 16 bits of the digest after this turn.
+    Witness {
+        /// Those bits, little-endian.
+        check: [u8; 2],
+    },
+    /// The digest of all of memory at this turn.
+    Memory {
+        /// The digest.
+        digest: u64,
+    },
+    /// The recording is complete.
+    End(Box<End>),
+}
+
+impl Event {
+    /// Number of kinds that [`Event::kind`] tells apart.
+    pub const KINDS: usize = 7;
+    /// Their names, in order.
+    pub const KIND_NAMES: [&'static str; Event::KINDS] =
+        ["turns", "time corrections", "inputs", "interrupts", "witnesses", "memory digests", "end"];
+
+    /// Index into [`Event::KIND_NAMES`].
+    pub fn kind(&self) -> usize {
+        match self {
+            Event::Turn(_) => 0,
+            Event::Time { .. } => 1,
+            Event::Input(_) => 2,
+            Event::Interrupt { .. } => 3,
+            Event::Witness { .. } => 4,
+            Event::Memory { .. } => 5,
+            Event::End(_) => 6,
+        }
+    }
+}
+
+/// An event and the exit it belongs to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// The number of that exit.
+    pub exits: u64,
+    /// The event.
+    pub event: Event,
+}
+
+/// An event as it is written.
+#[derive(Debug, Serialize, Deserialize)]
+enum Wire {
+    Turn { exit: Exit, answer: Answer, later_ns: u64, changed: u32, deltas: Vec<i64> },
+    Time { ahead_ns: i64 },
+    Input(Input),
+    /// At the exit itself or in a window that opened behind it; `rip` against the RIP of the
+    /// interrupt before.
+    Interrupt { vector: u8, rip_delta: i64, branches: u64, rcx: u64 },
+    Witness { check: [u8; 2] },
+    Memory { digest: u64 },
+    End(Box<End>),
+}
+
+/// What the differences of a frame refer to.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Codec {
+    exits: u64,
+    now: Nanos,
+    rip: u64,
+    registers: Registers,
+}
+
+impl Codec {
+    /// A codec for a frame whose first event lies at or behind `exits`.
+    pub(crate) fn new(exits: u64) -> Codec {
+        Codec { exits, ..Codec::default() }
+    }
+
+    /// Appends an event to `frame`.
+    pub(crate) fn encode(&mut self, frame: Vec<u8>, entry: &Entry) -> Vec<u8> {
+        let delta = entry.exits.checked_sub(self.exits).expect("events come in the order of exits");
+        self.exits = entry.exits;
+        let wire = match &entry.event {
+            Event::Turn(turn) => self.wire_turn(turn),
+            Event::Time { ahead_ns } => Wire::Time { ahead_ns: *ahead_ns },
+            Event::Input(input) => Wire::Input(input.clone()),
+            Event::Interrupt { vector, at } => {
+                let rip_delta = at.rip.wrapping_sub(self.rip).cast_signed();
+                self.rip = at.rip;
+                Wire::Interrupt { vector: *vector, rip_delta, branches: at.branches, rcx: at.rcx }
+            }
+            Event::Witness { check } => Wire::Witness { check: *check },
+            Event::Memory { digest } => Wire::Memory { digest: *digest },
+            Event::End(end) => Wire::End(end.clone()),
+        };
+        postcard::to_extend(&(delta, wire), frame).expect("a Vec takes everything")
+    }
+
+    /// Takes the next event off `frame`.
+    pub(crate) fn decode(&mut self, frame: &mut &[u8]) -> Result<Entry, postcard::Error> {
+        let ((delta, wire), rest) = postcard::take_from_bytes::<(u64, Wire)>(frame)?;
+        *frame = rest;
+        let bad = || postcard::Error::DeserializeBadEncoding;
+        self.exits = self.exits.checked_add(delta).ok_or_else(bad)?;
+        let event = match wire {
+            Wire::Turn { exit, answer, later_ns, changed, deltas } => {
+                self.now = self.now.checked_add(later_ns).ok_or_else(bad)?;
+                let mut deltas = deltas.into_iter();
+                for (i, register) in self.registers.0.iter_mut().enumerate() {
+                    if changed & 1 << i != 0 {
+                        *register = register.wrapping_add_signed(deltas.next().ok_or_else(bad)?);
+                    }
+                }
+                let registers = self.registers;
+                Event::Turn(Box::new(Turn { exit, answer, now: self.now, registers }))
+            }
+            Wire::Time { ahead_ns } => Event::Time { ahead_ns },
+            Wire::Input(input) => Event::Input(input),
+            Wire::Interrupt { vector, rip_delta, branches, rcx } => {
+                self.rip = self.rip.wrapping_add_signed(rip_delta);
+                let at = Moment { exits: self.exits, branches, rip: self.rip, rcx };
+                Event::Interrupt { vector, at }
+            }
+            Wire::Witness { check } => Event::Witness { check },
+            Wire::Memory { digest } => Event::Memory { digest },
+            Wire::End(end) => Event::End(end),
+        };
+        Ok(Entry { exits: self.exits, event })
+    }
+
+    fn wire_turn(&mut self, turn: &Turn) -> Wire {
+        let mut changed = 0;
+        let mut deltas = Vec::new();
+        for (i, (new, old)) in turn.registers.0.iter().zip(&self.registers.0).enumerate() {
+            if new != old {
+                changed |= 1 << i;
+                deltas.push(new.wrapping_sub(*old).cast_signed());
+            }
+        }
+        let later_ns = turn.now - self.now;
+        self.now = turn.now;
+        self.registers = turn.registers;
+        Wire::Turn { exit: turn.exit, answer: turn.answer, later_ns, changed, deltas }
+    }
+}

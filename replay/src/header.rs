@@ -1,0 +1,93 @@
+//! The head of a journal: which machine this is a recording of.
+
+use serde::{Deserialize, Serialize};
+
+use crate::cpuid::CpuidTable;
+
+/// How much a journal says.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Detail {
+    /// What replay needs, and checks: time, inputs, interrupts, witnesses.
+    #[default]
+    Default,
+    /// That, and every turn whole: readable without a replay, compared field by field in one.
+    Full,
+}
+
+/// A file that belongs to the machine, named by its content.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Content {
+    /// Length in bytes.
+    pub bytes: u64,
+    /// BLAKE3 of the content.
+    pub blake3: [u8; 32],
+}
+
+impl Content {
+    /// The hash in hexadecimal.
+    pub fn hex(&self) -> String {
+        self.blake3.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+}
+
+/// How many instructions of each kind were rewritten into trap ports.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TrapCounts {
+    /// RDTSC.
+    pub rdtsc: u32,
+    /// RDTSCP.
+    pub rdtscp: u32,
+    /// CPUID.
+    pub cpuid: u32,
+    /// MOV to CR4.
+    pub cr4_writes: u32,
+    /// MOV from CR4.
+    pub cr4_reads: u32,
+}
+
+/// The machine, as far as it decides what the guest computes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Machine {
+    /// RAM in bytes.
+    pub memory_bytes: u64,
+    /// The whole kernel command line.
+    pub cmdline: String,
+    /// The kernel as it was given (bzImage or ELF).
+    pub kernel: Content,
+    /// The version the kernel's own header gives.
+    pub kernel_version: String,
+    /// The initrd, if there was one.
+    pub initrd: Option<Content>,
+    /// What was rewritten in the kernel.
+    pub traps: TrapCounts,
+    /// The CPU the guest sees.
+    pub cpuid: CpuidTable,
+    /// By how many nanoseconds guest time advances at each exit, corrections apart.
+    pub ns_per_exit: u64,
+}
+
+/// Facts about the host that recorded: for a reader, and to refuse a CPU of another make.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Host {
+    /// Program and version.
+    pub recorder: String,
+    /// CPU model name.
+    pub cpu: String,
+    /// Kernel release.
+    pub kernel: String,
+    /// When, in seconds since 1970-01-01 UTC.
+    pub unix_seconds: u64,
+    /// What the host cannot keep from the guest, in words; empty if nothing.
+    pub holes: Vec<String>,
+}
+
+/// Everything a journal says before its first event.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Header {
+    /// How much it says.
+    pub detail: Detail,
+    /// Of which machine.
+    pub machine: Machine,
+    /// Recorded where.
+    pub host: Host,
+}

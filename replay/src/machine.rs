@@ -1,0 +1,392 @@
+//! The one loop: a vCPU, a board, and the door.
+//!
+//! Recording, replaying and running bare are this loop over different doors. Nothing in it asks
+//! which.
+
+use hindsight_devices::{Board, Input, Nanos, Reply};
+use thiserror::Error;
+
+use crate::cpuid::CpuidTable;
+use crate::digest::Digest;
+use crate::event::{End, Ending};
+use crate::exit::{Answer, Exit, Registers, TimeInstruction, Turn};
+use crate::moment::Moment;
+use crate::outside::{Closed, Outside, TimeQuery};
+use crate::panic_watch::PanicWatch;
+
+/// What brings a vCPU back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Back {
+    /// Something the guest did. It counts.
+    Exit(Exit),
+    /// The interrupt window that was asked for is open. Does not count: the place is the guest's,
+    /// but whether KVM needs an exit to reach it is not.
+    Window,
+    /// The host interrupted it. Does not count.
+    Kicked,
+}
+
+/// A vCPU and the memory it works on.
+pub trait Cpu {
+    /// What can go wrong on the host.
+    type Error: std::error::Error;
+
+    /// Runs until something brings it back.
+    fn run(&mut self) -> Result<Back, Self::Error>;
+    /// The registers as the guest left them when it came back.
+    fn registers(&mut self) -> Registers;
+    /// Hands the answer to the exit; the instruction may stay unfinished until it runs again.
+    fn answer(&mut self, exit: &Exit, answer: &Answer) -> Result<(), Self::Error>;
+    /// Finishes the instruction of the last exit. Tells whether an interrupt can be taken there.
+    fn settle(&mut self) -> Result<bool, Self::Error>;
+    /// Delivers an interrupt; [`Cpu::settle`] has just said that it can be taken.
+    fn interrupt(&mut self, vector: u8) -> Result<(), Self::Error>;
+    /// Asks for [`Back::Window`] as soon as the guest takes interrupts, or no more.
+    fn request_window(&mut self, wanted: bool);
+    /// The digest of all of memory.
+    fn memory_digest(&mut self) -> Result<u64, Self::Error>;
+}
+
+/// Sees what the machine does; cannot change it.
+pub trait Observer {
+    /// The guest wrote to its console.
+    fn output(&mut self, _exits: u64, _now: Nanos, _bytes: &[u8]) {}
+    /// A turn has happened.
+    fn turn(&mut self, _exits: u64, _turn: &Turn) {}
+    /// An interrupt was delivered.
+    fn interrupt(&mut self, _at: &Moment, _vector: u8, _now: Nanos) {}
+    /// Memory was digested.
+    fn memory(&mut self, _exits: u64, _digest: u64) {}
+    /// The vCPU was kicked and nothing else happened.
+    fn kicked(&mut self, _exits: u64) {}
+}
+
+/// Sees nothing.
+impl Observer for () {}
+
+/// Why the loop came to its end other than by the run's own ending.
+#[derive(Debug, Error)]
+pub enum RunError<E: std::error::Error> {
+    /// The host's virtual CPU failed.
+    #[error("at {at}: {source}")]
+    Cpu {
+        /// The last counted exit.
+        at: Moment,
+        /// What happened.
+        #[source]
+        source: E,
+    },
+    /// The door closed.
+    #[error("{0}")]
+    Closed(Closed),
+}
+
+/// What was counted during a run.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Exits by [`Exit::kind`].
+    pub exits: [u64; Exit::KINDS],
+    /// Interrupts delivered.
+    pub interrupts: u64,
+    /// Of those, how many waited for the guest to open its window.
+    pub windows: u64,
+}
+
+/// The machine: everything that decides what happens next, except the guest's own memory and CPU.
+#[derive(Debug)]
+pub struct Machine {
+    board: Board,
+    cpuid: CpuidTable,
+    ns_per_exit: u64,
+    now: Nanos,
+    at: Moment,
+    digest: Digest,
+    halted: bool,
+    panic: PanicWatch,
+    tally: Tally,
+}
+
+/// What one exit leaves to do.
+enum Next {
+    RunOn,
+    Finish(Ending),
+}
+
+impl Machine {
+    /// A machine at power-on.
+    pub fn new(cpuid: CpuidTable, ns_per_exit: u64) -> Machine {
+        Machine {
+            board: Board::new(),
+            cpuid,
+            ns_per_exit,
+            now: 0,
+            at: Moment::START,
+            digest: Digest::default(),
+            halted: false,
+            panic: PanicWatch::default(),
+            tally: Tally::default(),
+        }
+    }
+
+    /// Where the machine is.
+    pub fn at(&self) -> Moment {
+        self.at
+    }
+
+    /// Guest time in nanoseconds.
+    pub fn now(&self) -> Nanos {
+        self.now
+    }
+
+    /// The digest of everything so far.
+    pub fn digest(&self) -> Digest {
+        self.digest
+    }
+
+    /// What was counted so far.
+    pub fn tally(&self) -> &Tally {
+        &self.tally
+    }
+
+    /// What the guest said if it panicked.
+    pub fn panic(&self) -> Option<String> {
+        self.panic.message()
+    }
+
+    /// Runs until the run ends or the door closes.
+    pub fn run<C: Cpu, O: Outside + ?Sized>(
+        &mut self,
+        cpu: &mut C,
+        outside: &mut O,
+        observer: &mut dyn Observer,
+    ) -> Result<End, RunError<C::Error>> {
+        let failure = match self.turns(cpu, outside, observer) {
+            Ok(ending) => match self.finish(ending, cpu, outside) {
+                Ok(end) => return Ok(end),
+                Err(failure) => failure,
+            },
+            Err(failure) => failure,
+        };
+        if matches!(failure, RunError::Cpu { .. }) {
+            outside.abandon(self.at.exits, self.now).map_err(RunError::Closed)?;
+        }
+        Err(failure)
+    }
+
+    fn turns<C: Cpu, O: Outside + ?Sized>(
+        &mut self,
+        cpu: &mut C,
+        outside: &mut O,
+        observer: &mut dyn Observer,
+    ) -> Result<Ending, RunError<C::Error>> {
+        loop {
+            let pending = self.board.interrupt_pending();
+            if let Err(closed) = outside.goes_on(self.at.exits, pending) {
+                return ended(closed);
+            }
+            let back = if self.halted { Back::Exit(Exit::Woken) } else { self.cpu(cpu.run())? };
+            match back {
+                Back::Exit(exit) => match self.turn(exit, cpu, outside, observer) {
+                    Ok(Next::RunOn) => {}
+                    Ok(Next::Finish(ending)) => return Ok(ending),
+                    Err(RunError::Closed(closed)) => return ended(closed),
+                    Err(failure) => return Err(failure),
+                },
+                Back::Window => {
+                    self.tally.windows += 1;
+                    self.deliver(cpu, outside, observer)?;
+                }
+                Back::Kicked => {
+                    observer.kicked(self.at.exits);
+                    if let Err(closed) = outside.kicked(self.at.exits) {
+                        return ended(closed);
+                    }
+                }
+            }
+        }
+    }
+
+    /// One counted exit: time first, then what came from outside, then what the guest wants.
+    fn turn<C: Cpu, O: Outside + ?Sized>(
+        &mut self,
+        exit: Exit,
+        cpu: &mut C,
+        outside: &mut O,
+        observer: &mut dyn Observer,
+    ) -> Result<Next, RunError<C::Error>> {
+        let registers = cpu.registers();
+        self.at = Moment {
+            exits: self.at.exits + 1,
+            branches: 0,
+            rip: registers.rip(),
+            rcx: registers.rcx(),
+        };
+        let exits = self.at.exits;
+        self.tally.exits[exit.kind()] += 1;
+
+        self.pass_time(outside)?;
+        let mut stopped = false;
+        while let Some(input) =
+            outside.arrival(exits, self.board.console_room()).map_err(RunError::Closed)?
+        {
+            stopped |= input == Input::Stop;
+            self.board.accept(input);
+        }
+        let answer = self.answer(&exit);
+        let turn = Turn { exit, answer, now: self.now, registers };
+        self.digest.absorb(&turn);
+        outside.turn(exits, &turn, self.digest).map_err(RunError::Closed)?;
+        observer.turn(exits, &turn);
+        if exit != Exit::Woken {
+            self.cpu(cpu.answer(&exit, &answer))?;
+        }
+        self.pass_output(observer);
+        if outside.wants_memory(exits) {
+            self.cpu(cpu.settle())?;
+            let digest = self.cpu(cpu.memory_digest())?;
+            observer.memory(exits, digest);
+            outside.memory(exits, digest).map_err(RunError::Closed)?;
+        }
+        if let Some(ending) = self.ending(&exit, stopped) {
+            self.cpu(cpu.settle())?;
+            return Ok(Next::Finish(ending));
+        }
+        self.deliver(cpu, outside, observer)?;
+        if self.halted && !registers.interrupts_enabled() {
+            return Ok(Next::Finish(Ending::Halted));
+        }
+        Ok(Next::RunOn)
+    }
+
+    fn pass_time<O: Outside + ?Sized, E: std::error::Error>(
+        &mut self,
+        outside: &mut O,
+    ) -> Result<(), RunError<E>> {
+        let deadline = self.board.deadline();
+        let rule = match deadline {
+            Some(deadline) if self.halted => deadline.max(self.now),
+            None if self.halted => self.now,
+            _ => self.now.saturating_add(self.ns_per_exit),
+        };
+        let query = TimeQuery {
+            exits: self.at.exits,
+            last: self.now,
+            rule,
+            deadline,
+            halted: self.halted,
+            room: self.board.console_room(),
+        };
+        let now = outside.time(&query).map_err(RunError::Closed)?;
+        assert!(now >= self.now, "time ran backwards: {now} after {}", self.now);
+        self.now = now;
+        self.board.advance(now);
+        Ok(())
+    }
+
+    fn answer(&mut self, exit: &Exit) -> Answer {
+        match *exit {
+            Exit::Access(access) => match self.board.access(access) {
+                Reply::Value(value) => Answer::Value(value),
+                Reply::Done => Answer::Done,
+                Reply::Fault => Answer::Fault,
+            },
+            Exit::TimeRead { instruction, .. } => Answer::Time {
+                tsc: self.board.time_stamp(),
+                aux: match instruction {
+                    TimeInstruction::Rdtsc => 0,
+                    TimeInstruction::Rdtscp => self.board.tsc_aux(),
+                },
+            },
+            Exit::Cpuid { leaf, subleaf } => Answer::Cpuid(self.cpuid.answer(leaf, subleaf)),
+            Exit::Halt => {
+                self.halted = true;
+                Answer::Done
+            }
+            Exit::WriteCr4 { .. }
+            | Exit::ReadCr4
+            | Exit::ProtectionFault
+            | Exit::Woken
+            | Exit::Shutdown => Answer::Done,
+        }
+    }
+
+    fn ending(&self, exit: &Exit, stopped: bool) -> Option<Ending> {
+        if let Some(reset) = self.board.reset_requested() {
+            Some(Ending::Reset(reset))
+        } else if *exit == Exit::Shutdown {
+            Some(Ending::TripleFault)
+        } else if stopped {
+            Some(Ending::Stopped)
+        } else {
+            None
+        }
+    }
+
+    fn pass_output(&mut self, observer: &mut dyn Observer) {
+        let output = self.board.take_output();
+        if !output.is_empty() {
+            self.panic.watch(&output);
+            observer.output(self.at.exits, self.now, &output);
+        }
+    }
+
+    /// Delivers the pending interrupt if the guest takes one here, else asks for a window.
+    fn deliver<C: Cpu, O: Outside + ?Sized>(
+        &mut self,
+        cpu: &mut C,
+        outside: &mut O,
+        observer: &mut dyn Observer,
+    ) -> Result<(), RunError<C::Error>> {
+        // IF alone decides whether settling is worth a round trip: no exit changes it, and where it
+        // is clear no interrupt can be taken.
+        if self.board.interrupt_pending()
+            && cpu.registers().interrupts_enabled()
+            && self.cpu(cpu.settle())?
+        {
+            let vector = self.board.acknowledge();
+            let registers = cpu.registers();
+            let at = Moment { rip: registers.rip(), rcx: registers.rcx(), ..self.at };
+            self.digest.absorb_interrupt(&at, vector);
+            self.tally.interrupts += 1;
+            self.halted = false;
+            self.cpu(cpu.interrupt(vector))?;
+            outside.interrupt(&at, vector).map_err(RunError::Closed)?;
+            observer.interrupt(&at, vector, self.now);
+        }
+        cpu.request_window(self.board.interrupt_pending());
+        Ok(())
+    }
+
+    fn finish<C: Cpu, O: Outside + ?Sized>(
+        &mut self,
+        ending: Ending,
+        cpu: &mut C,
+        outside: &mut O,
+    ) -> Result<End, RunError<C::Error>> {
+        // A guest that was stopped between exits stands at no moment, and neither does its memory.
+        let memory = match ending {
+            Ending::StoppedRunning => None,
+            _ => Some(self.cpu(cpu.memory_digest())?),
+        };
+        let end = End {
+            ending,
+            panic: self.panic.message().or_else(|| self.board.guest_panicked().map(|p| format!("{p:?}"))),
+            now: self.now,
+            digest: self.digest.value(),
+            memory,
+        };
+        outside.end(self.at.exits, &end).map_err(RunError::Closed)?;
+        Ok(end)
+    }
+
+    fn cpu<T, E: std::error::Error>(&self, result: Result<T, E>) -> Result<T, RunError<E>> {
+        result.map_err(|source| RunError::Cpu { at: self.at, source })
+    }
+}
+
+fn ended<E: std::error::Error>(closed: Closed) -> Result<Ending, RunError<E>> {
+    match closed {
+        Closed::End(ending) => Ok(ending),
+        closed => Err(RunError::Closed(closed)),
+    }
+}

@@ -1,0 +1,100 @@
+//! The one door through which a host fact may reach the guest.
+//!
+//! The loop in [`crate::machine`] asks every question about the world here, and nowhere else.
+//! [`crate::Live`] asks the world; [`crate::Recorder`] writes down what another door answered;
+//! [`crate::Replayer`] reads the answers and refuses to go on where the machine differs.
+
+use hindsight_devices::{Input, Nanos};
+use thiserror::Error;
+
+use crate::digest::Digest;
+use crate::divergence::Divergence;
+use crate::event::{End, Ending};
+use crate::exit::Turn;
+use crate::journal::{JournalError, Tail};
+use crate::moment::Moment;
+
+/// What the loop knows when it asks for the time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TimeQuery {
+    /// The exit the time is for.
+    pub exits: u64,
+    /// Guest time at the exit before.
+    pub last: Nanos,
+    /// What the rule gives for this exit.
+    pub rule: Nanos,
+    /// When the board's next timer is due.
+    pub deadline: Option<Nanos>,
+    /// The machine is halted: nothing passes but time. `rule` is then the deadline, if any.
+    pub halted: bool,
+    /// How many typed bytes the machine has room for.
+    pub room: usize,
+}
+
+/// Why a door will not answer.
+#[derive(Debug, Error)]
+pub enum Closed {
+    /// The run is over here, for this reason. Not a failure.
+    #[error("the run ends here: {0:?}")]
+    End(Ending),
+    /// The machine did something else than the recorded one.
+    #[error("{0}")]
+    Diverged(Box<Divergence>),
+    /// The recording ends before the guest did.
+    #[error("{0}")]
+    CutShort(Tail),
+    /// The exit the operator asked for is reached.
+    #[error("reached exit {0}")]
+    Reached(u64),
+    /// The journal cannot be read or written.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+}
+
+/// The door.
+pub trait Outside {
+    /// Guest time at this exit; at least `query.last`. While the machine is halted this waits.
+    fn time(&mut self, query: &TimeQuery) -> Result<Nanos, Closed>;
+
+    /// The next input that reaches the machine at this exit, if there is one. `room` is how many
+    /// typed bytes the machine has room for.
+    fn arrival(&mut self, exits: u64, room: usize) -> Result<Option<Input>, Closed>;
+
+    /// This turn has happened; `digest` covers it.
+    fn turn(&mut self, exits: u64, turn: &Turn, digest: Digest) -> Result<(), Closed>;
+
+    /// An interrupt was delivered.
+    fn interrupt(&mut self, at: &Moment, vector: u8) -> Result<(), Closed>;
+
+    /// Whether a digest of all of memory is wanted at this exit.
+    fn wants_memory(&mut self, exits: u64) -> bool;
+
+    /// The digest of all of memory at this exit.
+    fn memory(&mut self, exits: u64, digest: u64) -> Result<(), Closed>;
+
+    /// All that belongs to this exit is done; may the guest run on? `pending` tells whether an
+    /// interrupt waits for the guest to take it.
+    fn goes_on(&mut self, exits: u64, pending: bool) -> Result<(), Closed>;
+
+    /// The vCPU came back without an exit of the guest's after the last turn.
+    fn kicked(&mut self, exits: u64) -> Result<(), Closed>;
+
+    /// The run is over.
+    fn end(&mut self, exits: u64, end: &End) -> Result<(), Closed>;
+
+    /// The run cannot go on, for a reason of the host's; keep what there is through `exits`.
+    fn abandon(&mut self, exits: u64, now: Nanos) -> Result<(), Closed>;
+}
+
+/// What the live world offers, stripped to what the recorder needs.
+pub trait World {
+    /// Nanoseconds since the machine was switched on. Never runs backwards.
+    fn now(&mut self) -> Nanos;
+    /// The next input that is there already; at most `room` typed bytes.
+    fn poll(&mut self, room: usize) -> Option<Input>;
+    /// Sleeps until `until`, or less if an input comes that `room` has a place for. `false` if
+    /// neither can ever happen.
+    fn sleep(&mut self, until: Option<Nanos>, room: usize) -> bool;
+    /// The operator asked to stop, the guest has not exited since, and patience is at an end.
+    fn gives_up(&mut self) -> bool;
+}

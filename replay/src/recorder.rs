@@ -1,0 +1,127 @@
+//! Writes down what passes through another door.
+//!
+//! Over a [`crate::Live`] door this is the recorder; over a [`crate::Replayer`] it turns one
+//! recording into another of a different detail.
+
+use std::io::Write;
+
+use hindsight_devices::{Input, Nanos};
+
+use crate::digest::Digest;
+use crate::event::{End, Event};
+use crate::exit::Turn;
+use crate::header::{Detail, Header};
+use crate::journal::{IndexEntry, JournalError, JournalWriter};
+use crate::moment::Moment;
+use crate::outside::{Closed, Outside, TimeQuery};
+
+/// Every so many exits a witness of the digest is written: drift is noticed at most this late
+/// where a recording holds no whole turns.
+pub const WITNESS_EVERY: u64 = 16;
+
+/// A door that writes down what the door behind it says.
+#[derive(Debug)]
+pub struct Recorder<O: Outside, W: Write> {
+    inner: O,
+    journal: JournalWriter<W>,
+    detail: Detail,
+    counts: [u64; Event::KINDS],
+}
+
+impl<O: Outside, W: Write> Recorder<O, W> {
+    /// Starts a journal in `sink` for what passes through `inner`.
+    pub fn create(inner: O, sink: W, header: &Header) -> Result<Recorder<O, W>, JournalError> {
+        let journal = JournalWriter::create(sink, header)?;
+        Ok(Recorder { inner, journal, detail: header.detail, counts: [0; Event::KINDS] })
+    }
+
+    /// Bytes of journal written so far.
+    pub fn journal_bytes(&self) -> u64 {
+        self.journal.bytes()
+    }
+
+    /// The frames written so far.
+    pub fn index(&self) -> &[IndexEntry] {
+        self.journal.index()
+    }
+
+    /// Events written so far, by [`Event::kind`].
+    pub fn counts(&self) -> &[u64; Event::KINDS] {
+        &self.counts
+    }
+
+    /// The door behind this one; what is not in a closed frame is lost.
+    pub fn into_inner(self) -> O {
+        self.inner
+    }
+
+    fn append(&mut self, exits: u64, event: Event) {
+        self.counts[event.kind()] += 1;
+        self.journal.append(exits, event);
+    }
+}
+
+impl<O: Outside, W: Write> Outside for Recorder<O, W> {
+    fn time(&mut self, query: &TimeQuery) -> Result<Nanos, Closed> {
+        // Everything that belongs to earlier exits has been said by now.
+        self.journal.turn_is_complete(query.exits - 1, query.last, query.halted)?;
+        let now = self.inner.time(query)?;
+        let ahead_ns = now.wrapping_sub(query.rule).cast_signed();
+        if ahead_ns != 0 {
+            self.append(query.exits, Event::Time { ahead_ns });
+        }
+        Ok(now)
+    }
+
+    fn arrival(&mut self, exits: u64, room: usize) -> Result<Option<Input>, Closed> {
+        let input = self.inner.arrival(exits, room)?;
+        if let Some(input) = &input {
+            self.append(exits, Event::Input(input.clone()));
+        }
+        Ok(input)
+    }
+
+    fn turn(&mut self, exits: u64, turn: &Turn, digest: Digest) -> Result<(), Closed> {
+        if self.detail == Detail::Full {
+            self.append(exits, Event::Turn(Box::new(*turn)));
+        }
+        if exits.is_multiple_of(WITNESS_EVERY) {
+            self.append(exits, Event::Witness { check: digest.check() });
+        }
+        self.inner.turn(exits, turn, digest)
+    }
+
+    fn interrupt(&mut self, at: &Moment, vector: u8) -> Result<(), Closed> {
+        self.append(at.exits, Event::Interrupt { vector, at: *at });
+        self.inner.interrupt(at, vector)
+    }
+
+    fn wants_memory(&mut self, exits: u64) -> bool {
+        self.inner.wants_memory(exits)
+    }
+
+    fn memory(&mut self, exits: u64, digest: u64) -> Result<(), Closed> {
+        self.append(exits, Event::Memory { digest });
+        self.inner.memory(exits, digest)
+    }
+
+    fn goes_on(&mut self, exits: u64, pending: bool) -> Result<(), Closed> {
+        self.inner.goes_on(exits, pending)
+    }
+
+    fn kicked(&mut self, exits: u64) -> Result<(), Closed> {
+        self.inner.kicked(exits)
+    }
+
+    fn end(&mut self, exits: u64, end: &End) -> Result<(), Closed> {
+        self.inner.end(exits, end)?;
+        self.append(exits, Event::End(Box::new(end.clone())));
+        self.journal.close_frame(exits, end.now)?;
+        Ok(())
+    }
+
+    fn abandon(&mut self, exits: u64, now: Nanos) -> Result<(), Closed> {
+        self.journal.close_frame(exits, now)?;
+        self.inner.abandon(exits, now)
+    }
+}

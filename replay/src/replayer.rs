@@ -1,0 +1,325 @@
+//! Reads the door's answers from a journal, and checks the machine against it.
+
+use std::collections::VecDeque;
+use std::io::Read;
+
+use hindsight_devices::{Input, Nanos};
+
+use crate::digest::Digest;
+use crate::divergence::{Difference, Divergence, first_difference};
+use crate::event::{End, Ending, Entry, Event};
+use crate::exit::Turn;
+use crate::journal::{JournalError, JournalReader, TailReason};
+use crate::moment::Moment;
+use crate::outside::{Closed, Outside, TimeQuery};
+
+/// How many turns a divergence report shows.
+const HISTORY: usize = 8;
+
+/// The door to a recorded world.
+#[derive(Debug)]
+pub struct Replayer<R: Read> {
+    journal: JournalReader<R>,
+    /// Events of the present frame that have not come up yet.
+    ahead: VecDeque<Entry>,
+    /// Stop here.
+    until: Option<u64>,
+    memory_every: Option<u64>,
+    history: VecDeque<(u64, Turn)>,
+    equal_through: u64,
+    memories_checked: u64,
+    witnesses_checked: u64,
+}
+
+impl<R: Read> Replayer<R> {
+    /// A door to what `journal` holds, closed behind exit `until` if given; digests memory every
+    /// `memory_every` exits for whoever listens, beside what the journal asks for.
+    pub fn new(
+        journal: JournalReader<R>,
+        until: Option<u64>,
+        memory_every: Option<u64>,
+    ) -> Replayer<R> {
+        Replayer {
+            journal,
+            ahead: VecDeque::new(),
+            until,
+            memory_every,
+            history: VecDeque::with_capacity(HISTORY + 1),
+            equal_through: 0,
+            memories_checked: 0,
+            witnesses_checked: 0,
+        }
+    }
+
+    /// How many memory digests were compared and found equal.
+    pub fn memories_checked(&self) -> u64 {
+        self.memories_checked
+    }
+
+    /// How many witnesses were compared and found equal.
+    pub fn witnesses_checked(&self) -> u64 {
+        self.witnesses_checked
+    }
+
+    /// The journal.
+    pub fn journal(&self) -> &JournalReader<R> {
+        &self.journal
+    }
+
+    /// The next event, reading on if the present frame is used up.
+    fn peek(&mut self) -> Result<Option<&Entry>, JournalError> {
+        while self.ahead.is_empty() {
+            match self.journal.next_frame()? {
+                Some(frame) => self.ahead.extend(frame.entries),
+                None => return Ok(None),
+            }
+        }
+        Ok(self.ahead.front())
+    }
+
+    /// Takes the next event if it belongs to `exits` and `wanted` turns it into something.
+    fn take<T>(
+        &mut self,
+        exits: u64,
+        wanted: impl FnOnce(&Event) -> Option<T>,
+    ) -> Result<Option<T>, Closed> {
+        let found = match self.peek()? {
+            Some(entry) if entry.exits == exits => wanted(&entry.event),
+            _ => None,
+        };
+        if found.is_some() {
+            self.ahead.pop_front();
+        }
+        Ok(found)
+    }
+
+    /// Refuses to go on if the journal has an event for an exit before `exits`.
+    fn nothing_missed(&mut self, exits: u64) -> Result<(), Closed> {
+        let missed = match self.peek()? {
+            Some(entry) if entry.exits < exits => describe(entry),
+            _ => return Ok(()),
+        };
+        let at = self.last_moment(exits);
+        Err(self.diverged(at, Difference::Missed { expected: missed }))
+    }
+
+    /// No event is left: the recording was cut. Everything through its last exit is known.
+    fn cut_short(&mut self, exits: u64) -> Result<(), Closed> {
+        match self.journal.tail() {
+            Some(tail) if exits >= tail.through && tail.reason != TailReason::Closed => {
+                Err(Closed::CutShort(tail.clone()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn last_moment(&self, exits: u64) -> Moment {
+        let registers = self.history.back().map(|(_, turn)| turn.registers).unwrap_or_default();
+        Moment { exits, branches: 0, rip: registers.rip(), rcx: registers.rcx() }
+    }
+
+    fn diverged(&self, at: Moment, difference: Difference) -> Closed {
+        let history = self.history.iter().copied().collect();
+        Closed::Diverged(Box::new(Divergence { at, difference, history }))
+    }
+}
+
+impl<R: Read> Outside for Replayer<R> {
+    fn time(&mut self, query: &TimeQuery) -> Result<Nanos, Closed> {
+        let exits = query.exits;
+        self.nothing_missed(exits)?;
+        if self.peek()?.is_none() {
+            self.cut_short(exits - 1)?;
+        }
+        let ahead = self.take(exits, |event| match event {
+            Event::Time { ahead_ns } => Some(*ahead_ns),
+            _ => None,
+        })?;
+        let Some(ahead_ns) = ahead else {
+            return if query.halted && query.deadline.is_none() {
+                Err(Closed::End(Ending::Halted))
+            } else {
+                Ok(query.rule)
+            };
+        };
+        match query.rule.checked_add_signed(ahead_ns) {
+            Some(now) if now >= query.last => Ok(now),
+            _ => {
+                let what = format!(
+                    "a time correction by {ahead_ns} ns from {} ns would run backwards from {} ns",
+                    query.rule, query.last
+                );
+                Err(self.diverged(self.last_moment(exits), Difference::Impossible { what }))
+            }
+        }
+    }
+
+    fn arrival(&mut self, exits: u64, room: usize) -> Result<Option<Input>, Closed> {
+        let input = self.take(exits, |event| match event {
+            Event::Input(input) => Some(input.clone()),
+            _ => None,
+        })?;
+        if let Some(Input::Console(bytes)) = &input
+            && bytes.len() > room
+        {
+            let what = format!("{} bytes typed where there is room for {room}", bytes.len());
+            return Err(self.diverged(self.last_moment(exits), Difference::Impossible { what }));
+        }
+        Ok(input)
+    }
+
+    fn turn(&mut self, exits: u64, turn: &Turn, digest: Digest) -> Result<(), Closed> {
+        let at = Moment {
+            exits,
+            branches: 0,
+            rip: turn.registers.rip(),
+            rcx: turn.registers.rcx(),
+        };
+        let recorded = self.take(exits, |event| match event {
+            Event::Turn(recorded) => Some(**recorded),
+            _ => None,
+        })?;
+        if let Some(recorded) = recorded
+            && let Some((field, expected, found)) = first_difference(&recorded, turn)
+        {
+            return Err(self.diverged(at, Difference::Turn { field, expected, found }));
+        }
+        self.history.push_back((exits, *turn));
+        if self.history.len() > HISTORY {
+            self.history.pop_front();
+        }
+        let check = self.take(exits, |event| match event {
+            Event::Witness { check } => Some(*check),
+            _ => None,
+        })?;
+        if let Some(expected) = check {
+            let found = digest.check();
+            if expected != found {
+                let equal_through = self.equal_through;
+                let difference = Difference::Witness { equal_through, expected, found };
+                return Err(self.diverged(at, difference));
+            }
+            self.witnesses_checked += 1;
+        }
+        if recorded.is_some() || check.is_some() {
+            self.equal_through = exits;
+        }
+        Ok(())
+    }
+
+    fn interrupt(&mut self, at: &Moment, vector: u8) -> Result<(), Closed> {
+        let expected = match self.peek()? {
+            Some(Entry { event: Event::Interrupt { vector: v, at: a }, .. })
+                if *v == vector && a == at =>
+            {
+                self.ahead.pop_front();
+                return Ok(());
+            }
+            Some(entry) => describe(entry),
+            None => return self.cut_short(at.exits),
+        };
+        let found = describe_interrupt(at, vector);
+        Err(self.diverged(*at, Difference::Interrupt { expected, found }))
+    }
+
+    fn wants_memory(&mut self, exits: u64) -> bool {
+        let recorded = matches!(
+            self.peek(),
+            Ok(Some(Entry { exits: at, event: Event::Memory { .. } })) if *at == exits
+        );
+        recorded || self.memory_every.is_some_and(|every| exits.is_multiple_of(every))
+    }
+
+    fn memory(&mut self, exits: u64, digest: u64) -> Result<(), Closed> {
+        let recorded = self.take(exits, |event| match event {
+            Event::Memory { digest } => Some(*digest),
+            _ => None,
+        })?;
+        let Some(expected) = recorded else { return Ok(()) };
+        if expected != digest {
+            let difference = Difference::Memory { expected: Some(expected), found: Some(digest) };
+            return Err(self.diverged(self.last_moment(exits), difference));
+        }
+        self.memories_checked += 1;
+        Ok(())
+    }
+
+    fn goes_on(&mut self, exits: u64, pending: bool) -> Result<(), Closed> {
+        if self.until.is_some_and(|until| exits >= until) {
+            return Err(Closed::Reached(exits));
+        }
+        let expected = match self.peek()? {
+            None => return self.cut_short(exits),
+            Some(entry) if entry.exits > exits => return Ok(()),
+            Some(Entry { event: Event::Interrupt { .. }, .. }) if pending => return Ok(()),
+            Some(Entry { event: Event::End(end), .. }) if end.ending == Ending::StoppedRunning => {
+                return Err(Closed::End(Ending::StoppedRunning));
+            }
+            Some(entry) => describe(entry),
+        };
+        Err(self.diverged(self.last_moment(exits), Difference::Missed { expected }))
+    }
+
+    fn kicked(&mut self, _exits: u64) -> Result<(), Closed> {
+        Ok(())
+    }
+
+    fn abandon(&mut self, _exits: u64, _now: Nanos) -> Result<(), Closed> {
+        Ok(())
+    }
+
+    fn end(&mut self, exits: u64, found: &End) -> Result<(), Closed> {
+        let at = self.last_moment(exits);
+        let expected = match self.peek()? {
+            Some(Entry { exits: recorded, event: Event::End(end) }) if *recorded == exits => {
+                end.clone()
+            }
+            Some(entry) => {
+                let expected = describe(entry);
+                let found = format!("{:?} at exit {exits}", found.ending);
+                return Err(self.diverged(at, Difference::End { field: "the end", expected, found }));
+            }
+            None => {
+                self.cut_short(exits)?;
+                let expected = "a journal that goes on".to_string();
+                let found = format!("{:?} at exit {exits}", found.ending);
+                return Err(self.diverged(at, Difference::End { field: "the end", expected, found }));
+            }
+        };
+        let fields = [
+            ("how it ended", format!("{:?}", expected.ending), format!("{:?}", found.ending)),
+            ("guest time", expected.now.to_string(), found.now.to_string()),
+            ("the digest", format!("{:016x}", expected.digest), format!("{:016x}", found.digest)),
+            ("the panic", format!("{:?}", expected.panic), format!("{:?}", found.panic)),
+        ];
+        for (field, expected, found) in fields {
+            if expected != found {
+                return Err(self.diverged(at, Difference::End { field, expected, found }));
+            }
+        }
+        if expected.memory != found.memory {
+            let difference = Difference::Memory { expected: expected.memory, found: found.memory };
+            return Err(self.diverged(at, difference));
+        }
+        self.memories_checked += u64::from(found.memory.is_some());
+        self.ahead.pop_front();
+        Ok(())
+    }
+}
+
+fn describe(entry: &Entry) -> String {
+    let exits = entry.exits;
+    match &entry.event {
+        Event::Turn(turn) => format!("exit {exits}: {turn}"),
+        Event::Time { ahead_ns } => format!("exit {exits}: guest time corrected by {ahead_ns} ns"),
+        Event::Input(input) => format!("exit {exits}: {input:?}"),
+        Event::Interrupt { vector, at } => describe_interrupt(at, *vector),
+        Event::Witness { .. } => format!("exit {exits}: a witness of the digest"),
+        Event::Memory { .. } => format!("exit {exits}: a digest of memory"),
+        Event::End(end) => format!("exit {exits}: the end ({:?})", end.ending),
+    }
+}
+
+fn describe_interrupt(at: &Moment, vector: u8) -> String {
+    format!("interrupt with vector {vector:#x} at {at}")
+}

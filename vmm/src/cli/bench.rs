@@ -1,0 +1,234 @@
+//! `hindsight bench`: what recording and replaying cost, as ratios in one run.
+//!
+//! Whole processes are measured, in turn, so that a machine whose speed drifts slows all sides
+//! alike; medians are quoted.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use anyhow::Context;
+use clap::Args;
+use serde::Serialize;
+use serde_json::Value;
+
+use super::format::{bytes, thousands};
+use super::{MachineOptions, Outcome};
+use crate::machine::{cmdline, MACHINE_CMDLINE};
+
+/// Options of `bench`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Each round runs the machine bare, records it, and replays the recording; with --against-qemu it is
+also recorded by `qemu-system-x86_64 -icount shift=7,rr=record`. The guest must end by itself.")]
+pub struct Options {
+    #[command(flatten)]
+    machine: MachineOptions,
+    /// Rounds.
+    #[arg(long, short = 'n', default_value_t = 5)]
+    rounds: usize,
+    /// Also measure QEMU's own record/replay, in the same rounds, this many times in all.
+    #[arg(long, value_name = "TIMES", num_args = 0..=1, default_missing_value = "1")]
+    against_qemu: Option<usize>,
+    /// Where recordings are written and removed again.
+    #[arg(long, value_name = "DIR")]
+    scratch: Option<PathBuf>,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// One side's figures.
+#[derive(Debug, Default, Serialize)]
+struct Side {
+    seconds: Vec<f64>,
+    exits: u64,
+    guest_ns: u64,
+    time_reads: u64,
+    journal_bytes: u64,
+}
+
+impl Side {
+    fn median(&self) -> f64 {
+        median(&self.seconds)
+    }
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    run: Side,
+    record: Side,
+    replay: Side,
+    qemu: Side,
+    record_over_run: f64,
+    replay_over_record: f64,
+    qemu_over_record: Option<f64>,
+}
+
+pub fn main(options: &Options) -> anyhow::Result<Outcome> {
+    let scratch = options.scratch.clone().unwrap_or_else(std::env::temp_dir);
+    let directory = scratch.join(format!("hindsight-bench-{}", std::process::id()));
+    std::fs::create_dir_all(&directory).with_context(|| directory.display().to_string())?;
+    let result = measure(options, &directory);
+    let removed = std::fs::remove_dir_all(&directory);
+    let report = result?;
+    removed.with_context(|| directory.display().to_string())?;
+    if options.json {
+        println!("{}", serde_json::to_string(&report)?);
+    } else {
+        print(&report);
+    }
+    Ok(Outcome::Good)
+}
+
+fn measure(options: &Options, directory: &Path) -> anyhow::Result<Report> {
+    let [mut run, mut record, mut replay, mut qemu] = [(); 4].map(|()| Side::default());
+    let recording = directory.join("recording");
+    for round in 1..=options.rounds {
+        eprintln!("round {round} of {}", options.rounds);
+        one(&mut run, hindsight("run")?.args(machine_arguments(&options.machine)).arg("--json"))?;
+        let mut command = hindsight("record")?;
+        command.args(machine_arguments(&options.machine)).args(["--json", "--force", "-o"]);
+        one(&mut record, command.arg(&recording))?;
+        one(&mut replay, hindsight("replay")?.arg(&recording).arg("--json"))?;
+        if options.against_qemu.is_some_and(|times| round <= times) {
+            qemu.seconds.push(time(&mut qemu_record(&options.machine, directory)?)?.0);
+            let log = std::fs::metadata(directory.join("qemu.rr"))?;
+            qemu.journal_bytes = log.len();
+        }
+    }
+    let record_s = record.median();
+    Ok(Report {
+        record_over_run: paired_ratio(&record.seconds, &run.seconds),
+        replay_over_record: paired_ratio(&replay.seconds, &record.seconds),
+        qemu_over_record: (!qemu.seconds.is_empty()).then(|| qemu.median() / record_s),
+        run,
+        record,
+        replay,
+        qemu,
+    })
+}
+
+fn hindsight(command: &str) -> anyhow::Result<Command> {
+    let mut process = Command::new(std::env::current_exe()?);
+    process.arg(command);
+    Ok(process)
+}
+
+fn machine_arguments(machine: &MachineOptions) -> Vec<std::ffi::OsString> {
+    let mut arguments = vec!["--kernel".into(), machine.kernel.clone().into_os_string()];
+    if let Some(initrd) = &machine.initrd {
+        arguments.extend(["--initrd".into(), initrd.clone().into_os_string()]);
+    }
+    arguments.extend(["--memory".into(), machine.memory.to_string().into()]);
+    arguments.push(format!("--cmdline={}", machine.cmdline).into());
+    if machine.cmdline_exact {
+        arguments.push("--cmdline-exact".into());
+    }
+    arguments
+}
+
+/// The same boot under QEMU's own recorder.
+fn qemu_record(machine: &MachineOptions, directory: &Path) -> anyhow::Result<Command> {
+    let mut log = std::ffi::OsString::from("shift=7,rr=record,rrfile=");
+    log.push(directory.join("qemu.rr"));
+    // QEMU's machine has its own clocks and controllers: only the console and the reboot are ours.
+    let words = match cmdline(&machine.cmdline, machine.cmdline_exact) {
+        words if machine.cmdline_exact => words,
+        words => words.replacen(MACHINE_CMDLINE, "console=ttyS0 panic=-1 reboot=k", 1),
+    };
+    let mut process = Command::new("qemu-system-x86_64");
+    process.args(["-accel", "tcg", "-display", "none", "-serial", "stdio", "-no-reboot"]);
+    process.args(["-net", "none", "-icount"]).arg(log).arg("-m");
+    process.arg(format!("{}M", machine.memory >> 20)).arg("-kernel").arg(&machine.kernel);
+    if let Some(initrd) = &machine.initrd {
+        process.arg("-initrd").arg(initrd);
+    }
+    process.arg("-append").arg(words);
+    Ok(process)
+}
+
+fn one(side: &mut Side, command: &mut Command) -> anyhow::Result<()> {
+    let (seconds, output) = time(command)?;
+    side.seconds.push(seconds);
+    let value: Value = serde_json::from_slice(&output).context("reading a summary")?;
+    let summary = if value["summary"].is_object() { &value["summary"] } else { &value };
+    let number = |name: &str| summary[name].as_u64().unwrap_or(0);
+    let kind = |name: &str| summary["exits_by_kind"][name].as_u64().unwrap_or(0);
+    side.exits = number("exits");
+    side.guest_ns = number("guest_ns");
+    side.journal_bytes = number("journal_bytes");
+    side.time_reads = kind("kernel time reads") + kind("user time reads");
+    Ok(())
+}
+
+fn time(command: &mut Command) -> anyhow::Result<(f64, Vec<u8>)> {
+    command.stdin(Stdio::null()).stderr(Stdio::piped()).stdout(Stdio::piped());
+    let start = Instant::now();
+    let output = command.output().with_context(|| format!("{command:?}"))?;
+    let seconds = start.elapsed().as_secs_f64();
+    if !output.status.success() {
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        anyhow::bail!("{command:?} ended with {}:\n{stderr}", output.status);
+    }
+    Ok((seconds, output.stdout))
+}
+
+/// The median of the ratios, round by round.
+fn paired_ratio(a: &[f64], b: &[f64]) -> f64 {
+    median(&a.iter().zip(b).map(|(a, b)| a / b).collect::<Vec<_>>())
+}
+
+fn median(values: &[f64]) -> f64 {
+    let mut values = values.to_vec();
+    values.sort_by(f64::total_cmp);
+    match values.len() {
+        0 => f64::NAN,
+        n if n % 2 == 1 => values[n / 2],
+        n => (values[n / 2 - 1] + values[n / 2]) / 2.0,
+    }
+}
+
+fn print(report: &Report) {
+    for (name, side) in
+        [("run", &report.run), ("record", &report.record), ("replay", &report.replay)]
+    {
+        let low = side.seconds.iter().copied().fold(f64::INFINITY, f64::min);
+        let high = side.seconds.iter().copied().fold(0.0, f64::max);
+        println!(
+            "{name:<8} median {:.3} s ({low:.3} to {high:.3}), {} exits, {:.0} exits/s",
+            side.median(),
+            thousands(side.exits),
+            side.exits as f64 / side.median()
+        );
+    }
+    println!("record / run     {:.3}  (median of the rounds' ratios)", report.record_over_run);
+    println!("replay / record  {:.3}", report.replay_over_record);
+    let record = &report.record;
+    println!(
+        "journal          {}, {:.0} bytes per guest second, {:.2} bytes per time read ({})",
+        bytes(record.journal_bytes),
+        record.journal_bytes as f64 / (record.guest_ns.max(1) as f64 / 1e9),
+        record.journal_bytes as f64 / record.time_reads.max(1) as f64,
+        thousands(record.time_reads)
+    );
+    if let Some(ratio) = report.qemu_over_record {
+        println!(
+            "qemu rr=record   median {:.3} s, log {}: {ratio:.2} times as long",
+            report.qemu.median(),
+            bytes(report.qemu.journal_bytes)
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{median, paired_ratio};
+
+    #[test]
+    fn medians_are_of_the_middle() {
+        assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), 2.5);
+        assert_eq!(paired_ratio(&[2.0, 9.0, 4.0], &[1.0, 3.0, 4.0]), 2.0);
+    }
+}

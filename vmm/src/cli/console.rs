@@ -1,0 +1,117 @@
+//! The guest's console on standard output.
+
+use std::io::{IsTerminal, Write};
+use std::time::{Duration, Instant};
+
+use hindsight_devices::Nanos;
+use hindsight_replay::{Exit, Observer, Turn};
+use indicatif::{ProgressBar, ProgressStyle};
+
+/// A guest that makes no exit for this long is spoken of: nothing can be delivered to it.
+const SILENCE: Duration = Duration::from_secs(10);
+
+/// Shows what the guest writes, and how far a replay is.
+#[derive(Debug)]
+pub struct Console {
+    quiet: bool,
+    pace: Option<Instant>,
+    bar: Option<ProgressBar>,
+    last_exit: (u64, Instant),
+    warned: bool,
+    written: u64,
+    stamp: u32,
+}
+
+impl Console {
+    /// Shows output as it comes, unless `quiet`.
+    pub fn new(quiet: bool) -> Console {
+        Console {
+            quiet,
+            pace: None,
+            bar: None,
+            last_exit: (0, Instant::now()),
+            warned: false,
+            written: 0,
+            stamp: 0,
+        }
+    }
+
+    /// Shows output no earlier than it came when it was recorded.
+    pub fn at_recorded_pace(mut self) -> Console {
+        self.pace = Some(Instant::now());
+        self
+    }
+
+    /// Shows a progress bar up to exit `last`, if a person can see it and it is in nobody's way.
+    pub fn with_progress(mut self, last: u64) -> Console {
+        let free = std::io::stderr().is_terminal() && (self.quiet || !std::io::stdout().is_terminal());
+        if free {
+            let style = ProgressStyle::with_template("{bar:40} {pos}/{len} exits, {eta} left");
+            let bar = ProgressBar::new(last);
+            self.bar = Some(style.map_or(bar.clone(), |style| bar.with_style(style)));
+        }
+        self
+    }
+
+    /// Bytes the guest wrote.
+    pub fn written(&self) -> u64 {
+        self.written
+    }
+
+    fn flush(&self) {
+        // A reader that went away is no reason to stop a recording.
+        let _ = std::io::stdout().flush();
+    }
+}
+
+impl Observer for Console {
+    fn output(&mut self, _exits: u64, now: Nanos, bytes: &[u8]) {
+        self.written += bytes.len() as u64;
+        if let Some(start) = self.pace {
+            let due = start + Duration::from_nanos(now);
+            std::thread::sleep(due.saturating_duration_since(Instant::now()));
+        }
+        if !self.quiet {
+            let _ = std::io::stdout().write_all(bytes);
+        }
+    }
+
+    fn turn(&mut self, exits: u64, turn: &Turn) {
+        if turn.exit == Exit::Halt && !self.quiet {
+            self.flush();
+        }
+        // A clock would be dear here, at every exit; a count is not.
+        self.stamp = self.stamp.wrapping_add(1);
+        if self.stamp.is_multiple_of(4096)
+            && let Some(bar) = &self.bar
+        {
+            bar.set_position(exits);
+        }
+    }
+
+    fn kicked(&mut self, exits: u64) {
+        if !self.quiet {
+            self.flush();
+        }
+        if self.last_exit.0 != exits {
+            self.last_exit = (exits, Instant::now());
+            self.warned = false;
+        } else if !self.warned && self.last_exit.1.elapsed() > SILENCE {
+            self.warned = true;
+            eprintln!(
+                "\r\nhindsight: the guest has computed for {} s without an exit; interrupts wait for \
+                 the next one (a loop without system calls?)\r",
+                SILENCE.as_secs()
+            );
+        }
+    }
+}
+
+impl Drop for Console {
+    fn drop(&mut self) {
+        self.flush();
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}

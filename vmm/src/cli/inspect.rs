@@ -1,0 +1,330 @@
+//! `hindsight inspect`: what a recording is and what is in it.
+
+use std::io::{BufWriter, Read, Write};
+use std::path::PathBuf;
+
+use clap::Args;
+use comfy_table::{CellAlignment, Table, presets};
+use hindsight_devices::Nanos;
+use hindsight_replay::{
+    Closed, Detail, Event, FRAME_HEAD_BYTES, Frame, Header, JournalReader, Moment, Observer,
+    Replayer, RunError, TailReason, Turn,
+};
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::format::{bytes, seconds, thousands};
+use super::replay::rebuild;
+use super::run::host_failure;
+use super::summary::describe_end;
+use super::Outcome;
+use crate::recording::Recording;
+
+/// Options of `inspect`.
+#[derive(Debug, Args)]
+pub struct Options {
+    /// The recording.
+    recording: PathBuf,
+    /// List every event of the journal.
+    #[arg(long, conflicts_with = "io")]
+    events: bool,
+    /// List every exit (device accesses, time reads, CPUID) with its value, and every interrupt.
+    /// Read from the journal if it is of full detail, else found out by replaying.
+    #[arg(long)]
+    io: bool,
+    /// Print JSON: one object, or with --events and --io one line each.
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn main(options: &Options) -> anyhow::Result<Outcome> {
+    let recording = Recording::at(&options.recording);
+    let journal = recording.journal()?;
+    if options.io && journal.header().detail == Detail::Default {
+        return replay_io(&recording, journal, options.json);
+    }
+    if options.io || options.events {
+        return list(journal, options);
+    }
+    overview(&recording, journal, options.json)
+}
+
+/// One line of a listing, as text or as JSON.
+struct Listing<W: Write> {
+    out: W,
+    json: bool,
+    /// A reader that closed the pipe wants no more; anything else is told.
+    failed: Option<std::io::Error>,
+}
+
+impl<W: Write> Listing<W> {
+    fn new(out: W, json: bool) -> Listing<W> {
+        Listing { out, json, failed: None }
+    }
+
+    fn line(&mut self, text: impl FnOnce() -> String, value: impl FnOnce() -> Value) {
+        if self.failed.is_some() {
+            return;
+        }
+        let line = if self.json { value().to_string() } else { text() };
+        self.failed = writeln!(self.out, "{line}").err();
+    }
+
+    fn turn_line(&mut self, exits: u64, turn: &Turn) {
+        self.line(
+            || format!("{exits:>9} {turn}"),
+            || json!({"exit": exits, "turn": turn}),
+        );
+    }
+
+    fn interrupt_line(&mut self, at: &Moment, vector: u8) {
+        self.line(
+            || format!("{:>9} interrupt {vector:#04x} at rip {:#x} rcx {:#x}", at.exits, at.rip, at.rcx),
+            || json!({"exit": at.exits, "interrupt": {"vector": vector, "at": at}}),
+        );
+    }
+
+    fn finish(mut self) -> anyhow::Result<()> {
+        let failed = self.failed.take().or_else(|| self.out.flush().err());
+        match failed {
+            Some(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl<W: Write> Observer for Listing<W> {
+    fn turn(&mut self, exits: u64, turn: &Turn) {
+        self.turn_line(exits, turn);
+    }
+
+    fn interrupt(&mut self, at: &Moment, vector: u8, _now: Nanos) {
+        self.interrupt_line(at, vector);
+    }
+}
+
+fn stdout() -> BufWriter<std::io::Stdout> {
+    BufWriter::with_capacity(1 << 16, std::io::stdout())
+}
+
+fn replay_io(
+    recording: &Recording,
+    journal: JournalReader<impl Read>,
+    json: bool,
+) -> anyhow::Result<Outcome> {
+    let header = journal.header().clone();
+    let (mut cpu, mut machine) = rebuild(recording, &header, None, None)?;
+    let mut replayer = Replayer::new(journal, None, None);
+    let mut listing = Listing::new(stdout(), json);
+    let result = machine.run(&mut cpu, &mut replayer, &mut listing);
+    listing.finish()?;
+    match result {
+        Ok(_) => Ok(Outcome::Good),
+        Err(RunError::Closed(Closed::CutShort(tail))) => {
+            eprintln!("hindsight: {tail}");
+            Ok(Outcome::CutShort)
+        }
+        Err(RunError::Closed(Closed::Diverged(divergence))) => {
+            eprintln!("hindsight: {divergence}");
+            Ok(Outcome::Different)
+        }
+        Err(error) => Err(host_failure(error).into()),
+    }
+}
+
+fn list(mut journal: JournalReader<impl Read>, options: &Options) -> anyhow::Result<Outcome> {
+    let mut listing = Listing::new(stdout(), options.json);
+    while let Some(frame) = journal.next_frame()? {
+        for entry in &frame.entries {
+            let exits = entry.exits;
+            match &entry.event {
+                Event::Turn(turn) => listing.turn_line(exits, turn),
+                Event::Interrupt { vector, at } => listing.interrupt_line(at, *vector),
+                _ if options.io => {}
+                Event::Time { ahead_ns } => listing.line(
+                    || format!("{exits:>9} time {ahead_ns:+} ns"),
+                    || json!({"exit": exits, "time": {"ahead_ns": ahead_ns}}),
+                ),
+                Event::Input(input) => listing.line(
+                    || format!("{exits:>9} input {input:?}"),
+                    || json!({"exit": exits, "input": input}),
+                ),
+                Event::Witness { check } => listing.line(
+                    || format!("{exits:>9} witness {:02x}{:02x}", check[1], check[0]),
+                    || json!({"exit": exits, "witness": u16::from_le_bytes(*check)}),
+                ),
+                Event::Memory { digest } => listing.line(
+                    || format!("{exits:>9} memory {digest:016x}"),
+                    || json!({"exit": exits, "memory": format!("{digest:016x}")}),
+                ),
+                Event::End(end) => listing.line(
+                    || format!("{exits:>9} end: {}", describe_end(end)),
+                    || json!({"exit": exits, "end": end}),
+                ),
+            }
+        }
+    }
+    listing.finish()?;
+    Ok(report_tail(&journal))
+}
+
+/// Says so if the journal was not read to a proper end.
+fn report_tail(journal: &JournalReader<impl Read>) -> Outcome {
+    match journal.tail() {
+        Some(tail) if tail.reason != TailReason::Closed => {
+            eprintln!("hindsight: {tail}");
+            Outcome::CutShort
+        }
+        _ => Outcome::Good,
+    }
+}
+
+/// What is counted over a whole journal.
+#[derive(Debug, Default, Serialize)]
+struct Census {
+    frames: u64,
+    frame_bytes: u64,
+    raw_bytes: u64,
+    events: [u64; Event::KINDS],
+    event_bytes: [u64; Event::KINDS],
+    /// Exits, journal bytes and interrupts by whole second of guest time.
+    seconds: Vec<[u64; 3]>,
+}
+
+impl Census {
+    fn count(&mut self, frame: &Frame) {
+        self.frames += 1;
+        self.frame_bytes += FRAME_HEAD_BYTES as u64 + u64::from(frame.head.compressed_bytes);
+        self.raw_bytes += u64::from(frame.head.raw_bytes);
+        let second = (frame.place.now / 1_000_000_000) as usize;
+        // A journal may claim any time; a table of a day is as long as anyone reads.
+        let second = second.min(86_400);
+        if self.seconds.len() <= second {
+            self.seconds.resize(second + 1, [0; 3]);
+        }
+        let row = &mut self.seconds[second];
+        row[0] += frame.place.through - frame.place.first;
+        row[1] += FRAME_HEAD_BYTES as u64 + u64::from(frame.head.compressed_bytes);
+        for (entry, size) in frame.entries.iter().zip(&frame.sizes) {
+            let kind = entry.event.kind();
+            self.events[kind] += 1;
+            self.event_bytes[kind] += u64::from(*size);
+            row[2] += u64::from(matches!(entry.event, Event::Interrupt { .. }));
+        }
+    }
+}
+
+fn overview(
+    recording: &Recording,
+    mut journal: JournalReader<impl Read>,
+    as_json: bool,
+) -> anyhow::Result<Outcome> {
+    let mut census = Census::default();
+    let mut end = None;
+    let mut places = Vec::new();
+    while let Some(frame) = journal.next_frame()? {
+        census.count(&frame);
+        places.push(frame.place);
+        if let Some(Event::End(found)) = frame.entries.into_iter().next_back().map(|e| e.event) {
+            end = Some(*found);
+        }
+    }
+    let header = journal.header().clone();
+    let tail = journal.tail().expect("the journal was read to its end").clone();
+    if recording.directory().is_dir() && recording.read_index().is_none() && !places.is_empty() {
+        // The index only saves time; a directory that cannot be written to does without.
+        let _ = recording.write_index(&places);
+    }
+    if as_json {
+        let value = json!({
+            "header": header,
+            "exits": journal.through(),
+            "end": end,
+            "tail": tail.to_string(),
+            "closed": tail.reason == TailReason::Closed,
+            "journal": census,
+        });
+        println!("{value}");
+    } else {
+        print_header(&header);
+        match &end {
+            Some(end) => println!(
+                "end         {}, after exit {} and {}\n            digest {:016x}, memory {}",
+                describe_end(end),
+                thousands(journal.through()),
+                seconds(end.now),
+                end.digest,
+                end.memory.map_or("none".into(), |memory| format!("{memory:016x}"))
+            ),
+            None => println!("end         none: {tail}"),
+        }
+        print_census(&census);
+    }
+    Ok(report_tail(&journal))
+}
+
+fn print_header(header: &Header) {
+    let machine = &header.machine;
+    let detail = match header.detail {
+        Detail::Default => "default",
+        Detail::Full => "full",
+    };
+    println!("recorded    by {}, {detail} detail", header.host.recorder);
+    println!("host        {}, Linux {}", header.host.cpu, header.host.kernel);
+    for hole in &header.host.holes {
+        println!("left open   {hole}");
+    }
+    println!("kernel      {}", machine.kernel_version);
+    println!("            {} bytes, BLAKE3 {}", thousands(machine.kernel.bytes), machine.kernel.hex());
+    if let Some(initrd) = &machine.initrd {
+        println!("initrd      {} bytes, BLAKE3 {}", thousands(initrd.bytes), initrd.hex());
+    }
+    println!("cmdline     {}", machine.cmdline);
+    println!("memory      {}", bytes(machine.memory_bytes));
+    println!("cpu         {}, {} CPUID entries", machine.cpuid.vendor(), machine.cpuid.entries.len());
+    let traps = &machine.traps;
+    println!(
+        "traps       {} rdtsc, {} rdtscp, {} cpuid, {} CR4 writes, {} CR4 reads",
+        traps.rdtsc, traps.rdtscp, traps.cpuid, traps.cr4_writes, traps.cr4_reads
+    );
+}
+
+fn print_census(census: &Census) {
+    println!(
+        "journal     {} in {} frames, {} raw\n",
+        bytes(census.frame_bytes),
+        census.frames,
+        bytes(census.raw_bytes)
+    );
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING).set_header(["event", "count", "raw bytes"]);
+    for (kind, name) in Event::KIND_NAMES.into_iter().enumerate() {
+        if census.events[kind] > 0 {
+            table.add_row([
+                name.to_string(),
+                thousands(census.events[kind]),
+                thousands(census.event_bytes[kind]),
+            ]);
+        }
+    }
+    right_align(&mut table);
+    println!("{table}\n");
+    let mut table = Table::new();
+    table
+        .load_preset(presets::NOTHING)
+        .set_header(["guest second", "exits", "journal bytes", "interrupts"]);
+    // At most twenty rows: a long recording is shown in larger steps.
+    let step = census.seconds.len().div_ceil(20).max(1);
+    for (row, seconds) in census.seconds.chunks(step).enumerate() {
+        let sum = |column: usize| thousands(seconds.iter().map(|second| second[column]).sum());
+        table.add_row([format!("{}..", row * step), sum(0), sum(1), sum(2)]);
+    }
+    right_align(&mut table);
+    println!("{table}");
+}
+
+fn right_align(table: &mut Table) {
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+}

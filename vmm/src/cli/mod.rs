@@ -1,0 +1,161 @@
+//! The command line: one file per command.
+
+mod bench;
+mod console;
+mod diff;
+mod format;
+mod inspect;
+mod record;
+mod replay;
+mod run;
+mod summary;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, CommandFactory, Parser, Subcommand};
+
+pub use summary::Summary;
+
+/// What a script can tell from the exit code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// All went well; for a replay: equal, to the end.
+    Good = 0,
+    /// A replay diverged, or two recordings differ.
+    Different = 1,
+    /// The input is no good: arguments, files, a damaged head.
+    BadInput = 2,
+    /// The recording was cut short or damaged; equal up to there.
+    CutShort = 3,
+    /// This host cannot do it.
+    Unfit = 4,
+    /// The host failed on the way: disk full, KVM error.
+    HostFailed = 5,
+}
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  it worked; a replay was equal to the end
+  1  a replay diverged, or two recordings differ
+  2  bad arguments, a file that cannot be used, a recording that does not fit
+  3  the recording was cut short or is damaged; what there is replays equal
+  4  this host cannot record (see `hindsight doctor`)
+  5  the host failed on the way (disk full, KVM error)";
+
+/// Records a whole Linux machine under stock KVM, and replays it bit for bit.
+#[derive(Debug, Parser)]
+#[command(name = "hindsight", version, after_help = EXIT_CODES)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Boot a machine without recording it.
+    Run(run::Options),
+    /// Boot a machine and record everything it could not have computed for itself.
+    Record(record::Options),
+    /// Run a recorded machine again, and check every step against the recording.
+    Replay(replay::Options),
+    /// Tell what a recording is and what is in it.
+    Inspect(inspect::Options),
+    /// Show the first difference between two recordings, and what led up to it.
+    Diff(diff::Options),
+    /// Probe this host's KVM with tiny guests: can it record, and what would be left open?
+    Doctor(crate::doctor::Options),
+    /// Measure what recording and replaying cost, as ratios in one run.
+    Bench(bench::Options),
+    /// Print a completion script for a shell.
+    Completions {
+        /// Which shell.
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page (roff).
+    Man,
+}
+
+/// What a machine is made of.
+#[derive(Clone, Debug, Args)]
+pub struct MachineOptions {
+    /// The kernel: a distribution's vmlinuz (bzImage), or an ELF vmlinux.
+    #[arg(long, short, value_name = "FILE")]
+    pub kernel: PathBuf,
+    /// The initial RAM disk.
+    #[arg(long, short, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// Words to add to the kernel's command line; what the machine itself needs is always there.
+    #[arg(long, short, value_name = "WORDS", default_value = "", allow_hyphen_values = true)]
+    pub cmdline: String,
+    /// Take --cmdline as the whole command line.
+    #[arg(long)]
+    pub cmdline_exact: bool,
+    /// RAM, with K, M or G.
+    #[arg(long, short, value_name = "SIZE", default_value = "256M", value_parser = format::parse_size)]
+    pub memory: u64,
+}
+
+/// Parses the arguments and does what they say.
+pub fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Run(options) => run::main(&options),
+        Command::Record(options) => record::main(&options),
+        Command::Replay(options) => replay::main(&options),
+        Command::Inspect(options) => inspect::main(&options),
+        Command::Diff(options) => diff::main(&options),
+        Command::Doctor(options) => crate::doctor::main(&options),
+        Command::Bench(options) => bench::main(&options),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "hindsight", &mut std::io::stdout());
+            Ok(Outcome::Good)
+        }
+        Command::Man => print_manual(),
+    };
+    match result {
+        Ok(outcome) => ExitCode::from(outcome as u8),
+        Err(error) => {
+            eprintln!("hindsight: {error:#}");
+            ExitCode::from(outcome_of(&error) as u8)
+        }
+    }
+}
+
+/// Errors that carry an outcome of their own; all others are bad input.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct Failure {
+    outcome: Outcome,
+    message: String,
+}
+
+impl Failure {
+    /// An error that ends the program with `outcome`.
+    pub fn new(outcome: Outcome, message: impl ToString) -> Failure {
+        Failure { outcome, message: message.to_string() }
+    }
+}
+
+fn outcome_of(error: &anyhow::Error) -> Outcome {
+    if let Some(failure) = error.downcast_ref::<Failure>() {
+        return failure.outcome;
+    }
+    match error.downcast_ref::<crate::kvm::KvmError>() {
+        Some(crate::kvm::KvmError::Open(_) | crate::kvm::KvmError::Lacks(_)) => Outcome::Unfit,
+        Some(crate::kvm::KvmError::Cpu(_)) | None => Outcome::BadInput,
+        Some(_) => Outcome::HostFailed,
+    }
+}
+
+/// The main page, and each command's behind it.
+fn print_manual() -> anyhow::Result<Outcome> {
+    let mut command = Cli::command();
+    command.build();
+    let mut out = std::io::stdout().lock();
+    clap_mangen::Man::new(command.clone()).render(&mut out)?;
+    for sub in command.get_subcommands().filter(|sub| sub.get_name() != "help") {
+        let name: &'static str = format!("hindsight-{}", sub.get_name()).leak();
+        clap_mangen::Man::new(sub.clone().name(name)).render(&mut out)?;
+    }
+    Ok(Outcome::Good)
+}

@@ -1,0 +1,228 @@
+//! `hindsight replay`.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use clap::Args;
+use hindsight_replay::{
+    Closed, Detail, End, ExitNumber, Header, Machine, Outside, Recorder, Replayer, RunError,
+};
+use kvm_ioctls::Kvm;
+use serde::Serialize;
+
+use super::console::Console;
+use super::format::{parse_size, seconds, thousands};
+use super::record::DetailOption;
+use super::run::host_failure;
+use super::summary::{Summary, describe_end};
+use super::{Failure, Outcome};
+use crate::kvm::{KvmCpu, KvmError};
+use crate::machine::{LoadedKernel, build, check_cpu};
+use crate::recording::Recording;
+
+/// What to verify: all of memory, at the end or every so many exits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Verify {
+    /// Exits from one digest to the next; `None`: only at the end.
+    pub every: Option<u64>,
+}
+
+/// Parses `memory` and `memory=N`.
+pub fn parse_verify(text: &str) -> Result<Verify, String> {
+    match text.split_once('=') {
+        None if text == "memory" => Ok(Verify { every: None }),
+        Some(("memory", number)) => match number.parse() {
+            Ok(every) if every > 0 => Ok(Verify { every: Some(every) }),
+            _ => Err(format!("{number:?} is not a number of exits above 0")),
+        },
+        _ => Err(format!("{text:?}: expected memory or memory=N")),
+    }
+}
+
+/// Options of `replay`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The guest's console goes to standard output, the verdict to standard error. Memory is always
+compared at the end of a whole recording.")]
+pub struct Options {
+    /// The recording.
+    recording: PathBuf,
+    /// Compare all of memory: at the end (memory), or every N exits too (memory=N), where the
+    /// recording holds digests made with the same option.
+    #[arg(long, value_name = "memory[=N]", value_parser = parse_verify)]
+    verify: Option<Verify>,
+    /// Stop behind this exit.
+    #[arg(long, value_name = "EXIT")]
+    until: Option<ExitNumber>,
+    /// Show the console at the recorded pace instead of as fast as it can be computed.
+    #[arg(long)]
+    real_time: bool,
+    /// Write what the replay does as a recording of full detail.
+    #[arg(long, value_name = "DIR")]
+    relog: Option<PathBuf>,
+    /// Detail of what --relog writes.
+    #[arg(long, value_enum, default_value_t = DetailOption::Full, requires = "relog")]
+    detail: DetailOption,
+    /// With --relog: replace a recording that is there.
+    #[arg(long, requires = "relog")]
+    force: bool,
+    /// Take the kernel from here instead of from the recording; it must be the same.
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
+    /// Take the initrd from here instead of from the recording; it must be the same.
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+    /// Refuse unless the recorded machine has this much RAM.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    memory: Option<u64>,
+    /// Do not show the guest's console.
+    #[arg(long, short)]
+    quiet: bool,
+    /// Print the verdict as JSON on standard output, and nothing else.
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn main(options: &Options) -> anyhow::Result<Outcome> {
+    let start = Instant::now();
+    let recording = Recording::at(&options.recording);
+    let journal = recording.journal()?;
+    let header = journal.header().clone();
+    if let Some(memory) = options.memory
+        && memory != header.machine.memory_bytes
+    {
+        let message = format!(
+            "--memory is {memory} bytes, the recorded machine has {} bytes",
+            header.machine.memory_bytes
+        );
+        return Err(Failure::new(Outcome::BadInput, message).into());
+    }
+    let (mut cpu, mut machine) =
+        rebuild(&recording, &header, options.kernel.as_deref(), options.initrd.as_deref())?;
+    let last_exit = recording.read_index().and_then(|index| index.last().map(|last| last.through));
+
+    let quiet = options.quiet || options.json;
+    let mut console = Console::new(quiet);
+    if options.real_time {
+        console = console.at_recorded_pace();
+    }
+    if let Some(last) = options.until.map(|until| until.0).or(last_exit) {
+        console = console.with_progress(last);
+    }
+    let every = options.verify.and_then(|verify| verify.every);
+    // A relog asks for digests of its own; a plain replay only for those that can be compared.
+    let own_digests = every.filter(|_| options.relog.is_some());
+    let mut replayer = Replayer::new(journal, options.until.map(|until| until.0), own_digests);
+    let (result, replayer) = match &options.relog {
+        None => (machine.run(&mut cpu, &mut replayer, &mut console), replayer),
+        Some(directory) => {
+            let target = Recording::create(directory, options.force)?;
+            for name in ["kernel", "initrd"] {
+                if recording.path(name).exists() {
+                    target.write(name, &crate::recording::read(&recording.path(name))?)?;
+                }
+            }
+            let header = Header { detail: Detail::from(options.detail), ..header.clone() };
+            let mut relog = Recorder::create(replayer, target.create_journal()?, &header)
+                .map_err(|error| Failure::new(Outcome::HostFailed, error))?;
+            let result = machine.run(&mut cpu, &mut relog, &mut console);
+            if result.is_err() {
+                relog.abandon(machine.at().exits, machine.now()).ok();
+            }
+            target.write_index(relog.index())?;
+            (result, relog.into_inner())
+        }
+    };
+    drop(console);
+    if let Some(every) = every
+        && options.relog.is_none()
+        && replayer.memories_checked() < 2
+        && machine.at().exits >= every
+    {
+        let message = format!(
+            "the recording holds no memory digests on the way; record it with --verify \
+             memory={every}, or add them: replay --verify memory={every} --relog DIR"
+        );
+        return Err(Failure::new(Outcome::BadInput, message).into());
+    }
+    let host_ns = start.elapsed().as_nanos() as u64;
+    conclude(result, &machine, &replayer, host_ns, options.json)
+}
+
+/// The machine a recording is of, ready to run from its beginning.
+pub fn rebuild(
+    recording: &Recording,
+    header: &Header,
+    kernel: Option<&std::path::Path>,
+    initrd: Option<&std::path::Path>,
+) -> anyhow::Result<(KvmCpu, Machine)> {
+    let (image, initrd) = recording.images(header, kernel, initrd)?;
+    let kernel = LoadedKernel::open(&image)?;
+    let kvm = Kvm::new().map_err(KvmError::Open)?;
+    check_cpu(&kvm, &header.machine.cpuid)?;
+    Ok(build(&kvm, &header.machine, &kernel, &initrd)?)
+}
+
+/// The verdict as a program reads it.
+#[derive(Serialize)]
+struct Verdict<'a> {
+    verdict: &'static str,
+    detail: String,
+    exits: u64,
+    guest_ns: u64,
+    witnesses_equal: u64,
+    memories_equal: u64,
+    summary: Option<&'a Summary>,
+}
+
+fn conclude(
+    result: Result<End, RunError<KvmError>>,
+    machine: &Machine,
+    replayer: &Replayer<impl std::io::Read>,
+    host_ns: u64,
+    json: bool,
+) -> anyhow::Result<Outcome> {
+    let exits = machine.at().exits;
+    let (verdict, outcome, detail, end) = match result {
+        Ok(end) => ("equal", Outcome::Good, describe_end(&end), Some(end)),
+        Err(RunError::Closed(Closed::Reached(_))) => {
+            ("equal so far", Outcome::Good, format!("stopped at {}", machine.at()), None)
+        }
+        Err(RunError::Closed(Closed::CutShort(tail))) => {
+            ("cut short", Outcome::CutShort, tail.to_string(), None)
+        }
+        Err(RunError::Closed(Closed::Diverged(divergence))) => {
+            ("diverged", Outcome::Different, divergence.to_string(), None)
+        }
+        Err(error) => return Err(host_failure(error).into()),
+    };
+    let summary = end.map(|end| Summary::new(machine, &end, host_ns, None));
+    let (witnesses, memories) = (replayer.witnesses_checked(), replayer.memories_checked());
+    if json {
+        let verdict = Verdict {
+            verdict,
+            detail,
+            exits,
+            guest_ns: machine.now(),
+            witnesses_equal: witnesses,
+            memories_equal: memories,
+            summary: summary.as_ref(),
+        };
+        println!("{}", serde_json::to_string(&verdict).expect("plain values serialise"));
+        return Ok(outcome);
+    }
+    eprintln!("replay {verdict}: {detail}");
+    eprintln!(
+        "  {} exits, {} of guest time in {}; {} witnesses and {} memory digests equal",
+        thousands(exits),
+        seconds(machine.now()),
+        seconds(host_ns),
+        thousands(witnesses),
+        thousands(memories)
+    );
+    if let Some(summary) = summary {
+        let memory = summary.memory_digest.as_deref().unwrap_or("none");
+        eprintln!("  digest {}, memory {memory}", summary.digest);
+    }
+    Ok(outcome)
+}

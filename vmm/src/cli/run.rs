@@ -1,0 +1,70 @@
+//! `hindsight run`: the machine without a recorder, the yardstick of what recording costs.
+
+use std::time::Instant;
+
+use clap::Args;
+use hindsight_replay::{Live, RunError};
+use kvm_ioctls::Kvm;
+
+use super::console::Console;
+use super::summary::Summary;
+use super::{Failure, MachineOptions, Outcome};
+use crate::host::{HostWorld, RawTerminal};
+use crate::kvm::{Kicker, KvmError};
+use crate::machine::{LoadedKernel, build, cmdline, describe};
+use crate::recording::read;
+
+/// Options of `run`.
+#[derive(Debug, Args)]
+pub struct Options {
+    #[command(flatten)]
+    machine: MachineOptions,
+    /// Print the summary as JSON on standard output, and nothing else.
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn main(options: &Options) -> anyhow::Result<Outcome> {
+    let start = Instant::now();
+    let Images { kernel, image, initrd } = Images::read(&options.machine)?;
+    let kvm = Kvm::new().map_err(KvmError::Open)?;
+    let words = cmdline(&options.machine.cmdline, options.machine.cmdline_exact);
+    let description = describe(&kvm, &image, &kernel, &initrd, words, options.machine.memory)?;
+    let (mut cpu, mut machine) = build(&kvm, &description, &kernel, &initrd)?;
+    drop((image, kernel, initrd));
+
+    let raw = RawTerminal::enter();
+    let mut door = Live::new(HostWorld::start(Kicker::for_this_thread()?), None);
+    let mut console = Console::new(options.json);
+    let result = machine.run(&mut cpu, &mut door, &mut console);
+    drop((console, raw));
+    let end = result.map_err(host_failure)?;
+    let host_ns = start.elapsed().as_nanos() as u64;
+    Summary::new(&machine, &end, host_ns, None).print("the guest ended", options.json);
+    Ok(Outcome::Good)
+}
+
+/// The files a machine is made of, read and taken apart.
+pub struct Images {
+    /// The kernel taken apart.
+    pub kernel: LoadedKernel,
+    /// The kernel's file.
+    pub image: Vec<u8>,
+    /// The initrd's file, empty if there is none.
+    pub initrd: Vec<u8>,
+}
+
+impl Images {
+    /// Reads what `options` name.
+    pub fn read(options: &MachineOptions) -> anyhow::Result<Images> {
+        let image = read(&options.kernel)?;
+        let initrd = options.initrd.as_deref().map(read).transpose()?.unwrap_or_default();
+        let kernel = LoadedKernel::open(&image)?;
+        Ok(Images { kernel, image, initrd })
+    }
+}
+
+/// A run that could not go on because of the host.
+pub fn host_failure(error: RunError<KvmError>) -> Failure {
+    Failure::new(Outcome::HostFailed, error)
+}

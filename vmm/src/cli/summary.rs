@@ -1,0 +1,95 @@
+//! What a run, a recording or a replay came to, for people and for programs.
+
+use hindsight_devices::Reset;
+use hindsight_replay::{End, Ending, Exit, Machine, Tally};
+use serde::Serialize;
+
+use super::format::{bytes, seconds, thousands};
+
+/// The one summary that ends a run.
+#[derive(Clone, Debug, Serialize)]
+pub struct Summary {
+    /// How the guest ended, in words.
+    pub ending: String,
+    /// Whether the guest panicked.
+    pub panicked: bool,
+    /// Guest time in nanoseconds.
+    pub guest_ns: u64,
+    /// Host time in nanoseconds.
+    pub host_ns: u64,
+    /// Counted exits.
+    pub exits: u64,
+    /// Exits by kind.
+    pub exits_by_kind: std::collections::BTreeMap<&'static str, u64>,
+    /// Interrupts delivered.
+    pub interrupts: u64,
+    /// Of those, how many waited for the guest to open its window.
+    pub interrupts_in_windows: u64,
+    /// Digest of all turns, in hexadecimal.
+    pub digest: String,
+    /// Digest of all of memory, in hexadecimal.
+    pub memory_digest: Option<String>,
+    /// Bytes of journal.
+    pub journal_bytes: Option<u64>,
+}
+
+impl Summary {
+    /// Of a run that came to `end`.
+    pub fn new(machine: &Machine, end: &End, host_ns: u64, journal_bytes: Option<u64>) -> Summary {
+        let Tally { exits, interrupts, windows } = *machine.tally();
+        let kinds = Exit::KIND_NAMES.into_iter().zip(exits).filter(|(_, count)| *count > 0);
+        Summary {
+            ending: describe_end(end),
+            panicked: end.panic.is_some(),
+            guest_ns: end.now,
+            host_ns,
+            exits: machine.at().exits,
+            exits_by_kind: kinds.collect(),
+            interrupts,
+            interrupts_in_windows: windows,
+            digest: format!("{:016x}", end.digest),
+            memory_digest: end.memory.map(|digest| format!("{digest:016x}")),
+            journal_bytes,
+        }
+    }
+
+    /// Prints it to standard error, or as JSON to standard output.
+    pub fn print(&self, headline: &str, json: bool) {
+        if json {
+            println!("{}", serde_json::to_string(self).expect("plain values serialise"));
+            return;
+        }
+        let rate = self.exits as f64 / (self.host_ns.max(1) as f64 / 1e9);
+        eprintln!("{headline}: {}", self.ending);
+        eprintln!(
+            "  {} of guest time in {}, {} exits ({rate:.0}/s), {} interrupts",
+            seconds(self.guest_ns),
+            seconds(self.host_ns),
+            thousands(self.exits),
+            thousands(self.interrupts),
+        );
+        if let Some(journal) = self.journal_bytes {
+            let per_second = journal as f64 / (self.guest_ns.max(1) as f64 / 1e9);
+            eprintln!("  journal {} ({} a second)", bytes(journal), bytes(per_second as u64));
+        }
+        let memory = self.memory_digest.as_deref().unwrap_or("none: the guest was still running");
+        eprintln!("  digest {}, memory {memory}", self.digest);
+    }
+}
+
+/// How the guest ended, in words.
+pub fn describe_end(end: &End) -> String {
+    let ending = match &end.ending {
+        Ending::Reset(Reset::Keyboard) => "reset by the keyboard controller",
+        Ending::Reset(Reset::ControlRegister) => "reset by the reset control register (0xcf9)",
+        Ending::Reset(Reset::FastReset) => "reset by port 0x92",
+        Ending::TripleFault => "triple fault",
+        Ending::Halted => "halted for good",
+        Ending::Stopped => "asked to stop",
+        Ending::StoppedRunning => "asked to stop, between two exits",
+    };
+    match &end.panic {
+        Some(panic) => format!("kernel panic ({panic}), then {ending}"),
+        None => ending.to_string(),
+    }
+}

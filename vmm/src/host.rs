@@ -1,0 +1,192 @@
+//! The live world: the host's clock, its standard input, and the operator.
+
+use std::collections::VecDeque;
+use std::io::{IsTerminal, Read};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use hindsight_devices::{Input, Nanos};
+use hindsight_replay::World;
+use vmm_sys_util::terminal::Terminal;
+
+use crate::kvm::{Kicker, stop_requested};
+
+/// Ctrl-], as in telnet and virsh: leaves the guest's console.
+pub const ESCAPE: u8 = 0x1d;
+/// How often the vCPU is brought back to see whether the operator wants something.
+const TICK: Duration = Duration::from_millis(100);
+/// A guest that has not exited for this long after a stop was asked for is stopped where it is.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// What other threads have to say.
+enum News {
+    Typed(Vec<u8>),
+    EndOfInput,
+    Stop,
+}
+
+/// The host, as the machine's world.
+#[derive(Debug)]
+pub struct HostWorld {
+    start: Instant,
+    news: Receiver<News>,
+    typed: VecDeque<u8>,
+    wall_clock: Option<u64>,
+    input_is_open: bool,
+    stop_asked: Option<Instant>,
+    stop_given: bool,
+}
+
+impl std::fmt::Debug for News {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            News::Typed(_) => "Typed",
+            News::EndOfInput => "EndOfInput",
+            News::Stop => "Stop",
+        })
+    }
+}
+
+impl HostWorld {
+    /// The world from now on. Reads standard input and watches for SIGINT and SIGTERM.
+    pub fn start(kicker: Kicker) -> HostWorld {
+        let (sender, news) = channel();
+        let ticks = sender.clone();
+        std::thread::spawn(move || tick(kicker, &ticks));
+        std::thread::spawn(move || read_input(&sender));
+        let wall = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        HostWorld {
+            start: Instant::now(),
+            news,
+            typed: VecDeque::new(),
+            wall_clock: Some(wall),
+            input_is_open: true,
+            stop_asked: None,
+            stop_given: false,
+        }
+    }
+
+    fn take(&mut self, news: News) {
+        match news {
+            News::Typed(bytes) => self.typed.extend(bytes),
+            News::EndOfInput => self.input_is_open = false,
+            News::Stop => self.stop_asked = self.stop_asked.or(Some(Instant::now())),
+        }
+    }
+
+    fn input_waits(&self, room: usize) -> bool {
+        (room > 0 && !self.typed.is_empty()) || (self.stop_asked.is_some() && !self.stop_given)
+    }
+}
+
+impl World for HostWorld {
+    fn now(&mut self) -> Nanos {
+        u64::try_from(self.start.elapsed().as_nanos()).expect("584 years have not passed")
+    }
+
+    fn poll(&mut self, room: usize) -> Option<Input> {
+        if let Some(unix_seconds) = self.wall_clock.take() {
+            return Some(Input::WallClock { unix_seconds });
+        }
+        // The common case is one look at an empty channel.
+        match self.news.try_recv() {
+            Ok(news) => self.take(news),
+            Err(TryRecvError::Empty | TryRecvError::Disconnected) => {}
+        }
+        if self.stop_asked.is_some() && !self.stop_given {
+            self.stop_given = true;
+            return Some(Input::Stop);
+        }
+        if self.typed.is_empty() || room == 0 {
+            return None;
+        }
+        let count = self.typed.len().min(room);
+        Some(Input::Console(self.typed.drain(..count).collect()))
+    }
+
+    fn sleep(&mut self, until: Option<Nanos>, room: usize) -> bool {
+        while !self.input_waits(room) {
+            let now = self.now();
+            let news = match until {
+                Some(until) if until <= now => return true,
+                Some(until) => self.news.recv_timeout(Duration::from_nanos(until - now)),
+                None if !self.input_is_open && (room == 0 || self.typed.is_empty()) => {
+                    return false;
+                }
+                None => self.news.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            };
+            match news {
+                Ok(news) => self.take(news),
+                Err(RecvTimeoutError::Timeout) => return true,
+                Err(RecvTimeoutError::Disconnected) => return until.is_some(),
+            }
+        }
+        true
+    }
+
+    fn gives_up(&mut self) -> bool {
+        while let Ok(news) = self.news.try_recv() {
+            self.take(news);
+        }
+        self.stop_asked.is_some_and(|asked| asked.elapsed() > PATIENCE)
+    }
+}
+
+fn tick(kicker: Kicker, news: &Sender<News>) {
+    let mut told = false;
+    loop {
+        std::thread::sleep(TICK);
+        if stop_requested() && !told {
+            told = true;
+            if news.send(News::Stop).is_err() {
+                return;
+            }
+        }
+        kicker.kick();
+    }
+}
+
+fn read_input(news: &Sender<News>) {
+    let terminal = std::io::stdin().is_terminal();
+    let mut buffer = [0; 4096];
+    loop {
+        let mut typed = match std::io::stdin().lock().read(&mut buffer) {
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+            Ok(0) | Err(_) => {
+                let _ = news.send(News::EndOfInput);
+                return;
+            }
+            Ok(count) => &buffer[..count],
+        };
+        let escape = typed.iter().position(|byte| terminal && *byte == ESCAPE);
+        if let Some(escape) = escape {
+            typed = &typed[..escape];
+        }
+        let sent = news.send(News::Typed(typed.to_vec()));
+        if sent.is_err() || (escape.is_some() && news.send(News::Stop).is_err()) {
+            return;
+        }
+    }
+}
+
+/// Puts a terminal on standard input into raw mode, and back when dropped.
+#[derive(Debug)]
+pub struct RawTerminal(());
+
+impl RawTerminal {
+    /// `None` if standard input is no terminal.
+    pub fn enter() -> Option<RawTerminal> {
+        let stdin = std::io::stdin();
+        if !stdin.is_terminal() {
+            return None;
+        }
+        stdin.lock().set_raw_mode().ok().map(|()| RawTerminal(()))
+    }
+}
+
+impl Drop for RawTerminal {
+    fn drop(&mut self) {
+        // Nothing better can be done about a terminal that is gone.
+        let _ = std::io::stdin().lock().set_canon_mode();
+    }
+}

@@ -1,0 +1,60 @@
+//! What can go wrong between us and KVM.
+
+use thiserror::Error;
+
+/// A failure of the host's KVM, or something the guest did that stock KVM cannot carry.
+#[derive(Debug, Error)]
+pub enum KvmError {
+    /// `/dev/kvm` is missing or closed to us.
+    #[error("cannot open /dev/kvm: {0}; load kvm_intel or kvm_amd, or join group kvm; see `hindsight doctor`")]
+    Open(#[source] kvm_ioctls::Error),
+    /// One of KVM's calls failed.
+    #[error("{call} failed: {source}")]
+    Call {
+        /// Its name.
+        call: &'static str,
+        /// Why.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+    /// KVM lacks something that Hindsight cannot do without.
+    #[error("this KVM lacks {0}; see `hindsight doctor`")]
+    Lacks(&'static str),
+    /// The host's CPU lacks something.
+    #[error("this host's CPU is not the recorded one: {0}")]
+    Cpu(String),
+    /// Guest memory cannot be had.
+    #[error("cannot map {bytes} bytes of guest memory: {source}")]
+    Map {
+        /// How much.
+        bytes: u64,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// KVM gave up on the guest.
+    #[error("KVM stopped at rip {rip:#x} ({bytes:02x?}): {what}")]
+    Stopped {
+        /// Where.
+        rip: u64,
+        /// The instruction bytes there, as far as they are mapped.
+        bytes: Vec<u8>,
+        /// What KVM said.
+        what: String,
+    },
+    /// The host's page map cannot be read.
+    #[error("cannot read this process's page map: {0}")]
+    PageMap(#[source] std::io::Error),
+}
+
+/// Names the call in the error of a KVM result.
+pub(crate) trait Named<T> {
+    /// `self`, its error naming `call`.
+    fn named(self, call: &'static str) -> Result<T, KvmError>;
+}
+
+impl<T> Named<T> for Result<T, kvm_ioctls::Error> {
+    fn named(self, call: &'static str) -> Result<T, KvmError> {
+        self.map_err(|source| KvmError::Call { call, source })
+    }
+}

@@ -1,0 +1,73 @@
+//! Guest memory as the guest addresses it, and the instructions in it.
+
+use iced_x86::{Decoder, DecoderOptions, Instruction};
+use kvm_ioctls::VcpuFd;
+
+use super::memory::GuestMemory;
+
+/// Guest page size in bytes.
+const PAGE: u64 = 4096;
+/// No instruction is longer (Intel SDM vol. 2, 2.3.11).
+pub const INSTRUCTION_MAX: usize = 15;
+
+/// Guest-virtual memory of the present address space.
+#[derive(Clone, Copy, Debug)]
+pub struct GuestView<'a> {
+    /// Whose page tables.
+    pub vcpu: &'a VcpuFd,
+    /// What they point to.
+    pub memory: &'a GuestMemory,
+}
+
+impl GuestView<'_> {
+    /// Guest-physical address of a virtual one; `None` where nothing is mapped.
+    pub fn translate(&self, gva: u64) -> Option<u64> {
+        let translation = self.vcpu.translate_gva(gva).ok()?;
+        (translation.valid != 0).then_some(translation.physical_address)
+    }
+
+    /// Reads up to `buffer.len()` bytes; fewer where mapped RAM ends.
+    pub fn read(&self, gva: u64, buffer: &mut [u8]) -> usize {
+        let mut done = 0;
+        while done < buffer.len() {
+            let at = gva.wrapping_add(done as u64);
+            let on_page = (PAGE - at % PAGE) as usize;
+            let count = on_page.min(buffer.len() - done);
+            match self.translate(at) {
+                Some(gpa) if self.memory.read(gpa, &mut buffer[done..done + count]) => {}
+                _ => break,
+            }
+            done += count;
+        }
+        done
+    }
+
+    /// Reads `N` words of 64 bits; `None` if they are not all there.
+    pub fn words<const N: usize>(&self, gva: u64) -> Option<[u64; N]> {
+        let mut words = [0; N];
+        for (i, word) in words.iter_mut().enumerate() {
+            let mut bytes = [0; 8];
+            if self.read(gva.wrapping_add(8 * i as u64), &mut bytes) < bytes.len() {
+                return None;
+            }
+            *word = u64::from_le_bytes(bytes);
+        }
+        Some(words)
+    }
+
+    /// The bytes at an address, as many as an instruction may have.
+    pub fn instruction_bytes(&self, gva: u64) -> Vec<u8> {
+        let mut bytes = vec![0; INSTRUCTION_MAX];
+        let got = self.read(gva, &mut bytes);
+        bytes.truncate(got);
+        bytes
+    }
+
+    /// The instruction at an address, in code of `bitness` bits.
+    pub fn instruction(&self, gva: u64, bitness: u32) -> Option<Instruction> {
+        let bytes = self.instruction_bytes(gva);
+        let instruction =
+            Decoder::with_ip(bitness, &bytes, gva, DecoderOptions::NONE).decode();
+        (!instruction.is_invalid()).then_some(instruction)
+    }
+}

@@ -1,0 +1,157 @@
+//! Guest RAM: one anonymous mapping, split around the 32-bit PCI hole.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::ptr::NonNull;
+
+use hindsight_replay::{MemoryDigest, PAGE_BYTES};
+
+use super::error::KvmError;
+use crate::boot::layout::{LOW_RAM_END, RAM_ABOVE_HOLE};
+use crate::boot::{GuestRam, OutOfRam};
+
+/// Guest RAM.
+#[derive(Debug)]
+pub struct GuestMemory {
+    base: NonNull<u8>,
+    bytes: usize,
+}
+
+/// A stretch of RAM that is contiguous for the guest.
+#[derive(Clone, Copy, Debug)]
+pub struct Region {
+    /// Guest-physical address.
+    pub gpa: u64,
+    /// Length in bytes.
+    pub bytes: u64,
+    /// Address in this process.
+    pub host: u64,
+}
+
+impl GuestMemory {
+    /// Maps `bytes` of zeroes; a multiple of the page size.
+    pub fn new(bytes: u64) -> Result<GuestMemory, KvmError> {
+        let failed = |source| KvmError::Map { bytes, source };
+        let length = usize::try_from(bytes).ok().filter(|b| *b > 0 && b.is_multiple_of(PAGE_BYTES));
+        let length = length.ok_or_else(|| {
+            failed(std::io::Error::other("the size must be a multiple of 4 KiB and not zero"))
+        })?;
+        // SAFETY: a fresh anonymous mapping aliases nothing; its result is checked below.
+        let base = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                length,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        if base == libc::MAP_FAILED {
+            return Err(failed(std::io::Error::last_os_error()));
+        }
+        let base = NonNull::new(base.cast()).expect("mmap without MAP_FIXED never returns null");
+        Ok(GuestMemory { base, bytes: length })
+    }
+
+    /// The stretches of RAM, in ascending order of address.
+    pub fn regions(&self) -> Vec<Region> {
+        let bytes = self.bytes as u64;
+        let host = self.base.as_ptr() as u64;
+        let low = bytes.min(LOW_RAM_END);
+        let mut regions = vec![Region { gpa: 0, bytes: low, host }];
+        if bytes > low {
+            regions.push(Region { gpa: RAM_ABOVE_HOLE, bytes: bytes - low, host: host + low });
+        }
+        regions
+    }
+
+    /// Offset into the mapping of `bytes` at `gpa`, if they are all RAM.
+    fn offset(&self, gpa: u64, bytes: usize) -> Option<usize> {
+        let end = gpa.checked_add(bytes as u64)?;
+        let low_end = LOW_RAM_END.min(self.bytes as u64);
+        let offset = if end <= low_end {
+            gpa
+        } else if gpa >= RAM_ABOVE_HOLE {
+            gpa - RAM_ABOVE_HOLE + LOW_RAM_END
+        } else {
+            return None;
+        };
+        let offset = usize::try_from(offset).ok()?;
+        (offset.checked_add(bytes)? <= self.bytes).then_some(offset)
+    }
+
+    /// Copies guest memory into `buffer`; `false` if it is not all RAM.
+    pub fn read(&self, gpa: u64, buffer: &mut [u8]) -> bool {
+        let Some(offset) = self.offset(gpa, buffer.len()) else { return false };
+        // SAFETY: `offset` checked the range against the mapping, which lives as long as `self`;
+        // the guest does not run while we read, for its only vCPU runs on this thread.
+        unsafe {
+            let source = self.base.as_ptr().add(offset);
+            std::ptr::copy_nonoverlapping(source, buffer.as_mut_ptr(), buffer.len());
+        }
+        true
+    }
+
+    /// Digests all of RAM. Pages the host never gave the guest are zero and need no look.
+    pub fn digest(&self) -> Result<u64, KvmError> {
+        let mut digest = MemoryDigest::default();
+        self.each_resident_page(|gpa, page| digest.absorb_page(gpa, page))?;
+        Ok(digest.value())
+    }
+
+    /// Shows every page that the host has backed, in ascending order.
+    pub fn each_resident_page(&self, mut show: impl FnMut(u64, &[u8])) -> Result<(), KvmError> {
+        let pagemap = File::open("/proc/self/pagemap").map_err(KvmError::PageMap)?;
+        let mut entries = vec![0u8; 8 * 4096];
+        for region in self.regions() {
+            let pages = region.bytes as usize / PAGE_BYTES;
+            for chunk in (0..pages).step_by(4096) {
+                let count = 4096.min(pages - chunk);
+                let host_page = region.host / PAGE_BYTES as u64 + chunk as u64;
+                pagemap
+                    .read_exact_at(&mut entries[..8 * count], 8 * host_page)
+                    .map_err(KvmError::PageMap)?;
+                for (i, entry) in entries[..8 * count].as_chunks::<8>().0.iter().enumerate() {
+                    // Linux, Documentation/admin-guide/mm/pagemap.rst: bit 63 present, 62 swapped.
+                    if u64::from_ne_bytes(*entry) >> 62 != 0 {
+                        let gpa = region.gpa + ((chunk + i) * PAGE_BYTES) as u64;
+                        show(gpa, self.page(gpa));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn page(&self, gpa: u64) -> &[u8] {
+        let offset = self.offset(gpa, PAGE_BYTES).expect("the page is RAM");
+        // SAFETY: `offset` checked the range; the guest's only vCPU runs on this thread, so nobody
+        // writes while the slice lives.
+        unsafe { std::slice::from_raw_parts(self.base.as_ptr().add(offset), PAGE_BYTES) }
+    }
+}
+
+impl GuestRam for GuestMemory {
+    fn bytes(&self) -> u64 {
+        self.bytes as u64
+    }
+
+    fn write(&mut self, gpa: u64, data: &[u8]) -> Result<(), OutOfRam> {
+        let (bytes, ram_bytes) = (data.len() as u64, self.bytes as u64);
+        let offset = self.offset(gpa, data.len()).ok_or(OutOfRam { gpa, bytes, ram_bytes })?;
+        // SAFETY: `offset` checked the range, and `&mut self` makes this the only access of ours.
+        unsafe {
+            let target = self.base.as_ptr().add(offset);
+            std::ptr::copy_nonoverlapping(data.as_ptr(), target, data.len());
+        }
+        Ok(())
+    }
+}
+
+impl Drop for GuestMemory {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours and whole; `KvmCpu` owns this value and drops the VM first.
+        unsafe { libc::munmap(self.base.as_ptr().cast(), self.bytes) };
+    }
+}

@@ -1,0 +1,17 @@
+//! The machine's CPU and memory, on stock KVM. The only unsafe code of the project lives here.
+
+pub mod cpuid;
+mod error;
+mod guest_text;
+mod memory;
+pub mod msr;
+mod run_page;
+mod shadow;
+mod signals;
+mod traps;
+mod vcpu;
+
+pub use error::KvmError;
+pub use memory::GuestMemory;
+pub use signals::{Kicker, stop_requested};
+pub use vcpu::{KernelText, KvmCpu, VcpuCounts};

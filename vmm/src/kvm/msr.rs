@@ -1,0 +1,45 @@
+//! Which model-specific registers KVM keeps for the guest. Every other one comes to the board.
+//!
+//! Closed by default: KVM answers some MSRs with facts about the host (the TSC, APERF and MPERF,
+//! thermal and performance counters), and which ones those are changes from release to release.
+//! What stands here is the guest's own state, which KVM only stores.
+
+use kvm_bindings::{
+    KVM_CAP_X86_USER_SPACE_MSR, KVM_MSR_EXIT_REASON_FILTER, KVM_MSR_EXIT_REASON_INVAL,
+    KVM_MSR_EXIT_REASON_UNKNOWN, kvm_enable_cap,
+};
+use kvm_ioctls::{MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VmFd};
+
+use super::error::{KvmError, Named};
+
+/// A run of MSRs that KVM keeps (first, how many), and why it may.
+pub const KEPT: &[(u32, u32, &str)] = &[
+    (0x001b, 1, "APIC_BASE: stored; no APIC stands behind it"),
+    (0x00fe, 1, "MTRRcap: constant"),
+    (0x0174, 3, "SYSENTER_CS, _ESP, _EIP: stored"),
+    (0x0200, 0x70, "MTRRs: stored, without effect on the guest"),
+    (0x0277, 1, "PAT: stored"),
+    (0x02ff, 1, "MTRRdefType: stored"),
+    (0xc000_0080, 5, "EFER, STAR, LSTAR, CSTAR, SFMASK: stored"),
+    (0xc000_0100, 3, "FS_BASE, GS_BASE, KERNEL_GS_BASE: stored"),
+];
+
+/// Installs the filter.
+pub fn install_filter(vm: &VmFd) -> Result<(), KvmError> {
+    let mut cap = kvm_enable_cap { cap: KVM_CAP_X86_USER_SPACE_MSR, ..Default::default() };
+    cap.args[0] = u64::from(
+        KVM_MSR_EXIT_REASON_FILTER | KVM_MSR_EXIT_REASON_UNKNOWN | KVM_MSR_EXIT_REASON_INVAL,
+    );
+    vm.enable_cap(&cap).map_err(|_| KvmError::Lacks("MSR exits (KVM_CAP_X86_USER_SPACE_MSR)"))?;
+    let all_ones = [0xff; 0x70 / 8];
+    let ranges: Vec<MsrFilterRange<'_>> = KEPT
+        .iter()
+        .map(|&(base, msr_count, _)| MsrFilterRange {
+            flags: MsrFilterRangeFlags::READ | MsrFilterRangeFlags::WRITE,
+            base,
+            msr_count,
+            bitmap: &all_ones,
+        })
+        .collect();
+    vm.set_msr_filter(MsrFilterDefaultAction::DENY, &ranges).named("KVM_X86_SET_MSR_FILTER")
+}

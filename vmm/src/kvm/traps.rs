@@ -1,0 +1,287 @@
+//! What stands behind the trap ports: CR4 with its TSD bit, and the #GP entry.
+//!
+//! The loader rewrote certain instructions of the kernel into OUTs (see [`crate::boot::traps`]).
+//! Time reads and CPUID are answered by the machine; the rest concerns the CPU alone and is done
+//! here. CR4.TSD is kept set, so that RDTSC in user mode raises #GP; the first instruction of the
+//! kernel's #GP entry is rewritten too, and there a user-mode time read is told from a real fault.
+
+use hindsight_replay::{Exit, Mode, TimeInstruction};
+use iced_x86::Mnemonic;
+use kvm_bindings::{kvm_segment, kvm_sregs};
+
+use super::error::{KvmError, Named};
+use super::vcpu::KvmCpu;
+use crate::boot::GuestRam;
+use crate::boot::traps::{
+    SiteKind, TRAP_CPUID, TRAP_GP_ENTRY, TRAP_RDTSC, TRAP_RDTSCP, TRAP_READ_CR4, TRAP_WRITE_CR4,
+};
+
+/// CR4.TSD: RDTSC and RDTSCP are for ring 0 alone (Intel SDM vol. 3, 2.5).
+pub const CR4_TSD: u64 = 1 << 2;
+/// RFLAGS.AC, which CLAC clears.
+const RFLAGS_AC: u64 = 1 << 18;
+/// RFLAGS.RF, which a fault pushes set, and an instruction that completes leaves clear.
+const RFLAGS_RF: u64 = 1 << 16;
+/// #GP.
+const GP_VECTOR: u64 = 13;
+/// Addresses from here on are the kernel's.
+const KERNEL_HALF: u64 = 1 << 63;
+
+/// The instruction that stood where the #GP entry was rewritten.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Overwritten {
+    /// NOP or ENDBR64: nothing.
+    Nothing,
+    /// CLAC.
+    Clac,
+}
+
+/// What the traps remember of the CPU.
+#[derive(Clone, Debug, Default)]
+pub struct TrapState {
+    /// The CR4 the guest believes in, once it has written one through a trap.
+    guest_cr4: Option<u64>,
+    /// Where the #GP entry is rewritten, and what stood there.
+    gp_entry: Option<(u64, Overwritten)>,
+    /// A user-mode time read that waits for its value: what IRET would have loaded.
+    user_read: Option<UserFrame>,
+}
+
+/// The frame that #GP pushed, above the error code.
+#[derive(Clone, Copy, Debug)]
+struct UserFrame {
+    /// Behind the instruction that faulted.
+    rip: u64,
+    cs: u16,
+    rflags: u64,
+    rsp: u64,
+    ss: u16,
+}
+
+impl KvmCpu {
+    /// Turns an OUT to a trap port into the exit it stands for; `None` if it is an ordinary OUT.
+    pub(super) fn trapped(&mut self, port: u16) -> Option<Exit> {
+        let registers = self.page().registers();
+        // User code that was given the ports (iopl) talks to the board like any other. The kernel
+        // itself runs below its own half only before it has switched to its page tables.
+        if registers.rip() < KERNEL_HALF && self.sregs().ok()?.cs.dpl != 0 {
+            return None;
+        }
+        let exit = match u8::try_from(port).ok()? {
+            TRAP_RDTSC => {
+                Exit::TimeRead { instruction: TimeInstruction::Rdtsc, mode: Mode::Kernel }
+            }
+            TRAP_RDTSCP => {
+                Exit::TimeRead { instruction: TimeInstruction::Rdtscp, mode: Mode::Kernel }
+            }
+            TRAP_CPUID => {
+                Exit::Cpuid { leaf: registers.rax() as u32, subleaf: registers.rcx() as u32 }
+            }
+            TRAP_WRITE_CR4 => match self.cr4_site()? {
+                SiteKind::WriteCr4 { source } => Exit::WriteCr4 { value: general(&registers.0, source) },
+                _ => return None,
+            },
+            TRAP_READ_CR4 => match self.cr4_site()? {
+                SiteKind::ReadCr4 { .. } => Exit::ReadCr4,
+                _ => return None,
+            },
+            TRAP_GP_ENTRY => self.gp_exit(),
+            _ => return None,
+        };
+        Some(exit)
+    }
+
+    /// The site of the OUT the guest stands at, or has just left where KVM emulates the OUT.
+    fn cr4_site(&mut self) -> Option<SiteKind> {
+        let rip = self.rip();
+        self.text.cr4_sites.get(&rip).or_else(|| self.text.cr4_sites.get(&(rip - 2))).copied()
+    }
+
+    /// Performs a write of CR4, with TSD kept set, and looks after the #GP entry.
+    pub(super) fn write_cr4(&mut self, value: u64) -> Result<(), KvmError> {
+        let mut sregs = self.sregs()?;
+        sregs.cr4 = value | CR4_TSD;
+        match self.fd().set_sregs(&sregs) {
+            Ok(()) => {
+                self.traps.guest_cr4 = Some(value);
+                self.hook_gp_entry(&sregs)
+            }
+            // Reserved bits: the CPU answers such a write with #GP.
+            Err(error) if error.errno() == libc::EINVAL => self.inject_gp(),
+            Err(error) => Err(error).named("KVM_SET_SREGS"),
+        }
+    }
+
+    /// Performs a read of CR4: the guest sees what it wrote.
+    pub(super) fn read_cr4(&mut self) -> Result<(), KvmError> {
+        let real = self.sregs()?.cr4;
+        let value = self.traps.guest_cr4.unwrap_or(real);
+        if let Some(SiteKind::ReadCr4 { target }) = self.cr4_site() {
+            self.page().change_registers(|registers| *general_mut(registers, target) = value);
+        }
+        Ok(())
+    }
+
+    /// Rewrites the first instruction of the #GP entry, if the guest's IDT has a final one. Looks
+    /// again at every CR4 write, since the kernel patches its own text until it has booted.
+    fn hook_gp_entry(&mut self, sregs: &kvm_sregs) -> Result<(), KvmError> {
+        let Some([low, high]) = self.view().words(sregs.idt.base + GP_VECTOR * 16) else {
+            return Ok(());
+        };
+        // Intel SDM vol. 3, 6.14.1: 64-bit interrupt gate.
+        let present = low & 1 << 47 != 0;
+        let entry = low & 0xffff | low >> 32 & 0xffff_0000 | high << 32;
+        if !present || entry < KERNEL_HALF || self.text.is_init(entry) {
+            return Ok(());
+        }
+        let bytes = self.view().instruction_bytes(entry);
+        if bytes.starts_with(&[0xe6, TRAP_GP_ENTRY]) {
+            return Ok(());
+        }
+        let (length, overwritten) = match *bytes.as_slice() {
+            [0x0f, 0x01, 0xca, ..] => (3, Overwritten::Clac),
+            [0x0f, 0x1f, 0x00, ..] | [0x90, 0x90, 0x90, ..] => (3, Overwritten::Nothing),
+            [0xf3, 0x0f, 0x1e, 0xfa, ..] => (4, Overwritten::Nothing),
+            _ => return Ok(()),
+        };
+        let Some(gpa) = self.view().translate(entry) else { return Ok(()) };
+        let trap = [0xe6, TRAP_GP_ENTRY, 0x90, 0x90];
+        if self.memory.write(gpa, &trap[..length]).is_ok() {
+            self.traps.gp_entry = Some((entry, overwritten));
+            self.counts.gp_entry = Some(entry);
+        }
+        Ok(())
+    }
+
+    /// The guest is at the rewritten #GP entry: was it a time read in user mode?
+    fn gp_exit(&mut self) -> Exit {
+        match self.user_time_read() {
+            Some((instruction, frame)) => {
+                self.traps.user_read = Some(frame);
+                Exit::TimeRead { instruction, mode: Mode::User }
+            }
+            None => Exit::ProtectionFault,
+        }
+    }
+
+    fn user_time_read(&mut self) -> Option<(TimeInstruction, UserFrame)> {
+        if self.traps.guest_cr4.is_some_and(|cr4| cr4 & CR4_TSD != 0) {
+            // The guest forbids it to its users itself, so this fault is one it wants to see.
+            return None;
+        }
+        let rsp = self.page().registers().0[6];
+        let [error, rip, cs, rflags, rsp, ss] = self.view().words(rsp)?;
+        if error != 0 || cs & 3 != 3 {
+            return None;
+        }
+        let bitness = if self.descriptor(cs as u16)?.l != 0 { 64 } else { 32 };
+        let found = self.view().instruction(rip, bitness)?;
+        let instruction = match found.mnemonic() {
+            Mnemonic::Rdtsc => TimeInstruction::Rdtsc,
+            Mnemonic::Rdtscp => TimeInstruction::Rdtscp,
+            _ => return None,
+        };
+        let frame = UserFrame {
+            rip: found.next_ip(),
+            cs: cs as u16,
+            rflags: rflags & !RFLAGS_RF,
+            rsp,
+            ss: ss as u16,
+        };
+        Some((instruction, frame))
+    }
+
+    /// Returns from the #GP entry to behind the time read, with its value. `false` if no such read
+    /// waits, that is, the time was read through a trap port.
+    pub(super) fn finish_user_read(&mut self) -> Result<bool, KvmError> {
+        let Some(frame) = self.traps.user_read.take() else { return Ok(false) };
+        let mut sregs = self.sregs()?;
+        let unmapped = || KvmError::Stopped {
+            rip: frame.rip,
+            bytes: Vec::new(),
+            what: format!("no descriptor for selectors {:#x} and {:#x}", frame.cs, frame.ss),
+        };
+        sregs.cs = self.descriptor(frame.cs).ok_or_else(unmapped)?;
+        sregs.ss = self.descriptor(frame.ss).ok_or_else(unmapped)?;
+        self.fd().set_sregs(&sregs).named("KVM_SET_SREGS")?;
+        self.page().change_registers(|registers| {
+            registers.rip = frame.rip;
+            registers.rsp = frame.rsp;
+            registers.rflags = frame.rflags;
+        });
+        Ok(true)
+    }
+
+    /// Does what the overwritten first instruction of the #GP entry did.
+    pub(super) fn finish_fault(&mut self) {
+        if let Some((_, Overwritten::Clac)) = self.traps.gp_entry {
+            self.page().change_registers(|registers| registers.rflags &= !RFLAGS_AC);
+        }
+    }
+
+    fn inject_gp(&mut self) -> Result<(), KvmError> {
+        let mut events = self.fd().get_vcpu_events().named("KVM_GET_VCPU_EVENTS")?;
+        events.exception.injected = 1;
+        events.exception.nr = GP_VECTOR as u8;
+        events.exception.has_error_code = 1;
+        events.exception.error_code = 0;
+        self.fd().set_vcpu_events(&events).named("KVM_SET_VCPU_EVENTS")
+    }
+
+    /// A code or data segment from the guest's GDT, as IRET would load it.
+    fn descriptor(&mut self, selector: u16) -> Option<kvm_segment> {
+        let gdt = self.sregs().ok()?.gdt;
+        let offset = u64::from(selector & !7);
+        if offset + 7 > u64::from(gdt.limit) {
+            return None;
+        }
+        let [raw] = self.view().words(gdt.base + offset)?;
+        // Intel SDM vol. 3, 3.4.5: segment descriptors.
+        let bit = |at: u32| (raw >> at & 1) as u8;
+        let limit = (raw & 0xffff | raw >> 32 & 0xf_0000) as u32;
+        let granular = bit(55);
+        Some(kvm_segment {
+            base: raw >> 16 & 0xff_ffff | raw >> 32 & 0xff00_0000,
+            limit: if granular != 0 { limit << 12 | 0xfff } else { limit },
+            selector,
+            type_: (raw >> 40 & 0xf) as u8 | 1,
+            present: bit(47),
+            dpl: 3,
+            db: bit(54),
+            s: bit(44),
+            l: bit(53),
+            g: granular,
+            avl: bit(52),
+            unusable: 0,
+            padding: 0,
+        })
+    }
+}
+
+/// General register `number` in instruction order (rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8..),
+/// out of the order of `struct kvm_regs`.
+fn general(registers: &[u64], number: u8) -> u64 {
+    const PLACE: [usize; 16] = [0, 2, 3, 1, 6, 7, 4, 5, 8, 9, 10, 11, 12, 13, 14, 15];
+    registers[PLACE[usize::from(number & 15)]]
+}
+
+fn general_mut(registers: &mut kvm_bindings::kvm_regs, number: u8) -> &mut u64 {
+    match number & 15 {
+        0 => &mut registers.rax,
+        1 => &mut registers.rcx,
+        2 => &mut registers.rdx,
+        3 => &mut registers.rbx,
+        4 => &mut registers.rsp,
+        5 => &mut registers.rbp,
+        6 => &mut registers.rsi,
+        7 => &mut registers.rdi,
+        8 => &mut registers.r8,
+        9 => &mut registers.r9,
+        10 => &mut registers.r10,
+        11 => &mut registers.r11,
+        12 => &mut registers.r12,
+        13 => &mut registers.r13,
+        14 => &mut registers.r14,
+        _ => &mut registers.r15,
+    }
+}

@@ -1,0 +1,432 @@
+//! The vCPU: exits out, answers in.
+//!
+//! One ioctl per exit in the common case: KVM copies the registers into the shared page at every
+//! exit, and takes changed ones from there at the next entry. Trap ports are OUTs, so that no
+//! unfinished register write stands between an exit and its answer.
+
+use std::collections::BTreeMap;
+
+use hindsight_devices::{Access, Width};
+use hindsight_replay::{Answer, Back, Cpu, CpuidTable, Exit, Registers};
+use kvm_bindings::{
+    KVM_EXIT_HLT, KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_IRQ_WINDOW_OPEN,
+    KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVMIO,
+    kvm_interrupt, kvm_regs, kvm_segment, kvm_sregs, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use vmm_sys_util::ioctl::ioctl_with_ref;
+use vmm_sys_util::ioctl_iow_nr;
+
+use super::error::{KvmError, Named};
+use super::guest_text::GuestView;
+use super::memory::GuestMemory;
+use super::run_page::{PortExit, RunPage};
+use super::traps::TrapState;
+use super::{cpuid, msr};
+use crate::boot::{BootPlan, Elf, Site, SiteKind, Sites};
+
+ioctl_iow_nr!(KVM_INTERRUPT, KVMIO, 0x86, kvm_interrupt);
+
+/// Three pages below 4 GiB that Intel CPUs want for real mode; any hole will do.
+const TSS_ADDRESS: usize = 0xfffb_d000;
+/// And a fourth.
+const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
+
+/// What the vCPU knows of the kernel's text.
+#[derive(Clone, Debug, Default)]
+pub struct KernelText {
+    /// The rewritten CR4 instructions by virtual address.
+    pub cr4_sites: BTreeMap<u64, SiteKind>,
+    /// Virtual addresses of `.init.text`, start and end.
+    pub init: Option<(u64, u64)>,
+}
+
+impl KernelText {
+    /// What of a kernel the vCPU needs.
+    pub fn new(elf: &Elf<'_>, sites: &Sites) -> KernelText {
+        let cr4 = |site: &&Site| {
+            matches!(site.kind, SiteKind::WriteCr4 { .. } | SiteKind::ReadCr4 { .. })
+        };
+        let init = elf.code.iter().find(|code| code.name == ".init.text");
+        KernelText {
+            cr4_sites: sites.sites.iter().filter(cr4).map(|s| (s.address, s.kind)).collect(),
+            init: init.map(|code| (code.address, code.address + code.file.len() as u64)),
+        }
+    }
+
+    /// Whether an address lies in code that is gone after boot.
+    pub fn is_init(&self, address: u64) -> bool {
+        self.init.is_some_and(|(start, end)| (start..end).contains(&address))
+    }
+}
+
+/// What the vCPU counts beside exits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct VcpuCounts {
+    /// Steps taken out of an STI shadow.
+    pub shadow_steps: u64,
+    /// Instructions finished by an extra entry.
+    pub settles: u64,
+    /// Times the host interrupted the guest.
+    pub kicks: u64,
+    /// Where the #GP entry was rewritten.
+    pub gp_entry: Option<u64>,
+}
+
+/// A vCPU, its VM and its memory.
+#[derive(Debug)]
+pub struct KvmCpu {
+    // The order of the fields is the order of their end: the VM is gone before the memory is.
+    fd: VcpuFd,
+    _vm: VmFd,
+    pub(super) memory: GuestMemory,
+    pub(super) text: KernelText,
+    pub(super) traps: TrapState,
+    pub(super) counts: VcpuCounts,
+    string: Option<StringAccess>,
+    unfinished: bool,
+}
+
+/// A port access of several elements, or a memory access of an odd length, taken one by one.
+#[derive(Clone, Copy, Debug)]
+struct StringAccess {
+    kind: StringKind,
+    next: usize,
+    count: usize,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum StringKind {
+    Ports(PortExit),
+    Bytes { gpa: u64, write: bool, data: [u8; 8] },
+}
+
+impl KvmCpu {
+    /// A vCPU over `memory`, which sees the CPU that `table` describes.
+    pub fn new(kvm: &Kvm, memory: GuestMemory, table: &CpuidTable) -> Result<KvmCpu, KvmError> {
+        let sync = kvm.check_extension_int(Cap::SyncRegs);
+        if sync & 1 == 0 {
+            return Err(KvmError::Lacks("register synchronisation (KVM_CAP_SYNC_REGS)"));
+        }
+        let vm = kvm.create_vm().named("KVM_CREATE_VM")?;
+        vm.set_tss_address(TSS_ADDRESS).named("KVM_SET_TSS_ADDR")?;
+        vm.set_identity_map_address(IDENTITY_MAP_ADDRESS).named("KVM_SET_IDENTITY_MAP_ADDR")?;
+        for (slot, region) in (0..).zip(memory.regions()) {
+            let region = kvm_userspace_memory_region {
+                slot,
+                flags: 0,
+                guest_phys_addr: region.gpa,
+                memory_size: region.bytes,
+                userspace_addr: region.host,
+            };
+            // SAFETY: the region is part of the mapping that `memory` owns; this value owns both,
+            // and its fields are declared so that the VM is dropped first.
+            unsafe { vm.set_user_memory_region(region) }.named("KVM_SET_USER_MEMORY_REGION")?;
+        }
+        msr::install_filter(&vm)?;
+        let mut fd = vm.create_vcpu(0).named("KVM_CREATE_VCPU")?;
+        fd.set_cpuid2(&cpuid::for_kvm(table)?).named("KVM_SET_CPUID2")?;
+        RunPage::of(&mut fd).keep_registers();
+        Ok(KvmCpu {
+            fd,
+            _vm: vm,
+            memory,
+            text: KernelText::default(),
+            traps: TrapState::default(),
+            counts: VcpuCounts::default(),
+            string: None,
+            unfinished: false,
+        })
+    }
+
+    /// Sets the registers as the 64-bit boot protocol wants them (Linux,
+    /// Documentation/arch/x86/boot.rst, "64-bit boot protocol").
+    pub fn boot(&mut self, plan: &BootPlan, text: KernelText) -> Result<(), KvmError> {
+        let mut sregs = self.fd.get_sregs().named("KVM_GET_SREGS")?;
+        let code = flat_segment(plan.code_selector, 0xb, true);
+        let data = flat_segment(plan.data_selector, 0x3, false);
+        sregs.cs = code;
+        (sregs.ds, sregs.es, sregs.fs) = (data, data, data);
+        (sregs.gs, sregs.ss) = (data, data);
+        sregs.gdt.base = plan.gdt_base;
+        sregs.gdt.limit = plan.gdt_limit;
+        sregs.cr3 = plan.page_table;
+        // CR0: PG AM WP NE ET MP PE. CR4: PAE. EFER: LMA LME.
+        sregs.cr0 = 0x8005_0033;
+        sregs.cr4 = 1 << 5;
+        sregs.efer = 1 << 10 | 1 << 8;
+        self.fd.set_sregs(&sregs).named("KVM_SET_SREGS")?;
+        let registers = kvm_regs {
+            rip: plan.entry,
+            rsp: plan.rsp,
+            rsi: plan.boot_params,
+            rflags: 2,
+            ..Default::default()
+        };
+        self.fd.set_regs(&registers).named("KVM_SET_REGS")?;
+        let mut fpu = self.fd.get_fpu().named("KVM_GET_FPU")?;
+        (fpu.fcw, fpu.mxcsr) = (0x37f, 0x1f80);
+        self.fd.set_fpu(&fpu).named("KVM_SET_FPU")?;
+        self.text = text;
+        Ok(())
+    }
+
+    /// What was counted beside exits.
+    pub fn counts(&self) -> VcpuCounts {
+        self.counts
+    }
+
+    /// Guest memory.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    pub(super) fn fd(&self) -> &VcpuFd {
+        &self.fd
+    }
+
+    pub(super) fn page(&mut self) -> RunPage<'_> {
+        RunPage::of(&mut self.fd)
+    }
+
+    pub(super) fn rip(&mut self) -> u64 {
+        self.page().registers().rip()
+    }
+
+    pub(super) fn view(&self) -> GuestView<'_> {
+        GuestView { vcpu: &self.fd, memory: &self.memory }
+    }
+
+    pub(super) fn sregs(&self) -> Result<kvm_sregs, KvmError> {
+        self.fd.get_sregs().named("KVM_GET_SREGS")
+    }
+
+    /// Enters the guest once. Returns KVM's exit reason, or `None` if the host interrupted it.
+    pub(super) fn enter(&mut self) -> Result<Option<u32>, KvmError> {
+        match self.fd.run().map(drop) {
+            Ok(()) => match self.page().exit_reason() {
+                KVM_EXIT_INTR => Ok(None),
+                reason => Ok(Some(reason)),
+            },
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Ok(None),
+            Err(error) => Err(error).named("KVM_RUN"),
+        }
+    }
+
+    /// The exit that KVM's reason stands for.
+    fn decode(&mut self, reason: u32) -> Result<Exit, KvmError> {
+        self.unfinished = matches!(
+            reason,
+            KVM_EXIT_IO | KVM_EXIT_MMIO | KVM_EXIT_X86_RDMSR | KVM_EXIT_X86_WRMSR
+        );
+        match reason {
+            KVM_EXIT_IO => {
+                let io = self.page().port().expect("the reason is a port access");
+                if !io.read
+                    && io.count == 1
+                    && let Some(exit) = self.trapped(io.port)
+                {
+                    return Ok(exit);
+                }
+                self.string =
+                    Some(StringAccess { kind: StringKind::Ports(io), next: 0, count: io.count });
+                Ok(self.next_element().expect("a port access moves something"))
+            }
+            KVM_EXIT_MMIO => Ok(self.decode_mmio()),
+            KVM_EXIT_X86_RDMSR | KVM_EXIT_X86_WRMSR => {
+                let (index, value) = self.page().msr().expect("the reason is an MSR access");
+                Ok(Exit::Access(match value {
+                    None => Access::MsrRead { index },
+                    Some(value) => Access::MsrWrite { index, value },
+                }))
+            }
+            KVM_EXIT_HLT => Ok(Exit::Halt),
+            KVM_EXIT_SHUTDOWN => Ok(Exit::Shutdown),
+            _ => {
+                let rip = self.rip();
+                let bytes = self.view().instruction_bytes(rip);
+                Err(KvmError::Stopped { rip, bytes, what: self.page().complaint() })
+            }
+        }
+    }
+
+    fn decode_mmio(&mut self) -> Exit {
+        let mmio = self.page().mmio().expect("the reason is a memory-mapped access");
+        let value = u64::from_le_bytes(mmio.data);
+        match Width::from_bytes(mmio.bytes) {
+            Some(width) if mmio.write => Exit::Access(Access::MemoryWrite {
+                gpa: mmio.gpa,
+                width,
+                value: value & width.ones(),
+            }),
+            Some(width) => Exit::Access(Access::MemoryRead { gpa: mmio.gpa, width }),
+            // An access across a page comes in parts of any length: take them byte by byte.
+            None => {
+                let kind = StringKind::Bytes { gpa: mmio.gpa, write: mmio.write, data: mmio.data };
+                self.string = Some(StringAccess { kind, next: 0, count: mmio.bytes.max(1) });
+                self.next_element().expect("an access moves something")
+            }
+        }
+    }
+
+    /// The present element of a string access, as an exit of its own.
+    fn next_element(&mut self) -> Option<Exit> {
+        let StringAccess { kind, next, count } = self.string?;
+        if next == count {
+            self.string = None;
+            return None;
+        }
+        Some(Exit::Access(match kind {
+            StringKind::Ports(io) => {
+                let width = Width::from_bytes(io.size).expect("ports are 1, 2 or 4 bytes wide");
+                if io.read {
+                    Access::PortRead { port: io.port, width }
+                } else {
+                    let value = self.page().port_data(&io, next);
+                    Access::PortWrite { port: io.port, width, value }
+                }
+            }
+            StringKind::Bytes { gpa, write, data } => {
+                let (gpa, width) = (gpa.wrapping_add(next as u64), Width::Byte);
+                if write {
+                    Access::MemoryWrite { gpa, width, value: data[next].into() }
+                } else {
+                    Access::MemoryRead { gpa, width }
+                }
+            }
+        }))
+    }
+
+    /// Hands the value of a read to where KVM will take it from.
+    fn give(&mut self, value: u64) {
+        match self.string {
+            Some(StringAccess { kind: StringKind::Ports(io), next, .. }) => {
+                self.page().set_port_data(&io, next, value as u32);
+            }
+            Some(StringAccess { kind: StringKind::Bytes { .. }, next, .. }) => {
+                let mut data = self.page().mmio().expect("an MMIO exit is open").data;
+                data[next] = value as u8;
+                self.page().set_mmio_data(data);
+            }
+            None => {
+                let mut page = self.page();
+                if page.msr().is_some() {
+                    page.set_msr(Some(value));
+                } else {
+                    page.set_mmio_data(value.to_le_bytes());
+                }
+            }
+        }
+    }
+}
+
+impl Cpu for KvmCpu {
+    type Error = KvmError;
+
+    fn run(&mut self) -> Result<Back, KvmError> {
+        if let Some(exit) = self.next_element() {
+            return Ok(Back::Exit(exit));
+        }
+        let Some(mut reason) = self.enter()? else {
+            self.counts.kicks += 1;
+            return Ok(Back::Kicked);
+        };
+        if reason == KVM_EXIT_IRQ_WINDOW_OPEN {
+            reason = self.leave_shadow()?;
+            if reason == KVM_EXIT_IRQ_WINDOW_OPEN {
+                self.unfinished = false;
+                return Ok(Back::Window);
+            }
+        }
+        self.decode(reason).map(Back::Exit)
+    }
+
+    fn registers(&mut self) -> Registers {
+        self.page().registers()
+    }
+
+    fn answer(&mut self, exit: &Exit, answer: &Answer) -> Result<(), KvmError> {
+        match (*exit, *answer) {
+            (Exit::WriteCr4 { value }, _) => self.write_cr4(value)?,
+            (Exit::ReadCr4, _) => self.read_cr4()?,
+            (Exit::ProtectionFault, _) => self.finish_fault(),
+            (_, Answer::Value(value)) => self.give(value),
+            (_, Answer::Fault) => self.page().set_msr(None),
+            (Exit::Access(Access::MsrWrite { value, .. }), Answer::Done) => {
+                self.page().set_msr(Some(value));
+            }
+            (Exit::TimeRead { instruction, .. }, Answer::Time { tsc, aux }) => {
+                self.finish_user_read()?;
+                self.page().change_registers(|registers| {
+                    registers.rax = tsc & 0xffff_ffff;
+                    registers.rdx = tsc >> 32;
+                    if instruction == hindsight_replay::TimeInstruction::Rdtscp {
+                        registers.rcx = aux.into();
+                    }
+                });
+            }
+            (_, Answer::Cpuid([a, b, c, d])) => self.page().change_registers(|registers| {
+                registers.rax = a.into();
+                registers.rbx = b.into();
+                registers.rcx = c.into();
+                registers.rdx = d.into();
+            }),
+            (_, Answer::Done | Answer::Time { .. }) => {}
+        }
+        if let Some(string) = &mut self.string {
+            string.next += 1;
+        }
+        Ok(())
+    }
+
+    fn settle(&mut self) -> Result<bool, KvmError> {
+        if self.string.is_some_and(|string| string.next < string.count) {
+            // Between two elements of one instruction; the next exit is at hand.
+            return Ok(false);
+        }
+        if self.unfinished {
+            self.unfinished = false;
+            self.counts.settles += 1;
+            self.page().set_immediate_exit(true);
+            let left = self.enter();
+            self.page().set_immediate_exit(false);
+            if let Some(reason) = left? {
+                let rip = self.rip();
+                let what = format!("it came back with reason {reason} instead of at once");
+                return Err(KvmError::Stopped { rip, bytes: Vec::new(), what });
+            }
+        }
+        Ok(self.page().ready_for_interrupt())
+    }
+
+    fn interrupt(&mut self, vector: u8) -> Result<(), KvmError> {
+        let interrupt = kvm_interrupt { irq: vector.into() };
+        // SAFETY: the ioctl reads a `kvm_interrupt` and nothing else; the fd is a vCPU's.
+        let result = unsafe { ioctl_with_ref(&self.fd, KVM_INTERRUPT(), &interrupt) };
+        if result < 0 { Err(kvm_ioctls::Error::last()).named("KVM_INTERRUPT") } else { Ok(()) }
+    }
+
+    fn request_window(&mut self, wanted: bool) {
+        self.page().request_window(wanted);
+    }
+
+    fn memory_digest(&mut self) -> Result<u64, KvmError> {
+        self.memory.digest()
+    }
+}
+
+fn flat_segment(selector: u16, type_: u8, long: bool) -> kvm_segment {
+    kvm_segment {
+        base: 0,
+        limit: 0xffff_ffff,
+        selector,
+        type_,
+        present: 1,
+        dpl: 0,
+        db: u8::from(!long),
+        s: 1,
+        l: u8::from(long),
+        g: 1,
+        ..Default::default()
+    }
+}

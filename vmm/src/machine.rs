@@ -1,0 +1,137 @@
+//! From files to a machine that is ready to run, for recording and replaying alike.
+
+use hindsight_replay::{CpuidTable, Host, Machine, MachineDescription};
+use kvm_ioctls::Kvm;
+use thiserror::Error;
+
+use crate::boot::{self, BootError, Elf, Kernel, Sites};
+use crate::kvm::{GuestMemory, KernelText, KvmCpu, KvmError, cpuid};
+use crate::recording::content;
+
+/// Guest time advances by this much at each exit where nothing corrects it, in nanoseconds.
+pub const NS_PER_EXIT: u64 = 2_000;
+
+/// What the kernel must be told on this machine: there is no APIC, ACPI or PCI; the TSC counts
+/// nanoseconds and is read through traps, which the vDSO would go round.
+pub const MACHINE_CMDLINE: &str = "console=ttyS0 panic=-1 reboot=k noapic nolapic nokaslr \
+     tsc_early_khz=1000000 tsc=reliable vdso=0 random.trust_cpu=off acpi=off pci=off";
+
+/// Why there is no machine.
+#[derive(Debug, Error)]
+pub enum MachineError {
+    /// The kernel, the initrd or the command line will not do.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// KVM will not do.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// Replay found other traps in the kernel than the recorder did.
+    #[error("{found:?} would be trapped in this kernel, recorded were {expected:?}; another version of Hindsight recorded it")]
+    Traps {
+        /// Now.
+        found: hindsight_replay::TrapCounts,
+        /// Then.
+        expected: hindsight_replay::TrapCounts,
+    },
+}
+
+/// A kernel taken apart.
+#[derive(Debug)]
+pub struct LoadedKernel {
+    kernel: Kernel,
+    sites: Sites,
+}
+
+impl LoadedKernel {
+    /// Unpacks a kernel and finds what must be trapped in it.
+    pub fn open(image: &[u8]) -> Result<LoadedKernel, MachineError> {
+        let kernel = boot::unpack(image)?;
+        let sites = boot::traps::find(&Elf::parse(&kernel.elf)?)?;
+        Ok(LoadedKernel { kernel, sites })
+    }
+
+    /// The version it gives itself.
+    pub fn version(&self) -> &str {
+        &self.kernel.version
+    }
+}
+
+/// Describes a new machine to record.
+pub fn describe(
+    kvm: &Kvm,
+    image: &[u8],
+    kernel: &LoadedKernel,
+    initrd: &[u8],
+    cmdline: String,
+    memory_bytes: u64,
+) -> Result<MachineDescription, MachineError> {
+    Ok(MachineDescription {
+        memory_bytes,
+        cmdline,
+        kernel: content(image),
+        kernel_version: kernel.version().to_string(),
+        initrd: (!initrd.is_empty()).then(|| content(initrd)),
+        traps: kernel.sites.counts(),
+        cpuid: cpuid::for_host(kvm)?,
+        ns_per_exit: NS_PER_EXIT,
+    })
+}
+
+/// Builds the machine that `description` describes.
+pub fn build(
+    kvm: &Kvm,
+    description: &MachineDescription,
+    kernel: &LoadedKernel,
+    initrd: &[u8],
+) -> Result<(KvmCpu, Machine), MachineError> {
+    let found = kernel.sites.counts();
+    if found != description.traps {
+        return Err(MachineError::Traps { found, expected: description.traps });
+    }
+    let mut memory = GuestMemory::new(description.memory_bytes)?;
+    let regions = boot::e820(description.memory_bytes);
+    let elf = Elf::parse(&kernel.kernel.elf)?;
+    let plan = boot::load(
+        &mut memory,
+        &kernel.kernel,
+        &elf,
+        &kernel.sites,
+        initrd,
+        &description.cmdline,
+        &regions,
+    )?;
+    let mut cpu = KvmCpu::new(kvm, memory, &description.cpuid)?;
+    cpu.boot(&plan, KernelText::new(&elf, &kernel.sites))?;
+    Ok((cpu, Machine::new(description.cpuid.clone(), description.ns_per_exit)))
+}
+
+/// The command line for a machine, from what the operator adds to it.
+pub fn cmdline(added: &str, exact: bool) -> String {
+    if exact || added.is_empty() {
+        return if exact { added.into() } else { MACHINE_CMDLINE.into() };
+    }
+    // What follows `--` goes to init, so the machine's own words stand first.
+    format!("{MACHINE_CMDLINE} {added}")
+}
+
+/// Refuses a host on which a recording would not replay.
+pub fn check_cpu(kvm: &Kvm, recorded: &CpuidTable) -> Result<(), KvmError> {
+    cpuid::check_host(recorded, &cpuid::for_host(kvm)?)
+}
+
+/// Facts about this host.
+pub fn host_facts(holes: Vec<String>) -> Host {
+    let first = |path: &str, key: &str| {
+        let text = std::fs::read_to_string(path).unwrap_or_default();
+        let line = text.lines().find(|line| line.starts_with(key)).unwrap_or_default();
+        line.split_once(':').map_or(line, |(_, value)| value).trim().to_string()
+    };
+    let unix = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    Host {
+        recorder: concat!("hindsight ", env!("CARGO_PKG_VERSION")).into(),
+        cpu: first("/proc/cpuinfo", "model name"),
+        kernel: first("/proc/sys/kernel/osrelease", ""),
+        unix_seconds: unix.map_or(0, |since| since.as_secs()),
+        holes,
+    }
+}

@@ -1,0 +1,207 @@
+//! A recording on disk: a directory that can be copied.
+//!
+//! `journal`, the `kernel` and the `initrd` it ran, and an `index` that can be rebuilt.
+
+use std::fs::{File, OpenOptions};
+use std::io::{BufReader, Write};
+use std::path::{Path, PathBuf};
+
+use hindsight_replay::{Content, Header, IndexEntry, JournalError, JournalReader};
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+use xxhash_rust::xxh3::xxh3_64;
+
+/// Why a recording cannot be made or used.
+#[derive(Debug, Error)]
+pub enum RecordingError {
+    /// A file cannot be read or written.
+    #[error("{path}: {source}")]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The journal cannot be opened.
+    #[error("{path}: {source}")]
+    Journal {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: JournalError,
+    },
+    /// There is a recording already.
+    #[error("{0} exists; give another directory, or --force to replace it")]
+    Exists(PathBuf),
+    /// Not the recorded kernel or initrd.
+    #[error(
+        "{path} is not the recorded {what}: it has {found_bytes} bytes and BLAKE3 {found}, recorded \
+         were {expected_bytes} bytes and {expected}"
+    )]
+    Content {
+        /// The file.
+        path: PathBuf,
+        /// What it should be.
+        what: &'static str,
+        /// Its length.
+        found_bytes: u64,
+        /// Its hash.
+        found: String,
+        /// The recorded length.
+        expected_bytes: u64,
+        /// The recorded hash.
+        expected: String,
+    },
+}
+
+/// Reads a file whole.
+pub fn read(path: &Path) -> Result<Vec<u8>, RecordingError> {
+    std::fs::read(path).map_err(|source| RecordingError::File { path: path.into(), source })
+}
+
+/// Names bytes by their content.
+pub fn content(bytes: &[u8]) -> Content {
+    Content { bytes: bytes.len() as u64, blake3: *blake3::hash(bytes).as_bytes() }
+}
+
+/// A directory that holds a recording.
+#[derive(Clone, Debug)]
+pub struct Recording {
+    directory: PathBuf,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct IndexFile {
+    entries: Vec<IndexEntry>,
+}
+
+impl Recording {
+    /// The recording in `directory`.
+    pub fn at(directory: &Path) -> Recording {
+        Recording { directory: directory.into() }
+    }
+
+    /// Makes an empty recording; with `force` in place of one that is there.
+    pub fn create(directory: &Path, force: bool) -> Result<Recording, RecordingError> {
+        let recording = Recording::at(directory);
+        let failed = |source| RecordingError::File { path: directory.into(), source };
+        std::fs::create_dir_all(directory).map_err(failed)?;
+        let mut entries = std::fs::read_dir(directory).map_err(failed)?;
+        if entries.next().is_some() && !force {
+            return Err(RecordingError::Exists(directory.into()));
+        }
+        for name in ["journal", "kernel", "initrd", "index"] {
+            match std::fs::remove_file(recording.path(name)) {
+                Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(RecordingError::File { path: recording.path(name), source });
+                }
+                _ => {}
+            }
+        }
+        Ok(recording)
+    }
+
+    /// Path of one of its files.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.join(name)
+    }
+
+    /// The directory.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Writes one of its files.
+    pub fn write(&self, name: &str, bytes: &[u8]) -> Result<(), RecordingError> {
+        let path = self.path(name);
+        std::fs::write(&path, bytes).map_err(|source| RecordingError::File { path, source })
+    }
+
+    /// Opens the journal for writing.
+    pub fn create_journal(&self) -> Result<File, RecordingError> {
+        let path = self.path("journal");
+        OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .open(&path)
+            .map_err(|source| RecordingError::File { path, source })
+    }
+
+    /// Opens the journal for reading. A file instead of a directory is taken as the journal itself.
+    pub fn journal(&self) -> Result<JournalReader<BufReader<File>>, RecordingError> {
+        let path =
+            if self.directory.is_file() { self.directory.clone() } else { self.path("journal") };
+        let file = File::open(&path)
+            .map_err(|source| RecordingError::File { path: path.clone(), source })?;
+        JournalReader::open(BufReader::new(file))
+            .map_err(|source| RecordingError::Journal { path, source })
+    }
+
+    /// Length of the journal in bytes.
+    pub fn journal_bytes(&self) -> Result<u64, RecordingError> {
+        let path = self.path("journal");
+        let meta = std::fs::metadata(&path);
+        meta.map(|meta| meta.len()).map_err(|source| RecordingError::File { path, source })
+    }
+
+    /// The recorded kernel and initrd, or the files given in their place; refused if they differ
+    /// from what was recorded.
+    pub fn images(
+        &self,
+        header: &Header,
+        kernel: Option<&Path>,
+        initrd: Option<&Path>,
+    ) -> Result<(Vec<u8>, Vec<u8>), RecordingError> {
+        let machine = &header.machine;
+        let kernel = kernel.map_or_else(|| self.path("kernel"), Path::to_path_buf);
+        let kernel = checked(&kernel, "kernel", &machine.kernel)?;
+        let initrd_path = initrd.map_or_else(|| self.path("initrd"), Path::to_path_buf);
+        let initrd = match &machine.initrd {
+            Some(expected) => checked(&initrd_path, "initrd", expected)?,
+            None if initrd.is_some() => checked(&initrd_path, "initrd (none)", &content(&[]))?,
+            None => Vec::new(),
+        };
+        Ok((kernel, initrd))
+    }
+
+    /// Writes the index. It can always be rebuilt, so a failure is no loss.
+    pub fn write_index(&self, entries: &[IndexEntry]) -> Result<(), RecordingError> {
+        let body = postcard::to_stdvec(&IndexFile { entries: entries.to_vec() })
+            .expect("plain values serialise");
+        let path = self.path("index");
+        let write = || -> std::io::Result<()> {
+            let mut file = File::create(&path)?;
+            file.write_all(&xxh3_64(&body).to_le_bytes())?;
+            file.write_all(&body)
+        };
+        write().map_err(|source| RecordingError::File { path: path.clone(), source })
+    }
+
+    /// The index, if there is one, it is whole, and it describes this journal's length.
+    pub fn read_index(&self) -> Option<Vec<IndexEntry>> {
+        let bytes = std::fs::read(self.path("index")).ok()?;
+        let (check, body) = bytes.split_first_chunk::<8>()?;
+        let index: IndexFile = postcard::from_bytes(body).ok()?;
+        let last = index.entries.last()?;
+        let fits = last.offset < self.journal_bytes().ok()?;
+        (xxh3_64(body).to_le_bytes() == *check && fits).then_some(index.entries)
+    }
+}
+
+fn checked(path: &Path, what: &'static str, expected: &Content) -> Result<Vec<u8>, RecordingError> {
+    let bytes = read(path)?;
+    let found = content(&bytes);
+    if found == *expected {
+        return Ok(bytes);
+    }
+    Err(RecordingError::Content {
+        path: path.into(),
+        what,
+        found_bytes: found.bytes,
+        found: found.hex(),
+        expected_bytes: expected.bytes,
+        expected: expected.hex(),
+    })
+}
