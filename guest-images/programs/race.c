@@ -14,16 +14,18 @@
  * arrives at one of the places where a teller asks for the time: LOOKS + 1 of them are
  * harmless, one is inside transfer(). So with open hours of T ticks
  *     odds of a loss = 1 - (1 - 1 / (LOOKS + 2)) ** T
- * and as both are counts, the speed of the machine matters little. (Where interrupts land
- * anywhere, as on real hardware, the odds are up to twice that: the page faults of the audit
- * trail lengthen the dangerous place.) Few accounts make it nearly certain that the others
- * touch the same ones meanwhile. To tune, change LOOKS; the odds go as 1 / LOOKS. */
+ * and as both are counts, the speed of the machine matters little, unless it is so slow that
+ * the bank closes before anything has happened. AT_LEAST is for those: the tick lands in one
+ * transfer of (4 ms / time of a look), so more transfers, more odds. Few accounts make it
+ * nearly certain that the others touch the same ones meanwhile.
+ * To tune: LOOKS and OPEN_MS on a fast machine, AT_LEAST on a slow one. */
 enum {
     TELLERS = 4,
     ACCOUNTS = 4,
     DEPOSIT = 1000,
-    OPEN_MS = 100,
-    LOOKS = 128,
+    OPEN_MS = 32,
+    LOOKS = 32,
+    AT_LEAST = 3, /* transfers of each teller */
     TRAIL = 1 << 16, /* records that one teller can leave */
 };
 
@@ -75,7 +77,7 @@ static uint64_t wait_for_customer(void)
 
 static void serve(struct bank *bank, struct teller *me, uint64_t closing_ns)
 {
-    while (wait_for_customer() < closing_ns && me->records < TRAIL) {
+    while ((wait_for_customer() < closing_ns || me->records < AT_LEAST) && me->records < TRAIL) {
         int from = (int)draw(me, ACCOUNTS);
         int to = (from + 1 + (int)draw(me, ACCOUNTS - 1)) % ACCOUNTS;
         transfer(bank, me, from, to, 1 + (long)draw(me, 50));
