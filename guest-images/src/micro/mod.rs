@@ -1,0 +1,17 @@
+//! The micro-guests, one function each. What a guest leaves behind stands at
+//! [`DATA`](crate::layout::DATA), in little-endian words; "place" is a name for
+//! [`MicroGuest::place`](crate::MicroGuest::place). Each ends at
+//! [`PORT_DONE`](crate::layout::PORT_DONE) unless it says otherwise, and an exception it does not
+//! speak of shows at [`PORT_FAULT`](crate::layout::PORT_FAULT).
+
+mod attempts;
+mod control;
+mod cpu;
+mod exits;
+mod rings;
+
+pub use attempts::{Attempt, Outcome, attempts, outcomes};
+pub use control::{NMI_VECTOR, breakpoint, int3, interruptible, straight_line, window};
+pub use cpu::{cpuid, hypercall, rdtsc, read_msrs, trap_port, write_msr};
+pub use exits::{branch_loop, dirty_pages, halt, many_outs, memory_mapped, ports, string_ports, triple_fault};
+pub use rings::{gate, syscall};
