@@ -2,8 +2,21 @@
 //!
 //! No unsafe, no clock, no file, no thread, no KVM. A [`Board`] takes an [`Access`] and
 //! answers with a [`Reply`]; takes an [`Input`]; is told what time it is; and says whether it
-//! wants an interrupt delivered.
+//! wants an interrupt delivered. Whatever a guest does is answered with data; an assertion
+//! that fails is a bug of ours.
 #![forbid(unsafe_code)]
 
 mod access;
+mod board;
+mod chipset;
+mod msr;
+mod pic;
+mod pit;
+mod restore;
+mod rtc;
+mod uart;
+
 pub use access::{Access, Input, Nanos, Reply, Reset, Width};
+pub use board::{Board, BoardState};
+pub use chipset::PvPanic;
+pub use restore::RestoreError;

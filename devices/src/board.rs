@@ -1,0 +1,325 @@
+//! The board: which device answers which address, and how their lines are wired.
+//!
+//! A port access wider than a byte is what it is on an ISA bus, one access per byte at
+//! neighbouring ports, low byte first. Where nobody answers the bus floats: reads are all
+//! ones, writes go nowhere. That holds for all memory-mapped accesses, and for the PCI
+//! configuration ports, which is how a guest learns that there is no PCI bus.
+
+use serde::{Deserialize, Serialize};
+
+use crate::chipset::{Chipset, PvPanic};
+use crate::msr::Msrs;
+use crate::pic::Pic;
+use crate::pit::{Irq0, Pit};
+use crate::restore::RestoreError;
+use crate::rtc::Rtc;
+use crate::uart::{Uart, UartState};
+use crate::{Access, Input, Nanos, Reply, Reset, Width};
+
+const IRQ_TIMER: u8 = 0;
+const IRQ_CONSOLE: u8 = 4;
+const IRQ_CLOCK: u8 = 8;
+
+const COM1: u16 = 0x3f8;
+
+/// The version of [`BoardState`] that this program writes and reads.
+const VERSION: u32 = 1;
+
+/// The machine the guest sees, apart from its CPU and memory.
+#[derive(Clone, Debug)]
+pub struct Board {
+    now: Nanos,
+    /// The earliest time at which a timer has something to do; the common
+    /// [`advance`](Board::advance) only compares with it.
+    due: Nanos,
+    pic: Pic,
+    pit: Pit,
+    rtc: Rtc,
+    uart: Uart,
+    chipset: Chipset,
+    msrs: Msrs,
+}
+
+/// Everything a [`Board`] is, as one value.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BoardState {
+    /// Which layout this is; [`Board::restore`] refuses all but its own.
+    pub version: u32,
+    now: Nanos,
+    pic: Pic,
+    pit: Pit,
+    rtc: Rtc,
+    uart: UartState,
+    chipset: Chipset,
+    msrs: Msrs,
+}
+
+impl Default for Board {
+    fn default() -> Board {
+        Board::new()
+    }
+}
+
+impl Board {
+    /// The board at power-on, at guest time 0. Its clock shows 1970 until
+    /// [`Input::WallClock`] arrives.
+    pub fn new() -> Board {
+        Board {
+            now: 0,
+            due: Nanos::MAX,
+            pic: Pic::new(),
+            pit: Pit::new(),
+            rtc: Rtc::new(),
+            uart: Uart::new(),
+            chipset: Chipset::new(),
+            msrs: Msrs::new(),
+        }
+    }
+
+    /// Answers one access of the guest, at the time last told by
+    /// [`advance`](Board::advance).
+    pub fn access(&mut self, access: Access) -> Reply {
+        match access {
+            Access::PortRead { port, width } => Reply::Value(self.read_ports(port, width)),
+            Access::PortWrite { port, width, value } => {
+                self.write_ports(port, width, value);
+                Reply::Done
+            }
+            Access::MemoryRead { width, .. } => Reply::floating(width),
+            Access::MemoryWrite { .. } => Reply::Done,
+            Access::MsrRead { index } => self.msrs.read(index, self.now),
+            Access::MsrWrite { index, value } => self.msrs.write(index, value, self.now),
+        }
+    }
+
+    /// Something reaches the machine from outside. [`Input::Stop`] concerns whoever runs the
+    /// board, not the board.
+    pub fn accept(&mut self, input: Input) {
+        match input {
+            Input::WallClock { unix_seconds } => {
+                self.rtc.set_wall_clock(unix_seconds, self.now);
+                self.wire_clock();
+            }
+            Input::Console(bytes) => {
+                self.uart.type_in(&bytes);
+                self.wire_console();
+            }
+            Input::Stop => {}
+        }
+    }
+
+    /// Guest time is now `now`: timers due by then have fired. Called at every exit.
+    pub fn advance(&mut self, now: Nanos) {
+        assert!(
+            now >= self.now,
+            "time ran backwards: {now} after {}",
+            self.now
+        );
+        self.now = now;
+        if now < self.due {
+            return;
+        }
+        let irq0 = self.pit.advance(now);
+        self.wire_timer(irq0);
+        self.rtc.advance(now);
+        self.wire_clock();
+    }
+
+    /// Guest time.
+    pub fn now(&self) -> Nanos {
+        self.now
+    }
+
+    /// The earliest future time at which [`advance`](Board::advance) could raise an interrupt
+    /// that the interrupt controllers' masks let through. Always later than
+    /// [`now`](Board::now); any access can change it.
+    pub fn deadline(&self) -> Option<Nanos> {
+        let timer = self
+            .pit
+            .next_rise()
+            .filter(|_| self.pic.unmasked(IRQ_TIMER));
+        let clock = self
+            .rtc
+            .next_interrupt()
+            .filter(|_| self.pic.unmasked(IRQ_CLOCK));
+        timer.into_iter().chain(clock).min()
+    }
+
+    /// The INTR line to the CPU.
+    pub fn interrupt_pending(&self) -> bool {
+        self.pic.interrupt_pending()
+    }
+
+    /// The CPU's interrupt acknowledge cycle: the vector to deliver. Without a request, the
+    /// spurious one.
+    pub fn acknowledge(&mut self) -> u8 {
+        self.pic.acknowledge()
+    }
+
+    /// Console bytes that the guest has transmitted since the last call.
+    pub fn take_output(&mut self) -> Vec<u8> {
+        self.uart.take_output()
+    }
+
+    /// How many more typed bytes are sensible to accept now. More are not lost, only queued.
+    pub fn console_room(&self) -> usize {
+        self.uart.room()
+    }
+
+    /// The first reset the guest asked for. The board itself goes on.
+    pub fn reset_requested(&self) -> Option<Reset> {
+        self.chipset.reset()
+    }
+
+    /// What the guest wrote to the pvpanic port.
+    pub fn guest_panicked(&self) -> Option<PvPanic> {
+        self.chipset.panic()
+    }
+
+    /// What RDTSC reads now.
+    pub fn time_stamp(&self) -> u64 {
+        self.msrs.time_stamp(self.now)
+    }
+
+    /// What RDTSCP puts in ECX.
+    pub fn tsc_aux(&self) -> u32 {
+        self.msrs.tsc_aux()
+    }
+
+    /// The whole board as one value, output not yet taken included.
+    pub fn save(&self) -> BoardState {
+        BoardState {
+            version: VERSION,
+            now: self.now,
+            pic: self.pic.clone(),
+            pit: self.pit.clone(),
+            rtc: self.rtc.clone(),
+            uart: self.uart.save(),
+            chipset: self.chipset.clone(),
+            msrs: self.msrs.clone(),
+        }
+    }
+
+    /// The board that was saved.
+    ///
+    /// # Errors
+    ///
+    /// Another version's state, or one that no board could have been in.
+    pub fn restore(state: BoardState) -> Result<Board, RestoreError> {
+        if state.version != VERSION {
+            return Err(RestoreError::Version {
+                expected: VERSION,
+                found: state.version,
+            });
+        }
+        state.pic.check()?;
+        state.pit.check(state.now)?;
+        state.rtc.check(state.now)?;
+        state.chipset.check()?;
+        let mut board = Board {
+            now: state.now,
+            due: Nanos::MAX,
+            pic: state.pic,
+            pit: state.pit,
+            rtc: state.rtc,
+            uart: Uart::restore(state.uart)?,
+            chipset: state.chipset,
+            msrs: state.msrs,
+        };
+        board.find_due();
+        Ok(board)
+    }
+
+    fn read_ports(&mut self, port: u16, width: Width) -> u64 {
+        if floats(port, width) {
+            return width.ones();
+        }
+        let bytes = 0..width.bytes() as u16;
+        bytes.rev().fold(0, |value, byte| {
+            value << 8 | u64::from(self.read_port(port.wrapping_add(byte)))
+        })
+    }
+
+    fn write_ports(&mut self, port: u16, width: Width, value: u32) {
+        if floats(port, width) {
+            return;
+        }
+        for (byte, value) in value
+            .to_le_bytes()
+            .into_iter()
+            .take(width.bytes())
+            .enumerate()
+        {
+            self.write_port(port.wrapping_add(byte as u16), value);
+        }
+    }
+
+    fn read_port(&mut self, port: u16) -> u8 {
+        let value = match port {
+            0x20 | 0x21 | 0xa0 | 0xa1 | 0x4d0 | 0x4d1 => self.pic.read(port),
+            0x40..=0x43 | 0x61 => self.pit.read(port, self.now),
+            0x70 | 0x71 => {
+                let value = self.rtc.read(port, self.now);
+                self.wire_clock(); // reading register C lowers its line
+                value
+            }
+            COM1..=0x3ff => {
+                let value = self.uart.read((port - COM1) as u8);
+                self.wire_console();
+                Some(value)
+            }
+            _ => self.chipset.read(port),
+        };
+        value.unwrap_or(0xff)
+    }
+
+    fn write_port(&mut self, port: u16, value: u8) {
+        match port {
+            0x20 | 0x21 | 0xa0 | 0xa1 | 0x4d0 | 0x4d1 => self.pic.write(port, value),
+            0x40..=0x43 | 0x61 => {
+                let irq0 = self.pit.write(port, value, self.now);
+                self.wire_timer(irq0);
+            }
+            0x70 | 0x71 => {
+                self.rtc.write(port, value, self.now);
+                self.wire_clock();
+            }
+            COM1..=0x3ff => {
+                self.uart.write((port - COM1) as u8, value);
+                self.wire_console();
+            }
+            _ => self.chipset.write(port, value),
+        }
+    }
+
+    fn wire_timer(&mut self, irq0: Irq0) {
+        match irq0 {
+            Irq0::Unchanged => {}
+            Irq0::Rose => self.pic.pulse(IRQ_TIMER),
+            Irq0::Fell => self.pic.set_line(IRQ_TIMER, false),
+        }
+        self.find_due();
+    }
+
+    fn wire_clock(&mut self) {
+        self.pic.set_line(IRQ_CLOCK, self.rtc.interrupt_line());
+        self.find_due();
+    }
+
+    fn wire_console(&mut self) {
+        self.pic.set_line(IRQ_CONSOLE, self.uart.interrupt_line());
+    }
+
+    fn find_due(&mut self) {
+        let timers = [self.pit.next_rise(), self.rtc.next_interrupt()];
+        self.due = timers.into_iter().flatten().min().unwrap_or(Nanos::MAX);
+    }
+}
+
+/// Whether nobody answers this access as a whole.
+///
+/// The doublewords at 0xcf8 and 0xcfc belong to a PCI host bridge that is not there; only a
+/// byte access reaches the reset control register, which lies under them at 0xcf9.
+fn floats(port: u16, width: Width) -> bool {
+    matches!(port, 0xcf5..=0xcff) && width != Width::Byte
+}
