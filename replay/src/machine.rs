@@ -35,7 +35,8 @@ pub trait Cpu {
     fn run(&mut self) -> Result<Back, Self::Error>;
     /// The registers as the guest left them when it came back.
     fn registers(&mut self) -> Registers;
-    /// Hands the answer to the exit; the instruction may stay unfinished until it runs again.
+    /// Hands the answer to the exit; the instruction may stay unfinished until it runs again. HLT
+    /// may not: the registers behind it are read at each wake-up, before anything runs.
     fn answer(&mut self, exit: &Exit, answer: &Answer) -> Result<(), Self::Error>;
     /// Finishes the instruction of the last exit. Tells whether an interrupt can be taken there.
     fn settle(&mut self) -> Result<bool, Self::Error>;

@@ -67,7 +67,10 @@ impl<O: Outside, W: Write> Outside for Recorder<O, W> {
         self.journal.turn_is_complete(query.exits - 1, query.last, query.halted)?;
         let now = self.inner.time(query)?;
         let ahead_ns = now.wrapping_sub(query.rule).cast_signed();
-        if ahead_ns != 0 {
+        // A halted machine without a deadline is woken by the world alone: without an event here,
+        // replay would take it for one that nothing can wake.
+        let woken_by_world = query.halted && query.deadline.is_none();
+        if ahead_ns != 0 || woken_by_world {
             self.append(query.exits, Event::Time { ahead_ns });
         }
         Ok(now)

@@ -9,9 +9,11 @@ use crate::digest::Digest;
 use crate::divergence::{Difference, Divergence, first_difference};
 use crate::event::{End, Ending, Entry, Event};
 use crate::exit::Turn;
+use crate::header::Detail;
 use crate::journal::{JournalError, JournalReader, TailReason};
 use crate::moment::Moment;
 use crate::outside::{Closed, Outside, TimeQuery};
+use crate::recorder::WITNESS_EVERY;
 
 /// How many turns a divergence report shows.
 const HISTORY: usize = 8;
@@ -29,6 +31,8 @@ pub struct Replayer<R: Read> {
     equal_through: u64,
     memories_checked: u64,
     witnesses_checked: u64,
+    /// Met where nothing could be refused; the next look at the journal refuses.
+    failed: Option<JournalError>,
 }
 
 impl<R: Read> Replayer<R> {
@@ -48,6 +52,7 @@ impl<R: Read> Replayer<R> {
             equal_through: 0,
             memories_checked: 0,
             witnesses_checked: 0,
+            failed: None,
         }
     }
 
@@ -68,6 +73,9 @@ impl<R: Read> Replayer<R> {
 
     /// The next event, reading on if the present frame is used up.
     fn peek(&mut self) -> Result<Option<&Entry>, JournalError> {
+        if let Some(error) = self.failed.take() {
+            return Err(error);
+        }
         while self.ahead.is_empty() {
             match self.journal.next_frame()? {
                 Some(frame) => self.ahead.extend(frame.entries),
@@ -201,6 +209,18 @@ impl<R: Read> Outside for Replayer<R> {
             }
             self.witnesses_checked += 1;
         }
+        // A journal that lost its checks must not pass for one that agrees.
+        let missing = if recorded.is_none() && self.journal.header().detail == Detail::Full {
+            Some("turn")
+        } else if check.is_none() && exits.is_multiple_of(WITNESS_EVERY) {
+            Some("witness")
+        } else {
+            None
+        };
+        if let Some(missing) = missing {
+            let what = format!("it has no {missing} for exit {exits}");
+            return Err(self.diverged(at, Difference::Impossible { what }));
+        }
         if recorded.is_some() || check.is_some() {
             self.equal_through = exits;
         }
@@ -216,17 +236,24 @@ impl<R: Read> Outside for Replayer<R> {
                 return Ok(());
             }
             Some(entry) => describe(entry),
-            None => return self.cut_short(at.exits),
+            None => {
+                self.cut_short(at.exits)?;
+                format!("no more interrupts through exit {}", self.journal.through())
+            }
         };
         let found = describe_interrupt(at, vector);
         Err(self.diverged(*at, Difference::Interrupt { expected, found }))
     }
 
     fn wants_memory(&mut self, exits: u64) -> bool {
-        let recorded = matches!(
-            self.peek(),
-            Ok(Some(Entry { exits: at, event: Event::Memory { .. } })) if *at == exits
-        );
+        let recorded = match self.peek() {
+            Ok(Some(Entry { exits: at, event: Event::Memory { .. } })) => *at == exits,
+            Ok(_) => false,
+            Err(error) => {
+                self.failed = Some(error);
+                false
+            }
+        };
         recorded || self.memory_every.is_some_and(|every| exits.is_multiple_of(every))
     }
 
@@ -303,7 +330,12 @@ impl<R: Read> Outside for Replayer<R> {
         }
         self.memories_checked += u64::from(found.memory.is_some());
         self.ahead.pop_front();
-        Ok(())
+        // Look behind the end: a file that was tampered with or glued together is not whole.
+        assert!(self.peek()?.is_none(), "the reader lets no event through behind the end");
+        match self.journal.tail() {
+            Some(tail) if tail.reason != TailReason::Closed => Err(Closed::CutShort(tail.clone())),
+            _ => Ok(()),
+        }
     }
 }
 
