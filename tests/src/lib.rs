@@ -1,1 +1,8 @@
-//! What the end-to-end tests share.
+//! What the tests share: a toy CPU, a seeded world, and the runs that bring them together.
+#![forbid(unsafe_code)]
+
+pub mod rng;
+pub mod sim;
+pub mod sim_world;
+pub mod toy_cpu;
+pub mod toy_program;

@@ -1,0 +1,459 @@
+//! One seed, one machine: recorded, replayed, and told apart.
+
+use std::collections::BTreeMap;
+
+use hindsight_devices::Nanos;
+use hindsight_replay::{
+    Closed, Content, CpuidEntry, CpuidTable, Detail, Divergence, End, Entry, Event, Header, Host,
+    JournalError, JournalReader, JournalWriter, Live, Machine, MachineDescription, Moment,
+    Observer, Outside, Recorder, Replayer, RunError, Tail, TrapCounts, Turn,
+};
+
+use crate::rng::Rng;
+use crate::sim_world::SimWorld;
+use crate::toy_cpu::{Broken, ToyCpu};
+
+/// A machine and its world, both made of a seed.
+#[derive(Clone, Copy, Debug)]
+pub struct Scenario {
+    /// The seed.
+    pub seed: u64,
+    /// The time rule.
+    pub ns_per_exit: u64,
+    /// How fast the host runs against that.
+    pub pace_ns: Nanos,
+    /// How often the recorder digests all of memory.
+    pub memory_every: Option<u64>,
+}
+
+impl Scenario {
+    /// The scenario of a seed.
+    pub fn new(seed: u64) -> Scenario {
+        let mut rng = Rng::new(seed, 4);
+        let ns_per_exit = [0, 1, 1_000, 5_000, 50_000][rng.below(5) as usize];
+        let pace_ns = [1, 1_000, 8_000, 100_000, 2_000_000][rng.below(5) as usize];
+        let memory_every = [None, Some(1), Some(7), Some(64)][rng.below(4) as usize];
+        Scenario {
+            seed,
+            ns_per_exit,
+            pace_ns,
+            memory_every,
+        }
+    }
+
+    /// The head of its journals.
+    pub fn header(&self, detail: Detail) -> Header {
+        let content = Content {
+            bytes: self.seed,
+            blake3: [7; 32],
+        };
+        Header {
+            detail,
+            machine: MachineDescription {
+                memory_bytes: crate::toy_cpu::MEMORY_BYTES as u64,
+                cmdline: format!("toy seed={}", self.seed),
+                kernel: content,
+                kernel_version: "toy".into(),
+                initrd: None,
+                traps: TrapCounts::default(),
+                cpuid: cpuid_table(),
+                ns_per_exit: self.ns_per_exit,
+            },
+            host: Host {
+                recorder: "simulation".into(),
+                cpu: "toy".into(),
+                kernel: "none".into(),
+                unix_seconds: 1_700_000_000,
+                holes: Vec::new(),
+            },
+        }
+    }
+
+    /// Records it on the host of `noise`.
+    pub fn record(&self, detail: Detail, noise: u64) -> Recording {
+        let world = SimWorld::new(self.seed, self.pace_ns);
+        let cpu = ToyCpu::new(self.seed, noise);
+        let (result, recording) = self.record_with(detail, world, cpu);
+        let end = result.unwrap_or_else(|failure| panic!("the recording failed: {failure}"));
+        Recording {
+            end: Some(end),
+            ..recording
+        }
+    }
+
+    /// Records `cpu` in `world`, which need not be its own.
+    pub fn record_with(
+        &self,
+        detail: Detail,
+        world: SimWorld,
+        mut cpu: ToyCpu,
+    ) -> (Result<End, RunError<Broken>>, Recording) {
+        let mut journal = Vec::new();
+        let live = Live::new(world, self.memory_every);
+        let header = self.header(detail);
+        let mut recorder =
+            Recorder::create(live, &mut journal, &header).expect("a Vec takes everything");
+        let mut machine = machine_of(&header);
+        let mut trace = Trace::default();
+        let result = machine.run(&mut cpu, &mut recorder, &mut trace);
+        let exits = machine.at().exits;
+        let memory = cpu.memory().to_vec();
+        (
+            result,
+            Recording {
+                journal,
+                end: None,
+                exits,
+                trace,
+                memory,
+            },
+        )
+    }
+}
+
+/// What a recording left behind.
+#[derive(Clone, Debug)]
+pub struct Recording {
+    /// The file.
+    pub journal: Vec<u8>,
+    /// How the run ended, if it did.
+    pub end: Option<End>,
+    /// Exits counted.
+    pub exits: u64,
+    /// What an observer saw.
+    pub trace: Trace,
+    /// Memory at the end.
+    pub memory: Vec<u8>,
+}
+
+/// Everything an observer can see of a run.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Trace {
+    /// Turns, the first at index 0.
+    pub turns: Vec<Turn>,
+    /// Interrupts.
+    pub interrupts: Vec<(Moment, u8)>,
+    /// What the guest wrote to its console, with the exit.
+    pub output: Vec<(u64, Vec<u8>)>,
+}
+
+impl Trace {
+    /// What of it lies at or before `exits`.
+    pub fn through(&self, exits: u64) -> Trace {
+        Trace {
+            turns: self.turns.iter().take(exits as usize).copied().collect(),
+            interrupts: self
+                .interrupts
+                .iter()
+                .filter(|(at, _)| at.exits <= exits)
+                .copied()
+                .collect(),
+            output: self
+                .output
+                .iter()
+                .filter(|(at, _)| *at <= exits)
+                .cloned()
+                .collect(),
+        }
+    }
+
+    /// The first exit at which two runs differ; `None` if one is the beginning of the other.
+    pub fn first_difference(&self, other: &Trace) -> Option<u64> {
+        let exits = self.turns.len().min(other.turns.len()) as u64;
+        let turn = (1..)
+            .zip(self.turns.iter().zip(&other.turns))
+            .find(|(_, (a, b))| a != b);
+        let turn = turn.map(|(at, _)| at);
+        // Interrupts of one exit come behind its turn; those behind the last common turn do not
+        // count, as the shorter run may have stopped before them.
+        let count = self.interrupts.len().max(other.interrupts.len());
+        let interrupt = (0..count)
+            .map(|i| (self.interrupts.get(i), other.interrupts.get(i)))
+            .find(|(a, b)| a != b)
+            .and_then(|(a, b)| a.into_iter().chain(b).map(|(at, _)| at.exits).min())
+            .filter(|at| *at < exits);
+        turn.into_iter().chain(interrupt).min()
+    }
+}
+
+impl Observer for Trace {
+    fn output(&mut self, exits: u64, _now: Nanos, bytes: &[u8]) {
+        self.output.push((exits, bytes.to_vec()));
+    }
+
+    fn turn(&mut self, exits: u64, turn: &Turn) {
+        self.turns.push(*turn);
+        assert_eq!(
+            exits,
+            self.turns.len() as u64,
+            "exits are counted from 1, without a gap"
+        );
+    }
+
+    fn interrupt(&mut self, at: &Moment, vector: u8, _now: Nanos) {
+        self.interrupts.push((*at, vector));
+    }
+}
+
+/// What a replay came to.
+#[derive(Debug)]
+pub enum Verdict {
+    /// Equal to the end.
+    Equal(End),
+    /// Equal as far as the journal goes.
+    CutShort(Tail),
+    /// Not equal.
+    Diverged(Box<Divergence>),
+    /// Stopped where the test wanted.
+    Reached(u64),
+    /// Not a journal that can be replayed.
+    Refused(JournalError),
+}
+
+/// A replay.
+#[derive(Debug)]
+pub struct Replayed {
+    /// What it came to.
+    pub verdict: Verdict,
+    /// What an observer saw.
+    pub trace: Trace,
+    /// Memory at the end.
+    pub memory: Vec<u8>,
+    /// The machine's time rule and state.
+    pub digest: u64,
+    /// Memory digests compared.
+    pub memories_checked: u64,
+}
+
+/// Replays `journal` on `cpu`, up to exit `until` if given.
+pub fn replay(journal: &[u8], cpu: ToyCpu, until: Option<u64>) -> Replayed {
+    let machine = JournalReader::open(journal)
+        .ok()
+        .map(|reader| machine_of(reader.header()));
+    replay_on(
+        machine.unwrap_or_else(|| Machine::new(CpuidTable::default(), 0)),
+        journal,
+        cpu,
+        until,
+    )
+}
+
+/// Replays `journal` on `cpu` in `machine`.
+pub fn replay_on(
+    mut machine: Machine,
+    journal: &[u8],
+    mut cpu: ToyCpu,
+    until: Option<u64>,
+) -> Replayed {
+    let mut trace = Trace::default();
+    let mut memories_checked = 0;
+    let verdict = match JournalReader::open(journal) {
+        Err(error) => Verdict::Refused(error),
+        Ok(reader) => {
+            let mut replayer = Replayer::new(reader, until, None);
+            let verdict = verdict(machine.run(&mut cpu, &mut replayer, &mut trace));
+            memories_checked = replayer.memories_checked();
+            verdict
+        }
+    };
+    let memory = cpu.memory().to_vec();
+    Replayed {
+        verdict,
+        trace,
+        memory,
+        digest: machine.digest().value(),
+        memories_checked,
+    }
+}
+
+/// Replays `journal` and records the replay, under `header`.
+pub fn relog(journal: &[u8], header: &Header, mut cpu: ToyCpu) -> (Verdict, Vec<u8>) {
+    let reader = match JournalReader::open(journal) {
+        Ok(reader) => reader,
+        Err(error) => return (Verdict::Refused(error), Vec::new()),
+    };
+    let mut machine = machine_of(reader.header());
+    let mut copy = Vec::new();
+    let replayer = Replayer::new(reader, None, None);
+    let mut recorder =
+        Recorder::create(replayer, &mut copy, header).expect("a Vec takes everything");
+    let result = machine.run(&mut cpu, &mut recorder, &mut ());
+    if result.is_err() {
+        // What is known so far is kept, as after any run that cannot go on.
+        recorder
+            .abandon(machine.at().exits, machine.now())
+            .expect("a Vec takes everything");
+    }
+    (verdict(result), copy)
+}
+
+fn verdict(result: Result<End, RunError<Broken>>) -> Verdict {
+    match result {
+        Ok(end) => Verdict::Equal(end),
+        Err(RunError::Closed(Closed::CutShort(tail))) => Verdict::CutShort(tail),
+        Err(RunError::Closed(Closed::Diverged(divergence))) => Verdict::Diverged(divergence),
+        Err(RunError::Closed(Closed::Reached(exits))) => Verdict::Reached(exits),
+        Err(RunError::Closed(Closed::Journal(error))) => Verdict::Refused(error),
+        Err(RunError::Closed(Closed::End(ending))) => panic!("an ending escaped: {ending:?}"),
+        Err(RunError::Cpu { at, source }) => panic!("at {at}: {source}"),
+    }
+}
+
+/// A machine as the head of a journal describes it.
+pub fn machine_of(header: &Header) -> Machine {
+    Machine::new(header.machine.cpuid.clone(), header.machine.ns_per_exit)
+}
+
+/// The CPUID table of every toy.
+pub fn cpuid_table() -> CpuidTable {
+    let vendor = [2, 0x6874_7541, 0x444d_4163, 0x6974_6e65];
+    let entries = vec![
+        CpuidEntry {
+            leaf: 0,
+            subleaf: None,
+            values: vendor,
+        },
+        CpuidEntry {
+            leaf: 1,
+            subleaf: Some(0),
+            values: [1, 2, 3, 4],
+        },
+        CpuidEntry {
+            leaf: 1,
+            subleaf: Some(1),
+            values: [5, 6, 7, 8],
+        },
+        CpuidEntry {
+            leaf: 2,
+            subleaf: None,
+            values: [9; 4],
+        },
+    ];
+    CpuidTable { entries }
+}
+
+/// All frames' events and their places, of a journal that is whole.
+pub fn entries_of(journal: &[u8]) -> Vec<Entry> {
+    let mut reader = JournalReader::open(journal).expect("a whole journal opens");
+    let mut entries = Vec::new();
+    while let Some(frame) = reader.next_frame().expect("memory can be read") {
+        entries.extend(frame.entries);
+    }
+    entries
+}
+
+/// Writes `entries` in frames of at most `per_frame` events, with correct checks throughout.
+///
+/// Frames begin where `entries` allow it: a frame ends with the last event of an exit. Where guest
+/// time runs backwards a frame begins too, as within one the writer takes no such turns.
+pub fn write_entries(header: &Header, entries: &[Entry], per_frame: usize) -> Vec<u8> {
+    let mut journal = Vec::new();
+    let mut writer = JournalWriter::create(&mut journal, header).expect("a Vec takes everything");
+    let mut in_frame = 0;
+    let mut now = 0;
+    let mut last = 0;
+    for entry in entries {
+        let backwards = matches!(&entry.event, Event::Turn(turn) if turn.now < now);
+        if in_frame > 0 && (backwards || (in_frame >= per_frame && entry.exits > last)) {
+            writer.close_frame(last, 0).expect("a Vec takes everything");
+            in_frame = 0;
+        }
+        if let Event::Turn(turn) = &entry.event {
+            now = turn.now;
+        }
+        writer.append(entry.exits, entry.event.clone());
+        last = entry.exits;
+        in_frame += 1;
+    }
+    writer.close_frame(last, 0).expect("a Vec takes everything");
+    journal
+}
+
+/// A door that gives what a journal gives and checks nothing: what would the machine do?
+#[derive(Debug)]
+pub struct Unchecked {
+    times: BTreeMap<u64, i64>,
+    inputs: BTreeMap<u64, Vec<hindsight_devices::Input>>,
+    exits_max: u64,
+}
+
+impl Unchecked {
+    /// A door to `entries` that closes behind `exits_max`.
+    pub fn new(entries: &[Entry], exits_max: u64) -> Unchecked {
+        let mut door = Unchecked {
+            times: BTreeMap::new(),
+            inputs: BTreeMap::new(),
+            exits_max,
+        };
+        for Entry { exits, event } in entries {
+            match event {
+                Event::Time { ahead_ns } => {
+                    door.times.insert(*exits, *ahead_ns);
+                }
+                Event::Input(input) => {
+                    door.inputs
+                        .entry(*exits)
+                        .or_default()
+                        .insert(0, input.clone());
+                }
+                _ => {}
+            }
+        }
+        door
+    }
+}
+
+impl Outside for Unchecked {
+    fn time(&mut self, query: &hindsight_replay::TimeQuery) -> Result<Nanos, Closed> {
+        let ahead_ns = self.times.get(&query.exits).copied().unwrap_or(0);
+        Ok(query.rule.saturating_add_signed(ahead_ns).max(query.last))
+    }
+
+    fn arrival(
+        &mut self,
+        exits: u64,
+        room: usize,
+    ) -> Result<Option<hindsight_devices::Input>, Closed> {
+        let input = self.inputs.get_mut(&exits).and_then(Vec::pop);
+        Ok(input.filter(|input| match input {
+            hindsight_devices::Input::Console(bytes) => bytes.len() <= room,
+            _ => true,
+        }))
+    }
+
+    fn turn(&mut self, _: u64, _: &Turn, _: hindsight_replay::Digest) -> Result<(), Closed> {
+        Ok(())
+    }
+
+    fn interrupt(&mut self, _: &Moment, _: u8) -> Result<(), Closed> {
+        Ok(())
+    }
+
+    fn wants_memory(&mut self, _: u64) -> bool {
+        false
+    }
+
+    fn memory(&mut self, _: u64, _: u64) -> Result<(), Closed> {
+        Ok(())
+    }
+
+    fn goes_on(&mut self, exits: u64, _: bool) -> Result<(), Closed> {
+        if exits >= self.exits_max {
+            Err(Closed::Reached(exits))
+        } else {
+            Ok(())
+        }
+    }
+
+    fn kicked(&mut self, _: u64) -> Result<(), Closed> {
+        Ok(())
+    }
+
+    fn end(&mut self, _: u64, _: &End) -> Result<(), Closed> {
+        Ok(())
+    }
+
+    fn abandon(&mut self, _: u64, _: Nanos) -> Result<(), Closed> {
+        Ok(())
+    }
+}

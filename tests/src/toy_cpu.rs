@@ -1,0 +1,325 @@
+//! A CPU that fits on two screens, for the production loop to drive.
+//!
+//! Every instruction depends on all registers, and every value read, interrupt taken and place
+//! reached goes into the registers: two runs whose inputs differ part at once. What differs
+//! between hosts (kicks, and when KVM finishes an instruction) comes from a seed of its own, the
+//! noise, so that a recording and its replay can be given different hosts.
+
+use std::fmt;
+
+use hindsight_devices::Access;
+use hindsight_replay::{Answer, Back, Cpu, Exit, MemoryDigest, PAGE_BYTES, Registers};
+
+use crate::rng::{Rng, mix};
+use crate::toy_program::{Op, Program};
+
+/// Memory in bytes. The last page is the stack of the interrupt handlers.
+pub const MEMORY_BYTES: usize = 2 * PAGE_BYTES;
+/// IF, and the bit that is always one (Intel SDM vol. 1, 3.4.3).
+const FLAG_IF: u64 = 1 << 9;
+const FLAG_ONE: u64 = 1 << 1;
+/// A toy that has executed this many instructions triple faults, whatever it was doing.
+const INSTRUCTIONS_MAX: u64 = 20_000;
+/// The same for a toy that only spins, counted in kicks.
+const SPINS_MAX: u64 = 500;
+
+/// Something that breaks at an exit: the `exit`th that the CPU itself makes, from 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// When.
+    pub exit: u64,
+    /// What.
+    pub kind: FaultKind,
+}
+
+/// What breaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FaultKind {
+    /// One bit of one register flips.
+    Register {
+        /// Index into [`Registers`].
+        index: usize,
+        /// Which bit.
+        bit: u32,
+    },
+    /// One bit of memory flips.
+    Memory {
+        /// Which.
+        bit: usize,
+    },
+    /// The host's virtual CPU stops working.
+    Host,
+}
+
+/// The host's virtual CPU stopped working.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Broken;
+
+impl fmt::Display for Broken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the toy CPU is broken, as the test ordered")
+    }
+}
+
+impl std::error::Error for Broken {}
+
+/// The CPU and its memory.
+#[derive(Clone, Debug)]
+pub struct ToyCpu {
+    program: Program,
+    registers: Registers,
+    memory: Vec<u8>,
+    /// Interrupts wait for the instruction behind STI.
+    shadow: bool,
+    /// The window was asked for.
+    window: bool,
+    /// The exit that was reported, and what it was answered; KVM may finish it late.
+    unfinished: Option<(Exit, Answer)>,
+    exits: u64,
+    instructions: u64,
+    spins: u64,
+    noise: Rng,
+    kicks_in_a_row: u32,
+    fault: Option<Fault>,
+}
+
+impl ToyCpu {
+    /// A CPU with the program of `seed`, on the host of `noise`.
+    pub fn new(seed: u64, noise: u64) -> ToyCpu {
+        let mut registers = Registers::default();
+        registers.0[15] = mix(seed);
+        registers.0[16] = 0x1000;
+        registers.0[17] = FLAG_ONE;
+        ToyCpu {
+            program: Program::new(seed),
+            registers,
+            memory: vec![0; MEMORY_BYTES],
+            shadow: false,
+            window: false,
+            unfinished: None,
+            exits: 0,
+            instructions: 0,
+            spins: 0,
+            noise: Rng::new(noise, 3),
+            kicks_in_a_row: 0,
+            fault: None,
+        }
+    }
+
+    /// The same CPU, but it breaks.
+    pub fn with_fault(self, fault: Fault) -> ToyCpu {
+        ToyCpu {
+            fault: Some(fault),
+            ..self
+        }
+    }
+
+    /// Its memory.
+    pub fn memory(&self) -> &[u8] {
+        &self.memory
+    }
+
+    fn takes_interrupts(&self) -> bool {
+        self.registers.interrupts_enabled() && !self.shadow
+    }
+
+    /// All that the CPU has seen, in one number.
+    fn hash(&self) -> u64 {
+        self.registers.0.iter().fold(0, |h: u64, register| {
+            (h.rotate_left(29) ^ register).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+        })
+    }
+
+    fn word(&self, at: u64) -> (usize, u64) {
+        let at = at as usize % (MEMORY_BYTES / 8) * 8;
+        (
+            at,
+            u64::from_le_bytes(self.memory[at..at + 8].try_into().expect("8 bytes")),
+        )
+    }
+
+    fn store(&mut self, at: u64, value: u64) {
+        let (at, _) = self.word(at);
+        self.memory[at..at + 8].copy_from_slice(&value.to_le_bytes());
+    }
+
+    fn push(&mut self, value: u64) {
+        self.registers.0[6] = self.registers.0[6].wrapping_sub(1);
+        self.store(self.stack(), value);
+    }
+
+    fn pop(&mut self) -> u64 {
+        let (_, value) = self.word(self.stack());
+        self.registers.0[6] = self.registers.0[6].wrapping_add(1);
+        value
+    }
+
+    fn stack(&self) -> u64 {
+        let words = (PAGE_BYTES / 8) as u64;
+        words + self.registers.0[6] % words
+    }
+
+    /// Executes what does not exit.
+    fn execute(&mut self, op: Op, h: u64) {
+        let place = mix(h ^ 1) % (PAGE_BYTES / 8) as u64;
+        let register = (h >> 40) as usize % 6;
+        match op {
+            Op::Load => self.registers.0[register] ^= self.word(place).1,
+            Op::Store => self.store(place, self.registers.0[register].wrapping_add(h)),
+            Op::Sti => {
+                self.shadow = !self.registers.interrupts_enabled();
+                self.registers.0[17] |= FLAG_IF;
+            }
+            Op::Popf => self.registers.0[17] |= FLAG_IF,
+            Op::Cli => self.registers.0[17] &= !FLAG_IF,
+            Op::Iret => {
+                self.registers.0[17] = self.pop() & FLAG_IF | FLAG_ONE;
+                self.registers.0[16] = self.pop();
+            }
+            Op::Mix => self.registers.0[register] = self.registers.0[register].rotate_left(7) ^ h,
+            Op::Exit(_) => unreachable!("an exit is not executed here"),
+        }
+        self.step(h);
+    }
+
+    /// Behind every instruction: the next place, and everything seen so far in R15.
+    fn step(&mut self, h: u64) {
+        self.registers.0[16] = self.registers.0[16].wrapping_add(1 + (h >> 60));
+        self.registers.0[15] = mix(h);
+    }
+
+    /// Hands the result of the last exit to the program.
+    fn finish_instruction(&mut self) {
+        let Some((exit, answer)) = self.unfinished.take() else {
+            return;
+        };
+        let r = &mut self.registers.0;
+        match answer {
+            Answer::Done => {}
+            Answer::Value(value) => r[0] = value,
+            Answer::Fault => r[3] ^= 0x6000_0000_0000_000d,
+            Answer::Time { tsc, aux } => {
+                r[0] = tsc & 0xffff_ffff;
+                r[3] = tsc >> 32;
+                r[2] = u64::from(aux);
+            }
+            Answer::Cpuid(values) => {
+                for (register, value) in [0, 1, 2, 3].into_iter().zip(values) {
+                    r[register] = u64::from(value);
+                }
+            }
+        }
+        if matches!(exit, Exit::Access(Access::PortRead { .. })) && self.registers.0[0] & 8 != 0 {
+            // What was read goes to memory too.
+            self.store(self.registers.0[0] % 64, self.registers.0[15]);
+        }
+        let h = self.hash();
+        self.step(h);
+    }
+
+    fn breaks(&mut self) -> Result<(), Broken> {
+        match self.fault {
+            Some(Fault { exit, kind }) if exit == self.exits => match kind {
+                FaultKind::Register { index, bit } => self.registers.0[index] ^= 1 << bit,
+                FaultKind::Memory { bit } => self.memory[bit / 8] ^= 1 << (bit % 8),
+                FaultKind::Host => return Err(Broken),
+            },
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+impl Cpu for ToyCpu {
+    type Error = Broken;
+
+    fn run(&mut self) -> Result<Back, Broken> {
+        self.finish_instruction();
+        loop {
+            if self.window && self.takes_interrupts() {
+                return Ok(Back::Window);
+            }
+            if self.kicks_in_a_row < 3 && self.noise.one_in(24) {
+                self.kicks_in_a_row += 1;
+                return Ok(Back::Kicked);
+            }
+            self.kicks_in_a_row = 0;
+            self.instructions += 1;
+            let h = self.hash();
+            let worn_out = self.instructions > INSTRUCTIONS_MAX || self.spins > SPINS_MAX;
+            let op = if worn_out {
+                Op::Exit(Exit::Shutdown)
+            } else {
+                match self.program.next(h, self.exits) {
+                    Some(op) => op,
+                    None => {
+                        self.spins += 1;
+                        return Ok(Back::Kicked);
+                    }
+                }
+            };
+            self.shadow = false;
+            if let Op::Exit(exit) = op {
+                self.exits += 1;
+                self.breaks()?;
+                return Ok(Back::Exit(exit));
+            }
+            self.execute(op, h);
+        }
+    }
+
+    fn registers(&mut self) -> Registers {
+        self.registers
+    }
+
+    fn answer(&mut self, exit: &Exit, answer: &Answer) -> Result<(), Broken> {
+        assert!(self.unfinished.is_none(), "answered twice");
+        self.unfinished = Some((*exit, *answer));
+        if *exit == Exit::Halt || self.noise.one_in(2) {
+            // Some exits are finished when they are answered, some at the next run. HLT leaves
+            // nothing to finish: KVM reports it from behind the instruction.
+            self.finish_instruction();
+        }
+        Ok(())
+    }
+
+    fn settle(&mut self) -> Result<bool, Broken> {
+        self.finish_instruction();
+        Ok(self.takes_interrupts())
+    }
+
+    fn interrupt(&mut self, vector: u8) -> Result<(), Broken> {
+        assert!(
+            self.unfinished.is_none(),
+            "interrupted inside an instruction"
+        );
+        assert!(
+            self.takes_interrupts(),
+            "interrupted where no interrupt can be taken"
+        );
+        let h = self.hash();
+        self.push(self.registers.rip());
+        self.push(self.registers.rflags());
+        self.registers.0[17] &= !FLAG_IF;
+        self.registers.0[14] = mix(h ^ u64::from(vector));
+        self.registers.0[16] = 0x10_0000 + 16 * u64::from(vector);
+        self.program.enter_handler(vector, h);
+        Ok(())
+    }
+
+    fn request_window(&mut self, wanted: bool) {
+        self.window = wanted;
+    }
+
+    fn memory_digest(&mut self) -> Result<u64, Broken> {
+        let mut digest = MemoryDigest::default();
+        for (page, gpa) in self
+            .memory
+            .chunks_exact(PAGE_BYTES)
+            .zip((0..).step_by(PAGE_BYTES))
+        {
+            digest.absorb_page(gpa, page);
+        }
+        Ok(digest.value())
+    }
+}

@@ -1,0 +1,328 @@
+//! What the toy CPU executes: instructions made of a seed and of everything the CPU has seen.
+
+use std::collections::VecDeque;
+
+use hindsight_devices::{Access, Width};
+use hindsight_replay::{Exit, Mode, TimeInstruction};
+
+use crate::rng::{Rng, mix};
+
+/// One instruction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Op {
+    /// One that exits.
+    Exit(Exit),
+    /// Loads a word of memory into a register.
+    Load,
+    /// Stores a register into memory.
+    Store,
+    /// Sets IF; interrupts are held off until behind the instruction after it.
+    Sti,
+    /// Sets IF at once, as POPF does.
+    Popf,
+    /// Clears IF.
+    Cli,
+    /// Returns from an interrupt handler.
+    Iret,
+    /// Only computes.
+    Mix,
+}
+
+/// How a program ends if nobody stops it first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Last {
+    KeyboardReset,
+    FastReset,
+    ControlReset,
+    TripleFault,
+    HaltForever,
+    Panic,
+    Spin,
+}
+
+/// The instruction stream.
+#[derive(Clone, Debug)]
+pub struct Program {
+    /// Instructions decided on; then `h` decides.
+    plan: VecDeque<Op>,
+    /// Exits after which the program ends.
+    length: u64,
+    last: Last,
+    said_last: bool,
+    /// Vectors of the two interrupt controllers.
+    bases: [u8; 2],
+}
+
+const COM1: u16 = 0x3f8;
+
+fn out(port: u16, value: u8) -> Op {
+    let value = u32::from(value);
+    Op::Exit(Exit::Access(Access::PortWrite {
+        port,
+        width: Width::Byte,
+        value,
+    }))
+}
+
+fn input(port: u16) -> Op {
+    Op::Exit(Exit::Access(Access::PortRead {
+        port,
+        width: Width::Byte,
+    }))
+}
+
+impl Program {
+    /// The program of a seed.
+    pub fn new(seed: u64) -> Program {
+        let mut rng = Rng::new(seed, 1);
+        let last = match rng.below(9) {
+            0 => Last::KeyboardReset,
+            1 => Last::FastReset,
+            2 => Last::ControlReset,
+            3 => Last::TripleFault,
+            4 => Last::HaltForever,
+            5 | 6 => Last::Panic,
+            _ => Last::Spin,
+        };
+        let bases = if rng.one_in(4) {
+            [rng.number() as u8 & 0xf8, rng.number() as u8 & 0xf8]
+        } else {
+            [0x30, 0x38]
+        };
+        let length = 40 + rng.below(280);
+        let mut program = Program {
+            plan: VecDeque::new(),
+            length,
+            last,
+            said_last: false,
+            bases,
+        };
+        program.power_on(&mut rng);
+        program
+    }
+
+    /// What a kernel does first, with the choices left to the seed.
+    fn power_on(&mut self, rng: &mut Rng) {
+        self.plan.push_back(Op::Exit(Exit::Cpuid {
+            leaf: 0,
+            subleaf: 0,
+        }));
+        // 8259A: ICW1 to ICW4, then the masks (8259A data sheet, p. 10).
+        let auto_eoi = if rng.one_in(8) { 3 } else { 1 };
+        let [first, second] = self.bases;
+        for (port, value) in [
+            (0x20, 0x11),
+            (0x21, first),
+            (0x21, 4),
+            (0x21, auto_eoi),
+            (0xa0, 0x11),
+            (0xa1, second),
+            (0xa1, 2),
+            (0xa1, auto_eoi),
+            (0x21, if rng.one_in(6) { rng.number() as u8 } else { 0 }),
+            (0xa1, if rng.one_in(6) { rng.number() as u8 } else { 0 }),
+        ] {
+            self.plan.push_back(out(port, value));
+        }
+        let [low, high, ..] = rng.number().to_le_bytes();
+        self.program_timer(mode_of(rng.number()), low, high);
+        // UART: interrupts on, OUT2 gates the line (16550D data sheet, 8.6 and 8.7).
+        self.plan.push_back(out(COM1 + 4, 0x0b));
+        let enabled = if rng.one_in(3) {
+            rng.number() as u8 & 0xf
+        } else {
+            1
+        };
+        self.plan.push_back(out(COM1 + 1, enabled));
+        if rng.one_in(2) {
+            // RTC: periodic, at 1 to 8 kHz (MC146818A data sheet, table 5).
+            let rate = 0x20 | (3 + rng.below(4)) as u8;
+            for (port, value) in [(0x70, 0x0a), (0x71, rate), (0x70, 0x0b), (0x71, 0x42)] {
+                self.plan.push_back(out(port, value));
+            }
+        }
+        self.plan
+            .push_back(if rng.one_in(2) { Op::Sti } else { Op::Popf });
+    }
+
+    fn program_timer(&mut self, mode: u8, low: u8, high: u8) {
+        self.plan
+            .extend([out(0x43, 0x30 | mode << 1), out(0x40, low), out(0x40, high)]);
+    }
+
+    /// The next instruction, or `None` where the program only spins. `h` stands for all that the
+    /// CPU has seen; `exits` is how often it has exited.
+    pub fn next(&mut self, h: u64, exits: u64) -> Option<Op> {
+        if let Some(op) = self.plan.pop_front() {
+            return Some(op);
+        }
+        if exits < self.length {
+            return Some(self.decide(h));
+        }
+        Some(match self.last {
+            Last::KeyboardReset => out(0x64, 0xfe),
+            Last::FastReset => out(0x92, 0x01),
+            Last::ControlReset => out(0xcf9, 0x06),
+            Last::TripleFault => Op::Exit(Exit::Shutdown),
+            Last::HaltForever => self.then(Op::Cli, [Op::Exit(Exit::Halt)]),
+            Last::Spin => return None,
+            Last::Panic if self.said_last => Op::Exit(Exit::Shutdown),
+            Last::Panic => {
+                self.said_last = true;
+                let line = b"\nKernel panic - not syncing: the toy is broken\r\n";
+                // DLAB off, or the line would set the baud rate.
+                self.then(out(COM1 + 3, 3), line.map(|byte| out(COM1, byte)))
+            }
+        })
+    }
+
+    /// The CPU took an interrupt: the handler comes before what was decided on.
+    pub fn enter_handler(&mut self, vector: u8, h: u64) {
+        let line = vector & 7;
+        let second = vector & 0xf8 == self.bases[1] && self.bases[0] != self.bases[1];
+        let mut handler = vec![Op::Store, Op::Load];
+        match (second, line) {
+            (false, 4) => {
+                handler.extend([input(COM1 + 2), input(COM1 + 5), input(COM1), Op::Store]);
+            }
+            (true, 0) => handler.extend([out(0x70, 0x0c), input(0x71)]),
+            _ => {}
+        }
+        if h.is_multiple_of(16) {
+            // A nested interrupt may come in here.
+            handler.extend([Op::Sti, Op::Mix, Op::Mix, Op::Cli]);
+        }
+        if !h.is_multiple_of(61) {
+            handler.push(out(0x20, 0x20));
+            if second {
+                handler.push(out(0xa0, 0x20));
+            }
+        }
+        handler.push(Op::Iret);
+        for op in handler.into_iter().rev() {
+            self.plan.push_front(op);
+        }
+    }
+
+    fn then<const N: usize>(&mut self, first: Op, rest: [Op; N]) -> Op {
+        self.plan.extend(rest);
+        first
+    }
+
+    /// Decides by `h` alone.
+    fn decide(&mut self, h: u64) -> Op {
+        let choice = mix(h);
+        let [kind, a, b, c, ..] = choice.to_le_bytes();
+        let wide = mix(choice);
+        match kind {
+            0..60 => Op::Mix,
+            60..80 => Op::Load,
+            80..110 => Op::Store,
+            110..120 => Op::Cli,
+            120..132 => Op::Sti,
+            132..140 => Op::Popf,
+            140..148 => self.then(Op::Sti, [Op::Exit(Exit::Halt)]),
+            148..152 => self.then(Op::Popf, [Op::Mix, Op::Exit(Exit::Halt)]),
+            152..160 => {
+                self.program_timer(mode_of(wide), b, if c < 200 { c & 0xf } else { c });
+                Op::Mix
+            }
+            160..172 => Op::Exit(Exit::TimeRead {
+                instruction: if a & 1 == 0 {
+                    TimeInstruction::Rdtsc
+                } else {
+                    TimeInstruction::Rdtscp
+                },
+                mode: if a & 2 == 0 { Mode::Kernel } else { Mode::User },
+            }),
+            172..178 => Op::Exit(Exit::Cpuid {
+                leaf: u32::from(a & 3),
+                subleaf: u32::from(b & 1),
+            }),
+            178..180 => Op::Exit(Exit::WriteCr4 { value: wide }),
+            180..182 => Op::Exit(Exit::ReadCr4),
+            182..184 => Op::Exit(Exit::ProtectionFault),
+            184..192 => Op::Exit(Exit::Access(msr(a, wide))),
+            192..198 => Op::Exit(Exit::Access(mmio(a, wide))),
+            198..206 => self.then(
+                out(0x70, b & 0x7f),
+                [if a & 3 == 0 {
+                    out(0x71, c)
+                } else {
+                    input(0x71)
+                }],
+            ),
+            206..212 => {
+                // Latch and read the timer (8254 data sheet, p. 9).
+                self.then(
+                    out(0x43, if a & 1 == 0 { 0 } else { 0xe2 }),
+                    [input(0x40), input(0x40)],
+                )
+            }
+            212..216 => self.then(out(COM1 + 3, 3), [out(COM1 + 1, a & 0xf)]),
+            216..220 => out(0x21, if a & 3 == 0 { b } else { 0 }),
+            220..222 => out(0xa1, if a & 3 == 0 { b } else { 0 }),
+            222..224 => out(0x20, 0x20),
+            224..248 => {
+                let port = PORTS[usize::from(a) % PORTS.len()];
+                if b < 170 { input(port) } else { out(port, c) }
+            }
+            _ => Op::Exit(Exit::Access(any_port(a, wide))),
+        }
+    }
+}
+
+/// Ports that the program touches without a plan. Those that reset the machine are left out.
+const PORTS: [u16; 24] = [
+    0x20, 0xa0, 0x21, 0xa1, 0x40, 0x41, 0x42, 0x61, 0x60, 0x64, 0x70, 0x71, 0x80, 0x3f8, 0x3f8,
+    0x3f9, 0x3fa, 0x3fb, 0x3fc, 0x3fd, 0x3fd, 0x3fe, 0x3ff, 0xcf8,
+];
+
+fn mode_of(choice: u64) -> u8 {
+    [2, 2, 2, 3, 0, 0, 4, 1][choice as usize % 8]
+}
+
+fn any_port(a: u8, wide: u64) -> Access {
+    let width = [Width::Byte, Width::Word, Width::Dword][usize::from(a) % 3];
+    let port = wide as u16;
+    if a & 0x80 == 0 {
+        Access::PortRead { port, width }
+    } else {
+        let value = ((wide >> 16) & width.ones()) as u32;
+        Access::PortWrite { port, width, value }
+    }
+}
+
+fn mmio(a: u8, wide: u64) -> Access {
+    let width = [Width::Byte, Width::Word, Width::Dword, Width::Qword][usize::from(a & 3)];
+    let page = [0xfed0_0000, 0xfec0_0000, 0xfee0_0000, 0xd000_0000][usize::from(a >> 2 & 3)];
+    let gpa = page + (wide & 0xff8);
+    if a & 0x80 == 0 {
+        Access::MemoryRead { gpa, width }
+    } else {
+        Access::MemoryWrite {
+            gpa,
+            width,
+            value: wide >> 12 & width.ones(),
+        }
+    }
+}
+
+fn msr(a: u8, wide: u64) -> Access {
+    let known = [
+        0x10,
+        0x3b,
+        0x1b,
+        0xfe,
+        0x8b,
+        0xc000_0103,
+        0xc001_0015,
+        wide as u32,
+    ];
+    let index = known[usize::from(a & 7)];
+    if a & 0x80 == 0 {
+        Access::MsrRead { index }
+    } else {
+        Access::MsrWrite { index, value: wide }
+    }
+}

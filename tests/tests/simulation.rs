@@ -1,0 +1,603 @@
+//! Thousands of seeds, each a machine, a program and a world, through the production loop.
+//!
+//! `HINDSIGHT_SIM_SEEDS` says how many seeds (default 5,000), `HINDSIGHT_SIM_SEED` picks one. A
+//! failure names its seed and how to run it alone.
+
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+
+use hindsight_devices::{Access, Input, Nanos, Width};
+use hindsight_replay::{
+    Answer, Back, Cpu, Detail, Difference, Ending, Entry, Event, Exit, JournalReader, Machine,
+    Registers, WITNESS_EVERY, World,
+};
+use hindsight_tests::rng::{Rng, mix};
+use hindsight_tests::sim::{
+    Recording, Replayed, Scenario, Unchecked, Verdict, cpuid_table, entries_of, machine_of, relog,
+    replay, replay_on, write_entries,
+};
+use hindsight_tests::sim_world::SimWorld;
+use hindsight_tests::toy_cpu::{Broken, Fault, FaultKind, MEMORY_BYTES, ToyCpu};
+
+/// A witness has 16 bits: once in 65,536 times it is equal by chance, and the next one is not.
+const LATE_WITNESSES_MAX: u32 = 1;
+
+/// Runs `check` for one seed in `share` of those asked for.
+fn for_seeds(share: u64, check: impl Fn(u64)) {
+    let number = |name| -> Option<u64> {
+        std::env::var(name)
+            .ok()
+            .map(|text| text.parse().expect("a number"))
+    };
+    let one = number("HINDSIGHT_SIM_SEED");
+    let count = number("HINDSIGHT_SIM_SEEDS").unwrap_or(5_000);
+    let seeds = one.map_or(0..count.div_ceil(share), |seed| seed..seed + 1);
+    for seed in seeds {
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| check(seed))) {
+            let thread = std::thread::current();
+            let test = thread.name().unwrap_or_default();
+            eprintln!(
+                "seed {seed} failed; this runs it alone:\n  HINDSIGHT_SIM_SEED={seed} cargo test -p \
+                 hindsight-tests --test simulation -- --exact {test}"
+            );
+            resume_unwind(panic);
+        }
+    }
+}
+
+/// The host of the recording, and two hosts for replays, all different.
+fn noises(seed: u64) -> [u64; 3] {
+    [mix(seed ^ 0xaa), mix(seed ^ 0xbb), mix(seed ^ 0xcc)]
+}
+
+fn assert_equal(recording: &Recording, replayed: &Replayed) {
+    match &replayed.verdict {
+        Verdict::Equal(end) => assert_eq!(Some(end), recording.end.as_ref()),
+        other => panic!("expected an equal replay, found {other:?}"),
+    }
+    assert_eq!(recording.trace, replayed.trace);
+    assert!(
+        recording.memory == replayed.memory || stopped_running(recording),
+        "memory differs"
+    );
+}
+
+/// A guest stopped between exits stands at no moment; its memory is not compared.
+fn stopped_running(recording: &Recording) -> bool {
+    recording
+        .end
+        .as_ref()
+        .is_some_and(|end| end.ending == Ending::StoppedRunning)
+}
+
+fn diverged_at(replayed: &Replayed) -> Option<u64> {
+    match &replayed.verdict {
+        Verdict::Diverged(divergence) => Some(divergence.at.exits),
+        _ => None,
+    }
+}
+
+#[test]
+fn every_seed_replays_bit_for_bit_on_another_host() {
+    for_seeds(1, |seed| {
+        let [here, there, _] = noises(seed);
+        let recording = Scenario::new(seed).record(Detail::Default, here);
+        let replayed = replay(&recording.journal, ToyCpu::new(seed, there), None);
+        assert_equal(&recording, &replayed);
+        let asked = entries_of(&recording.journal)
+            .iter()
+            .filter(|entry| matches!(entry.event, Event::Memory { .. }))
+            .count() as u64;
+        let at_end = u64::from(!stopped_running(&recording));
+        assert_eq!(
+            replayed.memories_checked,
+            asked + at_end,
+            "every memory digest is compared"
+        );
+    });
+}
+
+#[test]
+fn a_full_recording_replays_and_says_the_same_as_a_default_one() {
+    for_seeds(4, |seed| {
+        let [here, _, elsewhere] = noises(seed);
+        let brief = Scenario::new(seed).record(Detail::Default, here);
+        let full = Scenario::new(seed).record(Detail::Full, here);
+        assert_eq!(brief.end, full.end);
+        assert_eq!(brief.trace, full.trace);
+        let replayed = replay(&full.journal, ToyCpu::new(seed, elsewhere), None);
+        assert_equal(&full, &replayed);
+
+        let entries = entries_of(&full.journal);
+        let turns = entries.iter().filter_map(|entry| match &entry.event {
+            Event::Turn(turn) => Some(**turn),
+            _ => None,
+        });
+        assert!(
+            turns.eq(full.trace.turns.iter().copied()),
+            "a full journal holds every turn"
+        );
+        let without_turns: Vec<Entry> = entries
+            .into_iter()
+            .filter(|entry| !matches!(entry.event, Event::Turn(_)))
+            .collect();
+        assert_eq!(without_turns, entries_of(&brief.journal));
+    });
+}
+
+#[test]
+fn a_replay_recorded_again_gives_the_same_bytes() {
+    for_seeds(4, |seed| {
+        let [here, there, elsewhere] = noises(seed);
+        let scenario = Scenario::new(seed);
+        let brief = scenario.record(Detail::Default, here).journal;
+        let full = scenario.record(Detail::Full, here).journal;
+        for (from, detail, expected) in [
+            (&brief, Detail::Default, &brief),
+            (&brief, Detail::Full, &full),
+            (&full, Detail::Default, &brief),
+        ] {
+            let noise = if detail == Detail::Full {
+                there
+            } else {
+                elsewhere
+            };
+            let (verdict, copy) = relog(from, &scenario.header(detail), ToyCpu::new(seed, noise));
+            assert!(matches!(verdict, Verdict::Equal(_)), "{verdict:?}");
+            assert_eq!(
+                entries_of(&copy),
+                entries_of(expected),
+                "relogged as {detail:?}"
+            );
+            assert!(
+                copy == *expected,
+                "same events, other bytes: relogged as {detail:?}"
+            );
+        }
+    });
+}
+
+#[test]
+fn a_replay_stops_at_exactly_the_exit_asked_for() {
+    for_seeds(4, |seed| {
+        let [here, there, _] = noises(seed);
+        let recording = Scenario::new(seed).record(Detail::Default, here);
+        for until in [0, 1, mix(seed) % recording.exits, recording.exits - 1] {
+            if until >= recording.exits {
+                continue;
+            }
+            let replayed = replay(&recording.journal, ToyCpu::new(seed, there), Some(until));
+            assert!(
+                matches!(replayed.verdict, Verdict::Reached(exits) if exits == until),
+                "asked for {until}, came to {:?}",
+                replayed.verdict
+            );
+            let expected = recording.trace.through(until);
+            assert_eq!(replayed.trace.turns, expected.turns);
+            // Windows that open behind the exit lie beyond the stop.
+            assert!(expected.interrupts.starts_with(&replayed.trace.interrupts));
+            let before = recording.trace.through(until.saturating_sub(1)).interrupts;
+            assert!(replayed.trace.interrupts.starts_with(&before));
+        }
+    });
+}
+
+#[test]
+fn a_recording_whose_cpu_failed_replays_up_to_the_failure() {
+    for_seeds(8, |seed| {
+        let [here, there, _] = noises(seed);
+        let scenario = Scenario::new(seed);
+        let exit = 1 + mix(seed) % 60;
+        let cpu = ToyCpu::new(seed, here).with_fault(Fault {
+            exit,
+            kind: FaultKind::Host,
+        });
+        let world = SimWorld::new(seed, scenario.pace_ns);
+        let (result, recording) = scenario.record_with(Detail::Default, world, cpu);
+        if result.is_ok() {
+            return;
+        }
+        let replayed = replay(&recording.journal, ToyCpu::new(seed, there), None);
+        match &replayed.verdict {
+            // Turns behind the last event leave no trace; there are few of those.
+            Verdict::CutShort(tail) => {
+                assert!(tail.through <= recording.exits, "{tail}");
+                assert!(recording.exits - tail.through < WITNESS_EVERY, "{tail}");
+                assert_eq!(replayed.trace, recording.trace.through(tail.through));
+            }
+            other => panic!("expected a recording cut short, found {other:?}"),
+        }
+    });
+}
+
+/// What a machine with this fault does when nobody stops it.
+fn unchecked(recording: &Recording, machine: &mut Machine, cpu: &mut ToyCpu) -> Recording {
+    let mut door = Unchecked::new(&entries_of(&recording.journal), recording.exits);
+    let mut faulty = Recording {
+        end: None,
+        ..recording.clone()
+    };
+    faulty.trace = Default::default();
+    let result = machine.run(cpu, &mut door, &mut faulty.trace);
+    faulty.end = result.ok();
+    faulty.memory = cpu.memory().to_vec();
+    faulty
+}
+
+#[test]
+fn one_flipped_bit_is_noticed_at_the_first_exit_it_affects() {
+    let late_witnesses = std::cell::Cell::new(0);
+    for_seeds(4, |seed| {
+        let [here, there, _] = noises(seed);
+        let mut rng = Rng::new(seed, 9);
+        let scenario = Scenario::new(seed);
+        let full = scenario.record(Detail::Full, here);
+        let brief = scenario.record(Detail::Default, here);
+        let exit = 1 + rng.below(full.exits.min(150));
+        let kind = if rng.one_in(2) {
+            let index = rng.below(Registers::COUNT as u64) as usize;
+            FaultKind::Register {
+                index,
+                bit: rng.below(64) as u32,
+            }
+        } else {
+            FaultKind::Memory {
+                bit: rng.below(8 * MEMORY_BYTES as u64) as usize,
+            }
+        };
+        let fault = Fault { exit, kind };
+        let cpu = || ToyCpu::new(seed, there).with_fault(fault);
+        let machine = || machine_of(&scenario.header(Detail::Full));
+        let faulty = unchecked(&full, &mut machine(), &mut cpu());
+        let first = full.trace.first_difference(&faulty.trace);
+
+        let replayed = replay(&full.journal, cpu(), None);
+        match (first, &replayed.verdict) {
+            (Some(first), Verdict::Diverged(divergence)) => {
+                // An interrupt that did not come is missed at the exit after it.
+                let missed = matches!(divergence.difference, Difference::Missed { .. });
+                let at = divergence.at.exits;
+                // Memory is looked at in between.
+                let memory = matches!(divergence.difference, Difference::Memory { .. });
+                assert!(
+                    at == first || (missed && at == first + 1) || (memory && at < first),
+                    "first affected at {first}, noticed at {at}: {divergence}"
+                );
+                if let FaultKind::Register { .. } = kind {
+                    assert_eq!(at, first, "{divergence}");
+                    let named = matches!(divergence.difference, Difference::Turn { .. });
+                    assert!(named, "a register's fault is named: {divergence}");
+                }
+            }
+            // Never reached, or written over before anybody looked.
+            (None, Verdict::Equal(end)) => {
+                assert_eq!(Some(end), full.end.as_ref());
+                assert!(stopped_running(&full) || replayed.memory == full.memory);
+            }
+            (None, Verdict::Diverged(divergence)) => {
+                let last = divergence.at.exits == full.exits;
+                let memory = matches!(divergence.difference, Difference::Memory { .. });
+                assert!(last || memory, "{divergence}");
+            }
+            (first, other) => panic!("first affected at {first:?}, but {other:?}"),
+        }
+
+        let replayed = replay(&brief.journal, cpu(), None);
+        match (first, diverged_at(&replayed)) {
+            (Some(first), Some(at)) => {
+                assert!(
+                    at < first + 2 * WITNESS_EVERY,
+                    "affected at {first}, noticed at {at}"
+                );
+                let late = u32::from(at >= first + WITNESS_EVERY);
+                late_witnesses.set(late_witnesses.get() + late);
+            }
+            (None, _) => {}
+            (Some(first), None) => panic!("affected at {first}, but {:?}", replayed.verdict),
+        }
+    });
+    assert!(
+        late_witnesses.get() <= 1,
+        "{} witnesses were late",
+        late_witnesses.get()
+    );
+}
+
+/// Replays recordings of many seeds in a machine that is wrong from its first exit on.
+fn notices_from_the_first_exit(wrong: impl Fn(&Scenario) -> Machine) {
+    let late_witnesses = std::cell::Cell::new(0);
+    for_seeds(10, |seed| {
+        let [here, there, _] = noises(seed);
+        let scenario = Scenario::new(seed);
+        for detail in [Detail::Default, Detail::Full] {
+            let recording = scenario.record(detail, here);
+            let cpu = ToyCpu::new(seed, there);
+            let replayed = replay_on(wrong(&scenario), &recording.journal, cpu, None);
+            let at = diverged_at(&replayed);
+            let at = at.unwrap_or_else(|| panic!("not noticed: {:?}", replayed.verdict));
+            if detail == Detail::Full {
+                assert_eq!(at, 1, "a full recording has every turn");
+            } else {
+                assert!(at <= 2 * WITNESS_EVERY, "noticed at {at}");
+                late_witnesses.set(late_witnesses.get() + u32::from(at > WITNESS_EVERY));
+            }
+        }
+    });
+    assert!(
+        late_witnesses.get() <= LATE_WITNESSES_MAX,
+        "{} were late",
+        late_witnesses.get()
+    );
+}
+
+#[test]
+fn another_time_rule_diverges() {
+    notices_from_the_first_exit(|scenario| Machine::new(cpuid_table(), scenario.ns_per_exit + 1));
+}
+
+#[test]
+fn another_cpu_diverges() {
+    // The program's first instruction is CPUID.
+    notices_from_the_first_exit(|scenario| {
+        let mut table = cpuid_table();
+        table.entries[0].values[2] ^= 1 << 9;
+        Machine::new(table, scenario.ns_per_exit)
+    });
+}
+
+/// Changes one field of one event; `None` if the event has nothing of that kind.
+fn tampered(entry: &Entry, rng: &mut Rng) -> Option<Entry> {
+    let mut entry = entry.clone();
+    match &mut entry.event {
+        Event::Turn(turn) => match rng.below(4) {
+            0 => match &mut turn.exit {
+                Exit::Access(Access::PortWrite { value, .. }) => *value ^= 1 << rng.below(8),
+                Exit::Access(Access::PortRead { port, .. }) => *port ^= 1 << rng.below(16),
+                Exit::Access(Access::MemoryWrite { value, .. }) => *value ^= 1 << rng.below(8),
+                Exit::Cpuid { leaf, .. } => *leaf ^= 1 << rng.below(32),
+                Exit::WriteCr4 { value } => *value ^= 1 << rng.below(64),
+                _ => return None,
+            },
+            1 => match &mut turn.answer {
+                Answer::Value(value) => *value ^= 1 << rng.below(64),
+                Answer::Time { tsc, .. } => *tsc ^= 1 << rng.below(64),
+                Answer::Cpuid(values) => values[rng.below(4) as usize] ^= 1 << rng.below(32),
+                answer @ Answer::Done => *answer = Answer::Fault,
+                answer @ Answer::Fault => *answer = Answer::Value(0),
+            },
+            2 => turn.now ^= 1 << rng.below(20),
+            _ => turn.registers.0[rng.below(18) as usize] ^= 1 << rng.below(64),
+        },
+        Event::Time { ahead_ns } => *ahead_ns += 1 + rng.below(1_000) as i64,
+        Event::Interrupt { vector, at } => match rng.below(3) {
+            0 => *vector ^= 1 << rng.below(8),
+            1 => at.rip ^= 1 << rng.below(64),
+            _ => at.rcx ^= 1 << rng.below(64),
+        },
+        Event::Witness { check } => check[rng.below(2) as usize] ^= 1 << rng.below(8),
+        Event::Memory { digest } => *digest ^= 1 << rng.below(64),
+        Event::End(end) => match rng.below(4) {
+            0 => end.digest ^= 1 << rng.below(64),
+            1 => end.now += 1,
+            2 => end.panic = Some("no".into()),
+            _ => end.memory = end.memory.map_or(Some(0), |_| None),
+        },
+        Event::Input(_) => return None,
+    }
+    Some(entry)
+}
+
+#[test]
+fn one_changed_field_of_a_full_journal_is_refused_at_its_own_exit() {
+    for_seeds(4, |seed| {
+        let [here, there, _] = noises(seed);
+        let mut rng = Rng::new(seed, 10);
+        let scenario = Scenario::new(seed);
+        let full = scenario.record(Detail::Full, here);
+        let entries = entries_of(&full.journal);
+        let whole = write_entries(&scenario.header(Detail::Full), &entries, 40);
+        assert_equal(&full, &replay(&whole, ToyCpu::new(seed, there), None));
+        for _ in 0..6 {
+            // Turns are the most frequent; every second time take something rarer.
+            let start = rng.below(entries.len() as u64) as usize;
+            let rare = rng.one_in(2);
+            let place = (start..entries.len())
+                .find(|i| !rare || !matches!(entries[*i].event, Event::Turn(_)))
+                .expect("the end is not a turn");
+            let Some(entry) = tampered(&entries[place], &mut rng) else {
+                continue;
+            };
+            let mut changed = entries.clone();
+            changed[place] = entry.clone();
+            let journal = write_entries(&scenario.header(Detail::Full), &changed, 40);
+            let replayed = replay(&journal, ToyCpu::new(seed, there), None);
+            let at = diverged_at(&replayed);
+            assert_eq!(
+                at,
+                Some(entry.exits),
+                "changed {:?}\nto {:?}\nand got {:?}",
+                entries[place].event,
+                entry.event,
+                replayed.verdict
+            );
+        }
+    });
+}
+
+#[test]
+fn the_seeds_reach_what_they_are_meant_to_reach() {
+    let mut exits = [0; Exit::KINDS];
+    let mut events = [0; Event::KINDS];
+    let mut endings = std::collections::BTreeMap::new();
+    let (mut at_exits, mut in_windows, mut frames, mut panics, mut vectors) =
+        (0, 0, 0, 0, [0; 256]);
+    for seed in 0..400 {
+        let recording = Scenario::new(seed).record(Detail::Default, 1);
+        for turn in &recording.trace.turns {
+            exits[turn.exit.kind()] += 1;
+        }
+        for entry in entries_of(&recording.journal) {
+            events[entry.event.kind()] += 1;
+        }
+        for (at, vector) in &recording.trace.interrupts {
+            vectors[usize::from(*vector)] += 1;
+            let turn = &recording.trace.turns[at.exits as usize - 1];
+            if turn.registers.interrupts_enabled() {
+                at_exits += 1
+            } else {
+                in_windows += 1
+            }
+        }
+        let mut reader = JournalReader::open(recording.journal.as_slice()).expect("it opens");
+        while reader.next_frame().expect("it reads").is_some() {
+            frames += 1;
+        }
+        let end = recording.end.expect("it ended");
+        panics += u32::from(end.panic.is_some());
+        *endings.entry(format!("{:?}", end.ending)).or_insert(0) += 1;
+    }
+    println!("exits {exits:?}\nevents {events:?}\nendings {endings:?}");
+    println!(
+        "interrupts at exits {at_exits}, in windows {in_windows}; frames {frames}; panics {panics}"
+    );
+    println!(
+        "timer {}, UART {}, RTC {}",
+        vectors[0x30], vectors[0x34], vectors[0x38]
+    );
+    assert!(exits.iter().all(|count| *count >= 20), "exits: {exits:?}");
+    let [_, rest @ ..] = events;
+    assert!(rest.iter().all(|count| *count >= 100), "events: {events:?}");
+    assert!(
+        endings.len() >= 6 && endings.values().all(|count| *count >= 3),
+        "{endings:?}"
+    );
+    assert!(
+        at_exits >= 200 && in_windows >= 200,
+        "{at_exits} at exits, {in_windows} in windows"
+    );
+    assert!(
+        frames >= 600 && panics >= 8,
+        "{frames} frames, {panics} panics"
+    );
+    for vector in [0x30, 0x34, 0x38] {
+        assert!(
+            vectors[vector] >= 20,
+            "vector {vector:#x} came {} times",
+            vectors[vector]
+        );
+    }
+}
+
+/// Says that it is ready to receive, then reads the UART's line status, for ever.
+struct Poller(u64);
+
+impl Cpu for Poller {
+    type Error = Broken;
+
+    fn run(&mut self) -> Result<Back, Broken> {
+        self.0 += 1;
+        Ok(Back::Exit(Exit::Access(if self.0 == 1 {
+            // MCR bit 1: request to send (16550D data sheet, 8.7).
+            Access::PortWrite {
+                port: 0x3fc,
+                width: Width::Byte,
+                value: 2,
+            }
+        } else {
+            Access::PortRead {
+                port: 0x3fd,
+                width: Width::Byte,
+            }
+        })))
+    }
+    fn registers(&mut self) -> Registers {
+        Registers([self.0; Registers::COUNT])
+    }
+    fn answer(&mut self, _: &Exit, _: &Answer) -> Result<(), Broken> {
+        Ok(())
+    }
+    fn settle(&mut self) -> Result<bool, Broken> {
+        Ok(false)
+    }
+    fn interrupt(&mut self, _: u8) -> Result<(), Broken> {
+        unreachable!("it never takes one")
+    }
+    fn request_window(&mut self, _: bool) {}
+    fn memory_digest(&mut self) -> Result<u64, Broken> {
+        Ok(0)
+    }
+}
+
+/// Types one byte at one exit and stops the machine at another.
+struct OneByte {
+    exit: u64,
+    typed_at: u64,
+    stop_at: u64,
+}
+
+impl World for OneByte {
+    fn now(&mut self) -> Nanos {
+        0
+    }
+    fn poll(&mut self, _: usize) -> Option<Input> {
+        if self.exit == self.typed_at {
+            self.typed_at = 0;
+            return Some(Input::Console(b"x".to_vec()));
+        }
+        if self.exit == self.stop_at {
+            self.stop_at = 0;
+            return Some(Input::Stop);
+        }
+        self.exit += 1;
+        None
+    }
+    fn sleep(&mut self, _: Option<Nanos>, _: usize) -> bool {
+        false
+    }
+    fn gives_up(&mut self) -> bool {
+        false
+    }
+}
+
+#[test]
+fn a_byte_typed_at_a_moment_arrives_at_that_moment() {
+    use hindsight_replay::{Live, Recorder, Replayer};
+    use hindsight_tests::sim::Trace;
+
+    let header = Scenario {
+        seed: 0,
+        ns_per_exit: 10,
+        pace_ns: 0,
+        memory_every: None,
+    }
+    .header(Detail::Default);
+    for typed_at in [2, 7, 16, 17] {
+        let world = OneByte {
+            exit: 1,
+            typed_at,
+            stop_at: 20,
+        };
+        let mut journal = Vec::new();
+        let mut door = Recorder::create(Live::new(world, None), &mut journal, &header).unwrap();
+        let mut seen = [Trace::default(), Trace::default()];
+        machine_of(&header)
+            .run(&mut Poller(0), &mut door, &mut seen[0])
+            .unwrap();
+        let reader = JournalReader::open(journal.as_slice()).unwrap();
+        let mut door = Replayer::new(reader, None, None);
+        machine_of(&header)
+            .run(&mut Poller(0), &mut door, &mut seen[1])
+            .unwrap();
+        for trace in seen {
+            let ready = trace.turns.iter().position(|turn| {
+                // LSR bit 0: data ready (16550D data sheet, 8.6.3).
+                matches!(turn.answer, Answer::Value(value) if value & 1 != 0)
+            });
+            assert_eq!(
+                ready,
+                Some(typed_at as usize - 1),
+                "typed at exit {typed_at}"
+            );
+            assert_eq!(trace.turns.len(), 20);
+        }
+    }
+}
