@@ -62,6 +62,8 @@ pub struct Machine {
     pub traps: TrapCounts,
     /// The CPU the guest sees.
     pub cpuid: CpuidTable,
+    /// The random bytes the kernel was given at boot.
+    pub seed: [u8; 32],
     /// By how many nanoseconds guest time advances at each exit, corrections apart.
     pub ns_per_exit: u64,
 }

@@ -4,6 +4,7 @@ pub mod boot;
 pub mod cli;
 pub mod doctor;
 pub mod host;
+mod kernel_cache;
 #[allow(unsafe_code)]
 pub mod kvm;
 pub mod machine;

@@ -1,20 +1,20 @@
 //! From files to a machine that is ready to run, for recording and replaying alike.
 
-use hindsight_replay::{CpuidTable, Host, Machine, MachineDescription};
+use std::io::Read;
+
+use hindsight_replay::{Content, CpuidTable, Host, Machine, MachineDescription};
 use kvm_ioctls::Kvm;
 use thiserror::Error;
 
-use crate::boot::{self, BootError, Elf, Kernel, Sites};
-use crate::kvm::{GuestMemory, KernelText, KvmCpu, KvmError, cpuid};
+use crate::boot::{self, BootError, Elf};
+use crate::kernel_cache::{self, Prepared};
+use crate::kvm::{GuestMemory, KernelText, KvmCpu, KvmError, cpuid, exit_cost};
 use crate::recording::content;
-
-/// Guest time advances by this much at each exit where nothing corrects it, in nanoseconds.
-pub const NS_PER_EXIT: u64 = 2_000;
 
 /// What the kernel must be told on this machine: there is no APIC, ACPI or PCI; the TSC counts
 /// nanoseconds and is read through traps, which the vDSO would go round.
 pub const MACHINE_CMDLINE: &str = "console=ttyS0 panic=-1 reboot=k noapic nolapic nokaslr \
-     tsc_early_khz=1000000 tsc=reliable vdso=0 random.trust_cpu=off acpi=off pci=off";
+     tsc_early_khz=1000000 tsc=reliable vdso=0 random.trust_cpu=off random.trust_bootloader=on acpi=off pci=off";
 
 /// Why there is no machine.
 #[derive(Debug, Error)]
@@ -25,6 +25,9 @@ pub enum MachineError {
     /// KVM will not do.
     #[error(transparent)]
     Kvm(#[from] KvmError),
+    /// The host has no random bytes.
+    #[error("cannot read random bytes: {0}")]
+    Random(#[source] std::io::Error),
     /// Replay found other traps in the kernel than the recorder did.
     #[error("{found:?} would be trapped in this kernel, recorded were {expected:?}; another version of Hindsight recorded it")]
     Traps {
@@ -37,29 +40,30 @@ pub enum MachineError {
 
 /// A kernel taken apart.
 #[derive(Debug)]
-pub struct LoadedKernel {
-    kernel: Kernel,
-    sites: Sites,
-}
+pub struct LoadedKernel(Prepared);
 
 impl LoadedKernel {
     /// Unpacks a kernel and finds what must be trapped in it.
     pub fn open(image: &[u8]) -> Result<LoadedKernel, MachineError> {
+        if let Some(prepared) = kernel_cache::find(image) {
+            return Ok(LoadedKernel(prepared));
+        }
         let kernel = boot::unpack(image)?;
         let sites = boot::traps::find(&Elf::parse(&kernel.elf)?)?;
-        Ok(LoadedKernel { kernel, sites })
+        let prepared = Prepared { content: content(image), kernel, sites };
+        kernel_cache::keep(image, &prepared);
+        Ok(LoadedKernel(prepared))
     }
 
-    /// The version it gives itself.
-    pub fn version(&self) -> &str {
-        &self.kernel.version
+    /// The content of the file it came from.
+    pub fn content(&self) -> &Content {
+        &self.0.content
     }
 }
 
 /// Describes a new machine to record.
 pub fn describe(
     kvm: &Kvm,
-    image: &[u8],
     kernel: &LoadedKernel,
     initrd: &[u8],
     cmdline: String,
@@ -68,13 +72,23 @@ pub fn describe(
     Ok(MachineDescription {
         memory_bytes,
         cmdline,
-        kernel: content(image),
-        kernel_version: kernel.version().to_string(),
+        kernel: kernel.content().clone(),
+        kernel_version: kernel.0.kernel.version.clone(),
         initrd: (!initrd.is_empty()).then(|| content(initrd)),
-        traps: kernel.sites.counts(),
+        traps: kernel.0.sites.counts(),
         cpuid: cpuid::for_host(kvm)?,
-        ns_per_exit: NS_PER_EXIT,
+        seed: random_bytes()?,
+        ns_per_exit: exit_cost::measure(kvm)?,
     })
+}
+
+/// The kernel's random numbers begin with the host's: no two machines draw the same. The bytes are
+/// recorded, so a replay draws the same again.
+fn random_bytes() -> Result<[u8; 32], MachineError> {
+    let mut bytes = [0; 32];
+    let read = std::fs::File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes));
+    read.map_err(MachineError::Random)?;
+    Ok(bytes)
 }
 
 /// Builds the machine that `description` describes.
@@ -84,24 +98,26 @@ pub fn build(
     kernel: &LoadedKernel,
     initrd: &[u8],
 ) -> Result<(KvmCpu, Machine), MachineError> {
-    let found = kernel.sites.counts();
+    let Prepared { kernel, sites, .. } = &kernel.0;
+    let found = sites.counts();
     if found != description.traps {
         return Err(MachineError::Traps { found, expected: description.traps });
     }
     let mut memory = GuestMemory::new(description.memory_bytes)?;
     let regions = boot::e820(description.memory_bytes);
-    let elf = Elf::parse(&kernel.kernel.elf)?;
+    let elf = Elf::parse(&kernel.elf)?;
     let plan = boot::load(
         &mut memory,
-        &kernel.kernel,
+        kernel,
         &elf,
-        &kernel.sites,
+        sites,
         initrd,
         &description.cmdline,
+        &description.seed,
         &regions,
     )?;
     let mut cpu = KvmCpu::new(kvm, memory, &description.cpuid)?;
-    cpu.boot(&plan, KernelText::new(&elf, &kernel.sites))?;
+    cpu.boot(&plan, KernelText::new(&elf, sites))?;
     Ok((cpu, Machine::new(description.cpuid.clone(), description.ns_per_exit)))
 }
 

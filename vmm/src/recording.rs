@@ -146,24 +146,25 @@ impl Recording {
         meta.map(|meta| meta.len()).map_err(|source| RecordingError::File { path, source })
     }
 
-    /// The recorded kernel and initrd, or the files given in their place; refused if they differ
-    /// from what was recorded.
-    pub fn images(
-        &self,
-        header: &Header,
-        kernel: Option<&Path>,
-        initrd: Option<&Path>,
-    ) -> Result<(Vec<u8>, Vec<u8>), RecordingError> {
-        let machine = &header.machine;
-        let kernel = kernel.map_or_else(|| self.path("kernel"), Path::to_path_buf);
-        let kernel = checked(&kernel, "kernel", &machine.kernel)?;
-        let initrd_path = initrd.map_or_else(|| self.path("initrd"), Path::to_path_buf);
-        let initrd = match &machine.initrd {
-            Some(expected) => checked(&initrd_path, "initrd", expected)?,
-            None if initrd.is_some() => checked(&initrd_path, "initrd (none)", &content(&[]))?,
-            None => Vec::new(),
+    /// The kernel's file: the recorded one, or `instead`.
+    pub fn kernel(&self, instead: Option<&Path>) -> Result<(PathBuf, Vec<u8>), RecordingError> {
+        let path = instead.map_or_else(|| self.path("kernel"), Path::to_path_buf);
+        let bytes = read(&path)?;
+        Ok((path, bytes))
+    }
+
+    /// The initrd's bytes: the recorded one, or `instead`; refused if they differ from what was
+    /// recorded. Empty if there was none.
+    pub fn initrd(&self, header: &Header, instead: Option<&Path>) -> Result<Vec<u8>, RecordingError> {
+        let expected = match (&header.machine.initrd, instead) {
+            (Some(expected), _) => expected.clone(),
+            (None, Some(_)) => content(&[]),
+            (None, None) => return Ok(Vec::new()),
         };
-        Ok((kernel, initrd))
+        let path = instead.map_or_else(|| self.path("initrd"), Path::to_path_buf);
+        let bytes = read(&path)?;
+        check(&path, "initrd", &content(&bytes), &expected)?;
+        Ok(bytes)
     }
 
     /// Writes the index. It can always be rebuilt, so a failure is no loss.
@@ -190,11 +191,15 @@ impl Recording {
     }
 }
 
-fn checked(path: &Path, what: &'static str, expected: &Content) -> Result<Vec<u8>, RecordingError> {
-    let bytes = read(path)?;
-    let found = content(&bytes);
-    if found == *expected {
-        return Ok(bytes);
+/// Refuses a file that is not the recorded one.
+pub fn check(
+    path: &Path,
+    what: &'static str,
+    found: &Content,
+    expected: &Content,
+) -> Result<(), RecordingError> {
+    if found == expected {
+        return Ok(());
     }
     Err(RecordingError::Content {
         path: path.into(),

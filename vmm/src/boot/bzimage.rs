@@ -4,6 +4,8 @@
 //! read the clock on the way. So the payload is unpacked here instead: the guest then begins in
 //! the kernel proper, and its code is there to be searched for trap sites before it runs.
 
+use serde::{Deserialize, Serialize};
+
 use super::error::BootError;
 use super::payload;
 use super::zero_page::{
@@ -25,16 +27,17 @@ const SECTOR_BYTES: usize = 512;
 const VERSION_LIMIT: usize = 512;
 
 /// A kernel, unpacked.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Kernel {
-    /// The kernel proper, an ELF file.
+    /// The kernel proper, an ELF file. Not part of what serde writes: it is kept beside.
+    #[serde(skip)]
     pub elf: Vec<u8>,
     /// What the setup header says of itself (`6.1.0-56-amd64 (…) #1 SMP …`), or empty.
     pub version: String,
     /// Bytes 0x1f1 and following of the bzImage, as long as the header says it is; none for a vmlinux.
     pub setup_header: Option<Vec<u8>>,
     /// How the payload was compressed: `gzip`, `bzip2`, `lzma`, `xz`, `lzo`, `lz4`, `zstd`, or `none`.
-    pub compression: &'static str,
+    pub compression: String,
 }
 
 /// Unpacks a bzImage, or takes an ELF file (a vmlinux) as it is.
@@ -49,7 +52,7 @@ pub fn unpack(image: &[u8]) -> Result<Kernel, BootError> {
             elf: image.to_vec(),
             version: String::new(),
             setup_header: None,
-            compression: "none",
+            compression: "none".into(),
         });
     }
     if image.len() >= BOOT_FLAG + 2 && u16_at(image, BOOT_FLAG)? != BOOT_FLAG_MAGIC {
@@ -84,7 +87,7 @@ pub fn unpack(image: &[u8]) -> Result<Kernel, BootError> {
         elf,
         version: version(image, setup_bytes),
         setup_header: Some(setup_header(image)?.to_vec()),
-        compression,
+        compression: compression.into(),
     })
 }
 

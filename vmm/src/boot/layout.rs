@@ -9,6 +9,7 @@
 //! 0x08000  stack, one page, growing down from 0x9000
 //! 0x09000  PML4, 0x0a000 PDPT, 0x0b000..0x0f000 four page directories: the first 4 GiB, 2 MiB a page
 //! 0x20000  command line
+//! 0x21000  setup data: the seed of the kernel's random numbers
 //! 0x9fc00  end of conventional memory (the EBDA begins here on a PC)
 //! 0x100000 the lowest address a kernel segment may have
 //! ```
@@ -37,6 +38,8 @@ pub const IDENTITY_GIB: u64 = 4;
 pub const COMMAND_LINE: u64 = 0x2_0000;
 /// Room for the command line including its NUL, in bytes (`COMMAND_LINE_SIZE` of x86).
 pub const COMMAND_LINE_BYTES: usize = 2048;
+/// The list of setup data, which has one entry.
+pub const SETUP_DATA: u64 = 0x2_1000;
 /// End of conventional memory.
 pub const CONVENTIONAL_END: u64 = 0x9_fc00;
 /// Start of extended memory, and the lowest address of a kernel segment.
@@ -56,5 +59,6 @@ const _: () = {
     assert!(ZERO_PAGE + 0x1000 < STACK_TOP && STACK_TOP <= PML4);
     assert!(PML4 + 0x1000 <= PDPT && PDPT + 0x1000 <= PAGE_DIRECTORIES);
     assert!(PAGE_DIRECTORIES + IDENTITY_GIB * 0x1000 <= COMMAND_LINE);
-    assert!(COMMAND_LINE + COMMAND_LINE_BYTES as u64 <= CONVENTIONAL_END);
+    assert!(COMMAND_LINE + COMMAND_LINE_BYTES as u64 <= SETUP_DATA);
+    assert!(SETUP_DATA + 0x1000 <= CONVENTIONAL_END);
 };

@@ -10,7 +10,7 @@ use super::error::{BootError, OutOfRam};
 use super::layout::{
     CODE_SELECTOR, COMMAND_LINE, COMMAND_LINE_BYTES, CONVENTIONAL_END, DATA_SELECTOR, GDT,
     GDT_LIMIT, HIGH_MEMORY, IDENTITY_GIB, INITRD_LIMIT, LOW_RAM_END, PAGE_DIRECTORIES, PDPT, PML4,
-    RAM_ABOVE_HOLE, STACK_TOP, ZERO_PAGE,
+    RAM_ABOVE_HOLE, SETUP_DATA, STACK_TOP, ZERO_PAGE,
 };
 use super::traps::{self, Sites};
 use super::zero_page::{
@@ -24,6 +24,9 @@ const E820_RAM: u32 = 1;
 const TABLE: u64 = 0x3;
 /// Page directory entry: present, writable, and a page of 2 MiB.
 const LARGE_PAGE: u64 = 0x83;
+
+/// Random bytes that the kernel is given at boot, as firmware would.
+pub type Seed = [u8; 32];
 
 /// Guest memory, as far as the loader needs it: zero at first, written once.
 pub trait GuestRam {
@@ -106,6 +109,7 @@ pub fn load(
     sites: &Sites,
     initrd: &[u8],
     cmdline: &str,
+    seed: &Seed,
     regions: &[E820Entry],
 ) -> Result<BootPlan, BootError> {
     let header = SetupHeader(kernel.setup_header.as_deref());
@@ -136,6 +140,8 @@ pub fn load(
         page.initrd(gpa, initrd.len() as u64);
         ram.write(gpa, initrd)?;
     }
+    page.setup_data(SETUP_DATA);
+    ram.write(SETUP_DATA, &seed_entry(seed))?;
     ram.write(ZERO_PAGE, page.as_bytes())?;
     ram.write(COMMAND_LINE, cmdline.as_bytes())?;
     ram.write(COMMAND_LINE + cmdline.len() as u64, &[0])?;
@@ -151,6 +157,17 @@ pub fn load(
         code_selector: CODE_SELECTOR,
         data_selector: DATA_SELECTOR,
     })
+}
+
+/// The entry of the setup data that seeds the kernel's random numbers: `struct setup_data` with no
+/// next entry and type `SETUP_RNG_SEED` (Linux 6.0, arch/x86/include/uapi/asm/bootparam.h).
+fn seed_entry(seed: &Seed) -> Vec<u8> {
+    const SETUP_RNG_SEED: u32 = 9;
+    let mut entry = 0u64.to_le_bytes().to_vec();
+    entry.extend(SETUP_RNG_SEED.to_le_bytes());
+    entry.extend((seed.len() as u32).to_le_bytes());
+    entry.extend(seed);
+    entry
 }
 
 /// Refuses a command line that the kernel would not read to its end.

@@ -114,6 +114,11 @@ impl ZeroPage {
         self.u32(high, (value >> 32) as u32);
     }
 
+    /// Says where the list of setup data begins.
+    pub(super) fn setup_data(&mut self, gpa: u64) {
+        self.split(SETUP_DATA, SETUP_DATA + 4, gpa);
+    }
+
     /// Says where the command line is; `bytes` is its length without the NUL.
     pub(super) fn command_line(&mut self, gpa: u64, bytes: usize) {
         self.split(CMD_LINE_PTR, EXT_CMD_LINE_PTR, gpa);

@@ -18,7 +18,6 @@ pub struct Console {
     bar: Option<ProgressBar>,
     last_exit: (u64, Instant),
     warned: bool,
-    written: u64,
     stamp: u32,
 }
 
@@ -31,7 +30,6 @@ impl Console {
             bar: None,
             last_exit: (0, Instant::now()),
             warned: false,
-            written: 0,
             stamp: 0,
         }
     }
@@ -53,11 +51,6 @@ impl Console {
         self
     }
 
-    /// Bytes the guest wrote.
-    pub fn written(&self) -> u64 {
-        self.written
-    }
-
     fn flush(&self) {
         // A reader that went away is no reason to stop a recording.
         let _ = std::io::stdout().flush();
@@ -66,7 +59,6 @@ impl Console {
 
 impl Observer for Console {
     fn output(&mut self, _exits: u64, now: Nanos, bytes: &[u8]) {
-        self.written += bytes.len() as u64;
         if let Some(start) = self.pace {
             let due = start + Duration::from_nanos(now);
             std::thread::sleep(due.saturating_duration_since(Instant::now()));

@@ -74,7 +74,7 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     let kvm = Kvm::new().map_err(KvmError::Open)?;
     let holes = doctor::check_recorder(&kvm).map_err(|why| Failure::new(Outcome::Unfit, why))?;
     let words = cmdline(&options.machine.cmdline, options.machine.cmdline_exact);
-    let description = describe(&kvm, &image, &kernel, &initrd, words, options.machine.memory)?;
+    let description = describe(&kvm, &kernel, &initrd, words, options.machine.memory)?;
     let (mut cpu, mut machine) = build(&kvm, &description, &kernel, &initrd)?;
 
     let recording = Recording::create(&options.output, options.force)?;

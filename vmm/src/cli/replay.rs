@@ -18,7 +18,7 @@ use super::summary::{Summary, describe_end};
 use super::{Failure, Outcome};
 use crate::kvm::{KvmCpu, KvmError};
 use crate::machine::{LoadedKernel, build, check_cpu};
-use crate::recording::Recording;
+use crate::recording::{Recording, check, content};
 
 /// What to verify: all of memory, at the end or every so many exits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -156,8 +156,18 @@ pub fn rebuild(
     kernel: Option<&std::path::Path>,
     initrd: Option<&std::path::Path>,
 ) -> anyhow::Result<(KvmCpu, Machine)> {
-    let (image, initrd) = recording.images(header, kernel, initrd)?;
-    let kernel = LoadedKernel::open(&image)?;
+    let initrd = recording.initrd(header, initrd)?;
+    let (path, image) = recording.kernel(kernel)?;
+    // A file that is no kernel at all is first of all not the recorded one.
+    let (kernel, found) = match LoadedKernel::open(&image) {
+        Ok(kernel) => {
+            let found = kernel.content().clone();
+            (Ok(kernel), found)
+        }
+        Err(error) => (Err(error), content(&image)),
+    };
+    check(&path, "kernel", &found, &header.machine.kernel)?;
+    let kernel = kernel?;
     let kvm = Kvm::new().map_err(KvmError::Open)?;
     check_cpu(&kvm, &header.machine.cpuid)?;
     Ok(build(&kvm, &header.machine, &kernel, &initrd)?)

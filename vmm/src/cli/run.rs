@@ -29,7 +29,7 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     let Images { kernel, image, initrd } = Images::read(&options.machine)?;
     let kvm = Kvm::new().map_err(KvmError::Open)?;
     let words = cmdline(&options.machine.cmdline, options.machine.cmdline_exact);
-    let description = describe(&kvm, &image, &kernel, &initrd, words, options.machine.memory)?;
+    let description = describe(&kvm, &kernel, &initrd, words, options.machine.memory)?;
     let (mut cpu, mut machine) = build(&kvm, &description, &kernel, &initrd)?;
     drop((image, kernel, initrd));
 

@@ -1,25 +1,102 @@
 //! `hindsight doctor`: what this host's KVM can do, found out with micro-guests.
+//!
+//! Every line of the output comes from a question put to this host now. Each question has a
+//! virtual machine of its own and a time limit, so that a KVM that fails one, or hangs in it,
+//! still answers the next. `record` asks the few without which a recording would be worthless.
+
+mod control;
+mod counter;
+mod cpu;
+mod entropy;
+mod exits;
+mod finding;
+mod host;
+mod report;
+mod speed;
+
+use std::time::Duration;
 
 use clap::Args;
 use kvm_ioctls::Kvm;
 
 use crate::cli::Outcome;
+use crate::kvm::KvmError;
+use finding::{Finding, LIMIT, Miss, Probe, Verdict, Weight, on_a_bench};
+use report::{Report, WAY_OUT};
 
 /// Options of `doctor`.
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Each line is a claim, whether it holds on this host, what was seen, and what it costs if it does
+not hold. The exit code is 0 if this host can record and 4 if it cannot.")]
 pub struct Options {
     /// Print the findings as JSON.
     #[arg(long)]
     json: bool,
 }
 
-/// Probes everything and prints it.
-pub fn main(_options: &Options) -> anyhow::Result<Outcome> {
-    Ok(Outcome::Good)
+/// All probes that need a guest, in the order of the output.
+fn probes() -> impl Iterator<Item = &'static Probe> {
+    [exits::PROBES, cpu::PROBES, control::PROBES, entropy::PROBES, counter::PROBES, speed::PROBES]
+        .into_iter()
+        .flatten()
 }
 
-/// The few probes without which a recording would be worthless. Returns what the host cannot keep
-/// from the guest, in words, or why it cannot record.
-pub fn check_recorder(_kvm: &Kvm) -> Result<Vec<String>, String> {
-    Ok(Vec::new())
+/// Probes everything and prints it.
+pub fn main(options: &Options) -> anyhow::Result<Outcome> {
+    let mut findings = host::findings();
+    let kvm = Kvm::new().map_err(KvmError::Open);
+    findings.push(opening(&kvm));
+    findings.extend(probes().map(|probe| match &kvm {
+        Ok(kvm) => ask(kvm, probe),
+        Err(_) => Finding::new(probe, Err(Miss::Unknown("there is no /dev/kvm to ask".to_string()))),
+    }));
+    let report = Report::new(findings);
+    if options.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    } else {
+        print!("{}", report.text());
+    }
+    Ok(if report.can_record { Outcome::Good } else { Outcome::Unfit })
+}
+
+/// Whether there is a `/dev/kvm` for us.
+fn opening(kvm: &Result<Kvm, KvmError>) -> Finding {
+    let (verdict, detail) = match kvm {
+        Ok(kvm) => (Verdict::Holds, format!("API version {}", kvm.get_api_version())),
+        Err(error) => (Verdict::Fails, error.to_string()),
+    };
+    let (group, probe, cost) = ("host", "/dev/kvm opens", "no guest can run");
+    Finding { group, probe, verdict, detail, cost, weight: Weight::Needed }
+}
+
+/// Puts one question.
+fn ask(kvm: &Kvm, probe: &Probe) -> Finding {
+    let check = probe.check;
+    let checked = on_a_bench(kvm, LIMIT, move |bench| check(bench)).and_then(|checked| checked);
+    Finding::new(probe, checked)
+}
+
+/// The few probes without which a recording would be worthless, all in one VM. Returns what the
+/// host cannot keep from the guest, in words, or why it cannot record and what to do.
+pub fn check_recorder(kvm: &Kvm) -> Result<Vec<String>, String> {
+    let limit = Duration::from_secs(5);
+    let result = on_a_bench(kvm, limit, |bench| {
+        for probe in probes().filter(|probe| probe.weight == Weight::Gate) {
+            if let Err(Miss::Fails(detail)) = (probe.check)(bench) {
+                return Err(format!("\"{}\" does not hold ({detail}): {}", probe.name, probe.cost));
+            }
+        }
+        // Not to know the holes is no reason not to record, but one to say so.
+        Ok(entropy::holes(bench).unwrap_or_else(|miss| {
+            let (Miss::Fails(why) | Miss::Unknown(why)) = miss;
+            vec![format!("which instructions cannot be hidden here is unknown: {why}")]
+        }))
+    });
+    let refused = match result {
+        Ok(Ok(holes)) => return Ok(holes),
+        Ok(Err(refused)) => refused,
+        Err(Miss::Fails(why) | Miss::Unknown(why)) => why,
+    };
+    Err(format!("this host cannot record: {refused}. The way out: {WAY_OUT}. `hindsight doctor` tells more"))
 }

@@ -2,9 +2,11 @@
 
 pub mod cpuid;
 mod error;
+pub mod exit_cost;
 mod guest_text;
 mod memory;
 pub mod msr;
+pub mod probe;
 mod run_page;
 mod shadow;
 mod signals;

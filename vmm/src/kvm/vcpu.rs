@@ -171,6 +171,11 @@ impl KvmCpu {
         Ok(())
     }
 
+    /// Drops what is left of an exit that nobody answers.
+    pub(super) fn forget_exit(&mut self) {
+        self.string = None;
+    }
+
     /// What was counted beside exits.
     pub fn counts(&self) -> VcpuCounts {
         self.counts

@@ -62,6 +62,7 @@ fn boot(
         &sites,
         initrd,
         cmdline,
+        &[0x5a; 32],
         &e820(ram_bytes as u64),
     )?;
     Ok((ram, plan))
