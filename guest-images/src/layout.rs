@@ -64,7 +64,8 @@ pub const PORT_MARK: u16 = 0xe1;
 /// `out %al`: an interrupt or exception that the guest has no entry for. RSP points to seven
 /// words: vector, error code, RIP, CS, RFLAGS, RSP, SS.
 pub const PORT_FAULT: u16 = 0xe2;
-/// `int` with this vector ends a guest in ring 3: it does `out %al` to [`PORT_DONE`] in ring 0.
-pub const DONE_VECTOR: u8 = 0x80;
+/// What ends a guest in ring 3, where it may not do OUT: UD2, which shows as vector 6 at
+/// [`PORT_FAULT`] with RIP at these bytes. (INT would be plainer, but not every KVM has it.)
+pub const DONE_IN_RING_3: [u8; 2] = [0x0f, 0x0b];
 /// Ports for the guests' own use, from here on.
 pub const PORT_DEVICE: u16 = 0x40;

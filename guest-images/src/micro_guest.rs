@@ -6,7 +6,7 @@ use iced_x86::code_asm::{CodeAssembler, CodeLabel, al, eax, ptr, rdx};
 use iced_x86::{BlockEncoderOptions, IcedError};
 
 use crate::layout::{
-    CODE, DATA, DESCRIPTORS, DONE_VECTOR, ENTRIES, GDT, IDT, INTERRUPT_STACK, KERNEL_CS, PDPT,
+    CODE, DATA, DESCRIPTORS, ENTRIES, GDT, IDT, INTERRUPT_STACK, KERNEL_CS, PDPT,
     PAGE_DIRECTORY, PML4, PORT_DONE, PORT_FAULT, PORT_MARK, STACK0, STACK3, TASK, TSS, TSS_BYTES,
     USER_CS, USER_SS,
 };
@@ -75,11 +75,11 @@ impl MicroGuest {
     pub fn image(&self) -> Vec<(u64, Vec<u8>)> {
         assert!(CODE + self.code.len() as u64 <= ENTRIES, "the code overruns the entries");
         assert!(DATA + self.data.len() as u64 <= CODE, "the data overruns the code");
-        let (entries, done) = default_entries();
+        let entries = default_entries();
         let mut gates = Vec::new();
         for vector in 0..=255u8 {
-            let default = if vector == DONE_VECTOR { done } else { entry_address(vector) };
-            gates.extend(gate(self.entries.get(&vector).copied().unwrap_or(default)));
+            let entry = self.entries.get(&vector).copied();
+            gates.extend(gate(entry.unwrap_or(entry_address(vector))));
         }
         vec![
             (GDT, words(&descriptors())),
@@ -87,8 +87,8 @@ impl MicroGuest {
             (TSS, task_state()),
             // Present, writable, for both rings; the last level in 2 MiB pages, all of them
             // accessed and dirty, so that no CPU needs to write to the tables.
-            (PML4, words(&[PDPT | 7])),
-            (PDPT, words(&[PAGE_DIRECTORY | 7])),
+            (PML4, words(&[PDPT | 0x27])),
+            (PDPT, words(&[PAGE_DIRECTORY | 0x27])),
             (PAGE_DIRECTORY, words(&std::array::from_fn::<u64, 512, _>(|i| (i as u64) << 21 | 0xe7))),
             (DATA, self.data.clone()),
             (CODE, self.code.clone()),
@@ -137,7 +137,7 @@ impl Draft {
     pub fn done(&mut self) -> Result<(), IcedError> {
         match self.ring {
             Ring::Kernel => self.done_in_ring_0(),
-            Ring::User => self.a.int(u32::from(DONE_VECTOR)),
+            Ring::User => self.a.ud2(),
         }
     }
 
@@ -183,8 +183,8 @@ fn has_error_code(vector: u8) -> bool {
     matches!(vector, 8 | 10..=14 | 17 | 21 | 29 | 30)
 }
 
-/// The default entries, and the address of the one that ends a guest in ring 3.
-fn default_entries() -> (Vec<u8>, u64) {
+/// The default entries.
+fn default_entries() -> Vec<u8> {
     let shared = entry_address(255) + ENTRY_BYTES;
     let mut code = Vec::new();
     for vector in 0..=255u8 {
@@ -202,9 +202,7 @@ fn default_entries() -> (Vec<u8>, u64) {
     }
     // out %al; hlt; and once more should the host let the guest go on.
     code.extend([0xe6, PORT_FAULT as u8, 0xf4, 0xeb, 0xfb]);
-    let done = ENTRIES + code.len() as u64;
-    code.extend([0xe6, PORT_DONE as u8, 0xf4, 0xeb, 0xfb]);
-    (code, done)
+    code
 }
 
 /// An interrupt gate that any ring may call (Intel SDM vol. 3, 6.14.1).
@@ -260,8 +258,8 @@ mod tests {
     }
 
     #[test]
-    fn every_default_entry_leads_to_the_fault_port_and_the_done_vector_to_its_own() {
-        let (code, done) = default_entries();
+    fn every_default_entry_leads_to_the_fault_port() {
+        let code = default_entries();
         for vector in 0..=255u8 {
             let at = (entry_address(vector) - ENTRIES) as usize;
             let push = at + if has_error_code(vector) { 0 } else { 2 };
@@ -270,7 +268,6 @@ mod tests {
             let target = push as i64 + 10 + i64::from(jump);
             assert_eq!(code[target as usize..][..2], [0xe6, PORT_FAULT as u8]);
         }
-        assert_eq!(code[(done - ENTRIES) as usize..][..2], [0xe6, PORT_DONE as u8]);
     }
 
     #[test]

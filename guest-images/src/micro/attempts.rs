@@ -5,7 +5,8 @@
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::{
-    CodeLabel, byte_ptr, cr4, eax, ecx, edx, ptr, qword_ptr, r12, r12d, r14, r15, rax, rsp, ymm0,
+    CodeLabel, byte_ptr, cr4, eax, ecx, edx, ptr, qword_ptr, r12, r12b, r12d, r13d, r14, r15, rax, rsp,
+    ymm0,
 };
 
 use crate::layout::DATA;
@@ -27,7 +28,8 @@ pub enum Attempt {
     Rdpru,
     /// MONITOR.
     Monitor,
-    /// TPAUSE with a deadline long past.
+    /// TPAUSE with a deadline long past. Where it is not known, its bytes may mean MFENCE, which
+    /// leaves the flags alone; the answer is 1 if it changed them.
     Tpause,
     /// XBEGIN, whose abort goes on behind it.
     Xbegin,
@@ -70,6 +72,8 @@ const CAUGHT: [u8; 9] = [0, 1, 5, 6, 7, 10, 12, 13, 14];
 pub fn attempts(ring: Ring, list: &[Attempt]) -> MicroGuest {
     MicroGuest::assemble(ring, |g| {
         g.data = vec![0; SLOT as usize * list.len()];
+        let mut end = g.a.create_label();
+        g.a.mov(r13d, 0u32)?;
         for (slot, attempt) in (DATA..).step_by(SLOT as usize).zip(list) {
             let mut resume = g.a.create_label();
             g.a.mov(r14, slot)?;
@@ -82,9 +86,13 @@ pub fn attempts(ring: Ring, list: &[Attempt]) -> MicroGuest {
             g.a.set_label(&mut resume)?;
             g.a.nop()?;
         }
-        g.done()?;
+        // From either ring: the entry of #UD sees that this one is meant.
+        g.a.mov(r13d, 1u32)?;
+        g.a.ud2()?;
         for vector in CAUGHT {
             g.entry(vector)?;
+            g.a.test(r13d, r13d)?;
+            g.a.jnz(end)?;
             g.a.mov(byte_ptr(r14), FAULTED)?;
             g.a.mov(byte_ptr(r14 + 1), u32::from(vector))?;
             if matches!(vector, 10..=14) {
@@ -93,7 +101,8 @@ pub fn attempts(ring: Ring, list: &[Attempt]) -> MicroGuest {
             g.a.mov(qword_ptr(rsp), r15)?;
             g.a.iretq()?;
         }
-        Ok(())
+        g.a.set_label(&mut end)?;
+        g.done_in_ring_0()
     })
 }
 
@@ -127,7 +136,11 @@ fn write_attempt(g: &mut Draft, attempt: Attempt) -> Result<(), IcedError> {
             g.a.mov(rax, scratch)?;
             g.a.monitor()?;
         }
-        Attempt::Tpause => g.a.tpause(r12d)?,
+        Attempt::Tpause => {
+            g.a.cmp(eax, eax)?;
+            g.a.tpause(r12d)?;
+            g.a.setnz(r12b)?;
+        }
         Attempt::Xbegin => {
             let mut aborted: CodeLabel = g.a.create_label();
             g.a.xbegin(aborted)?;

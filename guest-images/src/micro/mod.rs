@@ -1,7 +1,8 @@
 //! The micro-guests, one function each. What a guest leaves behind stands at
 //! [`DATA`](crate::layout::DATA), in little-endian words; "place" is a name for
 //! [`MicroGuest::place`](crate::MicroGuest::place). Each ends at
-//! [`PORT_DONE`](crate::layout::PORT_DONE) unless it says otherwise, and an exception it does not
+//! [`PORT_DONE`](crate::layout::PORT_DONE), or in ring 3 at
+//! [`DONE_IN_RING_3`](crate::layout::DONE_IN_RING_3), unless it says otherwise; and an exception it does not
 //! speak of shows at [`PORT_FAULT`](crate::layout::PORT_FAULT).
 
 mod attempts;

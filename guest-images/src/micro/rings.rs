@@ -30,10 +30,10 @@ pub fn syscall() -> MicroGuest {
         g.a.mov(ecx, LSTAR)?;
         g.a.mov(edx, 0u32)?;
         g.a.wrmsr()?;
-        g.a.push(u32::from(USER_SS))?;
-        g.a.push(STACK3 as u32)?;
-        g.a.push(2u32)?;
-        g.a.push(u32::from(USER_CS))?;
+        g.a.push(i32::from(USER_SS))?;
+        g.a.push(STACK3 as i32)?;
+        g.a.push(2i32)?;
+        g.a.push(i32::from(USER_CS))?;
         g.address(rax, user)?;
         g.a.push(rax)?;
         g.a.iretq()?;
@@ -44,7 +44,7 @@ pub fn syscall() -> MicroGuest {
         g.place("back")?;
         g.a.mov(eax, cs)?;
         g.a.mov(qword_ptr(DATA + 16), rax)?;
-        g.a.int(u32::from(crate::layout::DONE_VECTOR))?;
+        g.a.ud2()?;
 
         g.a.set_label(&mut entry)?;
         g.a.mov(eax, cs)?;
@@ -56,22 +56,27 @@ pub fn syscall() -> MicroGuest {
     })
 }
 
-/// Starts in ring 3 and does INT 0x81. The entry marks itself; CS there must be ring 0's and RSP
+/// Starts in ring 3 and divides by zero. The entry marks itself; CS there must be ring 0's and RSP
 /// five words below [`INTERRUPT_STACK`](crate::layout::INTERRUPT_STACK). IRETQ returns to ring 3,
-/// which ends the guest. CS in the entry stands at `DATA`, RSP at `DATA + 8`, CS behind IRETQ at
-/// `DATA + 16`.
+/// behind the division, and ring 3 ends the guest. CS in the entry stands at `DATA`, RSP at
+/// `DATA + 8`, CS behind IRETQ at `DATA + 16`.
 pub fn gate() -> MicroGuest {
     MicroGuest::assemble(Ring::User, |g| {
-        g.a.int(0x81u32)?;
+        let mut behind = g.a.create_label();
+        g.a.mov(eax, 0u32)?;
+        g.a.div(eax)?;
+        g.a.set_label(&mut behind)?;
         g.a.mov(eax, cs)?;
         g.a.mov(qword_ptr(DATA + 16), rax)?;
         g.done()?;
 
-        g.entry(0x81)?;
+        g.entry(0)?;
         g.a.mov(eax, cs)?;
         g.a.mov(qword_ptr(DATA), rax)?;
         g.a.mov(qword_ptr(DATA + 8), rsp)?;
         g.mark()?;
+        g.address(rax, behind)?;
+        g.a.mov(qword_ptr(rsp), rax)?;
         g.a.iretq()
     })
 }
