@@ -1,6 +1,7 @@
 //! What the tests share: a toy CPU, a seeded world, and the runs that bring them together.
 #![forbid(unsafe_code)]
 
+pub mod debian;
 pub mod rng;
 pub mod sim;
 pub mod sim_world;

@@ -57,6 +57,7 @@ impl Scenario {
                 initrd: None,
                 traps: TrapCounts::default(),
                 cpuid: cpuid_table(),
+                seed: [3; 32],
                 ns_per_exit: self.ns_per_exit,
             },
             host: Host {

@@ -126,8 +126,13 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
             let mut relog = Recorder::create(replayer, target.create_journal()?, &header)
                 .map_err(|error| Failure::new(Outcome::HostFailed, error))?;
             let result = machine.run(&mut cpu, &mut relog, &mut console);
-            if result.is_err() {
-                relog.abandon(machine.at().exits, machine.now()).ok();
+            if let Err(error) = &result {
+                // A turn that diverged was not finished; the one before it was.
+                let diverged = matches!(error, RunError::Closed(Closed::Diverged(_)));
+                let through = machine.at().exits - u64::from(diverged);
+                relog
+                    .abandon(through, machine.now())
+                    .map_err(|error| Failure::new(Outcome::HostFailed, error))?;
             }
             target.write_index(relog.index())?;
             (result, relog.into_inner())
