@@ -6,9 +6,8 @@ use iced_x86::code_asm::{CodeAssembler, CodeLabel, al, eax, ptr, rdx};
 use iced_x86::{BlockEncoderOptions, IcedError};
 
 use crate::layout::{
-    CODE, DATA, DESCRIPTORS, ENTRIES, GDT, IDT, INTERRUPT_STACK, KERNEL_CS, PDPT,
-    PAGE_DIRECTORY, PML4, PORT_DONE, PORT_FAULT, PORT_MARK, STACK0, STACK3, TASK, TSS, TSS_BYTES,
-    USER_CS, USER_SS,
+    CODE, DATA, DESCRIPTORS, ENTRIES, GDT, IDT, INTERRUPT_STACK, KERNEL_CS, PAGE_DIRECTORY, PDPT,
+    PML4, PORT_DONE, PORT_FAULT, PORT_MARK, STACK0, STACK3, TASK, TSS, TSS_BYTES, USER_CS, USER_SS,
 };
 
 /// A privilege level.
@@ -60,7 +59,13 @@ impl MicroGuest {
                 entries.insert(*vector, result.label_ip(label)?);
             }
             let code = result.inner.code_buffer;
-            Ok::<_, IcedError>(MicroGuest { code, data: draft.data, ring, places, entries })
+            Ok::<_, IcedError>(MicroGuest {
+                code,
+                data: draft.data,
+                ring,
+                places,
+                entries,
+            })
         };
         finish().expect("the instructions of a micro-guest exist")
     }
@@ -68,13 +73,22 @@ impl MicroGuest {
     /// Address of the instruction that the guest's author called `name`; its documentation says
     /// which there are.
     pub fn place(&self, name: &str) -> u64 {
-        *self.places.get(name).unwrap_or_else(|| panic!("the guest has no place {name:?}"))
+        *self
+            .places
+            .get(name)
+            .unwrap_or_else(|| panic!("the guest has no place {name:?}"))
     }
 
     /// Everything that must be written to memory: guest-physical address and bytes.
     pub fn image(&self) -> Vec<(u64, Vec<u8>)> {
-        assert!(CODE + self.code.len() as u64 <= ENTRIES, "the code overruns the entries");
-        assert!(DATA + self.data.len() as u64 <= CODE, "the data overruns the code");
+        assert!(
+            CODE + self.code.len() as u64 <= ENTRIES,
+            "the code overruns the entries"
+        );
+        assert!(
+            DATA + self.data.len() as u64 <= CODE,
+            "the data overruns the code"
+        );
         let entries = default_entries();
         let mut gates = Vec::new();
         for vector in 0..=255u8 {
@@ -89,7 +103,12 @@ impl MicroGuest {
             // accessed and dirty, so that no CPU needs to write to the tables.
             (PML4, words(&[PDPT | 0x27])),
             (PDPT, words(&[PAGE_DIRECTORY | 0x27])),
-            (PAGE_DIRECTORY, words(&std::array::from_fn::<u64, 512, _>(|i| (i as u64) << 21 | 0xe7))),
+            (
+                PAGE_DIRECTORY,
+                words(&std::array::from_fn::<u64, 512, _>(|i| {
+                    (i as u64) << 21 | 0xe7
+                })),
+            ),
             (DATA, self.data.clone()),
             (CODE, self.code.clone()),
             (ENTRIES, entries),
@@ -251,7 +270,10 @@ mod tests {
         pieces.sort_by_key(|(address, _)| *address);
         let mut end = 0;
         for (address, bytes) in pieces {
-            assert!(address >= end, "{address:#x} overlaps what ends at {end:#x}");
+            assert!(
+                address >= end,
+                "{address:#x} overlaps what ends at {end:#x}"
+            );
             end = address + bytes.len() as u64;
         }
         assert!(end <= STACK0 - 0x1000 && INTERRUPT_STACK <= RAM_BYTES);

@@ -5,8 +5,8 @@
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::{
-    CodeLabel, byte_ptr, cr4, eax, ecx, edx, ptr, qword_ptr, r12, r12b, r12d, r13d, r14, r15, rax, rsp,
-    ymm0,
+    CodeLabel, byte_ptr, cr4, eax, ecx, edx, ptr, qword_ptr, r12, r12b, r12d, r13d, r14, r15, rax,
+    rsp, ymm0,
 };
 
 use crate::layout::DATA;
@@ -206,8 +206,12 @@ mod tests {
         data[40] = 7;
         data[48] = FAULTED as u8;
         data[49] = 13;
-        let expected =
-            [Outcome::NotReached, Outcome::Lost, Outcome::Ran(7), Outcome::Faulted(13)];
+        let expected = [
+            Outcome::NotReached,
+            Outcome::Lost,
+            Outcome::Ran(7),
+            Outcome::Faulted(13),
+        ];
         assert_eq!(outcomes(&data), expected);
     }
 }

@@ -78,7 +78,11 @@ pub fn hypercall(number: u32, amd: bool) -> MicroGuest {
         g.a.mov(eax, number)?;
         g.a.mov(rbx, DATA + 0x100)?;
         g.a.mov(ecx, 0u32)?;
-        if amd { g.a.vmmcall()? } else { g.a.vmcall()? }
+        if amd {
+            g.a.vmmcall()?
+        } else {
+            g.a.vmcall()?
+        }
         g.a.mov(qword_ptr(DATA), rax)?;
         g.done()
     })

@@ -24,7 +24,10 @@ pub fn syscall() -> MicroGuest {
         g.a.rdmsr()?;
         g.a.or(eax, 1u32)?;
         g.a.wrmsr()?;
-        g.write_msr(STAR, u64::from(USER_BASE) << 48 | u64::from(KERNEL_CS) << 32)?;
+        g.write_msr(
+            STAR,
+            u64::from(USER_BASE) << 48 | u64::from(KERNEL_CS) << 32,
+        )?;
         g.write_msr(SFMASK, MASKED_FLAGS)?;
         g.address(rax, entry)?;
         g.a.mov(ecx, LSTAR)?;

@@ -66,7 +66,10 @@ fn exact(bench: &mut Bench, ring: Ring) -> Checked {
         return fails("the host's kernel shows no PMU");
     }
     let event = branch_event(&cpu.vendor, cpu.family, cpu.model).ok_or_else(|| {
-        Miss::Unknown(format!("no event known for {} {}/{}", cpu.vendor, cpu.family, cpu.model))
+        Miss::Unknown(format!(
+            "no event known for {} {}/{}",
+            cpu.vendor, cpu.family, cpu.model
+        ))
     })?;
     let mut counter = match GuestCounter::start(event) {
         Ok(counter) => counter,
@@ -77,7 +80,9 @@ fn exact(bench: &mut Bench, ring: Ring) -> Checked {
         let vm = bench.start(&micro::branch_loop(ring, branches))?;
         let read = |counter: &mut GuestCounter| {
             counter.read().map_err(|error| {
-                Miss::Fails(format!("event {event:#x} could not stay on the CPU: {error}"))
+                Miss::Fails(format!(
+                    "event {event:#x} could not stay on the CPU: {error}"
+                ))
             })
         };
         let before = read(&mut counter)?;
@@ -91,7 +96,11 @@ fn exact(bench: &mut Bench, ring: Ring) -> Checked {
         "event {event:#x}: {} and {} for loops of {} and {}",
         counts[0], counts[1], LOOPS[0], LOOPS[1]
     );
-    if difference == expected { Ok(detail) } else { fails(detail) }
+    if difference == expected {
+        Ok(detail)
+    } else {
+        fails(detail)
+    }
 }
 
 #[cfg(test)]

@@ -1,8 +1,6 @@
 //! CPUID, MSRs, time, and the way between the rings.
 
-use hindsight_guest_images::layout::{
-    DATA, INTERRUPT_STACK, KERNEL_CS, PML4, USER_CS,
-};
+use hindsight_guest_images::layout::{DATA, INTERRUPT_STACK, KERNEL_CS, PML4, USER_CS};
 use hindsight_guest_images::{Ring, micro};
 
 use super::finding::{BRAND, BRAND_LEAF, Bench, Checked, Miss, Probe, Weight, expect, fails};
@@ -82,7 +80,12 @@ fn cpuid(bench: &mut Bench, ring: Ring) -> Checked {
     let expected = [BRAND, bench.table.answer(1, 0), bench.table.answer(7, 0)];
     let vm = bench.run(&micro::cpuid(ring, &leaves))?;
     let bytes = vm.bytes(DATA, 16 * leaves.len());
-    let words: Vec<u32> = bytes.as_chunks().0.iter().map(|b| u32::from_le_bytes(*b)).collect();
+    let words: Vec<u32> = bytes
+        .as_chunks()
+        .0
+        .iter()
+        .map(|b| u32::from_le_bytes(*b))
+        .collect();
     let mut seen = words.chunks_exact(4);
     for ((leaf, _), expected) in leaves.iter().zip(expected) {
         let seen = seen.next().expect("the guest asked for this leaf");
@@ -93,7 +96,9 @@ fn cpuid(bench: &mut Bench, ring: Ring) -> Checked {
             _ => seen == expected,
         };
         if !same {
-            return fails(format!("leaf {leaf:#x} was set to {expected:08x?}, the guest got {seen:08x?}"));
+            return fails(format!(
+                "leaf {leaf:#x} was set to {expected:08x?}, the guest got {seen:08x?}"
+            ));
         }
     }
     Ok("a made-up brand string, and features hidden in leaves 1 and 7".to_string())
@@ -102,8 +107,16 @@ fn cpuid(bench: &mut Bench, ring: Ring) -> Checked {
 fn features(bench: &mut Bench) -> Checked {
     // Linux, arch/x86/include/asm/required-features.h, for 64 bits; SYSCALL, NX and long mode.
     let wanted: [(u32, u32, &str); 11] = [
-        (1, 0, "FPU"), (1, 3, "PSE"), (1, 4, "TSC"), (1, 5, "MSR"), (1, 6, "PAE"), (1, 8, "CX8"),
-        (1, 24, "FXSR"), (1, 26, "SSE2"), (0x8000_0001, 11, "SYSCALL"), (0x8000_0001, 20, "NX"),
+        (1, 0, "FPU"),
+        (1, 3, "PSE"),
+        (1, 4, "TSC"),
+        (1, 5, "MSR"),
+        (1, 6, "PAE"),
+        (1, 8, "CX8"),
+        (1, 24, "FXSR"),
+        (1, 26, "SSE2"),
+        (0x8000_0001, 11, "SYSCALL"),
+        (0x8000_0001, 20, "NX"),
         (0x8000_0001, 29, "LM"),
     ];
     let missing: Vec<&str> = wanted
@@ -116,13 +129,29 @@ fn features(bench: &mut Bench) -> Checked {
     }
     let [one, seven] = [bench.table.answer(1, 0)[2], bench.table.answer(7, 0)[1]];
     let names: [(u32, u32, &str); 12] = [
-        (one, 0, "SSE3"), (one, 9, "SSSE3"), (one, 19, "SSE4.1"), (one, 20, "SSE4.2"),
-        (one, 23, "POPCNT"), (one, 25, "AES"), (seven, 0, "FSGSBASE"), (seven, 3, "BMI1"),
-        (seven, 7, "SMEP"), (seven, 8, "BMI2"), (seven, 9, "ERMS"), (seven, 29, "SHA"),
+        (one, 0, "SSE3"),
+        (one, 9, "SSSE3"),
+        (one, 19, "SSE4.1"),
+        (one, 20, "SSE4.2"),
+        (one, 23, "POPCNT"),
+        (one, 25, "AES"),
+        (seven, 0, "FSGSBASE"),
+        (seven, 3, "BMI1"),
+        (seven, 7, "SMEP"),
+        (seven, 8, "BMI2"),
+        (seven, 9, "ERMS"),
+        (seven, 29, "SHA"),
     ];
-    let shown: Vec<&str> =
-        names.iter().filter(|(word, bit, _)| word & 1 << bit != 0).map(|(_, _, name)| *name).collect();
-    let shown = if shown.is_empty() { "nothing".to_string() } else { shown.join(" ") };
+    let shown: Vec<&str> = names
+        .iter()
+        .filter(|(word, bit, _)| word & 1 << bit != 0)
+        .map(|(_, _, name)| *name)
+        .collect();
+    let shown = if shown.is_empty() {
+        "nothing".to_string()
+    } else {
+        shown.join(" ")
+    };
     Ok(format!("{}; beyond x86-64: {shown}", bench.table.vendor()))
 }
 
@@ -139,7 +168,9 @@ fn syscall(bench: &mut Bench) -> Checked {
     let (privilege, rcx) = (vm.privilege()?, vm.registers()?.rcx);
     let [cs, cr3] = vm.words(DATA);
     if privilege != 0 || cs != u64::from(KERNEL_CS) {
-        return fails(format!("the entry runs at CPL {privilege}, with CS {cs:#x}"));
+        return fails(format!(
+            "the entry runs at CPL {privilege}, with CS {cs:#x}"
+        ));
     }
     if rcx != guest.place("back") || cr3 != PML4 {
         return fails(format!("the entry sees RCX {rcx:#x} and CR3 {cr3:#x}"));
@@ -167,10 +198,14 @@ fn gate(bench: &mut Bench) -> Checked {
     expect(vm, &Stop::Done)?;
     let [inside, rsp, behind] = vm.words(DATA);
     if privilege != 0 || inside != u64::from(KERNEL_CS) || behind != u64::from(USER_CS) {
-        return fails(format!("CPL {privilege}, CS {inside:#x} in the entry, CS {behind:#x} behind it"));
+        return fails(format!(
+            "CPL {privilege}, CS {inside:#x} in the entry, CS {behind:#x} behind it"
+        ));
     }
     if rsp != INTERRUPT_STACK - 40 {
-        return fails(format!("the entry has RSP {rsp:#x}, not the stack the TSS names"));
+        return fails(format!(
+            "the entry has RSP {rsp:#x}, not the stack the TSS names"
+        ));
     }
     Ok("by a gate and the TSS's stack".to_string())
 }
@@ -199,7 +234,11 @@ fn msr_refused(bench: &mut Bench) -> Checked {
     expect(vm, &Stop::MsrWrite(0x10, 0x1122_3344_5566))?;
     vm.give_msr(None);
     match vm.run()? {
-        Stop::Fault(Fault { vector: 13, error: 0, .. }) => Ok("WRMSR, then #GP(0)".to_string()),
+        Stop::Fault(Fault {
+            vector: 13,
+            error: 0,
+            ..
+        }) => Ok("WRMSR, then #GP(0)".to_string()),
         stop => fails(stop),
     }
 }
@@ -208,7 +247,12 @@ fn tsd(bench: &mut Bench) -> Checked {
     let guest = micro::rdtsc(Ring::User);
     let vm = bench.start_with(&guest, CR4_TSD)?;
     let rip = guest.place("rdtsc");
-    let fault = Fault { vector: 13, error: 0, rip, cs: USER_CS };
+    let fault = Fault {
+        vector: 13,
+        error: 0,
+        rip,
+        cs: USER_CS,
+    };
     expect(vm, &Stop::Fault(fault))?;
     Ok("#GP(0) at the instruction".to_string())
 }

@@ -1,8 +1,8 @@
 //! Entropy: can the guest execute what CPUID hides, and get an answer it could not compute?
 
+use hindsight_guest_images::Ring;
 use hindsight_guest_images::layout::DATA;
 use hindsight_guest_images::micro::{self, Attempt, Outcome};
-use hindsight_guest_images::Ring;
 
 use super::finding::{Bench, Checked, Miss, Probe, Weight, fails};
 use crate::kvm::probe::{Stop, exception_name};
@@ -27,18 +27,66 @@ macro_rules! hidden {
 
 /// All probes of this group.
 pub const PROBES: &[Probe] = &[
-    hidden!("RDRAND, hidden, faults", Rdrand, "RDRAND cannot be hidden: programs that use it without asking CPUID are not reproducible"),
-    hidden!("RDSEED, hidden, faults", Rdseed, "RDSEED cannot be hidden: programs that use it without asking CPUID are not reproducible"),
-    hidden!("RDPMC tells nothing", Rdpmc, "RDPMC shows the host's performance counters"),
-    hidden!("RDPID, hidden, tells nothing", Rdpid, "RDPID shows the number of the host's processor"),
-    hidden!("RDPRU, hidden, faults", Rdpru, "RDPRU shows the host's clocks (APERF, MPERF)"),
-    hidden!("MONITOR, hidden, tells nothing", Monitor, "MONITOR cannot be hidden: how long MWAIT waits is the host's doing"),
-    hidden!("TPAUSE, hidden, faults", Tpause, "TPAUSE cannot be hidden: whether its deadline passed is the host's doing"),
-    hidden!("XBEGIN, hidden, faults", Xbegin, "XBEGIN cannot be hidden: whether a transaction aborts is the host's doing"),
-    hidden!("XGETBV, hidden, faults", Xgetbv, "XGETBV shows the host's extended state"),
-    hidden!("XSAVE, hidden, faults", Xsave, "XSAVE cannot be hidden: what it writes depends on when the host switched the thread"),
-    hidden!("AVX, hidden, faults", Avx, "AVX cannot be hidden: programs that use it without asking CPUID may lose its registers"),
-    hidden!("CR4.OSXSAVE cannot be set", SetOsxsave, "CR4.OSXSAVE can be set: a kernel that does not ask CPUID opens XSAVE and AVX"),
+    hidden!(
+        "RDRAND, hidden, faults",
+        Rdrand,
+        "RDRAND cannot be hidden: programs that use it without asking CPUID are not reproducible"
+    ),
+    hidden!(
+        "RDSEED, hidden, faults",
+        Rdseed,
+        "RDSEED cannot be hidden: programs that use it without asking CPUID are not reproducible"
+    ),
+    hidden!(
+        "RDPMC tells nothing",
+        Rdpmc,
+        "RDPMC shows the host's performance counters"
+    ),
+    hidden!(
+        "RDPID, hidden, tells nothing",
+        Rdpid,
+        "RDPID shows the number of the host's processor"
+    ),
+    hidden!(
+        "RDPRU, hidden, faults",
+        Rdpru,
+        "RDPRU shows the host's clocks (APERF, MPERF)"
+    ),
+    hidden!(
+        "MONITOR, hidden, tells nothing",
+        Monitor,
+        "MONITOR cannot be hidden: how long MWAIT waits is the host's doing"
+    ),
+    hidden!(
+        "TPAUSE, hidden, faults",
+        Tpause,
+        "TPAUSE cannot be hidden: whether its deadline passed is the host's doing"
+    ),
+    hidden!(
+        "XBEGIN, hidden, faults",
+        Xbegin,
+        "XBEGIN cannot be hidden: whether a transaction aborts is the host's doing"
+    ),
+    hidden!(
+        "XGETBV, hidden, faults",
+        Xgetbv,
+        "XGETBV shows the host's extended state"
+    ),
+    hidden!(
+        "XSAVE, hidden, faults",
+        Xsave,
+        "XSAVE cannot be hidden: what it writes depends on when the host switched the thread"
+    ),
+    hidden!(
+        "AVX, hidden, faults",
+        Avx,
+        "AVX cannot be hidden: programs that use it without asking CPUID may lose its registers"
+    ),
+    hidden!(
+        "CR4.OSXSAVE cannot be set",
+        SetOsxsave,
+        "CR4.OSXSAVE can be set: a kernel that does not ask CPUID opens XSAVE and AVX"
+    ),
     Probe {
         group: "entropy",
         name: "no hypercall tells the time",
@@ -53,7 +101,10 @@ const HOLES: [(Attempt, &str); 8] = [
     (Attempt::Rdrand, "RDRAND"),
     (Attempt::Rdseed, "RDSEED"),
     (Attempt::Rdpmc, "RDPMC"),
-    (Attempt::Rdpid, "RDPID (its answer is the host's processor number)"),
+    (
+        Attempt::Rdpid,
+        "RDPID (its answer is the host's processor number)",
+    ),
     (Attempt::Rdpru, "RDPRU"),
     (Attempt::Tpause, "TPAUSE"),
     (Attempt::Xbegin, "XBEGIN"),
@@ -76,11 +127,17 @@ fn is_hole(attempt: Attempt, outcome: Outcome) -> bool {
 
 fn describe(attempt: Attempt, outcome: Outcome) -> String {
     match (attempt, outcome) {
-        (Attempt::Rdpid, Outcome::Ran(TSC_AUX_VALUE)) => "answers the guest's own TSC_AUX".to_string(),
+        (Attempt::Rdpid, Outcome::Ran(TSC_AUX_VALUE)) => {
+            "answers the guest's own TSC_AUX".to_string()
+        }
         (Attempt::Tpause, Outcome::Ran(0)) => "runs as MFENCE".to_string(),
         (Attempt::Rdpmc, Outcome::Ran(0)) => "runs, the counter stands still at 0".to_string(),
         (
-            Attempt::Monitor | Attempt::Xsave | Attempt::Avx | Attempt::SetOsxsave | Attempt::Tpause,
+            Attempt::Monitor
+            | Attempt::Xsave
+            | Attempt::Avx
+            | Attempt::SetOsxsave
+            | Attempt::Tpause,
             Outcome::Ran(_),
         ) => "runs".to_string(),
         (_, Outcome::Ran(value)) => format!("runs, answers {value:#x}"),
@@ -152,14 +209,18 @@ fn hypercall(bench: &mut Bench) -> Checked {
     let vm = bench.start(&guest)?;
     match vm.run()? {
         Stop::Done => {}
-        Stop::Fault(fault) => return Ok(format!("a hypercall is {}", exception_name(fault.vector))),
+        Stop::Fault(fault) => {
+            return Ok(format!("a hypercall is {}", exception_name(fault.vector)));
+        }
         stop => return Err(Miss::Unknown(stop.to_string())),
     }
     let [result] = vm.words(DATA);
     match result as i64 {
         0 => {
             let [seconds] = vm.words::<1>(DATA + 0x100);
-            fails(format!("KVM_HC_CLOCK_PAIRING answers the host's time, {seconds} s"))
+            fails(format!(
+                "KVM_HC_CLOCK_PAIRING answers the host's time, {seconds} s"
+            ))
         }
         error => Ok(format!("KVM_HC_CLOCK_PAIRING is refused ({error})")),
     }

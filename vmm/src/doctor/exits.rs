@@ -12,10 +12,34 @@ const UNUSABLE: &str = "no device works, so no guest runs";
 
 /// All probes of this group.
 pub const PROBES: &[Probe] = &[
-    Probe { group: GROUP, name: "IN and OUT reach us", weight: Weight::Needed, cost: UNUSABLE, check: ports },
-    Probe { group: GROUP, name: "string IN and OUT reach us", weight: Weight::Needed, cost: UNUSABLE, check: string_ports },
-    Probe { group: GROUP, name: "memory-mapped I/O reaches us", weight: Weight::Needed, cost: UNUSABLE, check: memory_mapped },
-    Probe { group: GROUP, name: "HLT reaches us", weight: Weight::Needed, cost: "an idle guest never yields", check: halt },
+    Probe {
+        group: GROUP,
+        name: "IN and OUT reach us",
+        weight: Weight::Needed,
+        cost: UNUSABLE,
+        check: ports,
+    },
+    Probe {
+        group: GROUP,
+        name: "string IN and OUT reach us",
+        weight: Weight::Needed,
+        cost: UNUSABLE,
+        check: string_ports,
+    },
+    Probe {
+        group: GROUP,
+        name: "memory-mapped I/O reaches us",
+        weight: Weight::Needed,
+        cost: UNUSABLE,
+        check: memory_mapped,
+    },
+    Probe {
+        group: GROUP,
+        name: "HLT reaches us",
+        weight: Weight::Needed,
+        cost: "an idle guest never yields",
+        check: halt,
+    },
     Probe {
         group: GROUP,
         name: "a triple fault is a shutdown",
@@ -114,7 +138,9 @@ fn sync_regs(bench: &mut Bench) -> Checked {
     let same = [asked.rax, asked.rbx, asked.rcx, asked.rdx] == shared.0[..4]
         && (asked.rsp, asked.rip, asked.rflags) == (shared.0[6], shared.0[16], shared.0[17]);
     if !same || shared.0[..4] != [0xa, 0xb, 0xc, 0xd] {
-        return fails(format!("they say {shared:x?}, KVM_GET_REGS says {asked:x?}"));
+        return fails(format!(
+            "they say {shared:x?}, KVM_GET_REGS says {asked:x?}"
+        ));
     }
     Ok("KVM_SYNC_X86_REGS, equal to KVM_GET_REGS".to_string())
 }

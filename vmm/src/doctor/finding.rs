@@ -117,8 +117,21 @@ impl Finding {
             Err(Miss::Fails(detail)) => (Verdict::Fails, detail),
             Err(Miss::Unknown(detail)) => (Verdict::Unknown, detail),
         };
-        let Probe { group, name, weight, cost, .. } = *probe;
-        Finding { group, probe: name, verdict, detail, cost, weight }
+        let Probe {
+            group,
+            name,
+            weight,
+            cost,
+            ..
+        } = *probe;
+        Finding {
+            group,
+            probe: name,
+            verdict,
+            detail,
+            cost,
+            weight,
+        }
     }
 
     /// Whether it keeps this host from recording.
@@ -151,7 +164,10 @@ impl Bench {
 
     /// Whether the guest's CPU is AMD's.
     pub fn is_amd(&self) -> bool {
-        matches!(self.table.vendor().as_str(), "AuthenticAMD" | "HygonGenuine")
+        matches!(
+            self.table.vendor().as_str(),
+            "AuthenticAMD" | "HygonGenuine"
+        )
     }
 
     /// The VM, with `guest` about to start.
@@ -192,12 +208,24 @@ pub fn on_a_bench<T: Send + 'static>(
     limit: Duration,
     work: impl FnOnce(&mut Bench) -> T + Send + 'static,
 ) -> Result<T, Miss> {
-    let kvm = share(kvm).map_err(|error| Miss::Unknown(format!("cannot share /dev/kvm: {error}")))?;
+    let kvm =
+        share(kvm).map_err(|error| Miss::Unknown(format!("cannot share /dev/kvm: {error}")))?;
     let mut table = crate::kvm::cpuid::for_host(&kvm)?;
-    for entry in table.entries.iter_mut().filter(|entry| entry.leaf == BRAND_LEAF) {
+    for entry in table
+        .entries
+        .iter_mut()
+        .filter(|entry| entry.leaf == BRAND_LEAF)
+    {
         entry.values = BRAND;
     }
-    let work = move |late| work(&mut Bench { kvm, table, late, vm: None });
+    let work = move |late| {
+        work(&mut Bench {
+            kvm,
+            table,
+            late,
+            vm: None,
+        })
+    };
     bounded(limit, work).map_err(|stuck| match stuck {
         Stuck::InKvm => {
             Miss::Fails("KVM did not come back, not even when it was signalled".to_string())

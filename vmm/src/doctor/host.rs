@@ -58,25 +58,63 @@ pub fn findings() -> Vec<Finding> {
             Err(Miss::Fails(detail)) => (Verdict::Fails, detail),
             Err(Miss::Unknown(detail)) => (Verdict::Unknown, detail),
         };
-        Finding { group: GROUP, probe, verdict, detail, cost, weight: Weight::Fact }
+        Finding {
+            group: GROUP,
+            probe,
+            verdict,
+            detail,
+            cost,
+            weight: Weight::Fact,
+        }
     };
     let unread = |what: &str| Miss::Unknown(format!("{what} cannot be read"));
     let processor = Processor::of_host();
     let cpu = processor.as_ref().ok_or_else(|| unread("/proc/cpuinfo"));
     let bare = cpu.clone().and_then(|cpu| {
-        if cpu.hypervisor { fails("this host is a virtual machine") } else { Ok("bare metal".to_string()) }
+        if cpu.hypervisor {
+            fails("this host is a virtual machine")
+        } else {
+            Ok("bare metal".to_string())
+        }
     });
     let named = cpu.map(|cpu| {
-        format!("{}, {} family {} model {}", cpu.name, cpu.vendor, cpu.family, cpu.model)
+        format!(
+            "{}, {} family {} model {}",
+            cpu.name, cpu.vendor, cpu.family, cpu.model
+        )
     });
     vec![
         fact("CPU", "", named),
-        fact("kernel", "", read("/proc/sys/kernel/osrelease").ok_or_else(|| unread("its release"))),
-        fact("KVM is stock (kvm_intel, kvm_amd)", "what holds elsewhere may not hold here", module()),
-        fact("no hypervisor below", "exits are nested: dearer, and with quirks of their own", bare),
-        fact("TSC is invariant", "the recorder's clock may run unevenly", invariant_tsc()),
-        fact("transparent hugepages", "guest memory takes more TLB misses", hugepages()),
-        fact("memory", "guests larger than that swap, or do not start", memory()),
+        fact(
+            "kernel",
+            "",
+            read("/proc/sys/kernel/osrelease").ok_or_else(|| unread("its release")),
+        ),
+        fact(
+            "KVM is stock (kvm_intel, kvm_amd)",
+            "what holds elsewhere may not hold here",
+            module(),
+        ),
+        fact(
+            "no hypervisor below",
+            "exits are nested: dearer, and with quirks of their own",
+            bare,
+        ),
+        fact(
+            "TSC is invariant",
+            "the recorder's clock may run unevenly",
+            invariant_tsc(),
+        ),
+        fact(
+            "transparent hugepages",
+            "guest memory takes more TLB misses",
+            hugepages(),
+        ),
+        fact(
+            "memory",
+            "guests larger than that swap, or do not start",
+            memory(),
+        ),
     ]
 }
 
@@ -88,7 +126,10 @@ fn module() -> Checked {
     for name in ["kvm_intel", "kvm_amd"] {
         if Path::new("/sys/module").join(name).exists() {
             let nested = read(&format!("/sys/module/{name}/parameters/nested"));
-            return Ok(format!("{name}, nested={}", nested.as_deref().unwrap_or("?")));
+            return Ok(format!(
+                "{name}, nested={}",
+                nested.as_deref().unwrap_or("?")
+            ));
         }
     }
     let mut others: Vec<String> = std::fs::read_dir("/sys/module")
@@ -121,15 +162,22 @@ fn hugepages() -> Checked {
 }
 
 fn memory() -> Checked {
-    let text = read("/proc/meminfo").ok_or_else(|| Miss::Unknown("no /proc/meminfo".to_string()))?;
+    let text =
+        read("/proc/meminfo").ok_or_else(|| Miss::Unknown("no /proc/meminfo".to_string()))?;
     let available = available_kib(&text)
         .ok_or_else(|| Miss::Unknown("/proc/meminfo does not say".to_string()))?;
     let detail = format!("{} MiB available", available / 1024);
-    if available < ENOUGH_KIB { fails(detail) } else { Ok(detail) }
+    if available < ENOUGH_KIB {
+        fails(detail)
+    } else {
+        Ok(detail)
+    }
 }
 
 fn available_kib(meminfo: &str) -> Option<u64> {
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let line = meminfo
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
     line.trim().strip_suffix("kB")?.trim().parse().ok()
 }
 
@@ -155,7 +203,10 @@ mod tests {
 
     #[test]
     fn available_memory_is_read_in_kib() {
-        assert_eq!(available_kib("MemTotal: 9 kB\nMemAvailable:   123 kB\n"), Some(123));
+        assert_eq!(
+            available_kib("MemTotal: 9 kB\nMemAvailable:   123 kB\n"),
+            Some(123)
+        );
         assert_eq!(available_kib("MemTotal: 9 kB\n"), None);
     }
 }

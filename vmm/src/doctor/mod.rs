@@ -37,9 +37,16 @@ pub struct Options {
 
 /// All probes that need a guest, in the order of the output.
 fn probes() -> impl Iterator<Item = &'static Probe> {
-    [exits::PROBES, cpu::PROBES, control::PROBES, entropy::PROBES, counter::PROBES, speed::PROBES]
-        .into_iter()
-        .flatten()
+    [
+        exits::PROBES,
+        cpu::PROBES,
+        control::PROBES,
+        entropy::PROBES,
+        counter::PROBES,
+        speed::PROBES,
+    ]
+    .into_iter()
+    .flatten()
 }
 
 /// Probes everything and prints it.
@@ -49,7 +56,10 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     findings.push(opening(&kvm));
     findings.extend(probes().map(|probe| match &kvm {
         Ok(kvm) => ask(kvm, probe),
-        Err(_) => Finding::new(probe, Err(Miss::Unknown("there is no /dev/kvm to ask".to_string()))),
+        Err(_) => Finding::new(
+            probe,
+            Err(Miss::Unknown("there is no /dev/kvm to ask".to_string())),
+        ),
     }));
     let report = Report::new(findings);
     if options.json {
@@ -57,23 +67,37 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     } else {
         print!("{}", report.text());
     }
-    Ok(if report.can_record { Outcome::Good } else { Outcome::Unfit })
+    Ok(if report.can_record {
+        Outcome::Good
+    } else {
+        Outcome::Unfit
+    })
 }
 
 /// Whether there is a `/dev/kvm` for us.
 fn opening(kvm: &Result<Kvm, KvmError>) -> Finding {
     let (verdict, detail) = match kvm {
-        Ok(kvm) => (Verdict::Holds, format!("API version {}", kvm.get_api_version())),
+        Ok(kvm) => (
+            Verdict::Holds,
+            format!("API version {}", kvm.get_api_version()),
+        ),
+        Err(KvmError::Open(why)) => (Verdict::Fails, why.to_string()),
         Err(error) => (Verdict::Fails, error.to_string()),
     };
     let (group, probe, cost) = ("host", "/dev/kvm opens", "no guest can run");
-    Finding { group, probe, verdict, detail, cost, weight: Weight::Needed }
+    Finding {
+        group,
+        probe,
+        verdict,
+        detail,
+        cost,
+        weight: Weight::Needed,
+    }
 }
 
 /// Puts one question.
 fn ask(kvm: &Kvm, probe: &Probe) -> Finding {
-    let check = probe.check;
-    let checked = on_a_bench(kvm, LIMIT, move |bench| check(bench)).and_then(|checked| checked);
+    let checked = on_a_bench(kvm, LIMIT, probe.check).and_then(|checked| checked);
     Finding::new(probe, checked)
 }
 
@@ -84,13 +108,18 @@ pub fn check_recorder(kvm: &Kvm) -> Result<Vec<String>, String> {
     let result = on_a_bench(kvm, limit, |bench| {
         for probe in probes().filter(|probe| probe.weight == Weight::Gate) {
             if let Err(Miss::Fails(detail)) = (probe.check)(bench) {
-                return Err(format!("\"{}\" does not hold ({detail}): {}", probe.name, probe.cost));
+                return Err(format!(
+                    "\"{}\" does not hold ({detail}): {}",
+                    probe.name, probe.cost
+                ));
             }
         }
         // Not to know the holes is no reason not to record, but one to say so.
         Ok(entropy::holes(bench).unwrap_or_else(|miss| {
             let (Miss::Fails(why) | Miss::Unknown(why)) = miss;
-            vec![format!("which instructions cannot be hidden here is unknown: {why}")]
+            vec![format!(
+                "which instructions cannot be hidden here is unknown: {why}"
+            )]
         }))
     });
     let refused = match result {
@@ -98,5 +127,7 @@ pub fn check_recorder(kvm: &Kvm) -> Result<Vec<String>, String> {
         Ok(Err(refused)) => refused,
         Err(Miss::Fails(why) | Miss::Unknown(why)) => why,
     };
-    Err(format!("this host cannot record: {refused}. The way out: {WAY_OUT}. `hindsight doctor` tells more"))
+    Err(format!(
+        "this host cannot record: {refused}. The way out: {WAY_OUT}. `hindsight doctor` tells more"
+    ))
 }

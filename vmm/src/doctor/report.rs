@@ -37,14 +37,27 @@ impl Report {
                 .map(|finding| format!("\"{}: {}\"", finding.group, finding.probe))
                 .collect();
             let verb = if reasons.len() == 1 { "does" } else { "do" };
-            format!("this host cannot record: {} {verb} not hold; {WAY_OUT}", reasons.join(", "))
+            format!(
+                "this host cannot record: {} {verb} not hold; {WAY_OUT}",
+                reasons.join(", ")
+            )
         };
-        Report { can_record, verdict, limits, probes }
+        Report {
+            can_record,
+            verdict,
+            limits,
+            probes,
+        }
     }
 
     /// As lines for people.
     pub fn text(&self) -> String {
-        let width = self.probes.iter().map(|finding| finding.probe.len()).max().unwrap_or(0);
+        let width = self
+            .probes
+            .iter()
+            .map(|finding| finding.probe.len())
+            .max()
+            .unwrap_or(0);
         let mut text = String::new();
         let mut group = "";
         for finding in &self.probes {
@@ -53,7 +66,13 @@ impl Report {
                 group = finding.group;
                 writeln!(text, "{gap}{group}").expect("a String takes what is written");
             }
-            let Finding { probe, verdict, detail, cost, .. } = finding;
+            let Finding {
+                probe,
+                verdict,
+                detail,
+                cost,
+                ..
+            } = finding;
             write!(text, "  {probe:width$}  {:11}  {detail}", verdict.text())
                 .expect("a String takes what is written");
             let why = match verdict {
@@ -96,7 +115,14 @@ mod tests {
     use super::*;
 
     fn finding(probe: &'static str, verdict: Verdict, weight: Weight) -> Finding {
-        Finding { group: "g", probe, verdict, detail: "d".to_string(), cost: "c", weight }
+        Finding {
+            group: "g",
+            probe,
+            verdict,
+            detail: "d".to_string(),
+            cost: "c",
+            weight,
+        }
     }
 
     #[test]
@@ -106,7 +132,10 @@ mod tests {
             finding("broken", Verdict::Fails, Weight::Needed),
         ]);
         assert!(!report.can_record);
-        assert!(report.verdict.contains("\"g: broken\" does not hold") && report.verdict.contains("scripts/box"));
+        assert!(
+            report.verdict.contains("\"g: broken\" does not hold")
+                && report.verdict.contains("scripts/box")
+        );
         assert!(!report.verdict.contains("fine"));
     }
 
@@ -120,7 +149,11 @@ mod tests {
         ]);
         assert!(report.can_record);
         assert_eq!(report.limits, ["c"]);
-        assert!(report.text().ends_with("\nthis host can record, within these limits:\n  c\n"));
+        assert!(
+            report
+                .text()
+                .ends_with("\nthis host can record, within these limits:\n  c\n")
+        );
     }
 
     #[test]

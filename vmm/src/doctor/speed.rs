@@ -45,7 +45,9 @@ pub const PROBES: &[Probe] = &[
 ];
 
 fn nanoseconds_since(start: Instant) -> u64 {
-    u64::try_from(start.elapsed().as_nanos()).expect("584 years have not passed").max(1)
+    u64::try_from(start.elapsed().as_nanos())
+        .expect("584 years have not passed")
+        .max(1)
 }
 
 fn exit_cost(bench: &mut Bench) -> Checked {
@@ -57,8 +59,16 @@ fn exit_cost(bench: &mut Bench) -> Checked {
         expect(vm, &out)?;
     }
     let each = nanoseconds_since(start) / u64::from(EXITS - 1);
-    let detail = format!("{}.{} us, over {EXITS} OUTs", each / 1000, each % 1000 / 100);
-    if each > DEAR_EXIT_NS { fails(detail) } else { Ok(detail) }
+    let detail = format!(
+        "{}.{} us, over {EXITS} OUTs",
+        each / 1000,
+        each % 1000 / 100
+    );
+    if each > DEAR_EXIT_NS {
+        fails(detail)
+    } else {
+        Ok(detail)
+    }
 }
 
 fn speed(bench: &mut Bench, ring: Ring) -> Checked {
@@ -81,5 +91,9 @@ fn speed(bench: &mut Bench, ring: Ring) -> Checked {
     // In tenths.
     let mips = found.ok_or_else(|| Miss::Unknown("no loop was run".to_string()))?;
     let detail = format!("{}.{} million instructions a second", mips / 10, mips % 10);
-    if mips / 10 < SLOW_MIPS { fails(detail) } else { Ok(detail) }
+    if mips / 10 < SLOW_MIPS {
+        fails(detail)
+    } else {
+        Ok(detail)
+    }
 }

@@ -14,8 +14,8 @@ use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::time::{Duration, Instant};
 
 use hindsight_guest_images::layout::{
-    DATA, DESCRIPTORS, DONE_IN_RING_3, GDT, IDT, PML4, PORT_DONE, PORT_FAULT, PORT_MARK, RAM_BYTES, TASK, TSS,
-    TSS_BYTES,
+    DATA, DESCRIPTORS, DONE_IN_RING_3, GDT, IDT, PML4, PORT_DONE, PORT_FAULT, PORT_MARK, RAM_BYTES,
+    TASK, TSS, TSS_BYTES,
 };
 use hindsight_guest_images::{MicroGuest, Ring};
 use hindsight_replay::{CpuidTable, Registers};
@@ -170,13 +170,25 @@ impl fmt::Display for Stop {
         match self {
             Stop::Done => write!(f, "the guest went on to its end"),
             Stop::Mark => write!(f, "the guest came to its mark"),
-            Stop::Fault(Fault { vector, error, rip, cs }) => {
+            Stop::Fault(Fault {
+                vector,
+                error,
+                rip,
+                cs,
+            }) => {
                 let ring = cs & 3;
                 let name = exception_name(*vector);
-                write!(f, "the guest got {name} (error {error:#x}) at {rip:#x} in ring {ring}")
+                write!(
+                    f,
+                    "the guest got {name} (error {error:#x}) at {rip:#x} in ring {ring}"
+                )
             }
             Stop::PortWrite(port, size, values) => {
-                write!(f, "OUT of {} x {size} bytes to port {port:#x}: {values:x?}", values.len())
+                write!(
+                    f,
+                    "OUT of {} x {size} bytes to port {port:#x}: {values:x?}",
+                    values.len()
+                )
             }
             Stop::PortRead(port, size, count) => {
                 write!(f, "IN of {count} x {size} bytes from port {port:#x}")
@@ -189,7 +201,11 @@ impl fmt::Display for Stop {
             Stop::Shutdown => write!(f, "the guest shut down (triple fault)"),
             Stop::Window => write!(f, "an interrupt window"),
             Stop::Debug(pc, exception) => {
-                write!(f, "a debug exit at {pc:#x} by {}", exception_name(*exception as u8))
+                write!(
+                    f,
+                    "a debug exit at {pc:#x} by {}",
+                    exception_name(*exception as u8)
+                )
             }
             Stop::Late => write!(f, "the guest did not come to its end in time"),
             Stop::Odd(what) => write!(f, "KVM gave up: {what}"),
@@ -237,11 +253,21 @@ impl ProbeVm {
     pub fn new(kvm: &Kvm, table: &CpuidTable, late: Late) -> Result<ProbeVm, KvmError> {
         let memory = GuestMemory::new(RAM_BYTES)?;
         let vm = kvm.create_vm().named("KVM_CREATE_VM")?;
-        let filter_error = msr::install_filter(&vm).err().map(|error| error.to_string());
+        let filter_error = msr::install_filter(&vm)
+            .err()
+            .map(|error| error.to_string());
         let mut fd = vm.create_vcpu(0).named("KVM_CREATE_VCPU")?;
-        fd.set_cpuid2(&cpuid::for_kvm(table)?).named("KVM_SET_CPUID2")?;
+        fd.set_cpuid2(&cpuid::for_kvm(table)?)
+            .named("KVM_SET_CPUID2")?;
         RunPage::of(&mut fd).keep_registers();
-        let probe = ProbeVm { fd, vm, memory, late, unfinished: false, filter_error };
+        let probe = ProbeVm {
+            fd,
+            vm,
+            memory,
+            late,
+            unfinished: false,
+            filter_error,
+        };
         probe.map_memory(0)?;
         Ok(probe)
     }
@@ -268,7 +294,9 @@ impl ProbeVm {
         let blank = vec![0; 0x4000];
         let image = std::iter::once((DATA, blank)).chain(guest.image());
         for (gpa, bytes) in image {
-            self.memory.write(gpa, &bytes).expect("a micro-guest fits into its memory");
+            self.memory
+                .write(gpa, &bytes)
+                .expect("a micro-guest fits into its memory");
         }
         let (cs, ss, rsp) = guest.start();
         let mut sregs = self.fd.get_sregs().named("KVM_GET_SREGS")?;
@@ -285,7 +313,11 @@ impl ProbeVm {
             present: 1,
             ..Default::default()
         };
-        sregs.ldt = kvm_segment { type_: 2, unusable: 1, ..Default::default() };
+        sregs.ldt = kvm_segment {
+            type_: 2,
+            unusable: 1,
+            ..Default::default()
+        };
         (sregs.gdt.base, sregs.gdt.limit) = (GDT, (DESCRIPTORS * 8 - 1) as u16);
         (sregs.idt.base, sregs.idt.limit) = (IDT, 0xfff);
         sregs.cr3 = PML4;
@@ -295,13 +327,20 @@ impl ProbeVm {
         sregs.efer = 1 << 10 | 1 << 8 | 1;
         self.fd.set_sregs(&sregs).named("KVM_SET_SREGS")?;
         let rip = hindsight_guest_images::layout::CODE;
-        let regs = kvm_regs { rip, rsp, rflags: 2, ..Default::default() };
+        let regs = kvm_regs {
+            rip,
+            rsp,
+            rflags: 2,
+            ..Default::default()
+        };
         self.fd.set_regs(&regs).named("KVM_SET_REGS")
     }
 
     /// Lets the guest run until it stops.
     pub fn run(&mut self) -> Result<Stop, KvmError> {
-        let Some(reason) = self.enter()? else { return Ok(Stop::Late) };
+        let Some(reason) = self.enter()? else {
+            return Ok(Stop::Late);
+        };
         self.unfinished = matches!(
             reason,
             KVM_EXIT_IO | KVM_EXIT_MMIO | KVM_EXIT_X86_RDMSR | KVM_EXIT_X86_WRMSR
@@ -309,7 +348,10 @@ impl ProbeVm {
         Ok(match reason {
             KVM_EXIT_IO => self.port_stop()?,
             KVM_EXIT_MMIO => {
-                let mmio = self.page().mmio().expect("the reason is a memory-mapped access");
+                let mmio = self
+                    .page()
+                    .mmio()
+                    .expect("the reason is a memory-mapped access");
                 if mmio.write {
                     Stop::MemoryWrite(mmio.gpa, mmio.data[..mmio.bytes].to_vec())
                 } else {
@@ -361,17 +403,26 @@ impl ProbeVm {
                 if (vector, cs & 3) == (6, 3) && self.bytes(rip, 2) == DONE_IN_RING_3 {
                     return Ok(Stop::Done);
                 }
-                Stop::Fault(Fault { vector: vector as u8, error, rip, cs: cs as u16 })
+                Stop::Fault(Fault {
+                    vector: vector as u8,
+                    error,
+                    rip,
+                    cs: cs as u16,
+                })
             }
             port => {
-                let values = (0..io.count).map(|i| self.page().port_data(&io, i)).collect();
+                let values = (0..io.count)
+                    .map(|i| self.page().port_data(&io, i))
+                    .collect();
                 Stop::PortWrite(port, io.size, values)
             }
         })
     }
 
     fn port(&mut self) -> PortExit {
-        self.page().port().expect("the guest stopped at a port access")
+        self.page()
+            .port()
+            .expect("the guest stopped at a port access")
     }
 
     fn page(&mut self) -> RunPage<'_> {
@@ -416,7 +467,11 @@ impl ProbeVm {
         let interrupt = kvm_interrupt { irq: vector.into() };
         // SAFETY: the ioctl reads a `kvm_interrupt` and nothing else; the fd is a vCPU's.
         let result = unsafe { ioctl_with_ref(&self.fd, KVM_INTERRUPT(), &interrupt) };
-        if result < 0 { Err(kvm_ioctls::Error::last()).named("KVM_INTERRUPT") } else { Ok(()) }
+        if result < 0 {
+            Err(kvm_ioctls::Error::last()).named("KVM_INTERRUPT")
+        } else {
+            Ok(())
+        }
     }
 
     /// Injects a non-maskable interrupt.
@@ -431,7 +486,10 @@ impl ProbeVm {
 
     /// `KVM_SET_GUEST_DEBUG` with these control bits and perhaps an execution breakpoint.
     pub fn debug(&self, control: u32, breakpoint: Option<u64>) -> Result<(), KvmError> {
-        let mut debug = kvm_guest_debug { control, ..Default::default() };
+        let mut debug = kvm_guest_debug {
+            control,
+            ..Default::default()
+        };
         if let Some(address) = breakpoint {
             debug.arch.debugreg[0] = address;
             // DR7: bit 10 is always one, G0; condition and length 0 mean execution
@@ -463,7 +521,11 @@ impl ProbeVm {
 
     /// Sets an MSR as the host may. `false` if KVM has no such MSR.
     pub fn set_msr(&self, index: u32, data: u64) -> bool {
-        let entry = kvm_msr_entry { index, data, ..Default::default() };
+        let entry = kvm_msr_entry {
+            index,
+            data,
+            ..Default::default()
+        };
         let entries = Msrs::from_entries(&[entry]).expect("one entry is not too many");
         self.fd.set_msrs(&entries).is_ok_and(|count| count == 1)
     }
@@ -475,7 +537,9 @@ impl ProbeVm {
 
     /// Pages written since the last call, as a bitmap.
     pub fn dirty_pages(&self) -> Result<Vec<u64>, KvmError> {
-        self.vm.get_dirty_log(SLOT, RAM_BYTES as usize).named("KVM_GET_DIRTY_LOG")
+        self.vm
+            .get_dirty_log(SLOT, RAM_BYTES as usize)
+            .named("KVM_GET_DIRTY_LOG")
     }
 
     /// Words of guest memory; zeroes where there is none.
@@ -586,7 +650,9 @@ mod tests {
     #[test]
     fn work_that_ends_gives_its_result_and_a_panic_is_told() {
         assert_eq!(bounded(Duration::from_secs(5), |_| 7), Ok(7));
-        let panicked = bounded(Duration::from_secs(5), |_| -> u8 { panic!("as the test wants") });
+        let panicked = bounded(Duration::from_secs(5), |_| -> u8 {
+            panic!("as the test wants")
+        });
         assert_eq!(panicked, Err(Stuck::Panicked));
     }
 
