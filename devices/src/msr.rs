@@ -38,7 +38,7 @@ struct Harmless {
     why: &'static str,
 }
 
-const HARMLESS: [Harmless; 8] = [
+const HARMLESS: [Harmless; 9] = [
     Harmless {
         index: 0x17, // IA32_PLATFORM_ID
         reads: Some(0),
@@ -69,6 +69,12 @@ const HARMLESS: [Harmless; 8] = [
         reads: Some(1 << 24),
         write: OnWrite::Store,
         why: "bsp_init_amd() reads it unguarded wherever the TSC is constant",
+    },
+    Harmless {
+        index: 0xc001_0010, // MSR_AMD64_SYSCFG
+        reads: Some(0),
+        write: OnWrite::Ignore,
+        why: "the MTRR code looks for Tom2ForceMemTypeWB; 0 says no memory above 4 GiB is forced",
     },
     Harmless {
         index: 0xc001_001f, // MSR_AMD64_NB_CFG

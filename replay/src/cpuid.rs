@@ -22,7 +22,8 @@ pub struct CpuidTable {
 
 impl CpuidTable {
     /// What CPUID answers for this leaf and subleaf; leaves the table lacks read as zeroes, as
-    /// they do on AMD (APM vol. 3, CPUID), and as KVM answers a user program for them.
+    /// they do on AMD (APM vol. 3, CPUID). A user program on Intel, whose CPUID KVM answers, reads
+    /// the highest basic leaf instead (SDM vol. 2, CPUID): the same in every replay.
     pub fn answer(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
         self.entries
             .iter()
@@ -33,6 +34,10 @@ impl CpuidTable {
     /// The vendor string of leaf 0, as `AuthenticAMD`.
     pub fn vendor(&self) -> String {
         let [_, b, c, d] = self.answer(0, 0);
-        [b, d, c].iter().flat_map(|word| word.to_le_bytes()).map(char::from).collect()
+        [b, d, c]
+            .iter()
+            .flat_map(|word| word.to_le_bytes())
+            .map(char::from)
+            .collect()
     }
 }

@@ -43,7 +43,13 @@ impl Digest {
 
     /// Chains one delivered interrupt.
     pub fn absorb_interrupt(&mut self, at: &Moment, vector: u8) {
-        self.chain(&[u64::from(vector) | 1 << 32, at.exits, at.branches, at.rip, at.rcx]);
+        self.chain(&[
+            u64::from(vector) | 1 << 32,
+            at.exits,
+            at.branches,
+            at.rip,
+            at.rcx,
+        ]);
     }
 
     fn chain(&mut self, words: &[u64]) {
@@ -103,7 +109,12 @@ impl MemoryDigest {
     /// Chains one page. Pages must come in ascending order of `gpa`.
     pub fn absorb_page(&mut self, gpa: u64, page: &[u8]) {
         assert_eq!(page.len(), PAGE_BYTES, "a page has {PAGE_BYTES} bytes");
-        if page.as_chunks::<8>().0.iter().any(|word| u64::from_ne_bytes(*word) != 0) {
+        if page
+            .as_chunks::<8>()
+            .0
+            .iter()
+            .any(|word| u64::from_ne_bytes(*word) != 0)
+        {
             // XXH64 rather than XXH3: it needs no vector unit, and emulated hosts have a slow one.
             self.0 = xxh64(page, self.0 ^ gpa);
         }

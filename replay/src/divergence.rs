@@ -76,11 +76,26 @@ impl fmt::Display for Divergence {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "the replay left the recording at {}: ", self.at)?;
         match &self.difference {
-            Difference::Turn { field, expected, found }
-            | Difference::End { field, expected, found } => {
-                write!(f, "{field} differs\n  recorded: {expected}\n  replayed: {found}")?;
+            Difference::Turn {
+                field,
+                expected,
+                found,
             }
-            Difference::Witness { equal_through, expected, found } => write!(
+            | Difference::End {
+                field,
+                expected,
+                found,
+            } => {
+                write!(
+                    f,
+                    "{field} differs\n  recorded: {expected}\n  replayed: {found}"
+                )?;
+            }
+            Difference::Witness {
+                equal_through,
+                expected,
+                found,
+            } => write!(
                 f,
                 "the digest differs, and was last equal at exit {equal_through}\n  recorded: \
                  ..{:02x}{:02x}\n  replayed: ..{:02x}{:02x}\n  to see which exit it was, record \
@@ -88,10 +103,16 @@ impl fmt::Display for Divergence {
                 expected[1], expected[0], found[1], found[0]
             )?,
             Difference::Interrupt { expected, found } => {
-                write!(f, "interrupts differ\n  recorded: {expected}\n  replayed: {found}")?;
+                write!(
+                    f,
+                    "interrupts differ\n  recorded: {expected}\n  replayed: {found}"
+                )?;
             }
             Difference::Missed { expected } => {
-                write!(f, "the replay passed by what was recorded\n  recorded: {expected}")?;
+                write!(
+                    f,
+                    "the replay passed by what was recorded\n  recorded: {expected}"
+                )?;
             }
             Difference::Memory { expected, found } => write!(
                 f,
@@ -118,16 +139,33 @@ fn hex(digest: Option<u64>) -> String {
 /// The first field in which two turns differ, with both sides.
 pub fn first_difference(expected: &Turn, found: &Turn) -> Option<(&'static str, String, String)> {
     if expected.exit != found.exit {
-        return Some(("the exit", expected.exit.to_string(), found.exit.to_string()));
+        return Some((
+            "the exit",
+            expected.exit.to_string(),
+            found.exit.to_string(),
+        ));
     }
     if expected.answer != found.answer {
         return Some(("the answer", expected.to_string(), found.to_string()));
     }
     if expected.now != found.now {
-        return Some(("guest time", format!("{} ns", expected.now), format!("{} ns", found.now)));
+        return Some((
+            "guest time",
+            format!("{} ns", expected.now),
+            format!("{} ns", found.now),
+        ));
     }
     let pairs = expected.registers.0.iter().zip(&found.registers.0);
-    Registers::NAMES.iter().zip(pairs).find_map(|(name, (e, f))| {
-        (e != f).then(|| (*name, format!("{e:#x} at {expected}"), format!("{f:#x} at {found}")))
-    })
+    Registers::NAMES
+        .iter()
+        .zip(pairs)
+        .find_map(|(name, (e, f))| {
+            (e != f).then(|| {
+                (
+                    *name,
+                    format!("{e:#x} at {expected}"),
+                    format!("{f:#x} at {found}"),
+                )
+            })
+        })
 }

@@ -77,8 +77,15 @@ impl Event {
     /// Number of kinds that [`Event::kind`] tells apart.
     pub const KINDS: usize = 7;
     /// Their names, in order.
-    pub const KIND_NAMES: [&'static str; Event::KINDS] =
-        ["turns", "time corrections", "inputs", "interrupts", "witnesses", "memory digests", "end"];
+    pub const KIND_NAMES: [&'static str; Event::KINDS] = [
+        "turns",
+        "time corrections",
+        "inputs",
+        "interrupts",
+        "witnesses",
+        "memory digests",
+        "end",
+    ];
 
     /// Index into [`Event::KIND_NAMES`].
     pub fn kind(&self) -> usize {
@@ -106,14 +113,31 @@ pub struct Entry {
 /// An event as it is written.
 #[derive(Debug, Serialize, Deserialize)]
 enum Wire {
-    Turn { exit: Exit, answer: Answer, later_ns: u64, changed: u32, deltas: Vec<i64> },
-    Time { ahead_ns: i64 },
+    Turn {
+        exit: Exit,
+        answer: Answer,
+        later_ns: u64,
+        changed: u32,
+        deltas: Vec<i64>,
+    },
+    Time {
+        ahead_ns: i64,
+    },
     Input(Input),
     /// At the exit itself or in a window that opened behind it; `rip` against the RIP of the
     /// interrupt before.
-    Interrupt { vector: u8, rip_delta: i64, branches: u64, rcx: u64 },
-    Witness { check: [u8; 2] },
-    Memory { digest: u64 },
+    Interrupt {
+        vector: u8,
+        rip_delta: i64,
+        branches: u64,
+        rcx: u64,
+    },
+    Witness {
+        check: [u8; 2],
+    },
+    Memory {
+        digest: u64,
+    },
     End(Box<End>),
 }
 
@@ -129,21 +153,34 @@ pub(crate) struct Codec {
 impl Codec {
     /// A codec for a frame whose first event lies at or behind `exits`.
     pub(crate) fn new(exits: u64) -> Codec {
-        Codec { exits, ..Codec::default() }
+        Codec {
+            exits,
+            ..Codec::default()
+        }
     }
 
     /// Appends an event to `frame`.
     pub(crate) fn encode(&mut self, frame: Vec<u8>, entry: &Entry) -> Vec<u8> {
-        let delta = entry.exits.checked_sub(self.exits).expect("events come in the order of exits");
+        let delta = entry
+            .exits
+            .checked_sub(self.exits)
+            .expect("events come in the order of exits");
         self.exits = entry.exits;
         let wire = match &entry.event {
             Event::Turn(turn) => self.wire_turn(turn),
-            Event::Time { ahead_ns } => Wire::Time { ahead_ns: *ahead_ns },
+            Event::Time { ahead_ns } => Wire::Time {
+                ahead_ns: *ahead_ns,
+            },
             Event::Input(input) => Wire::Input(input.clone()),
             Event::Interrupt { vector, at } => {
                 let rip_delta = at.rip.wrapping_sub(self.rip).cast_signed();
                 self.rip = at.rip;
-                Wire::Interrupt { vector: *vector, rip_delta, branches: at.branches, rcx: at.rcx }
+                Wire::Interrupt {
+                    vector: *vector,
+                    rip_delta,
+                    branches: at.branches,
+                    rcx: at.rcx,
+                }
             }
             Event::Witness { check } => Wire::Witness { check: *check },
             Event::Memory { digest } => Wire::Memory { digest: *digest },
@@ -159,7 +196,13 @@ impl Codec {
         let bad = || postcard::Error::DeserializeBadEncoding;
         self.exits = self.exits.checked_add(delta).ok_or_else(bad)?;
         let event = match wire {
-            Wire::Turn { exit, answer, later_ns, changed, deltas } => {
+            Wire::Turn {
+                exit,
+                answer,
+                later_ns,
+                changed,
+                deltas,
+            } => {
                 self.now = self.now.checked_add(later_ns).ok_or_else(bad)?;
                 let mut deltas = deltas.into_iter();
                 for (i, register) in self.registers.0.iter_mut().enumerate() {
@@ -168,20 +211,38 @@ impl Codec {
                     }
                 }
                 let registers = self.registers;
-                Event::Turn(Box::new(Turn { exit, answer, now: self.now, registers }))
+                Event::Turn(Box::new(Turn {
+                    exit,
+                    answer,
+                    now: self.now,
+                    registers,
+                }))
             }
             Wire::Time { ahead_ns } => Event::Time { ahead_ns },
             Wire::Input(input) => Event::Input(input),
-            Wire::Interrupt { vector, rip_delta, branches, rcx } => {
+            Wire::Interrupt {
+                vector,
+                rip_delta,
+                branches,
+                rcx,
+            } => {
                 self.rip = self.rip.wrapping_add_signed(rip_delta);
-                let at = Moment { exits: self.exits, branches, rip: self.rip, rcx };
+                let at = Moment {
+                    exits: self.exits,
+                    branches,
+                    rip: self.rip,
+                    rcx,
+                };
                 Event::Interrupt { vector, at }
             }
             Wire::Witness { check } => Event::Witness { check },
             Wire::Memory { digest } => Event::Memory { digest },
             Wire::End(end) => Event::End(end),
         };
-        Ok(Entry { exits: self.exits, event })
+        Ok(Entry {
+            exits: self.exits,
+            event,
+        })
     }
 
     fn wire_turn(&mut self, turn: &Turn) -> Wire {
@@ -196,6 +257,12 @@ impl Codec {
         let later_ns = turn.now - self.now;
         self.now = turn.now;
         self.registers = turn.registers;
-        Wire::Turn { exit: turn.exit, answer: turn.answer, later_ns, changed, deltas }
+        Wire::Turn {
+            exit: turn.exit,
+            answer: turn.answer,
+            later_ns,
+            changed,
+            deltas,
+        }
     }
 }

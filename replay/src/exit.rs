@@ -105,8 +105,12 @@ impl Exit {
             Exit::Access(Access::PortWrite { .. }) => 1,
             Exit::Access(Access::MemoryRead { .. } | Access::MemoryWrite { .. }) => 2,
             Exit::Access(Access::MsrRead { .. } | Access::MsrWrite { .. }) => 3,
-            Exit::TimeRead { mode: Mode::Kernel, .. } => 4,
-            Exit::TimeRead { mode: Mode::User, .. } => 5,
+            Exit::TimeRead {
+                mode: Mode::Kernel, ..
+            } => 4,
+            Exit::TimeRead {
+                mode: Mode::User, ..
+            } => 5,
             Exit::Cpuid { .. } => 6,
             Exit::WriteCr4 { .. } => 7,
             Exit::ReadCr4 => 8,

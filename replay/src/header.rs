@@ -26,7 +26,10 @@ pub struct Content {
 impl Content {
     /// The hash in hexadecimal.
     pub fn hex(&self) -> String {
-        self.blake3.iter().map(|byte| format!("{byte:02x}")).collect()
+        self.blake3
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect()
     }
 }
 

@@ -49,7 +49,9 @@ pub enum JournalError {
         found: Vec<u8>,
     },
     /// Another version.
-    #[error("the journal has version {found}, this program reads version {VERSION}; use the program that recorded it")]
+    #[error(
+        "the journal has version {found}, this program reads version {VERSION}; use the program that recorded it"
+    )]
     Version {
         /// The journal's.
         found: u32,
@@ -85,7 +87,11 @@ pub enum TailReason {
 
 impl std::fmt::Display for Tail {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Tail { offset, through, reason } = self;
+        let Tail {
+            offset,
+            through,
+            reason,
+        } = self;
         match reason {
             TailReason::Closed => write!(f, "the journal was closed after exit {through}"),
             TailReason::NotClosed => write!(
@@ -144,7 +150,10 @@ impl FrameHead {
         let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("4 bytes"));
         let long = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
         if bytes[..4] != FRAME_MAGIC {
-            return Err(format!("it begins with {:02x?}, expected {FRAME_MAGIC:02x?}", &bytes[..4]));
+            return Err(format!(
+                "it begins with {:02x?}, expected {FRAME_MAGIC:02x?}",
+                &bytes[..4]
+            ));
         }
         if long(40) != 0 {
             return Err("its reserved bytes are not zero".into());
@@ -202,10 +211,16 @@ impl<W: Write> JournalWriter<W> {
         let mut bytes = Vec::with_capacity(body.len() + 24);
         bytes.extend(MAGIC);
         bytes.extend(VERSION.to_le_bytes());
-        bytes.extend(u32::try_from(body.len()).expect("a header is small").to_le_bytes());
+        bytes.extend(
+            u32::try_from(body.len())
+                .expect("a header is small")
+                .to_le_bytes(),
+        );
         bytes.extend(seed.to_le_bytes());
         bytes.extend(&body);
-        sink.write_all(&bytes).and_then(|()| sink.flush()).map_err(JournalError::Write)?;
+        sink.write_all(&bytes)
+            .and_then(|()| sink.flush())
+            .map_err(JournalError::Write)?;
         Ok(JournalWriter {
             sink,
             seed,
@@ -221,7 +236,9 @@ impl<W: Write> JournalWriter<W> {
 
     /// Appends an event; it reaches the sink with its frame.
     pub fn append(&mut self, exits: u64, event: Event) {
-        self.raw = self.codec.encode(std::mem::take(&mut self.raw), &Entry { exits, event });
+        self.raw = self
+            .codec
+            .encode(std::mem::take(&mut self.raw), &Entry { exits, event });
     }
 
     /// Between two turns: closes the frame if it is large or old enough, `idle` if the machine is
@@ -233,7 +250,11 @@ impl<W: Write> JournalWriter<W> {
         idle: bool,
     ) -> Result<(), JournalError> {
         let span_ns = now.saturating_sub(self.last_close_ns);
-        let limit_ns = if idle { FRAME_SPAN_IDLE_NS } else { FRAME_SPAN_NS };
+        let limit_ns = if idle {
+            FRAME_SPAN_IDLE_NS
+        } else {
+            FRAME_SPAN_NS
+        };
         if self.raw.len() >= FRAME_RAW_GOAL || (span_ns >= limit_ns && !self.raw.is_empty()) {
             self.close_frame(through, now)?;
         }
@@ -263,7 +284,12 @@ impl<W: Write> JournalWriter<W> {
             .write_all(&bytes)
             .and_then(|()| self.sink.flush())
             .map_err(JournalError::Write)?;
-        self.index.push(IndexEntry { offset: self.offset, first: self.first, through, now });
+        self.index.push(IndexEntry {
+            offset: self.offset,
+            first: self.first,
+            through,
+            now,
+        });
         self.offset += bytes.len() as u64;
         self.seed = head.check;
         self.sequence += 1;
@@ -317,10 +343,14 @@ impl<R: Read> JournalReader<R> {
         let mut fixed = [0; 24];
         let got = read_up_to(&mut source, &mut fixed)?;
         if got < 8 || fixed[..8] != MAGIC {
-            return Err(JournalError::NotAJournal { found: fixed[..got.min(8)].to_vec() });
+            return Err(JournalError::NotAJournal {
+                found: fixed[..got.min(8)].to_vec(),
+            });
         }
         if got < fixed.len() {
-            return Err(JournalError::Head(format!("it has {got} bytes, expected at least 24")));
+            return Err(JournalError::Head(format!(
+                "it has {got} bytes, expected at least 24"
+            )));
         }
         let version = u32::from_le_bytes(fixed[8..12].try_into().expect("4 bytes"));
         if version != VERSION {
@@ -329,12 +359,16 @@ impl<R: Read> JournalReader<R> {
         let length = u32::from_le_bytes(fixed[12..16].try_into().expect("4 bytes")) as usize;
         let check = u64::from_le_bytes(fixed[16..24].try_into().expect("8 bytes"));
         if length > HEADER_MAX {
-            return Err(JournalError::Head(format!("it claims {length} bytes, at most {HEADER_MAX}")));
+            return Err(JournalError::Head(format!(
+                "it claims {length} bytes, at most {HEADER_MAX}"
+            )));
         }
         let mut body = vec![0; length];
         let got = read_up_to(&mut source, &mut body)?;
         if got < length {
-            return Err(JournalError::Head(format!("it is cut: {got} bytes of {length}")));
+            return Err(JournalError::Head(format!(
+                "it is cut: {got} bytes of {length}"
+            )));
         }
         let seed = head_check(version, &body);
         if seed != check {
@@ -380,7 +414,11 @@ impl<R: Read> JournalReader<R> {
         let mut head = [0; FRAME_HEAD_BYTES];
         let got = read_up_to(&mut self.source, &mut head)?;
         if got == 0 {
-            let reason = if self.ended { TailReason::Closed } else { TailReason::NotClosed };
+            let reason = if self.ended {
+                TailReason::Closed
+            } else {
+                TailReason::NotClosed
+            };
             return Ok(self.stop(reason));
         }
         if self.ended {
@@ -405,26 +443,57 @@ impl<R: Read> JournalReader<R> {
         match self.check_frame(&head, &payload) {
             Err(what) => Ok(self.stop(TailReason::Damaged(what))),
             Ok((entries, sizes)) => {
-                let FrameHead { first, through, now, .. } = head;
-                let place = IndexEntry { offset: self.offset, first, through, now };
+                let FrameHead {
+                    first,
+                    through,
+                    now,
+                    ..
+                } = head;
+                let place = IndexEntry {
+                    offset: self.offset,
+                    first,
+                    through,
+                    now,
+                };
                 self.offset += (FRAME_HEAD_BYTES + payload.len()) as u64;
                 self.seed = head.check;
                 self.sequence += 1;
                 self.through = through;
                 self.now = now;
-                self.ended = matches!(entries.last(), Some(Entry { event: Event::End(_), .. }));
-                Ok(Some(Frame { place, head, entries, sizes }))
+                self.ended = matches!(
+                    entries.last(),
+                    Some(Entry {
+                        event: Event::End(_),
+                        ..
+                    })
+                );
+                Ok(Some(Frame {
+                    place,
+                    head,
+                    entries,
+                    sizes,
+                }))
             }
         }
     }
 
-    fn check_frame(&self, head: &FrameHead, payload: &[u8]) -> Result<(Vec<Entry>, Vec<u32>), String> {
+    fn check_frame(
+        &self,
+        head: &FrameHead,
+        payload: &[u8],
+    ) -> Result<(Vec<Entry>, Vec<u32>), String> {
         let computed = head.computed_check(payload, self.seed);
         if computed != head.check {
-            return Err(format!("its checksum is {computed:016x}, expected {:016x}", head.check));
+            return Err(format!(
+                "its checksum is {computed:016x}, expected {:016x}",
+                head.check
+            ));
         }
         if head.sequence != self.sequence {
-            return Err(format!("it is frame {}, expected {}", head.sequence, self.sequence));
+            return Err(format!(
+                "it is frame {}, expected {}",
+                head.sequence, self.sequence
+            ));
         }
         if head.first != self.through || head.through < head.first || head.now < self.now {
             return Err(format!(
@@ -435,7 +504,11 @@ impl<R: Read> JournalReader<R> {
         let raw = zstd::bulk::decompress(payload, head.raw_bytes as usize)
             .map_err(|error| format!("it does not unpack: {error}"))?;
         if raw.len() != head.raw_bytes as usize {
-            return Err(format!("it unpacks to {} bytes, expected {}", raw.len(), head.raw_bytes));
+            return Err(format!(
+                "it unpacks to {} bytes, expected {}",
+                raw.len(),
+                head.raw_bytes
+            ));
         }
         let mut codec = Codec::new(head.first);
         let mut rest = raw.as_slice();
@@ -443,11 +516,22 @@ impl<R: Read> JournalReader<R> {
         let mut sizes = Vec::new();
         while !rest.is_empty() {
             let before = rest.len();
-            let entry = codec.decode(&mut rest).map_err(|e| format!("it does not decode: {e}"))?;
+            let entry = codec
+                .decode(&mut rest)
+                .map_err(|e| format!("it does not decode: {e}"))?;
             if entry.exits > head.through {
-                return Err(format!("it has an event at exit {}, behind its end", entry.exits));
+                return Err(format!(
+                    "it has an event at exit {}, behind its end",
+                    entry.exits
+                ));
             }
-            if matches!(entries.last(), Some(Entry { event: Event::End(_), .. })) {
+            if matches!(
+                entries.last(),
+                Some(Entry {
+                    event: Event::End(_),
+                    ..
+                })
+            ) {
                 return Err("it has an event behind the end".into());
             }
             entries.push(entry);
@@ -457,7 +541,11 @@ impl<R: Read> JournalReader<R> {
     }
 
     fn stop<T>(&mut self, reason: TailReason) -> Option<T> {
-        self.tail = Some(Tail { offset: self.offset, through: self.through, reason });
+        self.tail = Some(Tail {
+            offset: self.offset,
+            through: self.through,
+            reason,
+        });
         None
     }
 }

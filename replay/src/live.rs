@@ -22,7 +22,10 @@ pub struct Live<W: World> {
 impl<W: World> Live<W> {
     /// A door to `world`, which asks for a memory digest every `memory_every` exits, if given.
     pub fn new(world: W, memory_every: Option<u64>) -> Live<W> {
-        Live { world, memory_every }
+        Live {
+            world,
+            memory_every,
+        }
     }
 
     /// The world.
@@ -33,7 +36,14 @@ impl<W: World> Live<W> {
 
 impl<W: World> Outside for Live<W> {
     fn time(&mut self, query: &TimeQuery) -> Result<Nanos, Closed> {
-        let TimeQuery { last, rule, deadline, halted, room, .. } = *query;
+        let TimeQuery {
+            last,
+            rule,
+            deadline,
+            halted,
+            room,
+            ..
+        } = *query;
         if halted && !self.world.sleep(deadline, room) {
             return Err(Closed::End(Ending::Halted));
         }
@@ -60,7 +70,8 @@ impl<W: World> Outside for Live<W> {
     }
 
     fn wants_memory(&mut self, exits: u64) -> bool {
-        self.memory_every.is_some_and(|every| exits.is_multiple_of(every))
+        self.memory_every
+            .is_some_and(|every| exits.is_multiple_of(every))
     }
 
     fn memory(&mut self, _exits: u64, _digest: u64) -> Result<(), Closed> {
@@ -72,7 +83,11 @@ impl<W: World> Outside for Live<W> {
     }
 
     fn kicked(&mut self, _exits: u64) -> Result<(), Closed> {
-        if self.world.gives_up() { Err(Closed::End(Ending::StoppedRunning)) } else { Ok(()) }
+        if self.world.gives_up() {
+            Err(Closed::End(Ending::StoppedRunning))
+        } else {
+            Ok(())
+        }
     }
 
     fn end(&mut self, _exits: u64, _end: &End) -> Result<(), Closed> {

@@ -169,7 +169,9 @@ impl Machine {
             Err(failure) => failure,
         };
         if matches!(failure, RunError::Cpu { .. }) {
-            outside.abandon(self.at.exits, self.now).map_err(RunError::Closed)?;
+            outside
+                .abandon(self.at.exits, self.now)
+                .map_err(RunError::Closed)?;
         }
         Err(failure)
     }
@@ -185,7 +187,11 @@ impl Machine {
             if let Err(closed) = outside.goes_on(self.at.exits, pending) {
                 return ended(closed);
             }
-            let back = if self.halted { Back::Exit(Exit::Woken) } else { self.cpu(cpu.run())? };
+            let back = if self.halted {
+                Back::Exit(Exit::Woken)
+            } else {
+                self.cpu(cpu.run())?
+            };
             match back {
                 Back::Exit(exit) => match self.turn(exit, cpu, outside, observer) {
                     Ok(Next::RunOn) => {}
@@ -227,16 +233,24 @@ impl Machine {
 
         self.pass_time(outside)?;
         let mut stopped = false;
-        while let Some(input) =
-            outside.arrival(exits, self.board.console_room()).map_err(RunError::Closed)?
+        while let Some(input) = outside
+            .arrival(exits, self.board.console_room())
+            .map_err(RunError::Closed)?
         {
             stopped |= input == Input::Stop;
             self.board.accept(input);
         }
         let answer = self.answer(&exit);
-        let turn = Turn { exit, answer, now: self.now, registers };
+        let turn = Turn {
+            exit,
+            answer,
+            now: self.now,
+            registers,
+        };
         self.digest.absorb(&turn);
-        outside.turn(exits, &turn, self.digest).map_err(RunError::Closed)?;
+        outside
+            .turn(exits, &turn, self.digest)
+            .map_err(RunError::Closed)?;
         observer.turn(exits, &turn);
         if exit != Exit::Woken {
             self.cpu(cpu.answer(&exit, &answer))?;
@@ -278,7 +292,11 @@ impl Machine {
             room: self.board.console_room(),
         };
         let now = outside.time(&query).map_err(RunError::Closed)?;
-        assert!(now >= self.now, "time ran backwards: {now} after {}", self.now);
+        assert!(
+            now >= self.now,
+            "time ran backwards: {now} after {}",
+            self.now
+        );
         self.now = now;
         self.board.advance(now);
         Ok(())
@@ -346,7 +364,11 @@ impl Machine {
         {
             let vector = self.board.acknowledge();
             let registers = cpu.registers();
-            let at = Moment { rip: registers.rip(), rcx: registers.rcx(), ..self.at };
+            let at = Moment {
+                rip: registers.rip(),
+                rcx: registers.rcx(),
+                ..self.at
+            };
             self.digest.absorb_interrupt(&at, vector);
             self.tally.interrupts += 1;
             self.halted = false;
@@ -371,7 +393,10 @@ impl Machine {
         };
         let end = End {
             ending,
-            panic: self.panic.message().or_else(|| self.board.guest_panicked().map(|p| format!("{p:?}"))),
+            panic: self
+                .panic
+                .message()
+                .or_else(|| self.board.guest_panicked().map(|p| format!("{p:?}"))),
             now: self.now,
             digest: self.digest.value(),
             memory,
@@ -381,7 +406,10 @@ impl Machine {
     }
 
     fn cpu<T, E: std::error::Error>(&self, result: Result<T, E>) -> Result<T, RunError<E>> {
-        result.map_err(|source| RunError::Cpu { at: self.at, source })
+        result.map_err(|source| RunError::Cpu {
+            at: self.at,
+            source,
+        })
     }
 }
 

@@ -26,7 +26,12 @@ pub struct Moment {
 
 impl Moment {
     /// Power-on.
-    pub const START: Moment = Moment { exits: 0, branches: 0, rip: 0, rcx: 0 };
+    pub const START: Moment = Moment {
+        exits: 0,
+        branches: 0,
+        rip: 0,
+        rcx: 0,
+    };
 }
 
 impl fmt::Display for Moment {

@@ -51,7 +51,8 @@ mod tests {
     #[test]
     fn a_panic_is_found_in_a_line_that_comes_byte_by_byte() {
         let mut watch = PanicWatch::default();
-        for byte in b"[    1.5] Kernel panic - not syncing: Attempted to kill init!\r\n[ 2] more\n" {
+        for byte in b"[    1.5] Kernel panic - not syncing: Attempted to kill init!\r\n[ 2] more\n"
+        {
             assert!(watch.message().is_none() || *byte != b'!');
             watch.watch(&[*byte]);
         }

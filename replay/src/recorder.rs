@@ -32,7 +32,12 @@ impl<O: Outside, W: Write> Recorder<O, W> {
     /// Starts a journal in `sink` for what passes through `inner`.
     pub fn create(inner: O, sink: W, header: &Header) -> Result<Recorder<O, W>, JournalError> {
         let journal = JournalWriter::create(sink, header)?;
-        Ok(Recorder { inner, journal, detail: header.detail, counts: [0; Event::KINDS] })
+        Ok(Recorder {
+            inner,
+            journal,
+            detail: header.detail,
+            counts: [0; Event::KINDS],
+        })
     }
 
     /// Bytes of journal written so far.
@@ -64,7 +69,8 @@ impl<O: Outside, W: Write> Recorder<O, W> {
 impl<O: Outside, W: Write> Outside for Recorder<O, W> {
     fn time(&mut self, query: &TimeQuery) -> Result<Nanos, Closed> {
         // Everything that belongs to earlier exits has been said by now.
-        self.journal.turn_is_complete(query.exits - 1, query.last, query.halted)?;
+        self.journal
+            .turn_is_complete(query.exits - 1, query.last, query.halted)?;
         let now = self.inner.time(query)?;
         let ahead_ns = now.wrapping_sub(query.rule).cast_signed();
         // A halted machine without a deadline is woken by the world alone: without an event here,
@@ -89,7 +95,12 @@ impl<O: Outside, W: Write> Outside for Recorder<O, W> {
             self.append(exits, Event::Turn(Box::new(*turn)));
         }
         if exits.is_multiple_of(WITNESS_EVERY) {
-            self.append(exits, Event::Witness { check: digest.check() });
+            self.append(
+                exits,
+                Event::Witness {
+                    check: digest.check(),
+                },
+            );
         }
         self.inner.turn(exits, turn, digest)
     }

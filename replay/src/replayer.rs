@@ -122,13 +122,26 @@ impl<R: Read> Replayer<R> {
     }
 
     fn last_moment(&self, exits: u64) -> Moment {
-        let registers = self.history.back().map(|(_, turn)| turn.registers).unwrap_or_default();
-        Moment { exits, branches: 0, rip: registers.rip(), rcx: registers.rcx() }
+        let registers = self
+            .history
+            .back()
+            .map(|(_, turn)| turn.registers)
+            .unwrap_or_default();
+        Moment {
+            exits,
+            branches: 0,
+            rip: registers.rip(),
+            rcx: registers.rcx(),
+        }
     }
 
     fn diverged(&self, at: Moment, difference: Difference) -> Closed {
         let history = self.history.iter().copied().collect();
-        Closed::Diverged(Box::new(Divergence { at, difference, history }))
+        Closed::Diverged(Box::new(Divergence {
+            at,
+            difference,
+            history,
+        }))
     }
 }
 
@@ -190,7 +203,14 @@ impl<R: Read> Outside for Replayer<R> {
         if let Some(recorded) = recorded
             && let Some((field, expected, found)) = first_difference(&recorded, turn)
         {
-            return Err(self.diverged(at, Difference::Turn { field, expected, found }));
+            return Err(self.diverged(
+                at,
+                Difference::Turn {
+                    field,
+                    expected,
+                    found,
+                },
+            ));
         }
         self.history.push_back((exits, *turn));
         if self.history.len() > HISTORY {
@@ -204,7 +224,11 @@ impl<R: Read> Outside for Replayer<R> {
             let found = digest.check();
             if expected != found {
                 let equal_through = self.equal_through;
-                let difference = Difference::Witness { equal_through, expected, found };
+                let difference = Difference::Witness {
+                    equal_through,
+                    expected,
+                    found,
+                };
                 return Err(self.diverged(at, difference));
             }
             self.witnesses_checked += 1;
@@ -229,9 +253,10 @@ impl<R: Read> Outside for Replayer<R> {
 
     fn interrupt(&mut self, at: &Moment, vector: u8) -> Result<(), Closed> {
         let expected = match self.peek()? {
-            Some(Entry { event: Event::Interrupt { vector: v, at: a }, .. })
-                if *v == vector && a == at =>
-            {
+            Some(Entry {
+                event: Event::Interrupt { vector: v, at: a },
+                ..
+            }) if *v == vector && a == at => {
                 self.ahead.pop_front();
                 return Ok(());
             }
@@ -247,14 +272,20 @@ impl<R: Read> Outside for Replayer<R> {
 
     fn wants_memory(&mut self, exits: u64) -> bool {
         let recorded = match self.peek() {
-            Ok(Some(Entry { exits: at, event: Event::Memory { .. } })) => *at == exits,
+            Ok(Some(Entry {
+                exits: at,
+                event: Event::Memory { .. },
+            })) => *at == exits,
             Ok(_) => false,
             Err(error) => {
                 self.failed = Some(error);
                 false
             }
         };
-        recorded || self.memory_every.is_some_and(|every| exits.is_multiple_of(every))
+        recorded
+            || self
+                .memory_every
+                .is_some_and(|every| exits.is_multiple_of(every))
     }
 
     fn memory(&mut self, exits: u64, digest: u64) -> Result<(), Closed> {
@@ -262,9 +293,14 @@ impl<R: Read> Outside for Replayer<R> {
             Event::Memory { digest } => Some(*digest),
             _ => None,
         })?;
-        let Some(expected) = recorded else { return Ok(()) };
+        let Some(expected) = recorded else {
+            return Ok(());
+        };
         if expected != digest {
-            let difference = Difference::Memory { expected: Some(expected), found: Some(digest) };
+            let difference = Difference::Memory {
+                expected: Some(expected),
+                found: Some(digest),
+            };
             return Err(self.diverged(self.last_moment(exits), difference));
         }
         self.memories_checked += 1;
@@ -278,8 +314,14 @@ impl<R: Read> Outside for Replayer<R> {
         let expected = match self.peek()? {
             None => return self.cut_short(exits),
             Some(entry) if entry.exits > exits => return Ok(()),
-            Some(Entry { event: Event::Interrupt { .. }, .. }) if pending => return Ok(()),
-            Some(Entry { event: Event::End(end), .. }) if end.ending == Ending::StoppedRunning => {
+            Some(Entry {
+                event: Event::Interrupt { .. },
+                ..
+            }) if pending => return Ok(()),
+            Some(Entry {
+                event: Event::End(end),
+                ..
+            }) if end.ending == Ending::StoppedRunning => {
                 return Err(Closed::End(Ending::StoppedRunning));
             }
             Some(entry) => describe(entry),
@@ -298,40 +340,84 @@ impl<R: Read> Outside for Replayer<R> {
     fn end(&mut self, exits: u64, found: &End) -> Result<(), Closed> {
         let at = self.last_moment(exits);
         let expected = match self.peek()? {
-            Some(Entry { exits: recorded, event: Event::End(end) }) if *recorded == exits => {
-                end.clone()
-            }
+            Some(Entry {
+                exits: recorded,
+                event: Event::End(end),
+            }) if *recorded == exits => end.clone(),
             Some(entry) => {
                 let expected = describe(entry);
                 let found = format!("{:?} at exit {exits}", found.ending);
-                return Err(self.diverged(at, Difference::End { field: "the end", expected, found }));
+                return Err(self.diverged(
+                    at,
+                    Difference::End {
+                        field: "the end",
+                        expected,
+                        found,
+                    },
+                ));
             }
             None => {
                 self.cut_short(exits)?;
                 let expected = "a journal that goes on".to_string();
                 let found = format!("{:?} at exit {exits}", found.ending);
-                return Err(self.diverged(at, Difference::End { field: "the end", expected, found }));
+                return Err(self.diverged(
+                    at,
+                    Difference::End {
+                        field: "the end",
+                        expected,
+                        found,
+                    },
+                ));
             }
         };
         let fields = [
-            ("how it ended", format!("{:?}", expected.ending), format!("{:?}", found.ending)),
-            ("guest time", expected.now.to_string(), found.now.to_string()),
-            ("the digest", format!("{:016x}", expected.digest), format!("{:016x}", found.digest)),
-            ("the panic", format!("{:?}", expected.panic), format!("{:?}", found.panic)),
+            (
+                "how it ended",
+                format!("{:?}", expected.ending),
+                format!("{:?}", found.ending),
+            ),
+            (
+                "guest time",
+                expected.now.to_string(),
+                found.now.to_string(),
+            ),
+            (
+                "the digest",
+                format!("{:016x}", expected.digest),
+                format!("{:016x}", found.digest),
+            ),
+            (
+                "the panic",
+                format!("{:?}", expected.panic),
+                format!("{:?}", found.panic),
+            ),
         ];
         for (field, expected, found) in fields {
             if expected != found {
-                return Err(self.diverged(at, Difference::End { field, expected, found }));
+                return Err(self.diverged(
+                    at,
+                    Difference::End {
+                        field,
+                        expected,
+                        found,
+                    },
+                ));
             }
         }
         if expected.memory != found.memory {
-            let difference = Difference::Memory { expected: expected.memory, found: found.memory };
+            let difference = Difference::Memory {
+                expected: expected.memory,
+                found: found.memory,
+            };
             return Err(self.diverged(at, difference));
         }
         self.memories_checked += u64::from(found.memory.is_some());
         self.ahead.pop_front();
         // Look behind the end: a file that was tampered with or glued together is not whole.
-        assert!(self.peek()?.is_none(), "the reader lets no event through behind the end");
+        assert!(
+            self.peek()?.is_none(),
+            "the reader lets no event through behind the end"
+        );
         match self.journal.tail() {
             Some(tail) if tail.reason != TailReason::Closed => Err(Closed::CutShort(tail.clone())),
             _ => Ok(()),

@@ -19,7 +19,7 @@ build_hindsight() {
 # where_to_record: sets the array $recorder to what must stand before a command that records: nothing
 # where this machine's own KVM will do, else the box.
 where_to_record() {
-    if "$hindsight" doctor --quick >/dev/null 2>&1; then
+    if "$hindsight" doctor >/dev/null 2>&1; then
         recorder=()
     else
         recorder=("$checkout/scripts/box")

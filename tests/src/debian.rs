@@ -24,14 +24,27 @@ impl Ran {
     /// From the output of a finished process. A panic of ours is never all right.
     pub fn new(output: Output) -> Ran {
         let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(!stderr.contains("panicked at"), "hindsight panicked:\n{stderr}");
-        Ran { code: output.status.code().unwrap_or(-1), stdout: output.stdout, stderr }
+        assert!(
+            !stderr.contains("panicked at"),
+            "hindsight panicked:\n{stderr}"
+        );
+        Ran {
+            code: output.status.code().unwrap_or(-1),
+            stdout: output.stdout,
+            stderr,
+        }
     }
 
     /// Asserts the exit code.
     #[track_caller]
     pub fn expect(self, code: i32) -> Ran {
-        assert_eq!(self.code, code, "stderr:\n{}\nstdout:\n{}", self.stderr, self.text());
+        assert_eq!(
+            self.code,
+            code,
+            "stderr:\n{}\nstdout:\n{}",
+            self.stderr,
+            self.text()
+        );
         self
     }
 
@@ -58,11 +71,12 @@ pub struct Debian {
 impl Debian {
     /// As the environment says.
     pub fn from_env() -> Debian {
-        let path = |name: &str| {
-            PathBuf::from(std::env::var_os(name).unwrap_or_else(|| {
-                panic!("{name} is not set; run these tests with scripts/test")
-            }))
-        };
+        let path =
+            |name: &str| {
+                PathBuf::from(std::env::var_os(name).unwrap_or_else(|| {
+                    panic!("{name} is not set; run these tests with scripts/test")
+                }))
+            };
         Debian {
             binary: path("HINDSIGHT_BIN"),
             kernel: path("HINDSIGHT_KERNEL"),
@@ -72,7 +86,10 @@ impl Debian {
 
     /// The same with another kernel.
     pub fn with_kernel(&self, kernel: &Path) -> Debian {
-        Debian { kernel: kernel.into(), ..self.clone() }
+        Debian {
+            kernel: kernel.into(),
+            ..self.clone()
+        }
     }
 
     /// Path of a guest image.
@@ -88,7 +105,11 @@ impl Debian {
     /// The program with arguments, streams piped.
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(&self.binary);
-        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
         command
     }
 
@@ -108,7 +129,10 @@ impl Debian {
     /// Records `image`, with `typed` on standard input.
     pub fn record(&self, directory: &Path, image: &str, more: &[&str], typed: &[u8]) -> Ran {
         let mut command = self.recording(directory, image, more);
-        let mut child = command.stdin(Stdio::piped()).spawn().expect("hindsight starts");
+        let mut child = command
+            .stdin(Stdio::piped())
+            .spawn()
+            .expect("hindsight starts");
         type_into(&mut child, typed);
         Ran::new(child.wait_with_output().expect("hindsight ends"))
     }
@@ -116,13 +140,25 @@ impl Debian {
     /// Replays a recording.
     pub fn replay(&self, directory: &Path, more: &[&str]) -> Ran {
         let mut command = self.command(&["replay"]);
-        Ran::new(command.arg(directory).args(more).output().expect("hindsight starts"))
+        Ran::new(
+            command
+                .arg(directory)
+                .args(more)
+                .output()
+                .expect("hindsight starts"),
+        )
     }
 
     /// Inspects a recording.
     pub fn inspect(&self, directory: &Path, more: &[&str]) -> Ran {
         let mut command = self.command(&["inspect"]);
-        Ran::new(command.arg(directory).args(more).output().expect("hindsight starts"))
+        Ran::new(
+            command
+                .arg(directory)
+                .args(more)
+                .output()
+                .expect("hindsight starts"),
+        )
     }
 }
 

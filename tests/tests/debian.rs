@@ -4,9 +4,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use hindsight_replay::{
-    Answer, Event, Exit, JournalReader, JournalWriter, VERSION,
-};
+use hindsight_replay::{Answer, Event, Exit, JournalReader, JournalWriter, VERSION};
 use hindsight_tests::debian::{Debian, Ran, copy};
 use tempfile::TempDir;
 
@@ -19,13 +17,26 @@ fn scratch() -> TempDir {
 fn a_boot_with_typed_input_replays_equal_twice() {
     let (debian, dir) = (Debian::from_env(), scratch());
     let recording = dir.path().join("r");
-    let recorded = debian.record(&recording, "input", &[], b"hello\nworld\nquit\n").expect(0);
+    let recorded = debian
+        .record(&recording, "input", &[], b"hello\nworld\nquit\n")
+        .expect(0);
     let console = recorded.text();
-    assert!(console.contains("input: 1 HELLO") && console.contains("input: 2 WORLD"), "{console}");
+    assert!(
+        console.contains("input: 1 HELLO") && console.contains("input: 2 WORLD"),
+        "{console}"
+    );
     for _ in 0..2 {
         let replayed = debian.replay(&recording, &["--verify", "memory"]).expect(0);
-        assert!(replayed.stdout == recorded.stdout, "the console differs:\n{}", replayed.text());
-        assert!(replayed.stderr.contains("replay equal"), "{}", replayed.stderr);
+        assert!(
+            replayed.stdout == recorded.stdout,
+            "the console differs:\n{}",
+            replayed.text()
+        );
+        assert!(
+            replayed.stderr.contains("replay equal"),
+            "{}",
+            replayed.stderr
+        );
     }
 }
 
@@ -35,14 +46,23 @@ fn a_crash_found_by_chance_replays_to_the_same_crash() {
     let (debian, dir) = (Debian::from_env(), scratch());
     let recording = dir.path().join("r");
     for attempt in 1..=60 {
-        let recorded = debian.record(&recording, "race", &["--force"], b"").expect(0);
-        if !recorded.stderr.contains("kernel panic (Attempted to kill init!") {
+        let recorded = debian
+            .record(&recording, "race", &["--force"], b"")
+            .expect(0);
+        if !recorded
+            .stderr
+            .contains("kernel panic (Attempted to kill init!")
+        {
             continue;
         }
         for _ in 0..2 {
             let replayed = debian.replay(&recording, &[]).expect(0);
             assert!(replayed.stdout == recorded.stdout, "the console differs");
-            assert!(replayed.stderr.contains("Attempted to kill init!"), "{}", replayed.stderr);
+            assert!(
+                replayed.stderr.contains("Attempted to kill init!"),
+                "{}",
+                replayed.stderr
+            );
         }
         eprintln!("crashed in run {attempt}");
         return;
@@ -57,23 +77,41 @@ fn a_relogged_recording_says_what_inspect_io_prints() {
     let (recording, full) = (dir.path().join("r"), dir.path().join("full"));
     debian.record(&recording, "hello", &[], b"").expect(0);
     let relog = full.to_str().expect("a plain path");
-    debian.replay(&recording, &["--relog", relog, "--quiet"]).expect(0);
+    debian
+        .replay(&recording, &["--relog", relog, "--quiet"])
+        .expect(0);
     let by_replay = debian.inspect(&recording, &["--io"]).expect(0);
     let by_reading = debian.inspect(&full, &["--io"]).expect(0);
     assert!(by_replay.stdout == by_reading.stdout, "the listings differ");
     let listing = by_reading.text();
-    for wanted in ["in8 port", "out8 port", "rdtsc ->", "cpuid 0x", "interrupt 0x", "hlt"] {
-        assert!(listing.contains(wanted), "no {wanted:?} among {} lines", listing.lines().count());
+    for wanted in [
+        "in8 port",
+        "out8 port",
+        "rdtsc ->",
+        "cpuid 0x",
+        "interrupt 0x",
+    ] {
+        assert!(
+            listing.contains(wanted),
+            "no {wanted:?} among {} lines",
+            listing.lines().count()
+        );
     }
     debian.replay(&full, &["--quiet"]).expect(0);
 
     // And back again: the default recording of the full one is the first one's own journal.
     let again = dir.path().join("again");
     let relog = again.to_str().expect("a plain path");
-    debian.replay(&full, &["--relog", relog, "--detail", "default", "--quiet"]).expect(0);
-    let journals = [&recording, &again].map(|d| std::fs::read(d.join("journal")).expect("a journal"));
+    debian
+        .replay(&full, &["--relog", relog, "--detail", "default", "--quiet"])
+        .expect(0);
+    let journals =
+        [&recording, &again].map(|d| std::fs::read(d.join("journal")).expect("a journal"));
     assert!(journals[0] == journals[1], "the journals differ");
-    assert_eq!(debian.run(&["diff", path(&recording), path(&again)]).code, 0);
+    assert_eq!(
+        debian.run(&["diff", path(&recording), path(&again)]).code,
+        0
+    );
     assert_eq!(debian.run(&["diff", path(&recording), path(&full)]).code, 1);
 
     each_altered_value_is_refused_at_its_event(&debian, &full, dir.path());
@@ -130,7 +168,11 @@ fn each_altered_value_is_refused_at_its_event(debian: &Debian, full: &Path, dir:
         let exit = rewrite(&altered, alter).unwrap_or_else(|| panic!("{what}: none was found"));
         let refused = debian.replay(&altered, &["--quiet"]).expect(1);
         let expected = format!("left the recording at exit {exit} ");
-        assert!(refused.stderr.contains(&expected), "{what}: not {expected}:\n{}", refused.stderr);
+        assert!(
+            refused.stderr.contains(&expected),
+            "{what}: not {expected}:\n{}",
+            refused.stderr
+        );
     }
 }
 
@@ -155,7 +197,9 @@ fn rewrite(recording: &Path, alter: fn(&mut Event) -> bool) -> Option<u64> {
             }
             writer.append(entry.exits, entry.event);
         }
-        writer.close_frame(frame.place.through, frame.place.now).expect("a Vec takes all");
+        writer
+            .close_frame(frame.place.through, frame.place.now)
+            .expect("a Vec takes all");
     }
     drop(writer);
     std::fs::write(&journal, out).expect("the journal can be written");
@@ -169,10 +213,22 @@ fn what_is_not_the_recorded_machine_is_refused_with_both_sides() {
     let recording = dir.path().join("r");
     debian.record(&recording, "hello", &[], b"").expect(0);
     let other = debian.image("spin");
-    let refused = debian.replay(&recording, &["--initrd", path(&other)]).expect(2);
-    assert!(refused.stderr.contains("is not the recorded initrd"), "{}", refused.stderr);
-    let refused = debian.replay(&recording, &["--kernel", path(&other)]).expect(2);
-    assert!(refused.stderr.contains("is not the recorded kernel"), "{}", refused.stderr);
+    let refused = debian
+        .replay(&recording, &["--initrd", path(&other)])
+        .expect(2);
+    assert!(
+        refused.stderr.contains("is not the recorded initrd"),
+        "{}",
+        refused.stderr
+    );
+    let refused = debian
+        .replay(&recording, &["--kernel", path(&other)])
+        .expect(2);
+    assert!(
+        refused.stderr.contains("is not the recorded kernel"),
+        "{}",
+        refused.stderr
+    );
     let refused = debian.replay(&recording, &["--memory", "512M"]).expect(2);
     assert!(refused.stderr.contains("536870912") && refused.stderr.contains("268435456"));
 
@@ -180,8 +236,15 @@ fn what_is_not_the_recorded_machine_is_refused_with_both_sides() {
     journal[8] += 1;
     std::fs::write(recording.join("journal"), journal).expect("the journal can be written");
     let refused = debian.replay(&recording, &[]).expect(2);
-    let versions = [format!("version {}", VERSION + 1), format!("version {VERSION}")];
-    assert!(versions.iter().all(|v| refused.stderr.contains(v)), "{}", refused.stderr);
+    let versions = [
+        format!("version {}", VERSION + 1),
+        format!("version {VERSION}"),
+    ];
+    assert!(
+        versions.iter().all(|v| refused.stderr.contains(v)),
+        "{}",
+        refused.stderr
+    );
     std::fs::remove_file(recording.join("journal")).expect("it is there");
     debian.replay(&recording, &[]).expect(2);
 }
@@ -191,12 +254,19 @@ fn what_is_not_the_recorded_machine_is_refused_with_both_sides() {
 fn a_killed_recorder_leaves_what_replays_to_the_last_whole_frame() {
     let (debian, dir) = (Debian::from_env(), scratch());
     let recording = dir.path().join("r");
-    let mut child = debian.recording(&recording, "boot", &["--quiet"]).spawn().expect("it starts");
+    let mut child = debian
+        .recording(&recording, "boot", &["--quiet"])
+        .spawn()
+        .expect("it starts");
     wait_for_journal(&recording, 12_000);
     child.kill().expect("it can be killed");
     child.wait().expect("it ends");
     let replayed = debian.replay(&recording, &["--quiet"]).expect(3);
-    assert!(replayed.stderr.contains("replay cut short"), "{}", replayed.stderr);
+    assert!(
+        replayed.stderr.contains("replay cut short"),
+        "{}",
+        replayed.stderr
+    );
 
     // Cut inside the last frames: still a prefix, and the words say where.
     let whole = std::fs::read(recording.join("journal")).expect("a journal");
@@ -205,14 +275,23 @@ fn a_killed_recorder_leaves_what_replays_to_the_last_whole_frame() {
         copy(&recording, &cut);
         std::fs::write(cut.join("journal"), &whole[..cut_at]).expect("it can be written");
         let replayed = debian.replay(&cut, &["--quiet"]).expect(3);
-        assert!(replayed.stderr.contains("breaks off inside a frame at byte"), "{}", replayed.stderr);
+        assert!(
+            replayed
+                .stderr
+                .contains("breaks off inside a frame at byte"),
+            "{}",
+            replayed.stderr
+        );
     }
 }
 
 fn wait_for_journal(recording: &Path, bytes: u64) {
     let start = Instant::now();
     while std::fs::metadata(recording.join("journal")).map_or(0, |meta| meta.len()) < bytes {
-        assert!(start.elapsed() < Duration::from_secs(120), "the journal does not grow");
+        assert!(
+            start.elapsed() < Duration::from_secs(120),
+            "the journal does not grow"
+        );
         std::thread::sleep(Duration::from_millis(20));
     }
 }
@@ -226,20 +305,34 @@ fn a_full_file_system_ends_the_recording_and_loses_nothing_written() {
     let kernel_bytes = std::fs::metadata(debian.kernel()).expect("a kernel").len();
     let size = format!("size={}", kernel_bytes + (1 << 20));
     let mount = |arguments: &[&str]| {
-        let status = std::process::Command::new("mount").args(arguments).arg(&small).status();
+        let status = std::process::Command::new("mount")
+            .args(arguments)
+            .arg(&small)
+            .status();
         assert!(status.expect("mount starts").success(), "mount failed");
     };
     mount(&["-t", "tmpfs", "-o", &size, "tmpfs"]);
     let recording = small.join("r");
     let recorded = debian.record(&recording, "hello", &["--detail", "full", "--quiet"], b"");
     let replayed = (recorded.code == 5).then(|| debian.replay(&recording, &["--quiet"]));
-    let unmounted = std::process::Command::new("umount").arg("-l").arg(&small).status();
+    let unmounted = std::process::Command::new("umount")
+        .arg("-l")
+        .arg(&small)
+        .status();
     assert!(unmounted.expect("umount starts").success());
     let recorded = recorded.expect(5);
-    assert!(recorded.stderr.contains("No space left on device"), "{}", recorded.stderr);
+    assert!(
+        recorded.stderr.contains("No space left on device"),
+        "{}",
+        recorded.stderr
+    );
     let replayed: Ran = replayed.expect("it failed as expected");
     assert_eq!(replayed.code, 3, "{}", replayed.stderr);
-    assert!(replayed.stderr.contains("whole up to exit"), "{}", replayed.stderr);
+    assert!(
+        replayed.stderr.contains("whole up to exit"),
+        "{}",
+        replayed.stderr
+    );
 }
 
 #[test]
@@ -247,15 +340,28 @@ fn a_full_file_system_ends_the_recording_and_loses_nothing_written() {
 fn an_interrupted_recording_is_closed_and_replays_equal() {
     let (debian, dir) = (Debian::from_env(), scratch());
     let recording = dir.path().join("r");
-    let child = debian.recording(&recording, "boot", &["--quiet"]).spawn().expect("it starts");
+    let child = debian
+        .recording(&recording, "boot", &["--quiet"])
+        .spawn()
+        .expect("it starts");
     wait_for_journal(&recording, 8_000);
     let pid = child.id().to_string();
-    let status = std::process::Command::new("kill").args(["-INT", &pid]).status();
+    let status = std::process::Command::new("kill")
+        .args(["-INT", &pid])
+        .status();
     assert!(status.expect("kill starts").success());
     let recorded = Ran::new(child.wait_with_output().expect("it ends")).expect(0);
-    assert!(recorded.stderr.contains("asked to stop"), "{}", recorded.stderr);
+    assert!(
+        recorded.stderr.contains("asked to stop"),
+        "{}",
+        recorded.stderr
+    );
     let replayed = debian.replay(&recording, &["--quiet"]).expect(0);
-    assert!(replayed.stderr.contains("replay equal: asked to stop"), "{}", replayed.stderr);
+    assert!(
+        replayed.stderr.contains("replay equal: asked to stop"),
+        "{}",
+        replayed.stderr
+    );
 }
 
 #[test]
@@ -263,7 +369,9 @@ fn an_interrupted_recording_is_closed_and_replays_equal() {
 fn no_damage_to_a_journal_makes_a_command_panic_or_approve() {
     let (debian, dir) = (Debian::from_env(), scratch());
     let recording = dir.path().join("r");
-    debian.record(&recording, "hello", &["--quiet"], b"").expect(0);
+    debian
+        .record(&recording, "hello", &["--quiet"], b"")
+        .expect(0);
     let whole = std::fs::read(recording.join("journal")).expect("a journal");
     let damaged = dir.path().join("damaged");
     copy(&recording, &damaged);
@@ -274,12 +382,24 @@ fn no_damage_to_a_journal_makes_a_command_panic_or_approve() {
         bytes[at] ^= 1 << (turn % 8);
         std::fs::write(damaged.join("journal"), &bytes).expect("it can be written");
         let inspected = debian.inspect(&damaged, &["--json"]);
-        assert!(matches!(inspected.code, 2 | 3), "byte {at}: {}", inspected.stderr);
+        assert!(
+            matches!(inspected.code, 2 | 3),
+            "byte {at}: {}",
+            inspected.stderr
+        );
         let compared = debian.run(&["diff", path(&recording), path(&damaged)]);
-        assert!(matches!(compared.code, 1 | 2), "byte {at}: {}", compared.stderr);
+        assert!(
+            matches!(compared.code, 1 | 2),
+            "byte {at}: {}",
+            compared.stderr
+        );
         if at < 3 * step {
             let replayed = debian.replay(&damaged, &["--quiet"]);
-            assert!(matches!(replayed.code, 2 | 3), "byte {at}: {}", replayed.stderr);
+            assert!(
+                matches!(replayed.code, 2 | 3),
+                "byte {at}: {}",
+                replayed.stderr
+            );
         }
     }
 }
@@ -289,10 +409,23 @@ fn no_damage_to_a_journal_makes_a_command_panic_or_approve() {
 fn memory_digests_on_the_way_are_compared() {
     let (debian, dir) = (Debian::from_env(), scratch());
     let recording = dir.path().join("r");
-    debian.record(&recording, "hello", &["--verify", "memory=20000", "--quiet"], b"").expect(0);
-    let verdict = debian.replay(&recording, &["--verify", "memory=20000", "--json"]).expect(0).json();
+    debian
+        .record(
+            &recording,
+            "hello",
+            &["--verify", "memory=20000", "--quiet"],
+            b"",
+        )
+        .expect(0);
+    let verdict = debian
+        .replay(&recording, &["--verify", "memory=20000", "--json"])
+        .expect(0)
+        .json();
     assert!(verdict["memories_equal"].as_u64() >= Some(2), "{verdict}");
-    let verdict = debian.replay(&recording, &["--until", "5000", "--json"]).expect(0).json();
+    let verdict = debian
+        .replay(&recording, &["--until", "5000", "--json"])
+        .expect(0)
+        .json();
     assert_eq!(verdict["exits"].as_u64(), Some(5_000), "{verdict}");
 }
 

@@ -54,7 +54,9 @@ impl HostWorld {
         let ticks = sender.clone();
         std::thread::spawn(move || tick(kicker, &ticks));
         std::thread::spawn(move || read_input(&sender));
-        let wall = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let wall = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |since| since.as_secs());
         HostWorld {
             start: Instant::now(),
             news,
@@ -128,7 +130,8 @@ impl World for HostWorld {
         while let Ok(news) = self.news.try_recv() {
             self.take(news);
         }
-        self.stop_asked.is_some_and(|asked| asked.elapsed() > PATIENCE)
+        self.stop_asked
+            .is_some_and(|asked| asked.elapsed() > PATIENCE)
     }
 }
 

@@ -42,7 +42,11 @@ pub fn find(image: &[u8]) -> Option<Prepared> {
         [0, 1, 2].map(|i| u64::from_le_bytes(*head.as_chunks::<8>().0.get(i).unwrap_or(&[0; 8])));
     // The file's own length bounds what its head can make us reserve.
     let length = file.metadata().ok()?.len();
-    if about_bytes.checked_add(elf_bytes)?.checked_add(HEAD_BYTES as u64)? != length {
+    if about_bytes
+        .checked_add(elf_bytes)?
+        .checked_add(HEAD_BYTES as u64)?
+        != length
+    {
         return None;
     }
     let mut about = vec![0; about_bytes as usize];

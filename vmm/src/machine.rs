@@ -7,6 +7,7 @@ use kvm_ioctls::Kvm;
 use thiserror::Error;
 
 use crate::boot::{self, BootError, Elf};
+use crate::doctor;
 use crate::kernel_cache::{self, Prepared};
 use crate::kvm::{GuestMemory, KernelText, KvmCpu, KvmError, cpuid, exit_cost};
 use crate::recording::content;
@@ -16,12 +17,23 @@ use crate::recording::content;
 pub const MACHINE_CMDLINE: &str = "console=ttyS0 panic=-1 reboot=k noapic nolapic nokaslr \
      tsc_early_khz=1000000 tsc=reliable vdso=0 random.trust_cpu=off random.trust_bootloader=on acpi=off pci=off";
 
+/// Opens KVM and asks whether it can carry a machine that replays. Returns what it cannot keep from
+/// the guest, in words.
+pub fn open_kvm() -> Result<(Kvm, Vec<String>), MachineError> {
+    let kvm = Kvm::new().map_err(KvmError::Open)?;
+    let holes = doctor::check_recorder(&kvm).map_err(MachineError::Unfit)?;
+    Ok((kvm, holes))
+}
+
 /// Why there is no machine.
 #[derive(Debug, Error)]
 pub enum MachineError {
     /// The kernel, the initrd or the command line will not do.
     #[error(transparent)]
     Boot(#[from] BootError),
+    /// This host's KVM is none that guests run on as on hardware.
+    #[error("{0}")]
+    Unfit(String),
     /// KVM will not do.
     #[error(transparent)]
     Kvm(#[from] KvmError),
@@ -29,7 +41,9 @@ pub enum MachineError {
     #[error("cannot read random bytes: {0}")]
     Random(#[source] std::io::Error),
     /// Replay found other traps in the kernel than the recorder did.
-    #[error("{found:?} would be trapped in this kernel, recorded were {expected:?}; another version of Hindsight recorded it")]
+    #[error(
+        "{found:?} would be trapped in this kernel, recorded were {expected:?}; another version of Hindsight recorded it"
+    )]
     Traps {
         /// Now.
         found: hindsight_replay::TrapCounts,
@@ -50,7 +64,11 @@ impl LoadedKernel {
         }
         let kernel = boot::unpack(image)?;
         let sites = boot::traps::find(&Elf::parse(&kernel.elf)?)?;
-        let prepared = Prepared { content: content(image), kernel, sites };
+        let prepared = Prepared {
+            content: content(image),
+            kernel,
+            sites,
+        };
         kernel_cache::keep(image, &prepared);
         Ok(LoadedKernel(prepared))
     }
@@ -101,30 +119,36 @@ pub fn build(
     let Prepared { kernel, sites, .. } = &kernel.0;
     let found = sites.counts();
     if found != description.traps {
-        return Err(MachineError::Traps { found, expected: description.traps });
+        return Err(MachineError::Traps {
+            found,
+            expected: description.traps,
+        });
     }
     let mut memory = GuestMemory::new(description.memory_bytes)?;
-    let regions = boot::e820(description.memory_bytes);
-    let elf = Elf::parse(&kernel.elf)?;
-    let plan = boot::load(
-        &mut memory,
-        kernel,
-        &elf,
-        sites,
+    let given = boot::Given {
         initrd,
-        &description.cmdline,
-        &description.seed,
-        &regions,
-    )?;
+        cmdline: &description.cmdline,
+        seed: &description.seed,
+        regions: &boot::e820(description.memory_bytes),
+    };
+    let elf = Elf::parse(&kernel.elf)?;
+    let plan = boot::load(&mut memory, kernel, &elf, sites, &given)?;
     let mut cpu = KvmCpu::new(kvm, memory, &description.cpuid)?;
     cpu.boot(&plan, KernelText::new(&elf, sites))?;
-    Ok((cpu, Machine::new(description.cpuid.clone(), description.ns_per_exit)))
+    Ok((
+        cpu,
+        Machine::new(description.cpuid.clone(), description.ns_per_exit),
+    ))
 }
 
 /// The command line for a machine, from what the operator adds to it.
 pub fn cmdline(added: &str, exact: bool) -> String {
     if exact || added.is_empty() {
-        return if exact { added.into() } else { MACHINE_CMDLINE.into() };
+        return if exact {
+            added.into()
+        } else {
+            MACHINE_CMDLINE.into()
+        };
     }
     // What follows `--` goes to init, so the machine's own words stand first.
     format!("{MACHINE_CMDLINE} {added}")
@@ -139,8 +163,14 @@ pub fn check_cpu(kvm: &Kvm, recorded: &CpuidTable) -> Result<(), KvmError> {
 pub fn host_facts(holes: Vec<String>) -> Host {
     let first = |path: &str, key: &str| {
         let text = std::fs::read_to_string(path).unwrap_or_default();
-        let line = text.lines().find(|line| line.starts_with(key)).unwrap_or_default();
-        line.split_once(':').map_or(line, |(_, value)| value).trim().to_string()
+        let line = text
+            .lines()
+            .find(|line| line.starts_with(key))
+            .unwrap_or_default();
+        line.split_once(':')
+            .map_or(line, |(_, value)| value)
+            .trim()
+            .to_string()
     };
     let unix = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     Host {

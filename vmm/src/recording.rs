@@ -14,7 +14,16 @@ use xxhash_rust::xxh3::xxh3_64;
 /// Why a recording cannot be made or used.
 #[derive(Debug, Error)]
 pub enum RecordingError {
-    /// A file cannot be read or written.
+    /// A file cannot be written: a full disk, most often.
+    #[error("cannot write {path}: {source}")]
+    Write {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A file cannot be read.
     #[error("{path}: {source}")]
     File {
         /// Which.
@@ -58,12 +67,18 @@ pub enum RecordingError {
 
 /// Reads a file whole.
 pub fn read(path: &Path) -> Result<Vec<u8>, RecordingError> {
-    std::fs::read(path).map_err(|source| RecordingError::File { path: path.into(), source })
+    std::fs::read(path).map_err(|source| RecordingError::File {
+        path: path.into(),
+        source,
+    })
 }
 
 /// Names bytes by their content.
 pub fn content(bytes: &[u8]) -> Content {
-    Content { bytes: bytes.len() as u64, blake3: *blake3::hash(bytes).as_bytes() }
+    Content {
+        bytes: bytes.len() as u64,
+        blake3: *blake3::hash(bytes).as_bytes(),
+    }
 }
 
 /// A directory that holds a recording.
@@ -80,13 +95,18 @@ struct IndexFile {
 impl Recording {
     /// The recording in `directory`.
     pub fn at(directory: &Path) -> Recording {
-        Recording { directory: directory.into() }
+        Recording {
+            directory: directory.into(),
+        }
     }
 
     /// Makes an empty recording; with `force` in place of one that is there.
     pub fn create(directory: &Path, force: bool) -> Result<Recording, RecordingError> {
         let recording = Recording::at(directory);
-        let failed = |source| RecordingError::File { path: directory.into(), source };
+        let failed = |source| RecordingError::Write {
+            path: directory.into(),
+            source,
+        };
         std::fs::create_dir_all(directory).map_err(failed)?;
         let mut entries = std::fs::read_dir(directory).map_err(failed)?;
         if entries.next().is_some() && !force {
@@ -95,7 +115,10 @@ impl Recording {
         for name in ["journal", "kernel", "initrd", "index"] {
             match std::fs::remove_file(recording.path(name)) {
                 Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(RecordingError::File { path: recording.path(name), source });
+                    return Err(RecordingError::Write {
+                        path: recording.path(name),
+                        source,
+                    });
                 }
                 _ => {}
             }
@@ -116,7 +139,7 @@ impl Recording {
     /// Writes one of its files.
     pub fn write(&self, name: &str, bytes: &[u8]) -> Result<(), RecordingError> {
         let path = self.path(name);
-        std::fs::write(&path, bytes).map_err(|source| RecordingError::File { path, source })
+        std::fs::write(&path, bytes).map_err(|source| RecordingError::Write { path, source })
     }
 
     /// Opens the journal for writing.
@@ -126,15 +149,20 @@ impl Recording {
             .write(true)
             .create_new(true)
             .open(&path)
-            .map_err(|source| RecordingError::File { path, source })
+            .map_err(|source| RecordingError::Write { path, source })
     }
 
     /// Opens the journal for reading. A file instead of a directory is taken as the journal itself.
     pub fn journal(&self) -> Result<JournalReader<BufReader<File>>, RecordingError> {
-        let path =
-            if self.directory.is_file() { self.directory.clone() } else { self.path("journal") };
-        let file = File::open(&path)
-            .map_err(|source| RecordingError::File { path: path.clone(), source })?;
+        let path = if self.directory.is_file() {
+            self.directory.clone()
+        } else {
+            self.path("journal")
+        };
+        let file = File::open(&path).map_err(|source| RecordingError::File {
+            path: path.clone(),
+            source,
+        })?;
         JournalReader::open(BufReader::new(file))
             .map_err(|source| RecordingError::Journal { path, source })
     }
@@ -143,7 +171,8 @@ impl Recording {
     pub fn journal_bytes(&self) -> Result<u64, RecordingError> {
         let path = self.path("journal");
         let meta = std::fs::metadata(&path);
-        meta.map(|meta| meta.len()).map_err(|source| RecordingError::File { path, source })
+        meta.map(|meta| meta.len())
+            .map_err(|source| RecordingError::File { path, source })
     }
 
     /// The kernel's file: the recorded one, or `instead`.
@@ -155,7 +184,11 @@ impl Recording {
 
     /// The initrd's bytes: the recorded one, or `instead`; refused if they differ from what was
     /// recorded. Empty if there was none.
-    pub fn initrd(&self, header: &Header, instead: Option<&Path>) -> Result<Vec<u8>, RecordingError> {
+    pub fn initrd(
+        &self,
+        header: &Header,
+        instead: Option<&Path>,
+    ) -> Result<Vec<u8>, RecordingError> {
         let expected = match (&header.machine.initrd, instead) {
             (Some(expected), _) => expected.clone(),
             (None, Some(_)) => content(&[]),
@@ -169,15 +202,20 @@ impl Recording {
 
     /// Writes the index. It can always be rebuilt, so a failure is no loss.
     pub fn write_index(&self, entries: &[IndexEntry]) -> Result<(), RecordingError> {
-        let body = postcard::to_stdvec(&IndexFile { entries: entries.to_vec() })
-            .expect("plain values serialise");
+        let body = postcard::to_stdvec(&IndexFile {
+            entries: entries.to_vec(),
+        })
+        .expect("plain values serialise");
         let path = self.path("index");
         let write = || -> std::io::Result<()> {
             let mut file = File::create(&path)?;
             file.write_all(&xxh3_64(&body).to_le_bytes())?;
             file.write_all(&body)
         };
-        write().map_err(|source| RecordingError::File { path: path.clone(), source })
+        write().map_err(|source| RecordingError::Write {
+            path: path.clone(),
+            source,
+        })
     }
 
     /// The index, if there is one, it is whole, and it describes this journal's length.

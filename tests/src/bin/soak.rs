@@ -26,7 +26,12 @@ fn main() -> ExitCode {
     let scratch = tempfile::tempdir().expect("a temporary directory can be made");
     let mut failed = false;
     for kernel in &kernels {
-        failed |= !soak(&debian.with_kernel(kernel), recordings, replays, scratch.path());
+        failed |= !soak(
+            &debian.with_kernel(kernel),
+            recordings,
+            replays,
+            scratch.path(),
+        );
     }
     ExitCode::from(u8::from(failed))
 }
@@ -46,7 +51,10 @@ fn soak(debian: &Debian, recordings: u64, replays: u64, scratch: &std::path::Pat
             && console.contains(&format!("typed LINE {number} TYPED IN TIME"))
             && console.contains("Restarting system");
         if !whole {
-            println!("recording {number}: FAILED, code {}\n{}", recorded.code, recorded.stderr);
+            println!(
+                "recording {number}: FAILED, code {}\n{}",
+                recorded.code, recorded.stderr
+            );
             println!("{console}");
             continue;
         }

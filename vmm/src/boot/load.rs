@@ -94,6 +94,19 @@ pub fn e820(ram_bytes: u64) -> Vec<E820Entry> {
     .collect()
 }
 
+/// What a kernel is given to boot with.
+#[derive(Clone, Copy, Debug)]
+pub struct Given<'a> {
+    /// The initial RAM disk; empty if there is none.
+    pub initrd: &'a [u8],
+    /// The command line.
+    pub cmdline: &'a str,
+    /// Where its random numbers begin.
+    pub seed: &'a Seed,
+    /// The memory map.
+    pub regions: &'a [E820Entry],
+}
+
 /// Makes guest memory ready for the first instruction, and says what the registers must hold.
 ///
 /// `ram` must be all zero where it has not been written, and `sites` those of this kernel (they are checked against it).
@@ -107,11 +120,14 @@ pub fn load(
     kernel: &Kernel,
     elf: &Elf<'_>,
     sites: &Sites,
-    initrd: &[u8],
-    cmdline: &str,
-    seed: &Seed,
-    regions: &[E820Entry],
+    given: &Given<'_>,
 ) -> Result<BootPlan, BootError> {
+    let Given {
+        initrd,
+        cmdline,
+        seed,
+        regions,
+    } = *given;
     let header = SetupHeader(kernel.setup_header.as_deref());
     check_command_line(cmdline, header)?;
     if regions.len() > E820_LIMIT {

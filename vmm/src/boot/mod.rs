@@ -21,5 +21,5 @@ mod zero_page;
 pub use bzimage::{Kernel, unpack};
 pub use elf::{Code, Elf, Segment};
 pub use error::{BootError, OutOfRam};
-pub use load::{BootPlan, E820Entry, GuestRam, Seed, e820, load};
+pub use load::{BootPlan, E820Entry, Given, GuestRam, Seed, e820, load};
 pub use traps::{Site, SiteKind, Sites};

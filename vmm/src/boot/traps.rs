@@ -11,8 +11,8 @@
 //! **Decoded, never searched.** `0f 31` also occurs inside immediates, displacements and data. Each code section
 //! is decoded from its first byte, one instruction after the other, as objdump does.
 
-use iced_x86::{Code as Opcode, Decoder, DecoderOptions, Instruction, OpKind, Register};
 use hindsight_replay::TrapCounts;
+use iced_x86::{Code as Opcode, Decoder, DecoderOptions, Instruction, OpKind, Register};
 use serde::{Deserialize, Serialize};
 
 use super::elf::{Code, Elf};

@@ -13,8 +13,8 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::format::{bytes, thousands};
-use super::{MachineOptions, Outcome};
-use crate::machine::{cmdline, MACHINE_CMDLINE};
+use super::{Failure, MachineOptions, Outcome};
+use crate::machine::{MACHINE_CMDLINE, cmdline};
 
 /// Options of `bench`.
 #[derive(Debug, Args)]
@@ -86,13 +86,24 @@ fn measure(options: &Options, directory: &Path) -> anyhow::Result<Report> {
     let recording = directory.join("recording");
     for round in 1..=options.rounds {
         eprintln!("round {round} of {}", options.rounds);
-        one(&mut run, hindsight("run")?.args(machine_arguments(&options.machine)).arg("--json"))?;
+        one(
+            &mut run,
+            hindsight("run")?
+                .args(machine_arguments(&options.machine))
+                .arg("--json"),
+        )?;
         let mut command = hindsight("record")?;
-        command.args(machine_arguments(&options.machine)).args(["--json", "--force", "-o"]);
+        command
+            .args(machine_arguments(&options.machine))
+            .args(["--json", "--force", "-o"]);
         one(&mut record, command.arg(&recording))?;
-        one(&mut replay, hindsight("replay")?.arg(&recording).arg("--json"))?;
+        one(
+            &mut replay,
+            hindsight("replay")?.arg(&recording).arg("--json"),
+        )?;
         if options.against_qemu.is_some_and(|times| round <= times) {
-            qemu.seconds.push(time(&mut qemu_record(&options.machine, directory)?)?.0);
+            qemu.seconds
+                .push(time(&mut qemu_record(&options.machine, directory)?)?.0);
             let log = std::fs::metadata(directory.join("qemu.rr"))?;
             qemu.journal_bytes = log.len();
         }
@@ -138,9 +149,20 @@ fn qemu_record(machine: &MachineOptions, directory: &Path) -> anyhow::Result<Com
         words => words.replacen(MACHINE_CMDLINE, "console=ttyS0 panic=-1 reboot=k", 1),
     };
     let mut process = Command::new("qemu-system-x86_64");
-    process.args(["-accel", "tcg", "-display", "none", "-serial", "stdio", "-no-reboot"]);
+    process.args([
+        "-accel",
+        "tcg",
+        "-display",
+        "none",
+        "-serial",
+        "stdio",
+        "-no-reboot",
+    ]);
     process.args(["-net", "none", "-icount"]).arg(log).arg("-m");
-    process.arg(format!("{}M", machine.memory >> 20)).arg("-kernel").arg(&machine.kernel);
+    process
+        .arg(format!("{}M", machine.memory >> 20))
+        .arg("-kernel")
+        .arg(&machine.kernel);
     if let Some(initrd) = &machine.initrd {
         process.arg("-initrd").arg(initrd);
     }
@@ -152,7 +174,11 @@ fn one(side: &mut Side, command: &mut Command) -> anyhow::Result<()> {
     let (seconds, output) = time(command)?;
     side.seconds.push(seconds);
     let value: Value = serde_json::from_slice(&output).context("reading a summary")?;
-    let summary = if value["summary"].is_object() { &value["summary"] } else { &value };
+    let summary = if value["summary"].is_object() {
+        &value["summary"]
+    } else {
+        &value
+    };
     let number = |name: &str| summary[name].as_u64().unwrap_or(0);
     let kind = |name: &str| summary["exits_by_kind"][name].as_u64().unwrap_or(0);
     side.exits = number("exits");
@@ -163,13 +189,17 @@ fn one(side: &mut Side, command: &mut Command) -> anyhow::Result<()> {
 }
 
 fn time(command: &mut Command) -> anyhow::Result<(f64, Vec<u8>)> {
-    command.stdin(Stdio::null()).stderr(Stdio::piped()).stdout(Stdio::piped());
+    command
+        .stdin(Stdio::null())
+        .stderr(Stdio::piped())
+        .stdout(Stdio::piped());
     let start = Instant::now();
     let output = command.output().with_context(|| format!("{command:?}"))?;
     let seconds = start.elapsed().as_secs_f64();
     if !output.status.success() {
         let stderr = String::from_utf8_lossy(&output.stderr);
-        anyhow::bail!("{command:?} ended with {}:\n{stderr}", output.status);
+        let message = format!("{command:?} ended with {}:\n{stderr}", output.status);
+        return Err(Failure::new(Outcome::HostFailed, message).into());
     }
     Ok((seconds, output.stdout))
 }
@@ -190,9 +220,11 @@ fn median(values: &[f64]) -> f64 {
 }
 
 fn print(report: &Report) {
-    for (name, side) in
-        [("run", &report.run), ("record", &report.record), ("replay", &report.replay)]
-    {
+    for (name, side) in [
+        ("run", &report.run),
+        ("record", &report.record),
+        ("replay", &report.replay),
+    ] {
         let low = side.seconds.iter().copied().fold(f64::INFINITY, f64::min);
         let high = side.seconds.iter().copied().fold(0.0, f64::max);
         println!(
@@ -202,7 +234,10 @@ fn print(report: &Report) {
             side.exits as f64 / side.median()
         );
     }
-    println!("record / run     {:.3}  (median of the rounds' ratios)", report.record_over_run);
+    println!(
+        "record / run     {:.3}  (median of the rounds' ratios)",
+        report.record_over_run
+    );
     println!("replay / record  {:.3}", report.replay_over_record);
     let record = &report.record;
     println!(

@@ -42,7 +42,8 @@ impl Console {
 
     /// Shows a progress bar up to exit `last`, if a person can see it and it is in nobody's way.
     pub fn with_progress(mut self, last: u64) -> Console {
-        let free = std::io::stderr().is_terminal() && (self.quiet || !std::io::stdout().is_terminal());
+        let free =
+            std::io::stderr().is_terminal() && (self.quiet || !std::io::stdout().is_terminal());
         if free {
             let style = ProgressStyle::with_template("{bar:40} {pos}/{len} exits, {eta} left");
             let bar = ProgressBar::new(last);

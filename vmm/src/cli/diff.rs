@@ -63,7 +63,10 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
         });
         println!("{value}");
     } else if let (Some(left), Some(right)) = (&left, &right) {
-        println!("{common} events are equal; then\n  {}: {left}", options.a.display());
+        println!(
+            "{common} events are equal; then\n  {}: {left}",
+            options.a.display()
+        );
         println!("  {}: {right}", options.b.display());
         if !history.is_empty() {
             println!("what led up to it:");
@@ -75,7 +78,11 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
         println!("{common} events, all equal");
     }
     let equal = difference.is_none() && notes.is_empty();
-    Ok(if equal { Outcome::Good } else { Outcome::Different })
+    Ok(if equal {
+        Outcome::Good
+    } else {
+        Outcome::Different
+    })
 }
 
 /// One of the two journals.
@@ -86,7 +93,10 @@ struct Side<R: Read> {
 
 impl Side<std::io::BufReader<std::fs::File>> {
     fn open(path: &Path) -> anyhow::Result<Self> {
-        Ok(Side { journal: Recording::at(path).journal()?, ahead: VecDeque::new() })
+        Ok(Side {
+            journal: Recording::at(path).journal()?,
+            ahead: VecDeque::new(),
+        })
     }
 }
 
@@ -121,17 +131,39 @@ fn describe(entry: &Entry) -> String {
 fn header_differences(a: &Header, b: &Header) -> Vec<String> {
     let (x, y) = (&a.machine, &b.machine);
     let initrd = |m: &hindsight_replay::MachineDescription| {
-        m.initrd.as_ref().map_or("none".into(), hindsight_replay::Content::hex)
+        m.initrd
+            .as_ref()
+            .map_or("none".into(), hindsight_replay::Content::hex)
     };
     let sides = [
-        ("detail", format!("{:?}", a.detail), format!("{:?}", b.detail)),
+        (
+            "detail",
+            format!("{:?}", a.detail),
+            format!("{:?}", b.detail),
+        ),
         ("kernel", x.kernel.hex(), y.kernel.hex()),
         ("initrd", initrd(x), initrd(y)),
-        ("memory", x.memory_bytes.to_string(), y.memory_bytes.to_string()),
+        (
+            "memory",
+            x.memory_bytes.to_string(),
+            y.memory_bytes.to_string(),
+        ),
+        (
+            "seed",
+            format!("{:02x?}", x.seed),
+            format!("{:02x?}", y.seed),
+        ),
+        ("traps", format!("{:?}", x.traps), format!("{:?}", y.traps)),
         ("cmdline", x.cmdline.clone(), y.cmdline.clone()),
         ("cpuid", format!("{:?}", x.cpuid), format!("{:?}", y.cpuid)),
-        ("ns per exit", x.ns_per_exit.to_string(), y.ns_per_exit.to_string()),
+        (
+            "ns per exit",
+            x.ns_per_exit.to_string(),
+            y.ns_per_exit.to_string(),
+        ),
     ];
     let differs = sides.into_iter().filter(|(_, a, b)| a != b);
-    differs.map(|(what, a, b)| format!("{what} differs: {a} / {b}")).collect()
+    differs
+        .map(|(what, a, b)| format!("{what} differs: {a} / {b}"))
+        .collect()
 }

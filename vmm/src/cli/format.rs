@@ -3,7 +3,9 @@
 /// Parses `256M`, `1G`, `4096K` or plain bytes.
 pub fn parse_size(text: &str) -> Result<u64, String> {
     let (digits, unit) = match text.trim_end_matches(['B', 'b', 'i']).split_at_checked(
-        text.trim_end_matches(['B', 'b', 'i']).trim_end_matches(|c: char| c.is_alphabetic()).len(),
+        text.trim_end_matches(['B', 'b', 'i'])
+            .trim_end_matches(|c: char| c.is_alphabetic())
+            .len(),
     ) {
         Some(parts) => parts,
         None => (text, ""),
@@ -15,7 +17,9 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
         "G" | "g" => 30,
         _ => return Err(format!("unknown unit {unit:?}; use K, M or G")),
     };
-    let number: u64 = digits.parse().map_err(|error| format!("{digits:?}: {error}"))?;
+    let number: u64 = digits
+        .parse()
+        .map_err(|error| format!("{digits:?}: {error}"))?;
     let bytes = number.checked_mul(1 << shift).ok_or("too large")?;
     if bytes == 0 || !bytes.is_multiple_of(4096) {
         return Err(format!("{bytes} bytes is not a multiple of 4 KiB"));
@@ -59,7 +63,16 @@ mod tests {
         assert_eq!(parse_size("256M"), Ok(256 << 20));
         assert_eq!(parse_size("1GiB"), Ok(1 << 30));
         assert_eq!(parse_size("8192"), Ok(8192));
-        for bad in ["", "12Q", "0", "-1M", "100", "99999999999999999999G", "17179869184G", "é"] {
+        for bad in [
+            "",
+            "12Q",
+            "0",
+            "-1M",
+            "100",
+            "99999999999999999999G",
+            "17179869184G",
+            "é",
+        ] {
             assert!(parse_size(bad).is_err(), "{bad}");
         }
     }

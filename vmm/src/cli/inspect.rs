@@ -13,11 +13,11 @@ use hindsight_replay::{
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use super::Outcome;
 use super::format::{bytes, seconds, thousands};
-use super::replay::rebuild;
+use super::replay::RecordedImages;
 use super::run::host_failure;
 use super::summary::describe_end;
-use super::Outcome;
 use crate::recording::Recording;
 
 /// Options of `inspect`.
@@ -59,14 +59,22 @@ struct Listing<W: Write> {
 
 impl<W: Write> Listing<W> {
     fn new(out: W, json: bool) -> Listing<W> {
-        Listing { out, json, failed: None }
+        Listing {
+            out,
+            json,
+            failed: None,
+        }
     }
 
     fn line(&mut self, text: impl FnOnce() -> String, value: impl FnOnce() -> Value) {
         if self.failed.is_some() {
             return;
         }
-        let line = if self.json { value().to_string() } else { text() };
+        let line = if self.json {
+            value().to_string()
+        } else {
+            text()
+        };
         self.failed = writeln!(self.out, "{line}").err();
     }
 
@@ -79,7 +87,12 @@ impl<W: Write> Listing<W> {
 
     fn interrupt_line(&mut self, at: &Moment, vector: u8) {
         self.line(
-            || format!("{:>9} interrupt {vector:#04x} at rip {:#x} rcx {:#x}", at.exits, at.rip, at.rcx),
+            || {
+                format!(
+                    "{:>9} interrupt {vector:#04x} at rip {:#x} rcx {:#x}",
+                    at.exits, at.rip, at.rcx
+                )
+            },
             || json!({"exit": at.exits, "interrupt": {"vector": vector, "at": at}}),
         );
     }
@@ -113,7 +126,8 @@ fn replay_io(
     json: bool,
 ) -> anyhow::Result<Outcome> {
     let header = journal.header().clone();
-    let (mut cpu, mut machine) = rebuild(recording, &header, None, None)?;
+    let (mut cpu, mut machine) =
+        RecordedImages::open(recording, &header, None, None)?.machine(&header)?;
     let mut replayer = Replayer::new(journal, None, None);
     let mut listing = Listing::new(stdout(), json);
     let result = machine.run(&mut cpu, &mut replayer, &mut listing);
@@ -230,7 +244,10 @@ fn overview(
         }
     }
     let header = journal.header().clone();
-    let tail = journal.tail().expect("the journal was read to its end").clone();
+    let tail = journal
+        .tail()
+        .expect("the journal was read to its end")
+        .clone();
     if recording.directory().is_dir() && recording.read_index().is_none() && !places.is_empty() {
         // The index only saves time; a directory that cannot be written to does without.
         let _ = recording.write_index(&places);
@@ -254,7 +271,8 @@ fn overview(
                 thousands(journal.through()),
                 seconds(end.now),
                 end.digest,
-                end.memory.map_or("none".into(), |memory| format!("{memory:016x}"))
+                end.memory
+                    .map_or("none".into(), |memory| format!("{memory:016x}"))
             ),
             None => println!("end         none: {tail}"),
         }
@@ -270,18 +288,33 @@ fn print_header(header: &Header) {
         Detail::Full => "full",
     };
     println!("recorded    by {}, {detail} detail", header.host.recorder);
-    println!("host        {}, Linux {}", header.host.cpu, header.host.kernel);
+    println!(
+        "host        {}, Linux {}",
+        header.host.cpu, header.host.kernel
+    );
     for hole in &header.host.holes {
         println!("left open   {hole}");
     }
     println!("kernel      {}", machine.kernel_version);
-    println!("            {} bytes, BLAKE3 {}", thousands(machine.kernel.bytes), machine.kernel.hex());
+    println!(
+        "            {} bytes, BLAKE3 {}",
+        thousands(machine.kernel.bytes),
+        machine.kernel.hex()
+    );
     if let Some(initrd) = &machine.initrd {
-        println!("initrd      {} bytes, BLAKE3 {}", thousands(initrd.bytes), initrd.hex());
+        println!(
+            "initrd      {} bytes, BLAKE3 {}",
+            thousands(initrd.bytes),
+            initrd.hex()
+        );
     }
     println!("cmdline     {}", machine.cmdline);
     println!("memory      {}", bytes(machine.memory_bytes));
-    println!("cpu         {}, {} CPUID entries", machine.cpuid.vendor(), machine.cpuid.entries.len());
+    println!(
+        "cpu         {}, {} CPUID entries",
+        machine.cpuid.vendor(),
+        machine.cpuid.entries.len()
+    );
     let traps = &machine.traps;
     println!(
         "traps       {} rdtsc, {} rdtscp, {} cpuid, {} CR4 writes, {} CR4 reads",
@@ -297,7 +330,9 @@ fn print_census(census: &Census) {
         bytes(census.raw_bytes)
     );
     let mut table = Table::new();
-    table.load_preset(presets::NOTHING).set_header(["event", "count", "raw bytes"]);
+    table
+        .load_preset(presets::NOTHING)
+        .set_header(["event", "count", "raw bytes"]);
     for (kind, name) in Event::KIND_NAMES.into_iter().enumerate() {
         if census.events[kind] > 0 {
             table.add_row([
@@ -310,9 +345,12 @@ fn print_census(census: &Census) {
     right_align(&mut table);
     println!("{table}\n");
     let mut table = Table::new();
-    table
-        .load_preset(presets::NOTHING)
-        .set_header(["guest second", "exits", "journal bytes", "interrupts"]);
+    table.load_preset(presets::NOTHING).set_header([
+        "guest second",
+        "exits",
+        "journal bytes",
+        "interrupts",
+    ]);
     // At most twenty rows: a long recording is shown in larger steps.
     let step = census.seconds.len().div_ceil(20).max(1);
     for (row, seconds) in census.seconds.chunks(step).enumerate() {

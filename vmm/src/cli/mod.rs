@@ -15,6 +15,9 @@ use std::process::ExitCode;
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
+use crate::kvm::KvmError;
+use crate::machine::MachineError;
+use crate::recording::RecordingError;
 pub use summary::Summary;
 
 /// What a script can tell from the exit code.
@@ -86,7 +89,13 @@ pub struct MachineOptions {
     #[arg(long, short, value_name = "FILE")]
     pub initrd: Option<PathBuf>,
     /// Words to add to the kernel's command line; what the machine itself needs is always there.
-    #[arg(long, short, value_name = "WORDS", default_value = "", allow_hyphen_values = true)]
+    #[arg(
+        long,
+        short,
+        value_name = "WORDS",
+        default_value = "",
+        allow_hyphen_values = true
+    )]
     pub cmdline: String,
     /// Take --cmdline as the whole command line.
     #[arg(long)]
@@ -107,7 +116,12 @@ pub fn main() -> ExitCode {
         Command::Doctor(options) => crate::doctor::main(&options),
         Command::Bench(options) => bench::main(&options),
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "hindsight", &mut std::io::stdout());
+            clap_complete::generate(
+                shell,
+                &mut Cli::command(),
+                "hindsight",
+                &mut std::io::stdout(),
+            );
             Ok(Outcome::Good)
         }
         Command::Man => print_manual(),
@@ -115,7 +129,7 @@ pub fn main() -> ExitCode {
     match result {
         Ok(outcome) => ExitCode::from(outcome as u8),
         Err(error) => {
-            eprintln!("hindsight: {error:#}");
+            eprintln!("hindsight: {}", with_causes(&error));
             ExitCode::from(outcome_of(&error) as u8)
         }
     }
@@ -132,19 +146,44 @@ pub struct Failure {
 impl Failure {
     /// An error that ends the program with `outcome`.
     pub fn new(outcome: Outcome, message: impl ToString) -> Failure {
-        Failure { outcome, message: message.to_string() }
+        Failure {
+            outcome,
+            message: message.to_string(),
+        }
     }
 }
 
+/// Input is bad unless the error says that the host is.
 fn outcome_of(error: &anyhow::Error) -> Outcome {
     if let Some(failure) = error.downcast_ref::<Failure>() {
         return failure.outcome;
     }
-    match error.downcast_ref::<crate::kvm::KvmError>() {
-        Some(crate::kvm::KvmError::Open(_) | crate::kvm::KvmError::Lacks(_)) => Outcome::Unfit,
-        Some(crate::kvm::KvmError::Cpu(_)) | None => Outcome::BadInput,
+    if let Some(RecordingError::Write { .. }) = error.downcast_ref() {
+        return Outcome::HostFailed;
+    }
+    let kvm = match error.downcast_ref::<MachineError>() {
+        Some(MachineError::Unfit(_)) => return Outcome::Unfit,
+        Some(MachineError::Random(_)) => return Outcome::HostFailed,
+        Some(MachineError::Kvm(error)) => Some(error),
+        Some(MachineError::Boot(_) | MachineError::Traps { .. }) => None,
+        None => error.downcast_ref::<KvmError>(),
+    };
+    match kvm {
+        Some(KvmError::Open(_) | KvmError::Lacks(_)) => Outcome::Unfit,
+        Some(KvmError::Cpu(_)) | None => Outcome::BadInput,
         Some(_) => Outcome::HostFailed,
     }
+}
+
+/// An error with its causes, each said once: many of our errors quote theirs.
+fn with_causes(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
 }
 
 /// The main page, and each command's behind it.
@@ -153,7 +192,10 @@ fn print_manual() -> anyhow::Result<Outcome> {
     command.build();
     let mut out = std::io::stdout().lock();
     clap_mangen::Man::new(command.clone()).render(&mut out)?;
-    for sub in command.get_subcommands().filter(|sub| sub.get_name() != "help") {
+    for sub in command
+        .get_subcommands()
+        .filter(|sub| sub.get_name() != "help")
+    {
         let name: &'static str = format!("hindsight-{}", sub.get_name()).leak();
         clap_mangen::Man::new(sub.clone().name(name)).render(&mut out)?;
     }

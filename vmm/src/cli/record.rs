@@ -5,17 +5,15 @@ use std::time::Instant;
 
 use clap::{Args, ValueEnum};
 use hindsight_replay::{Closed, Detail, Header, Live, Recorder, RunError};
-use kvm_ioctls::Kvm;
 
 use super::console::Console;
 use super::replay::{Verify, parse_verify};
 use super::run::{Images, host_failure};
 use super::summary::Summary;
 use super::{Failure, MachineOptions, Outcome};
-use crate::doctor;
 use crate::host::{HostWorld, RawTerminal};
-use crate::kvm::{Kicker, KvmError};
-use crate::machine::{build, cmdline, describe, host_facts};
+use crate::kvm::Kicker;
+use crate::machine::{build, cmdline, describe, host_facts, open_kvm};
 use crate::recording::Recording;
 
 /// How much the journal says.
@@ -70,9 +68,12 @@ pub struct Options {
 
 pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     let start = Instant::now();
-    let Images { kernel, image, initrd } = Images::read(&options.machine)?;
-    let kvm = Kvm::new().map_err(KvmError::Open)?;
-    let holes = doctor::check_recorder(&kvm).map_err(|why| Failure::new(Outcome::Unfit, why))?;
+    let Images {
+        kernel,
+        image,
+        initrd,
+    } = Images::read(&options.machine)?;
+    let (kvm, holes) = open_kvm()?;
     let words = cmdline(&options.machine.cmdline, options.machine.cmdline_exact);
     let description = describe(&kvm, &kernel, &initrd, words, options.machine.memory)?;
     let (mut cpu, mut machine) = build(&kvm, &description, &kernel, &initrd)?;

@@ -1,13 +1,12 @@
 //! `hindsight replay`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::Args;
 use hindsight_replay::{
     Closed, Detail, End, ExitNumber, Header, Machine, Outside, Recorder, Replayer, RunError,
 };
-use kvm_ioctls::Kvm;
 use serde::Serialize;
 
 use super::console::Console;
@@ -17,7 +16,7 @@ use super::run::host_failure;
 use super::summary::{Summary, describe_end};
 use super::{Failure, Outcome};
 use crate::kvm::{KvmCpu, KvmError};
-use crate::machine::{LoadedKernel, build, check_cpu};
+use crate::machine::{LoadedKernel, build, check_cpu, open_kvm};
 use crate::recording::{Recording, check, content};
 
 /// What to verify: all of memory, at the end or every so many exits.
@@ -97,9 +96,15 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
         );
         return Err(Failure::new(Outcome::BadInput, message).into());
     }
-    let (mut cpu, mut machine) =
-        rebuild(&recording, &header, options.kernel.as_deref(), options.initrd.as_deref())?;
-    let last_exit = recording.read_index().and_then(|index| index.last().map(|last| last.through));
+    if let Some(relog) = &options.relog {
+        refuse_same_place(&options.recording, relog)?;
+    }
+    let (kernel, initrd) = (options.kernel.as_deref(), options.initrd.as_deref());
+    let images = RecordedImages::open(&recording, &header, kernel, initrd)?;
+    let (mut cpu, mut machine) = images.machine(&header)?;
+    let last_exit = recording
+        .read_index()
+        .and_then(|index| index.last().map(|last| last.through));
 
     let quiet = options.quiet || options.json;
     let mut console = Console::new(quiet);
@@ -117,12 +122,14 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
         None => (machine.run(&mut cpu, &mut replayer, &mut console), replayer),
         Some(directory) => {
             let target = Recording::create(directory, options.force)?;
-            for name in ["kernel", "initrd"] {
-                if recording.path(name).exists() {
-                    target.write(name, &crate::recording::read(&recording.path(name))?)?;
-                }
+            target.write("kernel", &images.image)?;
+            if header.machine.initrd.is_some() {
+                target.write("initrd", &images.initrd)?;
             }
-            let header = Header { detail: Detail::from(options.detail), ..header.clone() };
+            let header = Header {
+                detail: Detail::from(options.detail),
+                ..header.clone()
+            };
             let mut relog = Recorder::create(replayer, target.create_journal()?, &header)
                 .map_err(|error| Failure::new(Outcome::HostFailed, error))?;
             let result = machine.run(&mut cpu, &mut relog, &mut console);
@@ -139,7 +146,9 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
         }
     };
     drop(console);
+    let equal = matches!(result, Ok(_) | Err(RunError::Closed(Closed::Reached(_))));
     if let Some(every) = every
+        && equal
         && options.relog.is_none()
         && replayer.memories_checked() < 2
         && machine.at().exits >= every
@@ -154,28 +163,54 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     conclude(result, &machine, &replayer, host_ns, options.json)
 }
 
-/// The machine a recording is of, ready to run from its beginning.
-pub fn rebuild(
-    recording: &Recording,
-    header: &Header,
-    kernel: Option<&std::path::Path>,
-    initrd: Option<&std::path::Path>,
-) -> anyhow::Result<(KvmCpu, Machine)> {
-    let initrd = recording.initrd(header, initrd)?;
-    let (path, image) = recording.kernel(kernel)?;
-    // A file that is no kernel at all is first of all not the recorded one.
-    let (kernel, found) = match LoadedKernel::open(&image) {
-        Ok(kernel) => {
-            let found = kernel.content().clone();
-            (Ok(kernel), found)
+/// Writing a recording over itself would lose it.
+fn refuse_same_place(recording: &Path, relog: &Path) -> Result<(), Failure> {
+    match (recording.canonicalize(), relog.canonicalize()) {
+        (Ok(a), Ok(b)) if a == b => {
+            let message = "--relog names the recording itself; give another directory";
+            Err(Failure::new(Outcome::BadInput, message))
         }
-        Err(error) => (Err(error), content(&image)),
-    };
-    check(&path, "kernel", &found, &header.machine.kernel)?;
-    let kernel = kernel?;
-    let kvm = Kvm::new().map_err(KvmError::Open)?;
-    check_cpu(&kvm, &header.machine.cpuid)?;
-    Ok(build(&kvm, &header.machine, &kernel, &initrd)?)
+        _ => Ok(()),
+    }
+}
+
+/// The files a recording is of, found to be the recorded ones.
+pub struct RecordedImages {
+    image: Vec<u8>,
+    kernel: LoadedKernel,
+    initrd: Vec<u8>,
+}
+
+impl RecordedImages {
+    /// Reads the recording's own files, or those given in their place, and refuses others.
+    pub fn open(
+        recording: &Recording,
+        header: &Header,
+        kernel: Option<&Path>,
+        initrd: Option<&Path>,
+    ) -> anyhow::Result<RecordedImages> {
+        let initrd = recording.initrd(header, initrd)?;
+        let (path, image) = recording.kernel(kernel)?;
+        // A file that is no kernel at all is first of all not the recorded one.
+        let opened = LoadedKernel::open(&image);
+        let found = match &opened {
+            Ok(kernel) => kernel.content().clone(),
+            Err(_) => content(&image),
+        };
+        check(&path, "kernel", &found, &header.machine.kernel)?;
+        Ok(RecordedImages {
+            image,
+            kernel: opened?,
+            initrd,
+        })
+    }
+
+    /// The machine, ready to run from its beginning.
+    pub fn machine(&self, header: &Header) -> anyhow::Result<(KvmCpu, Machine)> {
+        let (kvm, _) = open_kvm()?;
+        check_cpu(&kvm, &header.machine.cpuid)?;
+        Ok(build(&kvm, &header.machine, &self.kernel, &self.initrd)?)
+    }
 }
 
 /// The verdict as a program reads it.
@@ -200,9 +235,12 @@ fn conclude(
     let exits = machine.at().exits;
     let (verdict, outcome, detail, end) = match result {
         Ok(end) => ("equal", Outcome::Good, describe_end(&end), Some(end)),
-        Err(RunError::Closed(Closed::Reached(_))) => {
-            ("equal so far", Outcome::Good, format!("stopped at {}", machine.at()), None)
-        }
+        Err(RunError::Closed(Closed::Reached(_))) => (
+            "equal so far",
+            Outcome::Good,
+            format!("stopped at {}", machine.at()),
+            None,
+        ),
         Err(RunError::Closed(Closed::CutShort(tail))) => {
             ("cut short", Outcome::CutShort, tail.to_string(), None)
         }
@@ -223,7 +261,10 @@ fn conclude(
             memories_equal: memories,
             summary: summary.as_ref(),
         };
-        println!("{}", serde_json::to_string(&verdict).expect("plain values serialise"));
+        println!(
+            "{}",
+            serde_json::to_string(&verdict).expect("plain values serialise")
+        );
         return Ok(outcome);
     }
     eprintln!("replay {verdict}: {detail}");

@@ -4,14 +4,13 @@ use std::time::Instant;
 
 use clap::Args;
 use hindsight_replay::{Live, RunError};
-use kvm_ioctls::Kvm;
 
 use super::console::Console;
 use super::summary::Summary;
 use super::{Failure, MachineOptions, Outcome};
 use crate::host::{HostWorld, RawTerminal};
 use crate::kvm::{Kicker, KvmError};
-use crate::machine::{LoadedKernel, build, cmdline, describe};
+use crate::machine::{LoadedKernel, build, cmdline, describe, open_kvm};
 use crate::recording::read;
 
 /// Options of `run`.
@@ -26,8 +25,12 @@ pub struct Options {
 
 pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     let start = Instant::now();
-    let Images { kernel, image, initrd } = Images::read(&options.machine)?;
-    let kvm = Kvm::new().map_err(KvmError::Open)?;
+    let Images {
+        kernel,
+        image,
+        initrd,
+    } = Images::read(&options.machine)?;
+    let (kvm, _) = open_kvm()?;
     let words = cmdline(&options.machine.cmdline, options.machine.cmdline_exact);
     let description = describe(&kvm, &kernel, &initrd, words, options.machine.memory)?;
     let (mut cpu, mut machine) = build(&kvm, &description, &kernel, &initrd)?;
@@ -58,9 +61,18 @@ impl Images {
     /// Reads what `options` name.
     pub fn read(options: &MachineOptions) -> anyhow::Result<Images> {
         let image = read(&options.kernel)?;
-        let initrd = options.initrd.as_deref().map(read).transpose()?.unwrap_or_default();
+        let initrd = options
+            .initrd
+            .as_deref()
+            .map(read)
+            .transpose()?
+            .unwrap_or_default();
         let kernel = LoadedKernel::open(&image)?;
-        Ok(Images { kernel, image, initrd })
+        Ok(Images {
+            kernel,
+            image,
+            initrd,
+        })
     }
 }
 

@@ -36,8 +36,15 @@ pub struct Summary {
 impl Summary {
     /// Of a run that came to `end`.
     pub fn new(machine: &Machine, end: &End, host_ns: u64, journal_bytes: Option<u64>) -> Summary {
-        let Tally { exits, interrupts, windows } = *machine.tally();
-        let kinds = Exit::KIND_NAMES.into_iter().zip(exits).filter(|(_, count)| *count > 0);
+        let Tally {
+            exits,
+            interrupts,
+            windows,
+        } = *machine.tally();
+        let kinds = Exit::KIND_NAMES
+            .into_iter()
+            .zip(exits)
+            .filter(|(_, count)| *count > 0);
         Summary {
             ending: describe_end(end),
             panicked: end.panic.is_some(),
@@ -56,7 +63,10 @@ impl Summary {
     /// Prints it to standard error, or as JSON to standard output.
     pub fn print(&self, headline: &str, json: bool) {
         if json {
-            println!("{}", serde_json::to_string(self).expect("plain values serialise"));
+            println!(
+                "{}",
+                serde_json::to_string(self).expect("plain values serialise")
+            );
             return;
         }
         let rate = self.exits as f64 / (self.host_ns.max(1) as f64 / 1e9);
@@ -70,9 +80,16 @@ impl Summary {
         );
         if let Some(journal) = self.journal_bytes {
             let per_second = journal as f64 / (self.guest_ns.max(1) as f64 / 1e9);
-            eprintln!("  journal {} ({} a second)", bytes(journal), bytes(per_second as u64));
+            eprintln!(
+                "  journal {} ({} a second)",
+                bytes(journal),
+                bytes(per_second as u64)
+            );
         }
-        let memory = self.memory_digest.as_deref().unwrap_or("none: the guest was still running");
+        let memory = self
+            .memory_digest
+            .as_deref()
+            .unwrap_or("none: the guest was still running");
         eprintln!("  digest {}, memory {memory}", self.digest);
     }
 }

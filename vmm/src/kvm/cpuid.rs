@@ -10,7 +10,9 @@
 //! Bit numbers are those of the Intel SDM vol. 2, CPUID, and the AMD APM vol. 3, appendix E.
 
 use hindsight_replay::{CpuidEntry, CpuidTable};
-use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use kvm_bindings::{
+    CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2,
+};
 use kvm_ioctls::Kvm;
 
 use super::error::{KvmError, Named};
@@ -33,15 +35,17 @@ const fn bits(list: &[u32]) -> u32 {
 /// Leaf 1 ECX: SSE3, PCLMULQDQ, SSSE3, CX16, SSE4.1, SSE4.2, MOVBE, POPCNT, AES.
 const LEAF1_ECX: u32 = bits(&[0, 1, 9, 13, 19, 20, 22, 23, 25]);
 /// Leaf 1 EDX: FPU VME DE PSE TSC MSR PAE CX8 SEP MTRR PGE CMOV PAT PSE36 CLFSH MMX FXSR SSE SSE2.
-const LEAF1_EDX: u32 =
-    bits(&[0, 1, 2, 3, 4, 5, 6, 8, 11, 12, 13, 15, 16, 17, 19, 23, 24, 25, 26]);
+const LEAF1_EDX: u32 = bits(&[
+    0, 1, 2, 3, 4, 5, 6, 8, 11, 12, 13, 15, 16, 17, 19, 23, 24, 25, 26,
+]);
 /// Leaf 7 EBX: FSGSBASE, BMI1, SMEP, BMI2, ERMS, ADX, CLFLUSHOPT, SHA.
 const LEAF7_EBX: u32 = bits(&[0, 3, 7, 8, 9, 19, 23, 29]);
 /// Leaf 0x80000001 ECX: LAHF, ABM, SSE4A, 3DNow! prefetch.
 const EXTENDED1_ECX: u32 = bits(&[0, 5, 6, 8]);
 /// Leaf 0x80000001 EDX: what it repeats of leaf 1 on AMD, and SYSCALL, NX, MMX extensions, 1 GiB
 /// pages, RDTSCP, long mode.
-const EXTENDED1_EDX: u32 = (LEAF1_EDX & bits(&[0, 1, 2, 3, 4, 5, 6, 8, 12, 13, 15, 16, 17, 23, 24]))
+const EXTENDED1_EDX: u32 = (LEAF1_EDX
+    & bits(&[0, 1, 2, 3, 4, 5, 6, 8, 12, 13, 15, 16, 17, 23, 24]))
     | bits(&[11, 20, 22, 26, 27, 29]);
 /// Leaf 0x80000007 EDX: the TSC is invariant, as ours is.
 const EXTENDED7_EDX: u32 = bits(&[8]);
@@ -63,11 +67,25 @@ fn filter(supported: &[kvm_cpuid_entry2]) -> CpuidTable {
 }
 
 fn shown(entry: &kvm_cpuid_entry2) -> Option<CpuidEntry> {
-    let kvm_cpuid_entry2 { function: leaf, index, flags, eax, ebx, ecx, edx, .. } = *entry;
+    let kvm_cpuid_entry2 {
+        function: leaf,
+        index,
+        flags,
+        eax,
+        ebx,
+        ecx,
+        edx,
+        ..
+    } = *entry;
     let values = match leaf {
         0 => [eax.min(MAX_BASIC), ebx, ecx, edx],
         // EBX: APIC ID 0, one logical CPU, the CLFLUSH line as it is.
-        1 => [eax, (ebx & 0xff00) | 1 << 16, ecx & LEAF1_ECX, edx & LEAF1_EDX],
+        1 => [
+            eax,
+            (ebx & 0xff00) | 1 << 16,
+            ecx & LEAF1_ECX,
+            edx & LEAF1_EDX,
+        ],
         2 => [eax, ebx, ecx, edx],
         // EAX[31:14]: how many share the cache and the package; one.
         4 => [eax & 0x3fff, ebx, ecx, edx],
@@ -81,7 +99,11 @@ fn shown(entry: &kvm_cpuid_entry2) -> Option<CpuidEntry> {
         _ => return None,
     };
     let indexed = flags & KVM_CPUID_FLAG_SIGNIFCANT_INDEX != 0;
-    Some(CpuidEntry { leaf, subleaf: indexed.then_some(index), values })
+    Some(CpuidEntry {
+        leaf,
+        subleaf: indexed.then_some(index),
+        values,
+    })
 }
 
 /// The table in KVM's own form, for programs in user mode, whose CPUID KVM answers.
@@ -92,7 +114,11 @@ pub fn for_kvm(table: &CpuidTable) -> Result<CpuId, KvmError> {
         .map(|entry| kvm_cpuid_entry2 {
             function: entry.leaf,
             index: entry.subleaf.unwrap_or(0),
-            flags: if entry.subleaf.is_some() { KVM_CPUID_FLAG_SIGNIFCANT_INDEX } else { 0 },
+            flags: if entry.subleaf.is_some() {
+                KVM_CPUID_FLAG_SIGNIFCANT_INDEX
+            } else {
+                0
+            },
             eax: entry.values[0],
             ebx: entry.values[1],
             ecx: entry.values[2],
@@ -108,7 +134,9 @@ pub fn for_kvm(table: &CpuidTable) -> Result<CpuId, KvmError> {
 pub fn check_host(recorded: &CpuidTable, host: &CpuidTable) -> Result<(), KvmError> {
     let (theirs, ours) = (recorded.vendor(), host.vendor());
     if theirs != ours {
-        return Err(KvmError::Cpu(format!("recorded on {theirs}, this host is {ours}")));
+        return Err(KvmError::Cpu(format!(
+            "recorded on {theirs}, this host is {ours}"
+        )));
     }
     let flags: [(u32, usize, &str, u32); 6] = [
         (1, 2, "leaf 1 ECX", LEAF1_ECX),
@@ -143,7 +171,14 @@ mod tests {
 
     fn entry(function: u32, values: [u32; 4]) -> kvm_cpuid_entry2 {
         let [eax, ebx, ecx, edx] = values;
-        kvm_cpuid_entry2 { function, eax, ebx, ecx, edx, ..Default::default() }
+        kvm_cpuid_entry2 {
+            function,
+            eax,
+            ebx,
+            ecx,
+            edx,
+            ..Default::default()
+        }
     }
 
     #[test]
@@ -170,11 +205,22 @@ mod tests {
     fn a_host_that_lacks_a_shown_feature_is_refused_by_name() {
         let amd = [7, 0x6874_7541, 0x444d_4163, 0x6974_6e65];
         let recorded = filter(&[entry(0, amd), entry(1, [0, 0, LEAF1_ECX, LEAF1_EDX])]);
-        let poorer = filter(&[entry(0, amd), entry(1, [0, 0, LEAF1_ECX & !(1 << 23), LEAF1_EDX])]);
+        let poorer = filter(&[
+            entry(0, amd),
+            entry(1, [0, 0, LEAF1_ECX & !(1 << 23), LEAF1_EDX]),
+        ]);
         assert!(check_host(&recorded, &recorded).is_ok());
         let error = check_host(&recorded, &poorer).unwrap_err().to_string();
-        assert!(error.contains("leaf 1 ECX") && error.contains("0x00800000"), "{error}");
+        assert!(
+            error.contains("leaf 1 ECX") && error.contains("0x00800000"),
+            "{error}"
+        );
         let intel = filter(&[entry(0, [7, 0x756e_6547, 0x6c65_746e, 0x4965_6e69])]);
-        assert!(check_host(&recorded, &intel).unwrap_err().to_string().contains("GenuineIntel"));
+        assert!(
+            check_host(&recorded, &intel)
+                .unwrap_err()
+                .to_string()
+                .contains("GenuineIntel")
+        );
     }
 }

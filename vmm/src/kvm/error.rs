@@ -6,7 +6,9 @@ use thiserror::Error;
 #[derive(Debug, Error)]
 pub enum KvmError {
     /// `/dev/kvm` is missing or closed to us.
-    #[error("cannot open /dev/kvm: {0}; load kvm_intel or kvm_amd, or join group kvm; see `hindsight doctor`")]
+    #[error(
+        "cannot open /dev/kvm: {0}; load kvm_intel or kvm_amd, or join group kvm; see `hindsight doctor`"
+    )]
     Open(#[source] kvm_ioctls::Error),
     /// One of KVM's calls failed.
     #[error("{call} failed: {source}")]

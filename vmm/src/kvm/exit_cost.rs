@@ -26,7 +26,9 @@ const BATCHES: u32 = 5;
 /// Measures the cost of an exit in nanoseconds.
 pub fn measure(kvm: &Kvm) -> Result<u64, KvmError> {
     let mut memory = GuestMemory::new(1 << 16)?;
-    memory.write(LOOP_AT, &LOOP).expect("the loop fits into 64 KiB");
+    memory
+        .write(LOOP_AT, &LOOP)
+        .expect("the loop fits into 64 KiB");
     let mut cpu = KvmCpu::new(kvm, memory, &CpuidTable::default())?;
     let mut sregs = cpu.sregs()?;
     (sregs.cs.base, sregs.cs.selector) = (0, 0);

@@ -66,8 +66,7 @@ impl GuestView<'_> {
     /// The instruction at an address, in code of `bitness` bits.
     pub fn instruction(&self, gva: u64, bitness: u32) -> Option<Instruction> {
         let bytes = self.instruction_bytes(gva);
-        let instruction =
-            Decoder::with_ip(bitness, &bytes, gva, DecoderOptions::NONE).decode();
+        let instruction = Decoder::with_ip(bitness, &bytes, gva, DecoderOptions::NONE).decode();
         (!instruction.is_invalid()).then_some(instruction)
     }
 }

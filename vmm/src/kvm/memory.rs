@@ -37,9 +37,13 @@ impl GuestMemory {
     /// Maps `bytes` of zeroes; a multiple of the page size.
     pub fn new(bytes: u64) -> Result<GuestMemory, KvmError> {
         let failed = |source| KvmError::Map { bytes, source };
-        let length = usize::try_from(bytes).ok().filter(|b| *b > 0 && b.is_multiple_of(PAGE_BYTES));
+        let length = usize::try_from(bytes)
+            .ok()
+            .filter(|b| *b > 0 && b.is_multiple_of(PAGE_BYTES));
         let length = length.ok_or_else(|| {
-            failed(std::io::Error::other("the size must be a multiple of 4 KiB and not zero"))
+            failed(std::io::Error::other(
+                "the size must be a multiple of 4 KiB and not zero",
+            ))
         })?;
         // SAFETY: a fresh anonymous mapping aliases nothing; its result is checked below.
         let base = unsafe {
@@ -55,7 +59,8 @@ impl GuestMemory {
         if base == libc::MAP_FAILED {
             return Err(failed(std::io::Error::last_os_error()));
         }
-        let start = NonNull::new(base.cast::<u8>()).expect("mmap without MAP_FIXED never returns null");
+        let start =
+            NonNull::new(base.cast::<u8>()).expect("mmap without MAP_FIXED never returns null");
         // KVM maps 2 MiB at once only where guest and host addresses agree in the bits below, and
         // each such mapping saves 511 exits that the guest would make for its pages.
         let skip = start.as_ptr().align_offset(HUGE_PAGE_BYTES);
@@ -64,7 +69,11 @@ impl GuestMemory {
         // SAFETY: the range lies inside the mapping. Advice only: a host without huge pages is slower.
         unsafe { libc::madvise(base.as_ptr().cast(), length, libc::MADV_HUGEPAGE) };
         let mapping = (start, length + HUGE_PAGE_BYTES);
-        Ok(GuestMemory { base, bytes: length, mapping })
+        Ok(GuestMemory {
+            base,
+            bytes: length,
+            mapping,
+        })
     }
 
     /// The stretches of RAM, in ascending order of address.
@@ -72,9 +81,17 @@ impl GuestMemory {
         let bytes = self.bytes as u64;
         let host = self.base.as_ptr() as u64;
         let low = bytes.min(LOW_RAM_END);
-        let mut regions = vec![Region { gpa: 0, bytes: low, host }];
+        let mut regions = vec![Region {
+            gpa: 0,
+            bytes: low,
+            host,
+        }];
         if bytes > low {
-            regions.push(Region { gpa: RAM_ABOVE_HOLE, bytes: bytes - low, host: host + low });
+            regions.push(Region {
+                gpa: RAM_ABOVE_HOLE,
+                bytes: bytes - low,
+                host: host + low,
+            });
         }
         regions
     }
@@ -96,7 +113,9 @@ impl GuestMemory {
 
     /// Copies guest memory into `buffer`; `false` if it is not all RAM.
     pub fn read(&self, gpa: u64, buffer: &mut [u8]) -> bool {
-        let Some(offset) = self.offset(gpa, buffer.len()) else { return false };
+        let Some(offset) = self.offset(gpa, buffer.len()) else {
+            return false;
+        };
         // SAFETY: `offset` checked the range against the mapping, which lives as long as `self`;
         // the guest does not run while we read, for its only vCPU runs on this thread.
         unsafe {
@@ -152,7 +171,11 @@ impl GuestRam for GuestMemory {
 
     fn write(&mut self, gpa: u64, data: &[u8]) -> Result<(), OutOfRam> {
         let (bytes, ram_bytes) = (data.len() as u64, self.bytes as u64);
-        let offset = self.offset(gpa, data.len()).ok_or(OutOfRam { gpa, bytes, ram_bytes })?;
+        let offset = self.offset(gpa, data.len()).ok_or(OutOfRam {
+            gpa,
+            bytes,
+            ram_bytes,
+        })?;
         // SAFETY: `offset` checked the range, and `&mut self` makes this the only access of ours.
         unsafe {
             let target = self.base.as_ptr().add(offset);

@@ -26,11 +26,15 @@ pub const KEPT: &[(u32, u32, &str)] = &[
 
 /// Installs the filter.
 pub fn install_filter(vm: &VmFd) -> Result<(), KvmError> {
-    let mut cap = kvm_enable_cap { cap: KVM_CAP_X86_USER_SPACE_MSR, ..Default::default() };
+    let mut cap = kvm_enable_cap {
+        cap: KVM_CAP_X86_USER_SPACE_MSR,
+        ..Default::default()
+    };
     cap.args[0] = u64::from(
         KVM_MSR_EXIT_REASON_FILTER | KVM_MSR_EXIT_REASON_UNKNOWN | KVM_MSR_EXIT_REASON_INVAL,
     );
-    vm.enable_cap(&cap).map_err(|_| KvmError::Lacks("MSR exits (KVM_CAP_X86_USER_SPACE_MSR)"))?;
+    vm.enable_cap(&cap)
+        .map_err(|_| KvmError::Lacks("MSR exits (KVM_CAP_X86_USER_SPACE_MSR)"))?;
     let all_ones = [0xff; 0x70 / 8];
     let ranges: Vec<MsrFilterRange<'_>> = KEPT
         .iter()
@@ -41,5 +45,6 @@ pub fn install_filter(vm: &VmFd) -> Result<(), KvmError> {
             bitmap: &all_ones,
         })
         .collect();
-    vm.set_msr_filter(MsrFilterDefaultAction::DENY, &ranges).named("KVM_X86_SET_MSR_FILTER")
+    vm.set_msr_filter(MsrFilterDefaultAction::DENY, &ranges)
+        .named("KVM_X86_SET_MSR_FILTER")
 }

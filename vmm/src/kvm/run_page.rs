@@ -130,7 +130,10 @@ impl<'a> RunPage<'a> {
     }
 
     fn port_place(io: &PortExit, index: usize) -> usize {
-        assert!(index < io.count && io.size <= 4, "element {index} of {io:?}");
+        assert!(
+            index < io.count && io.size <= 4,
+            "element {index} of {io:?}"
+        );
         io.offset + index * io.size
     }
 
@@ -151,22 +154,25 @@ impl<'a> RunPage<'a> {
 
     /// Sets what a memory-mapped load reads.
     pub fn set_mmio_data(&mut self, data: [u8; 8]) {
-        assert_eq!(self.0.exit_reason, KVM_EXIT_MMIO, "only an MMIO exit takes MMIO data");
+        assert_eq!(
+            self.0.exit_reason, KVM_EXIT_MMIO,
+            "only an MMIO exit takes MMIO data"
+        );
         self.0.__bindgen_anon_1.mmio.data = data;
     }
 
     /// The MSR access of this exit: index, and the value written.
     pub fn msr(&self) -> Option<(u32, Option<u64>)> {
-        // SAFETY: the exit reason says that this is the member KVM filled.
-        match self.0.exit_reason {
-            KVM_EXIT_X86_RDMSR => Some((unsafe { self.0.__bindgen_anon_1.msr.index }, None)),
-            KVM_EXIT_X86_WRMSR => {
-                // SAFETY: as above.
-                let msr = unsafe { self.0.__bindgen_anon_1.msr };
-                Some((msr.index, Some(msr.data)))
-            }
-            _ => None,
+        let reason = self.0.exit_reason;
+        if !matches!(reason, KVM_EXIT_X86_RDMSR | KVM_EXIT_X86_WRMSR) {
+            return None;
         }
+        // SAFETY: the exit reason says that this is the member KVM filled.
+        let msr = unsafe { self.0.__bindgen_anon_1.msr };
+        Some((
+            msr.index,
+            (reason == KVM_EXIT_X86_WRMSR).then_some(msr.data),
+        ))
     }
 
     /// Answers an MSR access; `None` is #GP.

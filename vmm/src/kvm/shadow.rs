@@ -26,7 +26,8 @@ impl KvmCpu {
         loop {
             let mut before = [0];
             let rip = self.rip();
-            let behind_sti = self.view().read(rip.wrapping_sub(1), &mut before) == 1 && before[0] == STI;
+            let behind_sti =
+                self.view().read(rip.wrapping_sub(1), &mut before) == 1 && before[0] == STI;
             if !behind_sti {
                 return Ok(KVM_EXIT_IRQ_WINDOW_OPEN);
             }
@@ -53,8 +54,13 @@ impl KvmCpu {
     }
 
     fn debug(&mut self, control: u32) -> Result<(), KvmError> {
-        let debug = kvm_guest_debug { control, ..Default::default() };
-        self.fd().set_guest_debug(&debug).named("KVM_SET_GUEST_DEBUG")
+        let debug = kvm_guest_debug {
+            control,
+            ..Default::default()
+        };
+        self.fd()
+            .set_guest_debug(&debug)
+            .named("KVM_SET_GUEST_DEBUG")
     }
 
     /// KVM steps with RFLAGS.TF, which these instructions leak, drop or hide.
@@ -66,12 +72,15 @@ impl KvmCpu {
         let instruction = self.view().instruction(rip, 64);
         match instruction.map(|instruction| instruction.mnemonic()) {
             Some(
-                mnemonic @ (Int | Int1 | Int3 | Iretd | Iretq | Popf | Popfd | Popfq | Pushf | Pushfd
-                | Pushfq | Syscall | Sysenter | Sysexit | Sysexitq | Sysret | Sysretq),
+                mnemonic @ (Int | Int1 | Int3 | Iretd | Iretq | Popf | Popfd | Popfq | Pushf
+                | Pushfd | Pushfq | Syscall | Sysenter | Sysexit | Sysexitq | Sysret
+                | Sysretq),
             ) => Err(KvmError::Stopped {
                 rip,
                 bytes: self.view().instruction_bytes(rip),
-                what: format!("the guest has {mnemonic:?} behind STI, which cannot be stepped over"),
+                what: format!(
+                    "the guest has {mnemonic:?} behind STI, which cannot be stepped over"
+                ),
             }),
             _ => Ok(()),
         }

@@ -32,7 +32,8 @@ impl Kicker {
             register_signal_handler(signal, on_stop).map_err(failed)?;
         }
         // SAFETY: pthread_self has no preconditions.
-        Ok(Kicker { thread: unsafe { libc::pthread_self() } })
+        let thread = unsafe { libc::pthread_self() };
+        Ok(Kicker { thread })
     }
 
     /// Interrupts the thread's present system call, if it is in one.

@@ -68,17 +68,22 @@ impl KvmCpu {
             return None;
         }
         let exit = match u8::try_from(port).ok()? {
-            TRAP_RDTSC => {
-                Exit::TimeRead { instruction: TimeInstruction::Rdtsc, mode: Mode::Kernel }
-            }
-            TRAP_RDTSCP => {
-                Exit::TimeRead { instruction: TimeInstruction::Rdtscp, mode: Mode::Kernel }
-            }
-            TRAP_CPUID => {
-                Exit::Cpuid { leaf: registers.rax() as u32, subleaf: registers.rcx() as u32 }
-            }
+            TRAP_RDTSC => Exit::TimeRead {
+                instruction: TimeInstruction::Rdtsc,
+                mode: Mode::Kernel,
+            },
+            TRAP_RDTSCP => Exit::TimeRead {
+                instruction: TimeInstruction::Rdtscp,
+                mode: Mode::Kernel,
+            },
+            TRAP_CPUID => Exit::Cpuid {
+                leaf: registers.rax() as u32,
+                subleaf: registers.rcx() as u32,
+            },
             TRAP_WRITE_CR4 => match self.cr4_site()? {
-                SiteKind::WriteCr4 { source } => Exit::WriteCr4 { value: general(&registers.0, source) },
+                SiteKind::WriteCr4 { source } => Exit::WriteCr4 {
+                    value: general(&registers.0, source),
+                },
                 _ => return None,
             },
             TRAP_READ_CR4 => match self.cr4_site()? {
@@ -94,7 +99,11 @@ impl KvmCpu {
     /// The site of the OUT the guest stands at, or has just left where KVM emulates the OUT.
     fn cr4_site(&mut self) -> Option<SiteKind> {
         let rip = self.rip();
-        self.text.cr4_sites.get(&rip).or_else(|| self.text.cr4_sites.get(&(rip - 2))).copied()
+        self.text
+            .cr4_sites
+            .get(&rip)
+            .or_else(|| self.text.cr4_sites.get(&(rip - 2)))
+            .copied()
     }
 
     /// Performs a write of CR4, with TSD kept set, and looks after the #GP entry.
@@ -117,7 +126,8 @@ impl KvmCpu {
         let real = self.sregs()?.cr4;
         let value = self.traps.guest_cr4.unwrap_or(real);
         if let Some(SiteKind::ReadCr4 { target }) = self.cr4_site() {
-            self.page().change_registers(|registers| *general_mut(registers, target) = value);
+            self.page()
+                .change_registers(|registers| *general_mut(registers, target) = value);
         }
         Ok(())
     }
@@ -144,7 +154,9 @@ impl KvmCpu {
             [0xf3, 0x0f, 0x1e, 0xfa, ..] => (4, Overwritten::Nothing),
             _ => return Ok(()),
         };
-        let Some(gpa) = self.view().translate(entry) else { return Ok(()) };
+        let Some(gpa) = self.view().translate(entry) else {
+            return Ok(());
+        };
         let trap = [0xe6, TRAP_GP_ENTRY, 0x90, 0x90];
         if self.memory.write(gpa, &trap[..length]).is_ok() {
             self.traps.gp_entry = Some((entry, overwritten));
@@ -158,7 +170,10 @@ impl KvmCpu {
         match self.user_time_read() {
             Some((instruction, frame)) => {
                 self.traps.user_read = Some(frame);
-                Exit::TimeRead { instruction, mode: Mode::User }
+                Exit::TimeRead {
+                    instruction,
+                    mode: Mode::User,
+                }
             }
             None => Exit::ProtectionFault,
         }
@@ -174,7 +189,11 @@ impl KvmCpu {
         if error != 0 || cs & 3 != 3 {
             return None;
         }
-        let bitness = if self.descriptor(cs as u16)?.l != 0 { 64 } else { 32 };
+        let bitness = if self.descriptor(cs as u16)?.l != 0 {
+            64
+        } else {
+            32
+        };
         let found = self.view().instruction(rip, bitness)?;
         let instruction = match found.mnemonic() {
             Mnemonic::Rdtsc => TimeInstruction::Rdtsc,
@@ -194,12 +213,17 @@ impl KvmCpu {
     /// Returns from the #GP entry to behind the time read, with its value. `false` if no such read
     /// waits, that is, the time was read through a trap port.
     pub(super) fn finish_user_read(&mut self) -> Result<bool, KvmError> {
-        let Some(frame) = self.traps.user_read.take() else { return Ok(false) };
+        let Some(frame) = self.traps.user_read.take() else {
+            return Ok(false);
+        };
         let mut sregs = self.sregs()?;
         let unmapped = || KvmError::Stopped {
             rip: frame.rip,
             bytes: Vec::new(),
-            what: format!("no descriptor for selectors {:#x} and {:#x}", frame.cs, frame.ss),
+            what: format!(
+                "no descriptor for selectors {:#x} and {:#x}",
+                frame.cs, frame.ss
+            ),
         };
         sregs.cs = self.descriptor(frame.cs).ok_or_else(unmapped)?;
         sregs.ss = self.descriptor(frame.ss).ok_or_else(unmapped)?;
@@ -215,7 +239,8 @@ impl KvmCpu {
     /// Does what the overwritten first instruction of the #GP entry did.
     pub(super) fn finish_fault(&mut self) {
         if let Some((_, Overwritten::Clac)) = self.traps.gp_entry {
-            self.page().change_registers(|registers| registers.rflags &= !RFLAGS_AC);
+            self.page()
+                .change_registers(|registers| registers.rflags &= !RFLAGS_AC);
         }
     }
 
@@ -225,7 +250,9 @@ impl KvmCpu {
         events.exception.nr = GP_VECTOR as u8;
         events.exception.has_error_code = 1;
         events.exception.error_code = 0;
-        self.fd().set_vcpu_events(&events).named("KVM_SET_VCPU_EVENTS")
+        self.fd()
+            .set_vcpu_events(&events)
+            .named("KVM_SET_VCPU_EVENTS")
     }
 
     /// A code or data segment from the guest's GDT, as IRET would load it.
@@ -242,7 +269,11 @@ impl KvmCpu {
         let granular = bit(55);
         Some(kvm_segment {
             base: raw >> 16 & 0xff_ffff | raw >> 32 & 0xff00_0000,
-            limit: if granular != 0 { limit << 12 | 0xfff } else { limit },
+            limit: if granular != 0 {
+                limit << 12 | 0xfff
+            } else {
+                limit
+            },
             selector,
             type_: (raw >> 40 & 0xf) as u8 | 1,
             present: bit(47),

@@ -9,9 +9,10 @@ use std::collections::BTreeMap;
 use hindsight_devices::{Access, Width};
 use hindsight_replay::{Answer, Back, Cpu, CpuidTable, Exit, Registers};
 use kvm_bindings::{
-    KVM_EXIT_HLT, KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_IRQ_WINDOW_OPEN,
-    KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVMIO,
-    kvm_interrupt, kvm_regs, kvm_segment, kvm_sregs, kvm_userspace_memory_region,
+    KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_CAP_PMU_CAPABILITY, KVM_EXIT_HLT, KVM_EXIT_INTR,
+    KVM_EXIT_IO, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, KVM_EXIT_X86_RDMSR,
+    KVM_EXIT_X86_WRMSR, KVM_PMU_CAP_DISABLE, KVMIO, kvm_enable_cap, kvm_interrupt, kvm_regs,
+    kvm_segment, kvm_sregs, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use vmm_sys_util::ioctl::ioctl_with_ref;
@@ -45,18 +46,27 @@ impl KernelText {
     /// What of a kernel the vCPU needs.
     pub fn new(elf: &Elf<'_>, sites: &Sites) -> KernelText {
         let cr4 = |site: &&Site| {
-            matches!(site.kind, SiteKind::WriteCr4 { .. } | SiteKind::ReadCr4 { .. })
+            matches!(
+                site.kind,
+                SiteKind::WriteCr4 { .. } | SiteKind::ReadCr4 { .. }
+            )
         };
         let init = elf.code.iter().find(|code| code.name == ".init.text");
         KernelText {
-            cr4_sites: sites.sites.iter().filter(cr4).map(|s| (s.address, s.kind)).collect(),
+            cr4_sites: sites
+                .sites
+                .iter()
+                .filter(cr4)
+                .map(|s| (s.address, s.kind))
+                .collect(),
             init: init.map(|code| (code.address, code.address + code.file.len() as u64)),
         }
     }
 
     /// Whether an address lies in code that is gone after boot.
     pub fn is_init(&self, address: u64) -> bool {
-        self.init.is_some_and(|(start, end)| (start..end).contains(&address))
+        self.init
+            .is_some_and(|(start, end)| (start..end).contains(&address))
     }
 }
 
@@ -98,7 +108,11 @@ struct StringAccess {
 #[derive(Clone, Copy, Debug)]
 enum StringKind {
     Ports(PortExit),
-    Bytes { gpa: u64, write: bool, data: [u8; 8] },
+    Bytes {
+        gpa: u64,
+        write: bool,
+        data: [u8; 8],
+    },
 }
 
 impl KvmCpu {
@@ -106,11 +120,14 @@ impl KvmCpu {
     pub fn new(kvm: &Kvm, memory: GuestMemory, table: &CpuidTable) -> Result<KvmCpu, KvmError> {
         let sync = kvm.check_extension_int(Cap::SyncRegs);
         if sync & 1 == 0 {
-            return Err(KvmError::Lacks("register synchronisation (KVM_CAP_SYNC_REGS)"));
+            return Err(KvmError::Lacks(
+                "register synchronisation (KVM_CAP_SYNC_REGS)",
+            ));
         }
         let vm = kvm.create_vm().named("KVM_CREATE_VM")?;
         vm.set_tss_address(TSS_ADDRESS).named("KVM_SET_TSS_ADDR")?;
-        vm.set_identity_map_address(IDENTITY_MAP_ADDRESS).named("KVM_SET_IDENTITY_MAP_ADDR")?;
+        vm.set_identity_map_address(IDENTITY_MAP_ADDRESS)
+            .named("KVM_SET_IDENTITY_MAP_ADDR")?;
         for (slot, region) in (0..).zip(memory.regions()) {
             let region = kvm_userspace_memory_region {
                 slot,
@@ -124,8 +141,11 @@ impl KvmCpu {
             unsafe { vm.set_user_memory_region(region) }.named("KVM_SET_USER_MEMORY_REGION")?;
         }
         msr::install_filter(&vm)?;
+        hide_counters(kvm, &vm)?;
         let mut fd = vm.create_vcpu(0).named("KVM_CREATE_VCPU")?;
-        fd.set_cpuid2(&cpuid::for_kvm(table)?).named("KVM_SET_CPUID2")?;
+        fd.set_cpuid2(&cpuid::for_kvm(table)?)
+            .named("KVM_SET_CPUID2")?;
+        hide_paravirtual_features(&fd)?;
         RunPage::of(&mut fd).keep_registers();
         Ok(KvmCpu {
             fd,
@@ -199,7 +219,10 @@ impl KvmCpu {
     }
 
     pub(super) fn view(&self) -> GuestView<'_> {
-        GuestView { vcpu: &self.fd, memory: &self.memory }
+        GuestView {
+            vcpu: &self.fd,
+            memory: &self.memory,
+        }
     }
 
     pub(super) fn sregs(&self) -> Result<kvm_sregs, KvmError> {
@@ -233,8 +256,11 @@ impl KvmCpu {
                 {
                     return Ok(exit);
                 }
-                self.string =
-                    Some(StringAccess { kind: StringKind::Ports(io), next: 0, count: io.count });
+                self.string = Some(StringAccess {
+                    kind: StringKind::Ports(io),
+                    next: 0,
+                    count: io.count,
+                });
                 Ok(self.next_element().expect("a port access moves something"))
             }
             KVM_EXIT_MMIO => Ok(self.decode_mmio()),
@@ -250,13 +276,20 @@ impl KvmCpu {
             _ => {
                 let rip = self.rip();
                 let bytes = self.view().instruction_bytes(rip);
-                Err(KvmError::Stopped { rip, bytes, what: self.page().complaint() })
+                Err(KvmError::Stopped {
+                    rip,
+                    bytes,
+                    what: self.page().complaint(),
+                })
             }
         }
     }
 
     fn decode_mmio(&mut self) -> Exit {
-        let mmio = self.page().mmio().expect("the reason is a memory-mapped access");
+        let mmio = self
+            .page()
+            .mmio()
+            .expect("the reason is a memory-mapped access");
         let value = u64::from_le_bytes(mmio.data);
         match Width::from_bytes(mmio.bytes) {
             Some(width) if mmio.write => Exit::Access(Access::MemoryWrite {
@@ -264,11 +297,22 @@ impl KvmCpu {
                 width,
                 value: value & width.ones(),
             }),
-            Some(width) => Exit::Access(Access::MemoryRead { gpa: mmio.gpa, width }),
+            Some(width) => Exit::Access(Access::MemoryRead {
+                gpa: mmio.gpa,
+                width,
+            }),
             // An access across a page comes in parts of any length: take them byte by byte.
             None => {
-                let kind = StringKind::Bytes { gpa: mmio.gpa, write: mmio.write, data: mmio.data };
-                self.string = Some(StringAccess { kind, next: 0, count: mmio.bytes.max(1) });
+                let kind = StringKind::Bytes {
+                    gpa: mmio.gpa,
+                    write: mmio.write,
+                    data: mmio.data,
+                };
+                self.string = Some(StringAccess {
+                    kind,
+                    next: 0,
+                    count: mmio.bytes.max(1),
+                });
                 self.next_element().expect("an access moves something")
             }
         }
@@ -285,16 +329,27 @@ impl KvmCpu {
             StringKind::Ports(io) => {
                 let width = Width::from_bytes(io.size).expect("ports are 1, 2 or 4 bytes wide");
                 if io.read {
-                    Access::PortRead { port: io.port, width }
+                    Access::PortRead {
+                        port: io.port,
+                        width,
+                    }
                 } else {
                     let value = self.page().port_data(&io, next);
-                    Access::PortWrite { port: io.port, width, value }
+                    Access::PortWrite {
+                        port: io.port,
+                        width,
+                        value,
+                    }
                 }
             }
             StringKind::Bytes { gpa, write, data } => {
                 let (gpa, width) = (gpa.wrapping_add(next as u64), Width::Byte);
                 if write {
-                    Access::MemoryWrite { gpa, width, value: data[next].into() }
+                    Access::MemoryWrite {
+                        gpa,
+                        width,
+                        value: data[next].into(),
+                    }
                 } else {
                     Access::MemoryRead { gpa, width }
                 }
@@ -305,10 +360,18 @@ impl KvmCpu {
     /// Hands the value of a read to where KVM will take it from.
     fn give(&mut self, value: u64) {
         match self.string {
-            Some(StringAccess { kind: StringKind::Ports(io), next, .. }) => {
+            Some(StringAccess {
+                kind: StringKind::Ports(io),
+                next,
+                ..
+            }) => {
                 self.page().set_port_data(&io, next, value as u32);
             }
-            Some(StringAccess { kind: StringKind::Bytes { .. }, next, .. }) => {
+            Some(StringAccess {
+                kind: StringKind::Bytes { .. },
+                next,
+                ..
+            }) => {
                 let mut data = self.page().mmio().expect("an MMIO exit is open").data;
                 data[next] = value as u8;
                 self.page().set_mmio_data(data);
@@ -398,7 +461,11 @@ impl Cpu for KvmCpu {
             if let Some(reason) = left? {
                 let rip = self.rip();
                 let what = format!("it came back with reason {reason} instead of at once");
-                return Err(KvmError::Stopped { rip, bytes: Vec::new(), what });
+                return Err(KvmError::Stopped {
+                    rip,
+                    bytes: Vec::new(),
+                    what,
+                });
             }
         }
         Ok(self.page().ready_for_interrupt())
@@ -408,7 +475,11 @@ impl Cpu for KvmCpu {
         let interrupt = kvm_interrupt { irq: vector.into() };
         // SAFETY: the ioctl reads a `kvm_interrupt` and nothing else; the fd is a vCPU's.
         let result = unsafe { ioctl_with_ref(&self.fd, KVM_INTERRUPT(), &interrupt) };
-        if result < 0 { Err(kvm_ioctls::Error::last()).named("KVM_INTERRUPT") } else { Ok(()) }
+        if result < 0 {
+            Err(kvm_ioctls::Error::last()).named("KVM_INTERRUPT")
+        } else {
+            Ok(())
+        }
     }
 
     fn request_window(&mut self, wanted: bool) {
@@ -418,6 +489,30 @@ impl Cpu for KvmCpu {
     fn memory_digest(&mut self) -> Result<u64, KvmError> {
         self.memory.digest()
     }
+}
+
+/// Takes the performance counters away, where KVM can; elsewhere CPUID hides them.
+fn hide_counters(kvm: &Kvm, vm: &VmFd) -> Result<(), KvmError> {
+    if kvm.check_extension_raw(KVM_CAP_PMU_CAPABILITY.into()) as u32 & KVM_PMU_CAP_DISABLE == 0 {
+        return Ok(());
+    }
+    let mut cap = kvm_enable_cap {
+        cap: KVM_CAP_PMU_CAPABILITY,
+        ..Default::default()
+    };
+    cap.args[0] = KVM_PMU_CAP_DISABLE.into();
+    vm.enable_cap(&cap).named("KVM_CAP_PMU_CAPABILITY")
+}
+
+/// What CPUID does not show, KVM shall not offer either.
+fn hide_paravirtual_features(fd: &VcpuFd) -> Result<(), KvmError> {
+    let mut cap = kvm_enable_cap {
+        cap: KVM_CAP_ENFORCE_PV_FEATURE_CPUID,
+        ..Default::default()
+    };
+    cap.args[0] = 1;
+    fd.enable_cap(&cap)
+        .map_err(|_| KvmError::Lacks("KVM_CAP_ENFORCE_PV_FEATURE_CPUID (Linux 5.10)"))
 }
 
 fn flat_segment(selector: u16, type_: u8, long: bool) -> kvm_segment {

@@ -60,10 +60,12 @@ fn boot(
         kernel,
         &elf,
         &sites,
-        initrd,
-        cmdline,
-        &[0x5a; 32],
-        &e820(ram_bytes as u64),
+        &Given {
+            initrd,
+            cmdline,
+            seed: &[0x5a; 32],
+            regions: &e820(ram_bytes as u64),
+        },
     )?;
     Ok((ram, plan))
 }
