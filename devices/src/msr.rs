@@ -64,17 +64,17 @@ const HARMLESS: [Harmless; 9] = [
         why: "read unguarded for the fast-string bit, written back with bits changed",
     },
     Harmless {
+        index: 0xc001_0010, // MSR_AMD64_SYSCFG
+        reads: Some(0),
+        write: OnWrite::Ignore,
+        why: "the MTRR code looks for Tom2ForceMemTypeWB; 0 says no memory above 4 GiB is forced",
+    },
+    Harmless {
         index: AMD_HWCR,
         // TscFreqSel, bit 24: without it Linux calls the firmware buggy.
         reads: Some(1 << 24),
         write: OnWrite::Store,
         why: "bsp_init_amd() reads it unguarded wherever the TSC is constant",
-    },
-    Harmless {
-        index: 0xc001_0010, // MSR_AMD64_SYSCFG
-        reads: Some(0),
-        write: OnWrite::Ignore,
-        why: "the MTRR code looks for Tom2ForceMemTypeWB; 0 says no memory above 4 GiB is forced",
     },
     Harmless {
         index: 0xc001_001f, // MSR_AMD64_NB_CFG
