@@ -77,7 +77,12 @@ fn exit_words(exit: &Exit) -> (u64, u64) {
         Exit::TimeRead { instruction, mode } => (instruction as u64, mode as u64),
         Exit::Cpuid { leaf, subleaf } => (u64::from(leaf), u64::from(subleaf)),
         Exit::WriteCr4 { value } => (value, 0),
-        Exit::ReadCr4 | Exit::ProtectionFault | Exit::Halt | Exit::Woken | Exit::Shutdown => (0, 0),
+        Exit::ReadCr4
+        | Exit::ProtectionFault
+        | Exit::Halt
+        | Exit::Woken
+        | Exit::Shutdown
+        | Exit::Pause => (0, 0),
     }
 }
 

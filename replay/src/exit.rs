@@ -92,11 +92,13 @@ pub enum Exit {
     Woken,
     /// Triple fault, or another shutdown condition of the CPU.
     Shutdown,
+    /// It executed PAUSE through a trap port: it waits for somebody else.
+    Pause,
 }
 
 impl Exit {
     /// Number of kinds that [`Exit::kind`] tells apart.
-    pub const KINDS: usize = 13;
+    pub const KINDS: usize = 14;
 
     /// Index into [`Exit::KIND_NAMES`].
     pub fn kind(&self) -> usize {
@@ -118,6 +120,7 @@ impl Exit {
             Exit::Halt => 10,
             Exit::Woken => 11,
             Exit::Shutdown => 12,
+            Exit::Pause => 13,
         }
     }
 
@@ -136,6 +139,7 @@ impl Exit {
         "HLT",
         "wake-ups",
         "shutdowns",
+        "PAUSE",
     ];
 }
 
@@ -175,6 +179,7 @@ impl fmt::Display for Exit {
             Exit::Halt => f.write_str("hlt"),
             Exit::Woken => f.write_str("woken"),
             Exit::Shutdown => f.write_str("shutdown"),
+            Exit::Pause => f.write_str("pause"),
         }
     }
 }

@@ -46,6 +46,8 @@ pub struct TrapCounts {
     pub cr4_writes: u32,
     /// MOV from CR4.
     pub cr4_reads: u32,
+    /// PAUSE.
+    pub pause: u32,
 }
 
 /// The machine, as far as it decides what the guest computes.

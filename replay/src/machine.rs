@@ -325,7 +325,8 @@ impl Machine {
             | Exit::ReadCr4
             | Exit::ProtectionFault
             | Exit::Woken
-            | Exit::Shutdown => Answer::Done,
+            | Exit::Shutdown
+            | Exit::Pause => Answer::Done,
         }
     }
 

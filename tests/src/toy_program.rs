@@ -241,7 +241,8 @@ impl Program {
             }),
             178..180 => Op::Exit(Exit::WriteCr4 { value: wide }),
             180..182 => Op::Exit(Exit::ReadCr4),
-            182..184 => Op::Exit(Exit::ProtectionFault),
+            182 => Op::Exit(Exit::ProtectionFault),
+            183 => Op::Exit(Exit::Pause),
             184..192 => Op::Exit(Exit::Access(msr(a, wide))),
             192..198 => Op::Exit(Exit::Access(mmio(a, wide))),
             198..206 => self.then(

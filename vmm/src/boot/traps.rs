@@ -8,6 +8,10 @@
 //! before. Both encode in two bytes (`e6 ib`), and the three- and four-byte instructions are filled
 //! up with NOPs, which the guest executes by itself after the trap.
 //!
+//! **Why PAUSE too:** the kernel says PAUSE (`cpu_relax()`) where it waits for something that another
+//! task or an interrupt must bring about. Without an exit there the interrupt could not land, and
+//! the kernel would wait for good; as a trap, every turn of such a loop is a moment.
+//!
 //! **Decoded, never searched.** `0f 31` also occurs inside immediates, displacements and data. Each code section
 //! is decoded from its first byte, one instruction after the other, as objdump does.
 
@@ -30,6 +34,9 @@ pub const TRAP_WRITE_CR4: u8 = 0xf4;
 pub const TRAP_READ_CR4: u8 = 0xf5;
 /// Port of the first instruction of the #GP entry, rewritten while the guest runs.
 pub const TRAP_GP_ENTRY: u8 = 0xf6;
+
+/// Port of a PAUSE.
+pub const TRAP_PAUSE: u8 = 0xf7;
 
 /// `out %al, imm8`.
 const OUT: u8 = 0xe6;
@@ -62,6 +69,8 @@ pub enum SiteKind {
         /// Number of the register.
         target: u8,
     },
+    /// A wait for somebody else.
+    Pause,
 }
 
 impl SiteKind {
@@ -73,6 +82,7 @@ impl SiteKind {
             SiteKind::Cpuid => TRAP_CPUID,
             SiteKind::WriteCr4 { .. } => TRAP_WRITE_CR4,
             SiteKind::ReadCr4 { .. } => TRAP_READ_CR4,
+            SiteKind::Pause => TRAP_PAUSE,
         }
     }
 
@@ -84,6 +94,7 @@ impl SiteKind {
             SiteKind::Cpuid => "cpuid",
             SiteKind::WriteCr4 { .. } => "write of cr4",
             SiteKind::ReadCr4 { .. } => "read of cr4",
+            SiteKind::Pause => "pause",
         }
     }
 
@@ -92,6 +103,7 @@ impl SiteKind {
             Opcode::Rdtsc => Some(SiteKind::Rdtsc),
             Opcode::Rdtscp => Some(SiteKind::Rdtscp),
             Opcode::Cpuid => Some(SiteKind::Cpuid),
+            Opcode::Pause => Some(SiteKind::Pause),
             Opcode::Mov_cr_r64 if instruction.op0_register() == Register::CR4 => {
                 Some(SiteKind::WriteCr4 {
                     source: instruction.op1_register().number() as u8,
@@ -153,6 +165,7 @@ impl Sites {
                 SiteKind::Cpuid => &mut counts.cpuid,
                 SiteKind::WriteCr4 { .. } => &mut counts.cr4_writes,
                 SiteKind::ReadCr4 { .. } => &mut counts.cr4_reads,
+                SiteKind::Pause => &mut counts.pause,
             } += 1;
         }
         counts

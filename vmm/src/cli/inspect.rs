@@ -317,8 +317,8 @@ fn print_header(header: &Header) {
     );
     let traps = &machine.traps;
     println!(
-        "traps       {} rdtsc, {} rdtscp, {} cpuid, {} CR4 writes, {} CR4 reads",
-        traps.rdtsc, traps.rdtscp, traps.cpuid, traps.cr4_writes, traps.cr4_reads
+        "traps       {} rdtsc, {} rdtscp, {} cpuid, {} CR4 writes, {} CR4 reads, {} pause",
+        traps.rdtsc, traps.rdtscp, traps.cpuid, traps.cr4_writes, traps.cr4_reads, traps.pause
     );
 }
 
