@@ -95,6 +95,8 @@ pub struct KvmCpu {
     pub(super) counts: VcpuCounts,
     string: Option<StringAccess>,
     unfinished: bool,
+    /// KVM's reason for an exit that came while another was being finished.
+    held: Option<u32>,
 }
 
 /// A port access of several elements, or a memory access of an odd length, taken one by one.
@@ -156,6 +158,7 @@ impl KvmCpu {
             counts: VcpuCounts::default(),
             string: None,
             unfinished: false,
+            held: None,
         })
     }
 
@@ -395,6 +398,9 @@ impl Cpu for KvmCpu {
         if let Some(exit) = self.next_element() {
             return Ok(Back::Exit(exit));
         }
+        if let Some(reason) = self.held.take() {
+            return self.decode(reason).map(Back::Exit);
+        }
         let Some(mut reason) = self.enter()? else {
             self.counts.kicks += 1;
             return Ok(Back::Kicked);
@@ -458,15 +464,23 @@ impl Cpu for KvmCpu {
             self.page().set_immediate_exit(true);
             let left = self.enter();
             self.page().set_immediate_exit(false);
-            if let Some(reason) = left? {
-                let rip = self.rip();
-                let what = format!("it came back with reason {reason} instead of at once");
-                return Err(KvmError::Stopped {
-                    rip,
-                    bytes: Vec::new(),
-                    what,
-                });
+            match left? {
+                None => {}
+                // The rest of an access across a page: the same instruction, its next exit.
+                Some(KVM_EXIT_MMIO) => self.held = Some(KVM_EXIT_MMIO),
+                Some(reason) => {
+                    let rip = self.rip();
+                    let what = format!("it came back with reason {reason} instead of at once");
+                    return Err(KvmError::Stopped {
+                        rip,
+                        bytes: Vec::new(),
+                        what,
+                    });
+                }
             }
+        }
+        if self.held.is_some() {
+            return Ok(false);
         }
         Ok(self.page().ready_for_interrupt())
     }
