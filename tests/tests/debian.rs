@@ -1,7 +1,9 @@
 //! Debian's own kernel, recorded and replayed through the command line. Slow, and in need of a KVM
 //! that can record: `scripts/test` runs these where there is one.
 
+use std::io::{Read, Write};
 use std::path::Path;
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use hindsight_replay::{Answer, Event, Exit, JournalReader, JournalWriter, VERSION};
@@ -375,8 +377,8 @@ fn no_damage_to_a_journal_makes_a_command_panic_or_approve() {
     let whole = std::fs::read(recording.join("journal")).expect("a journal");
     let damaged = dir.path().join("damaged");
     copy(&recording, &damaged);
-    // A few hundred places all over the file; `replay` only where it ends early.
-    let step = whole.len() / 150;
+    // Places all over the file; `replay` only where it ends early.
+    let step = whole.len() / 60;
     for (turn, at) in (0..whole.len()).step_by(step).enumerate() {
         let mut bytes = whole.clone();
         bytes[at] ^= 1 << (turn % 8);
@@ -431,4 +433,57 @@ fn memory_digests_on_the_way_are_compared() {
 
 fn path(path: &Path) -> &str {
     path.to_str().expect("a plain path")
+}
+
+#[test]
+#[ignore = "needs a KVM that can record"]
+fn a_terminal_is_raw_while_the_guest_has_it_and_the_escape_key_ends_the_recording() {
+    let (debian, dir) = (Debian::from_env(), scratch());
+    let recording = dir.path().join("r");
+    let command = debian.recording(&recording, "input", &[]);
+    let words: Vec<String> = std::iter::once(command.get_program())
+        .chain(command.get_args())
+        .map(|word| format!("'{}'", word.to_str().expect("plain words")))
+        .collect();
+    // script(1) gives the program a terminal of its own, fed from our pipe.
+    let mut script = std::process::Command::new("script")
+        .args(["-qefc", &words.join(" "), "/dev/null"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("script starts");
+    let mut keyboard = script.stdin.take().expect("it is piped");
+    let mut screen = script.stdout.take().expect("it is piped");
+    let mut shown = Vec::new();
+    let mut await_text = |wanted: &str| {
+        let mut buffer = [0; 4096];
+        while !String::from_utf8_lossy(&shown).contains(wanted) {
+            let count = screen.read(&mut buffer).expect("the screen can be read");
+            assert!(
+                count > 0,
+                "no {wanted:?} in:\n{}",
+                String::from_utf8_lossy(&shown)
+            );
+            shown.extend(&buffer[..count]);
+        }
+    };
+    await_text("input: ready");
+    keyboard.write_all(b"abc\r").expect("keys can be pressed");
+    await_text("input: 1 ABC");
+    keyboard
+        .write_all(&[hindsight_escape()])
+        .expect("keys can be pressed");
+    await_text("asked to stop");
+    assert!(script.wait().expect("script ends").success());
+    let replayed = debian.replay(&recording, &[]).expect(0);
+    assert!(
+        replayed.text().contains("input: 1 ABC"),
+        "{}",
+        replayed.text()
+    );
+}
+
+/// Ctrl-].
+fn hindsight_escape() -> u8 {
+    b']' & 0x1f
 }

@@ -9,8 +9,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use hindsight::boot::traps::{TRAP_CPUID, TRAP_PAUSE, TRAP_RDTSC, TRAP_RDTSCP};
-use hindsight::boot::{BootPlan, GuestRam};
+use hindsight::boot::traps::{
+    TRAP_CPUID, TRAP_PAUSE, TRAP_RDTSC, TRAP_RDTSCP, TRAP_READ_CR4, TRAP_WRITE_CR4,
+};
+use hindsight::boot::{BootPlan, GuestRam, SiteKind};
 use hindsight::kvm::probe::{Stuck, bounded};
 use hindsight::kvm::{GuestMemory, KernelText, KvmCpu, KvmError, VcpuCounts};
 use hindsight_devices::{Access, Input, Reset, Width};
@@ -60,6 +62,8 @@ const R8: usize = 8;
 struct Guest {
     code: Vec<u8>,
     data: &'static [u8],
+    /// Where the loader would have rewritten accesses of CR4.
+    text: KernelText,
 }
 
 impl Guest {
@@ -74,6 +78,7 @@ impl Guest {
                 a.hlt()
             }),
             data: b"",
+            text: KernelText::default(),
         }
     }
 
@@ -105,7 +110,7 @@ impl Guest {
             code_selector: KERNEL_CS,
             data_selector: KERNEL_SS,
         };
-        cpu.boot(&plan, KernelText::default())?;
+        cpu.boot(&plan, self.text.clone())?;
         Ok(cpu)
     }
 }
@@ -690,6 +695,35 @@ fn a_pause_through_its_trap_port_changes_no_register() {
 }
 
 #[test]
+fn control_register_4_reads_back_as_it_was_written() {
+    // PAE, which it had, and OSFXSR. The time-stamp bit that the machine keeps set stays hidden.
+    let value = 1 << 5 | 1 << 9;
+    let mut guest = Guest::new(|a| {
+        a.mov(ebx, value as u32)?;
+        a.out(u32::from(TRAP_WRITE_CR4), al)?;
+        a.mov(rsi, -1i64)?;
+        a.out(u32::from(TRAP_READ_CR4), al)
+    });
+    // By the registers' numbers in instructions: RBX is 3, RSI 6.
+    let sites = [
+        (TRAP_WRITE_CR4, SiteKind::WriteCr4 { source: 3 }),
+        (TRAP_READ_CR4, SiteKind::ReadCr4 { target: 6 }),
+    ];
+    for (trap, kind) in sites {
+        let at = guest.code.windows(2).position(|two| two == [0xe6, trap]);
+        let at = CODE + at.expect("the guest has this trap") as u64;
+        guest.text.cr4_sites.insert(at, kind);
+    }
+    for ran in proved(&guest) {
+        assert_eq!(
+            ran.exits(),
+            [Exit::WriteCr4 { value }, Exit::ReadCr4, Exit::Halt]
+        );
+        assert_eq!(ran.registers()[RSI], value);
+    }
+}
+
+#[test]
 fn the_timer_wakes_a_halted_guest_through_the_interrupt_controller() {
     let guest = Guest::new(|a| {
         start_timer(a, 200)?;
@@ -743,6 +777,31 @@ fn a_pending_interrupt_lands_behind_the_instruction_that_follows_sti() {
         let behind_r8 = CODE + guest.code.len() as u64 - 3 - 3;
         assert_eq!(at.rip, behind_r8);
         assert!(ran.tally.windows >= 1, "{:?}", ran.counts);
+    }
+}
+
+#[test]
+fn a_guest_that_halts_behind_sti_does_not_sleep_through_a_pending_interrupt() {
+    let guest = Guest::new(|a| {
+        start_timer(a, 1)?;
+        out(a, 0x20, 0x0a)?;
+        let mut again = a.create_label();
+        a.set_label(&mut again)?;
+        a.in_(al, 0x20)?;
+        a.test(al, 1)?;
+        a.jz(again)?;
+        a.xor(ebx, ebx)?;
+        a.sti()?;
+        a.hlt()?;
+        a.mov(r8d, ebx)
+    });
+    for ran in proved(&guest) {
+        let [(at, TIMER_VECTOR)] = ran.trace.interrupts[..] else {
+            panic!("one interrupt, not {:?}", ran.trace.interrupts);
+        };
+        // Behind HLT stand a move of three bytes, CLI and two HLT.
+        assert_eq!(at.rip, CODE + guest.code.len() as u64 - 6);
+        assert_eq!(ran.registers()[R8], 1);
     }
 }
 

@@ -1,7 +1,9 @@
 //! The live world: the host's clock, its standard input, and the operator.
 
 use std::collections::VecDeque;
+use std::fs::File;
 use std::io::{IsTerminal, Read};
+use std::os::fd::AsFd;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -151,9 +153,19 @@ fn tick(kicker: Kicker, news: &Sender<News>) {
 
 fn read_input(news: &Sender<News>) {
     let terminal = std::io::stdin().is_terminal();
+    // A descriptor of our own: std's lock, held through a blocking read, would keep whoever wants to
+    // set the terminal back waiting for a key.
+    let Ok(mut input) = std::io::stdin()
+        .as_fd()
+        .try_clone_to_owned()
+        .map(File::from)
+    else {
+        let _ = news.send(News::EndOfInput);
+        return;
+    };
     let mut buffer = [0; 4096];
     loop {
-        let mut typed = match std::io::stdin().lock().read(&mut buffer) {
+        let mut typed = match input.read(&mut buffer) {
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
             Ok(0) | Err(_) => {
                 let _ = news.send(News::EndOfInput);

@@ -5,6 +5,7 @@ pub mod cli;
 pub mod doctor;
 pub mod host;
 mod kernel_cache;
+// Where the project meets the kernel: ioctls, mappings, the page shared with KVM.
 #[allow(unsafe_code)]
 pub mod kvm;
 pub mod machine;

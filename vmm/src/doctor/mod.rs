@@ -14,6 +14,7 @@ mod host;
 mod report;
 mod speed;
 
+use std::io::IsTerminal;
 use std::time::Duration;
 
 use clap::Args;
@@ -54,13 +55,22 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     let mut findings = host::findings();
     let kvm = Kvm::new().map_err(KvmError::Open);
     findings.push(opening(&kvm));
-    findings.extend(probes().map(|probe| match &kvm {
-        Ok(kvm) => ask(kvm, probe),
-        Err(_) => Finding::new(
-            probe,
-            Err(Miss::Unknown("there is no /dev/kvm to ask".to_string())),
-        ),
-    }));
+    let watched = std::io::stderr().is_terminal();
+    for probe in probes() {
+        if watched {
+            eprint!("\r\x1b[Kasking: {}", probe.name);
+        }
+        findings.push(match &kvm {
+            Ok(kvm) => ask(kvm, probe),
+            Err(_) => Finding::new(
+                probe,
+                Err(Miss::Unknown("there is no /dev/kvm to ask".to_string())),
+            ),
+        });
+    }
+    if watched {
+        eprint!("\r\x1b[K");
+    }
     let report = Report::new(findings);
     if options.json {
         println!("{}", serde_json::to_string_pretty(&report)?);
