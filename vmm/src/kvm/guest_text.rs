@@ -44,15 +44,12 @@ impl GuestView<'_> {
 
     /// Reads `N` words of 64 bits; `None` if they are not all there.
     pub fn words<const N: usize>(&self, gva: u64) -> Option<[u64; N]> {
-        let mut words = [0; N];
-        for (i, word) in words.iter_mut().enumerate() {
-            let mut bytes = [0; 8];
-            if self.read(gva.wrapping_add(8 * i as u64), &mut bytes) < bytes.len() {
-                return None;
-            }
-            *word = u64::from_le_bytes(bytes);
+        let mut bytes = [[0; 8]; N];
+        let flat = bytes.as_flattened_mut();
+        if self.read(gva, flat) < flat.len() {
+            return None;
         }
-        Some(words)
+        Some(bytes.map(u64::from_le_bytes))
     }
 
     /// The bytes at an address, as many as an instruction may have.

@@ -7,7 +7,7 @@
 
 use hindsight_replay::{Exit, Mode, TimeInstruction};
 use iced_x86::Mnemonic;
-use kvm_bindings::{kvm_segment, kvm_sregs};
+use kvm_bindings::{kvm_dtable, kvm_segment, kvm_sregs};
 
 use super::error::{KvmError, Named};
 use super::vcpu::KvmCpu;
@@ -48,15 +48,14 @@ pub struct TrapState {
     user_read: Option<UserFrame>,
 }
 
-/// The frame that #GP pushed, above the error code.
+/// What a return from #GP to behind the instruction that faulted loads: the pushed frame.
 #[derive(Clone, Copy, Debug)]
 struct UserFrame {
-    /// Behind the instruction that faulted.
+    /// The system registers as they are, with the frame's CS and SS.
+    sregs: kvm_sregs,
     rip: u64,
-    cs: u16,
     rflags: u64,
     rsp: u64,
-    ss: u16,
 }
 
 impl KvmCpu {
@@ -191,11 +190,10 @@ impl KvmCpu {
         if error != 0 || cs & 3 != 3 {
             return None;
         }
-        let bitness = if self.descriptor(cs as u16)?.l != 0 {
-            64
-        } else {
-            32
-        };
+        let mut sregs = self.sregs().ok()?;
+        sregs.cs = self.descriptor(&sregs.gdt, cs as u16)?;
+        sregs.ss = self.descriptor(&sregs.gdt, ss as u16)?;
+        let bitness = if sregs.cs.l != 0 { 64 } else { 32 };
         let found = self.view().instruction(rip, bitness)?;
         let instruction = match found.mnemonic() {
             Mnemonic::Rdtsc => TimeInstruction::Rdtsc,
@@ -203,11 +201,10 @@ impl KvmCpu {
             _ => return None,
         };
         let frame = UserFrame {
+            sregs,
             rip: found.next_ip(),
-            cs: cs as u16,
             rflags: rflags & !RFLAGS_RF,
             rsp,
-            ss: ss as u16,
         };
         Some((instruction, frame))
     }
@@ -218,18 +215,7 @@ impl KvmCpu {
         let Some(frame) = self.traps.user_read.take() else {
             return Ok(false);
         };
-        let mut sregs = self.sregs()?;
-        let unmapped = || KvmError::Stopped {
-            rip: frame.rip,
-            bytes: Vec::new(),
-            what: format!(
-                "no descriptor for selectors {:#x} and {:#x}",
-                frame.cs, frame.ss
-            ),
-        };
-        sregs.cs = self.descriptor(frame.cs).ok_or_else(unmapped)?;
-        sregs.ss = self.descriptor(frame.ss).ok_or_else(unmapped)?;
-        self.fd().set_sregs(&sregs).named("KVM_SET_SREGS")?;
+        self.fd().set_sregs(&frame.sregs).named("KVM_SET_SREGS")?;
         self.page().change_registers(|registers| {
             registers.rip = frame.rip;
             registers.rsp = frame.rsp;
@@ -258,8 +244,7 @@ impl KvmCpu {
     }
 
     /// A code or data segment from the guest's GDT, as IRET would load it.
-    fn descriptor(&mut self, selector: u16) -> Option<kvm_segment> {
-        let gdt = self.sregs().ok()?.gdt;
+    fn descriptor(&self, gdt: &kvm_dtable, selector: u16) -> Option<kvm_segment> {
         let offset = u64::from(selector & !7);
         if offset + 7 > u64::from(gdt.limit) {
             return None;
