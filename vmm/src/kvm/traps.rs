@@ -209,11 +209,11 @@ impl KvmCpu {
         Some((instruction, frame))
     }
 
-    /// Returns from the #GP entry to behind the time read, with its value. `false` if no such read
-    /// waits, that is, the time was read through a trap port.
-    pub(super) fn finish_user_read(&mut self) -> Result<bool, KvmError> {
+    /// Returns from the #GP entry to behind the time read, if it was one in user mode; a read through
+    /// a trap port has nothing to return from.
+    pub(super) fn finish_user_read(&mut self) -> Result<(), KvmError> {
         let Some(frame) = self.traps.user_read.take() else {
-            return Ok(false);
+            return Ok(());
         };
         self.fd().set_sregs(&frame.sregs).named("KVM_SET_SREGS")?;
         self.page().change_registers(|registers| {
@@ -221,7 +221,7 @@ impl KvmCpu {
             registers.rsp = frame.rsp;
             registers.rflags = frame.rflags;
         });
-        Ok(true)
+        Ok(())
     }
 
     /// Does what the overwritten first instruction of the #GP entry did.
