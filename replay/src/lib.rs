@@ -13,6 +13,7 @@ mod event;
 mod exit;
 mod header;
 mod journal;
+mod landing;
 mod live;
 mod machine;
 mod moment;
@@ -31,9 +32,10 @@ pub use journal::{
     FRAME_HEAD_BYTES, FRAME_MAGIC, Frame, FrameHead, IndexEntry, JournalError, JournalReader,
     JournalWriter, MAGIC, Tail, TailReason, VERSION,
 };
-pub use live::{Live, TOLERANCE_NS};
+pub use landing::{Ahead, Counter, Horizon, Lander, Overshoot, Place, Unit, Walk, Went};
+pub use live::{Live, PATIENCE_NS, TOLERANCE_NS};
 pub use machine::{Back, Cpu, Machine, Observer, RunError, Tally};
 pub use moment::{ExitNumber, Moment};
-pub use outside::{Closed, Outside, TimeQuery, World};
+pub use outside::{Closed, Outside, Standing, TimeQuery, World};
 pub use recorder::{Recorder, WITNESS_EVERY};
 pub use replayer::Replayer;

@@ -3,7 +3,9 @@
 
 pub mod debian;
 pub mod rng;
+pub mod seeds;
 pub mod sim;
 pub mod sim_world;
+pub mod toy_counter;
 pub mod toy_cpu;
 pub mod toy_program;

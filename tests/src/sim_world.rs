@@ -128,6 +128,12 @@ impl World for SimWorld {
         }
     }
 
+    fn alarm(&mut self, _at: Option<Nanos>) {}
+
+    fn input_waits(&mut self, room: usize) -> bool {
+        room > 0 && !self.typed.is_empty()
+    }
+
     fn gives_up(&mut self) -> bool {
         self.kicks += 1;
         self.kicks > self.patience

@@ -442,6 +442,7 @@ fn judge(victim: &Victim, entries: &[Entry], original: &[Entry], replayed: &Repl
         // The guest went on to no end because the next event is out of reach.
         Verdict::Reached(_) => {}
         Verdict::Refused(error) => panic!("the file is whole, but: {error}"),
+        Verdict::Failed(broken) => panic!("no host failed, but: {broken}"),
     }
 }
 

@@ -163,6 +163,10 @@ fn list(mut journal: JournalReader<impl Read>, options: &Options) -> anyhow::Res
                     || format!("{exits:>9} input {input:?}"),
                     || json!({"exit": exits, "input": input}),
                 ),
+                Event::Preempted(place) => listing.line(
+                    || format!("{exits:>9} preempted {place}"),
+                    || json!({"exit": exits, "preempted": place}),
+                ),
                 Event::Witness { check } => listing.line(
                     || format!("{exits:>9} witness {:02x}{:02x}", check[1], check[0]),
                     || json!({"exit": exits, "witness": u16::from_le_bytes(*check)}),

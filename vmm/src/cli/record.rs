@@ -12,7 +12,6 @@ use super::run::{Images, host_failure};
 use super::summary::Summary;
 use super::{Failure, MachineOptions, Outcome};
 use crate::host::{HostWorld, RawTerminal};
-use crate::kvm::Kicker;
 use crate::machine::{build, cmdline, describe, host_facts, open_kvm};
 use crate::recording::Recording;
 
@@ -91,7 +90,7 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     };
     let raw = RawTerminal::enter();
     let memory_every = options.verify.and_then(|verify| verify.every);
-    let world = Live::new(HostWorld::start(Kicker::for_this_thread()?), memory_every);
+    let world = Live::new(HostWorld::start()?, memory_every);
     let journal = recording.create_journal()?;
     let mut recorder = Recorder::create(world, journal, &header)
         .map_err(|error| Failure::new(Outcome::HostFailed, error))?;

@@ -9,7 +9,7 @@ use super::console::Console;
 use super::summary::Summary;
 use super::{Failure, MachineOptions, Outcome};
 use crate::host::{HostWorld, RawTerminal};
-use crate::kvm::{Kicker, KvmError};
+use crate::kvm::KvmError;
 use crate::machine::{LoadedKernel, build, cmdline, describe, open_kvm};
 use crate::recording::read;
 
@@ -37,7 +37,7 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     drop((image, kernel, initrd));
 
     let raw = RawTerminal::enter();
-    let mut door = Live::new(HostWorld::start(Kicker::for_this_thread()?), None);
+    let mut door = Live::new(HostWorld::start()?, None);
     let mut console = Console::new(options.json);
     let result = machine.run(&mut cpu, &mut door, &mut console);
     drop((console, raw));

@@ -44,6 +44,12 @@ pub enum KvmError {
         /// What KVM said.
         what: String,
     },
+    /// The guest ran past a place at which it had to stop.
+    #[error(transparent)]
+    Overshoot(#[from] hindsight_replay::Overshoot),
+    /// The branch counter cannot be relied on.
+    #[error(transparent)]
+    Counter(#[from] crate::perf::CounterError),
     /// The host's page map cannot be read.
     #[error("cannot read this process's page map: {0}")]
     PageMap(#[source] std::io::Error),

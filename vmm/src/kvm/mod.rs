@@ -6,6 +6,7 @@ pub mod exit_cost;
 mod guest_text;
 mod memory;
 pub mod msr;
+mod preemption;
 pub mod probe;
 mod run_page;
 mod shadow;
@@ -15,5 +16,6 @@ mod vcpu;
 
 pub use error::KvmError;
 pub use memory::GuestMemory;
-pub use signals::{Kicker, stop_requested};
+pub use preemption::Preemption;
+pub use signals::{Alarm, Kicker, stop_requested};
 pub use vcpu::{KernelText, KvmCpu, VcpuCounts};

@@ -7,12 +7,12 @@
 use std::collections::BTreeMap;
 
 use hindsight_devices::{Access, Width};
-use hindsight_replay::{Answer, Back, Cpu, CpuidTable, Exit, Registers};
+use hindsight_replay::{Answer, Back, Cpu, CpuidTable, Exit, Horizon, Registers};
 use kvm_bindings::{
     KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_CAP_PMU_CAPABILITY, KVM_EXIT_HLT, KVM_EXIT_INTR,
-    KVM_EXIT_IO, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, KVM_EXIT_X86_RDMSR,
-    KVM_EXIT_X86_WRMSR, KVM_PMU_CAP_DISABLE, KVMIO, kvm_enable_cap, kvm_interrupt, kvm_regs,
-    kvm_segment, kvm_sregs, kvm_userspace_memory_region,
+    KVM_EXIT_IO, KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR,
+    KVM_PMU_CAP_DISABLE, KVMIO, kvm_enable_cap, kvm_interrupt, kvm_regs, kvm_segment, kvm_sregs,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use vmm_sys_util::ioctl::ioctl_with_ref;
@@ -21,6 +21,7 @@ use vmm_sys_util::ioctl_iow_nr;
 use super::error::{KvmError, Named};
 use super::guest_text::GuestView;
 use super::memory::GuestMemory;
+use super::preemption::Preemption;
 use super::run_page::{PortExit, RunPage};
 use super::traps::TrapState;
 use super::{cpuid, msr};
@@ -93,8 +94,12 @@ pub struct KvmCpu {
     pub(super) text: KernelText,
     pub(super) traps: TrapState,
     pub(super) counts: VcpuCounts,
+    /// How it is stopped between two exits.
+    pub(super) preemption: Preemption,
+    /// Where breakpoints are set, for us and not for the guest.
+    pub(super) stops: Vec<u64>,
     string: Option<StringAccess>,
-    unfinished: bool,
+    pub(super) unfinished: bool,
     /// KVM's reason for an exit that came while another was being finished.
     held: Option<u32>,
 }
@@ -156,6 +161,8 @@ impl KvmCpu {
             text: KernelText::default(),
             traps: TrapState::default(),
             counts: VcpuCounts::default(),
+            preemption: Preemption::default(),
+            stops: Vec::new(),
             string: None,
             unfinished: false,
             held: None,
@@ -197,6 +204,11 @@ impl KvmCpu {
     /// Drops what is left of an exit that nobody answers.
     pub(super) fn forget_exit(&mut self) {
         self.string = None;
+    }
+
+    /// KVM's reason for an exit that came while another was being finished.
+    pub(super) fn take_held(&mut self) -> Option<u32> {
+        self.held.take()
     }
 
     /// What was counted beside exits.
@@ -245,7 +257,7 @@ impl KvmCpu {
     }
 
     /// The exit that KVM's reason stands for.
-    fn decode(&mut self, reason: u32) -> Result<Exit, KvmError> {
+    pub(super) fn decode(&mut self, reason: u32) -> Result<Exit, KvmError> {
         self.unfinished = matches!(
             reason,
             KVM_EXIT_IO | KVM_EXIT_MMIO | KVM_EXIT_X86_RDMSR | KVM_EXIT_X86_WRMSR
@@ -394,25 +406,14 @@ impl KvmCpu {
 impl Cpu for KvmCpu {
     type Error = KvmError;
 
-    fn run(&mut self) -> Result<Back, KvmError> {
+    fn run(&mut self, horizon: Horizon) -> Result<Back, KvmError> {
         if let Some(exit) = self.next_element() {
             return Ok(Back::Exit(exit));
         }
-        if let Some(reason) = self.held.take() {
+        if let Some(reason) = self.take_held() {
             return self.decode(reason).map(Back::Exit);
         }
-        let Some(mut reason) = self.enter()? else {
-            self.counts.kicks += 1;
-            return Ok(Back::Kicked);
-        };
-        if reason == KVM_EXIT_IRQ_WINDOW_OPEN {
-            reason = self.leave_shadow()?;
-            if reason == KVM_EXIT_IRQ_WINDOW_OPEN {
-                self.unfinished = false;
-                return Ok(Back::Window);
-            }
-        }
-        self.decode(reason).map(Back::Exit)
+        self.run_to(horizon)
     }
 
     fn registers(&mut self) -> Registers {
