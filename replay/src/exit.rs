@@ -130,9 +130,12 @@ impl Exit {
             Exit::Woken => 11,
             Exit::Shutdown => 12,
             Exit::Pause => 13,
-            Exit::Preempted(_) => 14,
+            Exit::Preempted(_) => Exit::PREEMPTED,
         }
     }
+
+    /// The kind of a preemption.
+    pub const PREEMPTED: usize = 14;
 
     /// Names of the kinds.
     pub const KIND_NAMES: [&'static str; Exit::KINDS] = [

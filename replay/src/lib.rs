@@ -6,6 +6,7 @@
 //! one loop over them all.
 #![forbid(unsafe_code)]
 
+mod chaos;
 mod cpuid;
 mod digest;
 mod divergence;
@@ -21,13 +22,17 @@ mod outside;
 mod panic_watch;
 mod recorder;
 mod replayer;
+pub mod rng;
 
+pub use chaos::Chaos;
 pub use cpuid::{CpuidEntry, CpuidTable};
 pub use digest::{Digest, MemoryDigest, PAGE_BYTES};
 pub use divergence::{Difference, Divergence, first_difference};
 pub use event::{End, Ending, Entry, Event};
 pub use exit::{Answer, Exit, Mode, Registers, TimeInstruction, Turn};
-pub use header::{Content, Detail, Header, Host, Machine as MachineDescription, TrapCounts};
+pub use header::{
+    Content, CounterFacts, Detail, Header, Host, Machine as MachineDescription, TrapCounts,
+};
 pub use journal::{
     FRAME_HEAD_BYTES, FRAME_MAGIC, Frame, FrameHead, IndexEntry, JournalError, JournalReader,
     JournalWriter, MAGIC, Tail, TailReason, VERSION,

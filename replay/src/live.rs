@@ -3,6 +3,7 @@
 
 use hindsight_devices::{Input, Nanos};
 
+use crate::chaos::Chaos;
 use crate::digest::Digest;
 use crate::event::{End, Ending};
 use crate::exit::Turn;
@@ -26,6 +27,7 @@ pub struct Live<W: World> {
     patience_ns: Option<Nanos>,
     /// Something has waited for longer than that.
     overdue: bool,
+    chaos: Option<Chaos>,
 }
 
 impl<W: World> Live<W> {
@@ -36,7 +38,24 @@ impl<W: World> Live<W> {
             memory_every,
             patience_ns: Some(PATIENCE_NS),
             overdue: false,
+            chaos: None,
         }
+    }
+
+    /// The same door, which lets `chaos` meddle with the time.
+    pub fn with_chaos(self, chaos: Option<Chaos>) -> Live<W> {
+        Live { chaos, ..self }
+    }
+
+    /// The world, which another machine may be switched on in.
+    pub fn into_world(self) -> W {
+        self.world
+    }
+
+    /// The host's time, as the guest is to see it.
+    fn now(&mut self) -> Nanos {
+        let now = self.world.now();
+        self.chaos.as_ref().map_or(now, |chaos| chaos.seen(now))
     }
 
     /// The same door, which lets what is due wait for `patience_ns` before it preempts the guest;
@@ -55,6 +74,11 @@ impl<W: World> Live<W> {
 }
 
 impl<W: World> Live<W> {
+    /// The host's time at which the guest sees `at`.
+    fn unseen(&self, at: Nanos) -> Nanos {
+        self.chaos.as_ref().map_or(at, |chaos| chaos.unseen(at))
+    }
+
     /// When the patience with a guest that does not exit is at an end. A guest that has an interrupt
     /// pending and does not take it is not helped by another one.
     fn alarm_at(&self, standing: &Standing) -> Option<Nanos> {
@@ -74,10 +98,14 @@ impl<W: World> Outside for Live<W> {
             ..
         } = *query;
         self.overdue = false;
-        if halted && !self.world.sleep(deadline, room) {
+        if let Some(chaos) = &mut self.chaos {
+            chaos.meddle(query, self.world.now());
+        }
+        let until = deadline.map(|due| self.unseen(due));
+        if halted && !self.world.sleep(until, room) {
             return Err(Closed::End(Ending::Halted));
         }
-        let host = self.world.now();
+        let host = self.now();
         let due = deadline.is_some_and(|due| rule < due && due <= host);
         let follows_rule = if halted {
             deadline.is_some_and(|due| due <= host && host - due <= TOLERANCE_NS)
@@ -85,6 +113,10 @@ impl<W: World> Outside for Live<W> {
             !due && host.abs_diff(rule) <= TOLERANCE_NS
         };
         Ok(if follows_rule { rule } else { host.max(last) })
+    }
+
+    fn wants_sites(&self) -> bool {
+        self.chaos.is_some()
     }
 
     fn arrival(&mut self, _exits: u64, room: usize) -> Result<Option<Input>, Closed> {
@@ -112,17 +144,19 @@ impl<W: World> Outside for Live<W> {
         if self.overdue {
             return Ok(Horizon::From(0));
         }
-        self.world.alarm(self.alarm_at(standing));
-        Ok(Horizon::Exit)
+        let alarm = self.alarm_at(standing).map(|at| self.unseen(at));
+        self.world.alarm(alarm);
+        Ok(match &mut self.chaos {
+            Some(chaos) => chaos.horizon(standing),
+            None => Horizon::Exit,
+        })
     }
 
     fn kicked(&mut self, standing: &Standing) -> Result<(), Closed> {
         if self.world.gives_up() {
             return Err(Closed::End(Ending::StoppedRunning));
         }
-        let late = self
-            .alarm_at(standing)
-            .is_some_and(|at| at <= self.world.now());
+        let late = self.alarm_at(standing).is_some_and(|at| at <= self.now());
         let preempts = self.patience_ns.is_some();
         self.overdue |= late || (preempts && self.world.input_waits(standing.room));
         Ok(())

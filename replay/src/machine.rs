@@ -46,6 +46,11 @@ pub trait Cpu {
     fn interrupt(&mut self, vector: u8) -> Result<(), Self::Error>;
     /// Asks for [`Back::Window`] as soon as the guest takes interrupts, or no more.
     fn request_window(&mut self, wanted: bool);
+    /// The user-mode instruction that the guest is at, or that its kernel works for, as far as that
+    /// can be told. A hint: nothing that a replay does may depend on it.
+    fn caller(&mut self) -> Option<u64> {
+        None
+    }
     /// The digest of all of memory.
     fn memory_digest(&mut self) -> Result<u64, Self::Error>;
 }
@@ -93,6 +98,8 @@ pub struct Tally {
     pub interrupts: u64,
     /// Of those, how many waited for the guest to open its window.
     pub windows: u64,
+    /// How many were delivered where the guest had been preempted for them.
+    pub preempted: u64,
 }
 
 /// The machine: everything that decides what happens next, except the guest's own memory and CPU.
@@ -105,6 +112,8 @@ pub struct Machine {
     at: Moment,
     digest: Digest,
     halted: bool,
+    /// The last exit was a preemption.
+    preempted: bool,
     panic: PanicWatch,
     tally: Tally,
 }
@@ -126,6 +135,7 @@ impl Machine {
             at: Moment::START,
             digest: Digest::default(),
             halted: false,
+            preempted: false,
             panic: PanicWatch::default(),
             tally: Tally::default(),
         }
@@ -235,8 +245,14 @@ impl Machine {
         };
         let exits = self.at.exits;
         self.tally.exits[exit.kind()] += 1;
+        self.preempted = matches!(exit, Exit::Preempted(_));
 
-        self.pass_time(&exit, outside)?;
+        let site = if outside.wants_sites() {
+            cpu.caller()
+        } else {
+            None
+        };
+        self.pass_time(&exit, site, outside)?;
         let mut stopped = false;
         while let Some(input) = outside
             .arrival(exits, self.board.console_room())
@@ -292,6 +308,7 @@ impl Machine {
     fn pass_time<O: Outside + ?Sized, E: std::error::Error>(
         &mut self,
         exit: &Exit,
+        site: Option<u64>,
         outside: &mut O,
     ) -> Result<(), RunError<E>> {
         let deadline = self.board.deadline();
@@ -311,6 +328,7 @@ impl Machine {
                 Exit::Preempted(place) => Some(*place),
                 _ => None,
             },
+            site,
         };
         let now = outside.time(&query).map_err(RunError::Closed)?;
         assert!(
@@ -394,6 +412,7 @@ impl Machine {
             };
             self.digest.absorb_interrupt(&at, vector);
             self.tally.interrupts += 1;
+            self.tally.preempted += u64::from(self.preempted);
             self.halted = false;
             self.cpu(cpu.interrupt(vector))?;
             outside.interrupt(&at, vector).map_err(RunError::Closed)?;

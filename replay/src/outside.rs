@@ -32,6 +32,9 @@ pub struct TimeQuery {
     pub room: usize,
     /// The guest was preempted at this place; else it exited by itself.
     pub preempted: Option<Place>,
+    /// What the guest is doing there, as far as [`Outside::wants_sites`] asked for it: the same
+    /// number is the same place in its programs.
+    pub site: Option<u64>,
 }
 
 /// Where the machine stands between two turns.
@@ -75,6 +78,11 @@ pub enum Closed {
 pub trait Outside {
     /// Guest time at this exit; at least `query.last`. While the machine is halted this waits.
     fn time(&mut self, query: &TimeQuery) -> Result<Nanos, Closed>;
+
+    /// Whether [`TimeQuery::site`] is worth finding out.
+    fn wants_sites(&self) -> bool {
+        false
+    }
 
     /// The next input that reaches the machine at this exit, if there is one. `room` is how many
     /// typed bytes the machine has room for.

@@ -87,6 +87,10 @@ impl<O: Outside, W: Write> Outside for Recorder<O, W> {
         Ok(now)
     }
 
+    fn wants_sites(&self) -> bool {
+        self.inner.wants_sites()
+    }
+
     fn arrival(&mut self, exits: u64, room: usize) -> Result<Option<Input>, Closed> {
         let input = self.inner.arrival(exits, room)?;
         if let Some(input) = &input {

@@ -2,7 +2,6 @@
 #![forbid(unsafe_code)]
 
 pub mod debian;
-pub mod rng;
 pub mod seeds;
 pub mod sim;
 pub mod sim_world;

@@ -4,15 +4,15 @@ use std::collections::BTreeMap;
 
 use hindsight_devices::Nanos;
 use hindsight_replay::{
-    Closed, Content, CpuidEntry, CpuidTable, Detail, Divergence, End, Entry, Event, Header,
+    Chaos, Closed, Content, CpuidEntry, CpuidTable, Detail, Divergence, End, Entry, Event, Header,
     Horizon, Host, JournalError, JournalReader, JournalWriter, Live, Machine, MachineDescription,
     Moment, Observer, Outside, Place, Recorder, Replayer, RunError, Standing, Tail, TrapCounts,
-    Turn,
+    Turn, Unit,
 };
 
-use crate::rng::Rng;
 use crate::sim_world::SimWorld;
 use crate::toy_cpu::{Broken, ToyCpu};
+use hindsight_replay::rng::Rng;
 
 /// A machine and its world, both made of a seed.
 #[derive(Clone, Copy, Debug)]
@@ -27,6 +27,8 @@ pub struct Scenario {
     pub memory_every: Option<u64>,
     /// How long what is due waits for an exit, where there is a counter.
     pub patience_ns: Option<Nanos>,
+    /// The seed of its chaos.
+    pub chaos: Option<u64>,
 }
 
 impl Scenario {
@@ -42,6 +44,7 @@ impl Scenario {
             pace_ns,
             memory_every,
             patience_ns: None,
+            chaos: None,
         }
     }
 
@@ -71,6 +74,7 @@ impl Scenario {
                 cpuid: cpuid_table(),
                 seed: [3; 32],
                 ns_per_exit: self.ns_per_exit,
+                preemption: self.patience_ns.map(|_| Unit::Branches),
             },
             host: Host {
                 recorder: "simulation".into(),
@@ -78,6 +82,8 @@ impl Scenario {
                 kernel: "none".into(),
                 unix_seconds: 1_700_000_000,
                 holes: Vec::new(),
+                counter: None,
+                chaos: None,
             },
         }
     }
@@ -102,7 +108,9 @@ impl Scenario {
         mut cpu: ToyCpu,
     ) -> (Result<End, RunError<Broken>>, Recording) {
         let mut journal = Vec::new();
-        let live = Live::new(world, self.memory_every).with_patience(self.patience_ns);
+        let live = Live::new(world, self.memory_every)
+            .with_patience(self.patience_ns)
+            .with_chaos(self.chaos.map(|seed| Chaos::new(seed, true)));
         let header = self.header(detail);
         let mut recorder =
             Recorder::create(live, &mut journal, &header).expect("a Vec takes everything");

@@ -3,7 +3,7 @@
 use hindsight_devices::{Input, Nanos};
 use hindsight_replay::World;
 
-use crate::rng::Rng;
+use hindsight_replay::rng::Rng;
 
 /// No simulated run has more exits than this: the operator comes at the latest then.
 pub const EXITS_MAX: u64 = 600;

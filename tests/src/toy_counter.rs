@@ -6,7 +6,7 @@ use std::rc::Rc;
 
 use hindsight_replay::Counter;
 
-use crate::rng::Rng;
+use hindsight_replay::rng::Rng;
 
 /// The counting part, which the CPU feeds.
 #[derive(Clone, Debug)]

@@ -14,9 +14,9 @@ use hindsight_replay::{
     Registers, Walk, Went,
 };
 
-use crate::rng::{Rng, mix};
 use crate::toy_counter::{Pmu, ToyCounter};
 use crate::toy_program::{Op, Program};
+use hindsight_replay::rng::{Rng, mix};
 
 /// Memory in bytes. The last page is the stack of the interrupt handlers.
 pub const MEMORY_BYTES: usize = 2 * PAGE_BYTES;
@@ -438,6 +438,10 @@ impl Cpu for ToyCpu {
 
     fn request_window(&mut self, wanted: bool) {
         self.window = wanted;
+    }
+
+    fn caller(&mut self) -> Option<u64> {
+        Some(self.registers.rip())
     }
 
     fn memory_digest(&mut self) -> Result<u64, Broken> {

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use hindsight_devices::{Access, Width};
 use hindsight_replay::{Exit, Mode, TimeInstruction};
 
-use crate::rng::{Rng, mix};
+use hindsight_replay::rng::{Rng, mix};
 
 /// One instruction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -403,6 +403,8 @@ fn small_recording() -> (Scenario, Recording) {
             ns_per_exit: 5_000,
             pace_ns: 15_000_000,
             memory_every: Some(5),
+            patience_ns: None,
+            chaos: None,
         };
         (scenario, scenario.record(Detail::Default, 1))
     });

@@ -3,8 +3,8 @@
 //!
 //! `HINDSIGHT_SIM_SEEDS` says how many seeds (default 10,000), `HINDSIGHT_SIM_SEED` picks one.
 
+use hindsight_replay::rng::{Rng, mix};
 use hindsight_replay::{Detail, Ending, Event, Exit, WITNESS_EVERY};
-use hindsight_tests::rng::{Rng, mix};
 use hindsight_tests::seeds::for_seeds;
 use hindsight_tests::sim::{Recording, Scenario, Verdict, entries_of, replay};
 use hindsight_tests::sim_world::SimWorld;
@@ -17,7 +17,10 @@ const SEEDS: u64 = 10_000;
 fn scenario(seed: u64) -> Scenario {
     let mut rng = Rng::new(seed, 12);
     let patience_ns = [0, 0, 1_000, 100_000][rng.below(4) as usize];
-    Scenario::new(seed).with_patience(patience_ns)
+    Scenario {
+        chaos: rng.one_in(3).then(|| rng.number()),
+        ..Scenario::new(seed).with_patience(patience_ns)
+    }
 }
 
 /// A host's counter: its own noise and skid, and a margin that covers it.

@@ -5,11 +5,11 @@
 
 mod arbitrary;
 
+use hindsight_replay::rng::Rng;
 use hindsight_replay::{
     Detail, Difference, Entry, Event, Frame, IndexEntry, JournalError, JournalReader,
     JournalWriter, Tail, TailReason,
 };
-use hindsight_tests::rng::Rng;
 use hindsight_tests::sim::{
     Recording, Replayed, Scenario, Verdict, entries_of, relog, replay, write_entries,
 };

@@ -4,11 +4,11 @@
 //! failure names its seed and how to run it alone.
 
 use hindsight_devices::{Access, Input, Nanos, Width};
+use hindsight_replay::rng::{Rng, mix};
 use hindsight_replay::{
     Answer, Back, Cpu, Detail, Difference, Ending, Entry, Event, Exit, Horizon, JournalReader,
     Machine, Registers, WITNESS_EVERY, World,
 };
-use hindsight_tests::rng::{Rng, mix};
 use hindsight_tests::sim::{
     Recording, Replayed, Scenario, Unchecked, Verdict, cpuid_table, entries_of, machine_of, relog,
     replay, replay_on, write_entries,
@@ -556,6 +556,7 @@ fn a_byte_typed_at_a_moment_arrives_at_that_moment() {
         pace_ns: 0,
         memory_every: None,
         patience_ns: None,
+        chaos: None,
     }
     .header(Detail::Default);
     for typed_at in [2, 7, 16, 17] {

@@ -62,20 +62,24 @@ impl HostWorld {
         let ticks = sender.clone();
         std::thread::spawn(move || tick(kicker, &ticks));
         std::thread::spawn(move || read_input(&sender));
-        let wall = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .map_or(0, |since| since.as_secs());
         Ok(HostWorld {
             start: Instant::now(),
             news,
             typed: VecDeque::new(),
-            wall_clock: Some(wall),
+            wall_clock: Some(wall_clock()),
             input_is_open: true,
             stop_asked: None,
             stop_given: false,
             alarm,
             alarm_at: None,
         })
+    }
+
+    /// The world from now on again, for another machine.
+    pub fn restart(&mut self) {
+        self.start = Instant::now();
+        self.wall_clock = Some(wall_clock());
+        self.alarm_at = None;
     }
 
     fn take(&mut self, news: News) {
@@ -171,6 +175,13 @@ impl World for HostWorld {
         self.stop_asked
             .is_some_and(|asked| asked.elapsed() > PATIENCE)
     }
+}
+
+/// The host's wall clock, in seconds since 1970.
+fn wall_clock() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
 }
 
 fn tick(kicker: Kicker, news: &Sender<News>) {

@@ -2,6 +2,7 @@
 
 pub mod boot;
 pub mod cli;
+pub mod counting;
 pub mod doctor;
 pub mod host;
 mod kernel_cache;

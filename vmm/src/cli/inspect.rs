@@ -127,7 +127,7 @@ fn replay_io(
 ) -> anyhow::Result<Outcome> {
     let header = journal.header().clone();
     let (mut cpu, mut machine) =
-        RecordedImages::open(recording, &header, None, None)?.machine(&header)?;
+        RecordedImages::open(recording, &header, None, None)?.machine(&header, (None, None))?;
     let mut replayer = Replayer::new(journal, None, None);
     let mut listing = Listing::new(stdout(), json);
     let result = machine.run(&mut cpu, &mut replayer, &mut listing);

@@ -12,7 +12,7 @@ use kvm_bindings::{
 
 use super::error::{KvmError, Named};
 use super::vcpu::KvmCpu;
-use crate::perf::BranchCounter;
+use crate::counting::HostCounter;
 
 /// RFLAGS.RF: the next instruction runs past its breakpoint (Intel SDM vol. 3, 17.3.1.1).
 const RFLAGS_RF: u64 = 1 << 16;
@@ -27,8 +27,10 @@ pub enum Preemption {
     Never,
     /// A kick, wherever it finds the guest. Nobody will ever find the place again.
     Anywhere,
+    /// A count of its entries into its kernel, which it keeps itself.
+    Entries,
     /// A count of its conditional branches.
-    Branches(Box<Lander<BranchCounter>>),
+    Branches(Box<Lander<HostCounter>>),
 }
 
 impl KvmCpu {
@@ -72,7 +74,7 @@ impl KvmCpu {
 
     fn land(
         &mut self,
-        lander: &mut Lander<BranchCounter>,
+        lander: &mut Lander<HostCounter>,
         horizon: Horizon,
     ) -> Result<Back, KvmError> {
         if horizon != Horizon::Exit && self.unfinished {

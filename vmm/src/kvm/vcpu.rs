@@ -501,6 +501,10 @@ impl Cpu for KvmCpu {
         self.page().request_window(wanted);
     }
 
+    fn caller(&mut self) -> Option<u64> {
+        self.user_rip()
+    }
+
     fn memory_digest(&mut self) -> Result<u64, KvmError> {
         self.memory.digest()
     }
