@@ -13,6 +13,8 @@ const IA32_TSC: u32 = 0x10;
 const IA32_TSC_ADJUST: u32 = 0x3b;
 const IA32_MISC_ENABLE: u32 = 0x1a0;
 const AMD_HWCR: u32 = 0xc001_0015;
+const LSTAR: u32 = 0xc000_0082;
+const CSTAR: u32 = 0xc000_0083;
 const TSC_AUX: u32 = 0xc000_0103;
 
 /// What a WRMSR to a register in the table does.
@@ -25,6 +27,8 @@ enum OnWrite {
     Keep(u64),
     /// Read back as written.
     Store,
+    /// Read back as written; must be an address, else a fault.
+    StoreAddress,
 }
 
 /// One register of the table.
@@ -38,7 +42,7 @@ struct Harmless {
     why: &'static str,
 }
 
-const HARMLESS: [Harmless; 9] = [
+const HARMLESS: [Harmless; 11] = [
     Harmless {
         index: 0x17, // IA32_PLATFORM_ID
         reads: Some(0),
@@ -62,6 +66,18 @@ const HARMLESS: [Harmless; 9] = [
         reads: Some(1), // fast strings
         write: OnWrite::Store,
         why: "read unguarded for the fast-string bit, written back with bits changed",
+    },
+    Harmless {
+        index: LSTAR,
+        reads: Some(0),
+        write: OnWrite::StoreAddress,
+        why: "where SYSCALL enters the kernel; the CPU's own may lead there by way of a counter",
+    },
+    Harmless {
+        index: CSTAR,
+        reads: Some(0),
+        write: OnWrite::StoreAddress,
+        why: "the same for SYSCALL in 32-bit programs",
     },
     Harmless {
         index: 0xc001_0010, // MSR_AMD64_SYSCFG
@@ -105,6 +121,8 @@ pub(crate) struct Msrs {
     tsc_aux: u32,
     misc_enable: u64,
     hwcr: u64,
+    lstar: u64,
+    cstar: u64,
 }
 
 impl Msrs {
@@ -120,6 +138,8 @@ impl Msrs {
             tsc_aux: 0,
             misc_enable: power_on(IA32_MISC_ENABLE),
             hwcr: power_on(AMD_HWCR),
+            lstar: power_on(LSTAR),
+            cstar: power_on(CSTAR),
         }
     }
 
@@ -141,6 +161,8 @@ impl Msrs {
             TSC_AUX => Some(u64::from(self.tsc_aux)),
             IA32_MISC_ENABLE => Some(self.misc_enable),
             AMD_HWCR => Some(self.hwcr),
+            LSTAR => Some(self.lstar),
+            CSTAR => Some(self.cstar),
             _ => HARMLESS
                 .iter()
                 .find(|entry| entry.index == index)
@@ -179,16 +201,24 @@ impl Msrs {
             Some(OnWrite::Ignore) => Reply::Done,
             Some(OnWrite::Keep(bits)) if value & bits == bits => Reply::Done,
             Some(OnWrite::Keep(_)) => Reply::Fault,
-            Some(OnWrite::Store) => {
+            Some(OnWrite::StoreAddress) if !is_canonical(value) => Reply::Fault,
+            Some(OnWrite::Store | OnWrite::StoreAddress) => {
                 match index {
                     IA32_MISC_ENABLE => self.misc_enable = value,
                     AMD_HWCR => self.hwcr = value,
+                    LSTAR => self.lstar = value,
+                    CSTAR => self.cstar = value,
                     _ => unreachable!("MSR {index:#x} is stored, but nowhere"),
                 }
                 Reply::Done
             }
         }
     }
+}
+
+/// Whether all bits from 47 on are equal (Intel SDM vol. 1, 3.3.7.1); five-level paging is hidden.
+fn is_canonical(address: u64) -> bool {
+    address.cast_signed() << 16 >> 16 == address.cast_signed()
 }
 
 #[cfg(test)]
@@ -244,6 +274,19 @@ mod tests {
     }
 
     #[test]
+    fn where_system_calls_enter_must_be_an_address() {
+        for index in [LSTAR, CSTAR] {
+            let mut msrs = Msrs::new();
+            let entry = 0xffff_ffff_81c0_0040;
+            assert_eq!(msrs.write(index, entry, 0), Reply::Done);
+            for value in [0x0000_8000_0000_0000, 0xffff_7fff_ffff_ffff] {
+                assert_eq!(msrs.write(index, value, 0), Reply::Fault);
+            }
+            assert_eq!(msrs.read(index, 0), Reply::Value(entry));
+        }
+    }
+
+    #[test]
     fn the_table_is_sorted_and_every_entry_says_why() {
         assert!(
             HARMLESS
@@ -257,7 +300,7 @@ mod tests {
     fn every_stored_register_reads_back_what_was_written() {
         for entry in HARMLESS
             .iter()
-            .filter(|entry| entry.write == OnWrite::Store)
+            .filter(|entry| matches!(entry.write, OnWrite::Store | OnWrite::StoreAddress))
         {
             let mut msrs = Msrs::new();
             assert_eq!(

@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 
 use hindsight_devices::Nanos;
 
-use crate::landing::Horizon;
+use crate::landing::{Horizon, Unit};
 use crate::outside::{Standing, TimeQuery};
 use crate::rng::Rng;
 
@@ -28,13 +28,14 @@ const COMMON: u64 = 12;
 /// One turn in so many ends at a counted place instead of an exit, where there is a counter.
 const PREEMPTED_ONE_IN: u64 = 8;
 /// The longest stretch before such a place is two to this power.
-const STRETCH_BITS: u64 = 21;
+const BRANCHES_BITS: u64 = 21;
+const ENTRIES_BITS: u64 = 5;
 
 /// A source of trouble, made of a seed.
 #[derive(Debug)]
 pub struct Chaos {
     rng: Rng,
-    preempts: bool,
+    preempts: Option<Unit>,
     /// How far the guest's time is ahead of the host's.
     ahead_ns: Nanos,
     visits: BTreeMap<u64, u64>,
@@ -43,8 +44,8 @@ pub struct Chaos {
 }
 
 impl Chaos {
-    /// The chaos of a seed; `preempts` if the vCPU can be stopped between exits.
-    pub fn new(seed: u64, preempts: bool) -> Chaos {
+    /// The chaos of a seed; `preempts` says what is counted if the vCPU can be stopped between exits.
+    pub fn new(seed: u64, preempts: Option<Unit>) -> Chaos {
         Chaos {
             rng: Rng::new(seed, 20),
             preempts,
@@ -89,14 +90,20 @@ impl Chaos {
 
     /// How far the guest may run behind this exit.
     pub fn horizon(&mut self, standing: &Standing) -> Horizon {
-        if !self.preempts || standing.pending || standing.deadline.is_none() {
+        let Some(unit) = self.preempts else {
+            return Horizon::Exit;
+        };
+        if standing.pending || standing.deadline.is_none() {
             return Horizon::Exit;
         }
         match self.drawn {
             Some((exits, horizon)) if exits == standing.exits => horizon,
             _ => {
                 let horizon = if self.rng.one_in(PREEMPTED_ONE_IN) {
-                    let bits = self.rng.below(STRETCH_BITS);
+                    let bits = self.rng.below(match unit {
+                        Unit::Branches => BRANCHES_BITS,
+                        Unit::Entries => ENTRIES_BITS,
+                    });
                     Horizon::From(self.rng.below(2 << bits))
                 } else {
                     Horizon::Exit
@@ -129,7 +136,7 @@ mod tests {
     fn a_rare_place_is_stalled_at_almost_as_often_as_a_common_one() {
         let mut stalls = [0; 2];
         for seed in 0..200 {
-            let mut chaos = Chaos::new(seed, false);
+            let mut chaos = Chaos::new(seed, None);
             for visit in 0..10_000 {
                 // One visit in a thousand is to the rare place.
                 let rare = visit % 1_000 == 0;
@@ -143,7 +150,7 @@ mod tests {
 
     #[test]
     fn a_stall_ends_when_a_timer_is_due_and_the_guest_keeps_the_time_it_has_seen() {
-        let mut chaos = Chaos::new(3, false);
+        let mut chaos = Chaos::new(3, None);
         let mut ahead = 0;
         for round in 0..1_000 {
             let host = round * 1_000;
@@ -160,7 +167,7 @@ mod tests {
 
     #[test]
     fn nothing_happens_to_a_guest_that_runs_no_program() {
-        let mut chaos = Chaos::new(1, false);
+        let mut chaos = Chaos::new(1, None);
         for host in 0..1_000 {
             chaos.meddle(&query(None, Some(1 << 40)), host);
         }

@@ -110,7 +110,7 @@ impl Scenario {
         let mut journal = Vec::new();
         let live = Live::new(world, self.memory_every)
             .with_patience(self.patience_ns)
-            .with_chaos(self.chaos.map(|seed| Chaos::new(seed, true)));
+            .with_chaos(self.chaos.map(|seed| Chaos::new(seed, Some(Unit::Branches))));
         let header = self.header(detail);
         let mut recorder =
             Recorder::create(live, &mut journal, &header).expect("a Vec takes everything");

@@ -2,10 +2,11 @@
 
 use std::io::Read;
 
-use hindsight_replay::{Content, CpuidTable, Host, Machine, MachineDescription};
+use hindsight_replay::{Content, CpuidTable, Host, Machine, MachineDescription, Unit};
 use kvm_ioctls::Kvm;
 use thiserror::Error;
 
+use crate::boot::caves::isolates_page_tables;
 use crate::boot::{self, BootError, Elf};
 use crate::doctor;
 use crate::kernel_cache::{self, Prepared};
@@ -13,9 +14,10 @@ use crate::kvm::{GuestMemory, KernelText, KvmCpu, KvmError, cpuid, exit_cost};
 use crate::recording::content;
 
 /// What the kernel must be told on this machine: there is no APIC, ACPI or PCI; the TSC counts
-/// nanoseconds and is read through traps, which the vDSO would go round.
+/// nanoseconds and is read through traps, which the vDSO would go round. Page-table isolation would
+/// keep user space from the word that counts kernel entries.
 pub const MACHINE_CMDLINE: &str = "console=ttyS0 panic=-1 reboot=k noapic nolapic nokaslr \
-     tsc_early_khz=1000000 tsc=reliable vdso=0 random.trust_cpu=off random.trust_bootloader=on acpi=off pci=off";
+     tsc_early_khz=1000000 tsc=reliable vdso=0 random.trust_cpu=off random.trust_bootloader=on acpi=off pci=off nopti";
 
 /// Opens KVM and asks whether it can carry a machine that replays. Returns what it cannot keep from
 /// the guest, in words.
@@ -143,7 +145,12 @@ pub fn build(
     let elf = Elf::parse(&kernel.elf)?;
     let plan = boot::load(&mut memory, kernel, &elf, sites, &given)?;
     let mut cpu = KvmCpu::new(kvm, memory, &description.cpuid)?;
-    cpu.boot(&plan, KernelText::new(&elf, sites))?;
+    let mut text = KernelText::new(&elf, sites);
+    let counts_entries = description.preemption == Some(Unit::Entries);
+    if !counts_entries || isolates_page_tables(&description.cmdline, &description.cpuid.vendor()) {
+        text.caves = None;
+    }
+    cpu.boot(&plan, text)?;
     Ok((
         cpu,
         Machine::new(description.cpuid.clone(), description.ns_per_exit),

@@ -74,6 +74,9 @@ pub struct Elf<'a> {
     pub segments: Vec<Segment>,
     /// What is code, in the file's order.
     pub code: Vec<Code>,
+    /// The virtual addresses that sections take in memory, in the file's order; empty where the file
+    /// names no sections.
+    pub taken: Vec<Range<u64>>,
 }
 
 impl<'a> Elf<'a> {
@@ -112,15 +115,16 @@ impl<'a> Elf<'a> {
         }
         let segments = segments(file, header)?;
         let entry = entry(&segments, u64_in(header, 24))?;
-        let code = match sections(file, header, &segments)? {
-            Some(code) => code,
-            None => code_of_segments(&segments)?,
+        let (code, taken) = match sections(file, header, &segments)? {
+            Some(found) => found,
+            None => (code_of_segments(&segments)?, Vec::new()),
         };
         Ok(Elf {
             file,
             entry,
             segments,
             code,
+            taken,
         })
     }
 
@@ -229,12 +233,13 @@ fn entry(segments: &[Segment], entry: u64) -> Result<u64, BootError> {
         })
 }
 
-/// The executable sections, or none where the file has no section headers.
+/// The executable sections, and where all sections lie; `None` where the file has no section headers.
+#[expect(clippy::type_complexity, reason = "two lists, taken apart at once")]
 fn sections(
     file: &[u8],
     header: &[u8],
     segments: &[Segment],
-) -> Result<Option<Vec<Code>>, BootError> {
+) -> Result<Option<(Vec<Code>, Vec<Range<u64>>)>, BootError> {
     let (offset, count) = (u64_in(header, 40), u16_in(header, 60));
     if offset == 0 || count == 0 {
         return Ok(None);
@@ -248,9 +253,12 @@ fn sections(
         SECTION_HEADER_BYTES,
     )?;
     let names = names(file, table, u16_in(header, 62))?;
-    let mut code = Vec::new();
+    let (mut code, mut taken) = (Vec::new(), Vec::new());
     for entry in table.chunks_exact(SECTION_HEADER_BYTES) {
         let (flags, address, bytes) = (u64_in(entry, 8), u64_in(entry, 16), u64_in(entry, 32));
+        if flags & SHF_ALLOC != 0 {
+            taken.push(address..address.saturating_add(bytes));
+        }
         let wanted = SHF_ALLOC | SHF_EXECINSTR;
         if u32_in(entry, 4) != SHT_PROGBITS || flags & wanted != wanted || bytes == 0 {
             continue;
@@ -276,7 +284,7 @@ fn sections(
             file: range,
         });
     }
-    Ok(Some(code))
+    Ok(Some((code, taken)))
 }
 
 /// The section names' string table; empty where the file names none.

@@ -7,6 +7,7 @@
 //! kernel file gives the same machine every time.
 
 mod bzimage;
+pub mod caves;
 mod elf;
 mod error;
 pub mod layout;
@@ -19,6 +20,7 @@ pub mod traps;
 mod zero_page;
 
 pub use bzimage::{Kernel, unpack};
+pub use caves::{Cave, EntryCaves};
 pub use elf::{Code, Elf, Segment};
 pub use error::{BootError, OutOfRam};
 pub use load::{BootPlan, E820Entry, Given, GuestRam, Seed, e820, load};

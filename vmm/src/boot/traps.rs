@@ -34,9 +34,10 @@ pub const TRAP_WRITE_CR4: u8 = 0xf4;
 pub const TRAP_READ_CR4: u8 = 0xf5;
 /// Port of the first instruction of the #GP entry, rewritten while the guest runs.
 pub const TRAP_GP_ENTRY: u8 = 0xf6;
-
 /// Port of a PAUSE.
 pub const TRAP_PAUSE: u8 = 0xf7;
+/// Port of the kernel entry that was waited for (see `kvm::entries`).
+pub const TRAP_ENTRY: u8 = 0xf8;
 
 /// `out %al, imm8`.
 const OUT: u8 = 0xe6;

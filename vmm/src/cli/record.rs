@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
 use hindsight_replay::{
-    Chaos, Closed, Detail, End, Ending, Header, Live, PATIENCE_NS, Recorder, RunError, Unit,
+    Chaos, Closed, Detail, End, Ending, Header, Live, PATIENCE_NS, Recorder, RunError,
 };
 use kvm_ioctls::Kvm;
 
@@ -178,7 +178,7 @@ impl Session<'_> {
         let world = self.world.take().expect("one guest runs at a time");
         let live = Live::new(world, memory_every)
             .with_patience(unit.map(|_| patience))
-            .with_chaos(chaos.map(|seed| Chaos::new(seed, unit == Some(Unit::Branches))));
+            .with_chaos(chaos.map(|seed| Chaos::new(seed, unit)));
         let journal = self.recording.create_journal()?;
         let mut recorder = Recorder::create(live, journal, &self.header)
             .map_err(|error| Failure::new(Outcome::HostFailed, error))?;

@@ -1,6 +1,8 @@
 //! The machine's CPU and memory, on stock KVM. The only unsafe code of the project lives here.
 
 pub mod cpuid;
+pub mod entries;
+mod entry_stub;
 mod error;
 pub mod exit_cost;
 mod guest_text;

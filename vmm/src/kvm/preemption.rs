@@ -6,10 +6,11 @@
 use hindsight_replay::{Ahead, Back, Exit, Horizon, Lander, Place, Unit, Walk, Went};
 use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic};
 use kvm_bindings::{
-    KVM_EXIT_DEBUG, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_USE_HW_BP,
+    KVM_EXIT_DEBUG, KVM_EXIT_IO, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_USE_HW_BP,
     kvm_guest_debug, kvm_guest_debug_arch,
 };
 
+use super::entries::EntryStop;
 use super::error::{KvmError, Named};
 use super::vcpu::KvmCpu;
 use crate::counting::HostCounter;
@@ -61,7 +62,33 @@ impl KvmCpu {
                     _ => self.plain(),
                 }
             }
+            Preemption::Entries => {
+                self.preemption = Preemption::Entries;
+                self.set_entry_target(horizon);
+                let back = self.plain()?;
+                if matches!(back, Back::Exit(_)) {
+                    self.entries().turn();
+                }
+                Ok(back)
+            }
             Preemption::Never => self.plain(),
+        }
+    }
+
+    /// Has the guest stop at the kernel entry that the horizon asks for, if it counts them.
+    fn set_entry_target(&mut self, horizon: Horizon) {
+        let mut entries = self.entries();
+        let next = entries.done() + 1;
+        let wanted = match horizon {
+            Horizon::From(least) => next.max(least),
+            // A place that has been cannot be reached: the next exit will be the wrong one.
+            Horizon::At(place) if place.unit == Unit::Entries && place.number >= next => {
+                place.number
+            }
+            Horizon::Exit | Horizon::At(_) => return,
+        };
+        if entries.available() && !entries.is_waited_for() {
+            entries.set_target(wanted);
         }
     }
 
@@ -84,7 +111,11 @@ impl KvmCpu {
                 return self.decode(reason).map(Back::Exit);
             }
         }
-        lander.run(self, horizon)
+        match horizon {
+            // Not ours to count: the next exit will be the wrong one.
+            Horizon::At(place) if place.unit != Unit::Branches => lander.run(self, Horizon::Exit),
+            horizon => lander.run(self, horizon),
+        }
     }
 
     /// Has the vCPU stop before the instructions at these addresses, and nowhere else.
@@ -167,6 +198,14 @@ impl Walk for KvmCpu {
         };
         if reason == KVM_EXIT_IRQ_WINDOW_OPEN {
             reason = self.leave_shadow()?;
+        }
+        if reason == KVM_EXIT_IO
+            && let Some(EntryStop { number, rip }) = self.entry_stop()
+        {
+            self.unfinished = true;
+            let unit = Unit::Entries;
+            let place = Place { unit, number, rip };
+            return Ok(Went::Back(Back::Exit(Exit::Preempted(place))));
         }
         match reason {
             KVM_EXIT_IRQ_WINDOW_OPEN => {

@@ -114,7 +114,9 @@ impl KvmCpu {
         match self.fd().set_sregs(&sregs) {
             Ok(()) => {
                 self.traps.guest_cr4 = Some(value);
-                self.hook_gp_entry(&sregs)
+                self.hook_gp_entry(&sregs)?;
+                self.hook_gates(&sregs);
+                Ok(())
             }
             // Reserved bits: the CPU answers such a write with #GP.
             Err(error) if error.errno() == libc::EINVAL => self.inject_gp(),

@@ -18,6 +18,7 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_iow_nr;
 
+use super::entries::EntryState;
 use super::error::{KvmError, Named};
 use super::guest_text::GuestView;
 use super::memory::GuestMemory;
@@ -25,7 +26,7 @@ use super::preemption::Preemption;
 use super::run_page::{PortExit, RunPage};
 use super::traps::TrapState;
 use super::{cpuid, msr};
-use crate::boot::{BootPlan, Elf, Site, SiteKind, Sites};
+use crate::boot::{BootPlan, Elf, EntryCaves, Site, SiteKind, Sites, caves};
 
 ioctl_iow_nr!(KVM_INTERRUPT, KVMIO, 0x86, kvm_interrupt);
 
@@ -41,6 +42,8 @@ pub struct KernelText {
     pub cr4_sites: BTreeMap<u64, SiteKind>,
     /// Virtual addresses of `.init.text`, start and end.
     pub init: Option<(u64, u64)>,
+    /// Where there is room for what counts kernel entries; `None` if they are not to be counted.
+    pub caves: Option<EntryCaves>,
 }
 
 impl KernelText {
@@ -61,6 +64,7 @@ impl KernelText {
                 .map(|s| (s.address, s.kind))
                 .collect(),
             init: init.map(|code| (code.address, code.address + code.file.len() as u64)),
+            caves: caves::find(elf),
         }
     }
 
@@ -82,6 +86,8 @@ pub struct VcpuCounts {
     pub kicks: u64,
     /// Where the #GP entry was rewritten.
     pub gp_entry: Option<u64>,
+    /// How many of the kernel's entry points are counted.
+    pub entry_points: u32,
 }
 
 /// A vCPU, its VM and its memory.
@@ -93,6 +99,7 @@ pub struct KvmCpu {
     pub(super) memory: GuestMemory,
     pub(super) text: KernelText,
     pub(super) traps: TrapState,
+    pub(super) entries: EntryState,
     pub(super) counts: VcpuCounts,
     /// How it is stopped between two exits.
     pub(super) preemption: Preemption,
@@ -160,6 +167,7 @@ impl KvmCpu {
             memory,
             text: KernelText::default(),
             traps: TrapState::default(),
+            entries: EntryState::default(),
             counts: VcpuCounts::default(),
             preemption: Preemption::default(),
             stops: Vec::new(),
@@ -197,6 +205,7 @@ impl KvmCpu {
         let mut fpu = self.fd.get_fpu().named("KVM_GET_FPU")?;
         (fpu.fcw, fpu.mxcsr) = (0x37f, 0x1f80);
         self.fd.set_fpu(&fpu).named("KVM_SET_FPU")?;
+        self.entries = EntryState::new(text.caves);
         self.text = text;
         Ok(())
     }
@@ -427,8 +436,9 @@ impl Cpu for KvmCpu {
             (Exit::ProtectionFault, _) => self.finish_fault(),
             (_, Answer::Value(value)) => self.give(value),
             (_, Answer::Fault) => self.page().set_msr(None),
-            (Exit::Access(Access::MsrWrite { value, .. }), Answer::Done) => {
+            (Exit::Access(Access::MsrWrite { index, value }), Answer::Done) => {
                 self.page().set_msr(Some(value));
+                self.wrote_msr(index, value)?;
             }
             (Exit::TimeRead { instruction, .. }, Answer::Time { tsc, aux }) => {
                 self.finish_user_read()?;

@@ -1,0 +1,254 @@
+//! Kernel entries as moments: the guest counts them itself, and stops at the one we name.
+//!
+//! Without a performance counter there is no telling how far a guest has come between two exits.
+//! But its system calls and faults all lead through a few entry points of its kernel, and those can be
+//! counted: each gets a stub (see [`super::entry_stub`]) that decrements one word in guest memory and
+//! exits when it comes to zero. So an entry costs a few instructions and no exit, and entry number
+//! n behind a counted exit is a place where the guest can be stopped, in a recording and in its replay.
+//! A guest that computes without entering its kernel has no such places.
+//!
+//! What is hooked, and when, follows from what the guest does at counted exits: LSTAR and CSTAR when
+//! it writes them, the gates of its IDT at its writes of CR4. The word is zero at every counted exit, so
+//! memory there says nothing of who waited for what.
+//!
+//! Left alone: NMI, #DB, #DF and #MC, which may come inside any other entry; #GP, which is an exit
+//! already; and SYSENTER, since a single-stepped one would raise #DB in the stub, where
+//! Linux does not expect it.
+
+use kvm_bindings::{Msrs, kvm_msr_entry, kvm_sregs};
+
+use super::entry_stub::{NO_STUB, OUT_OFFSET, STUB_BYTES, STUBS, stub};
+use super::error::{KvmError, Named};
+use super::memory::GuestMemory;
+use super::vcpu::KvmCpu;
+use crate::boot::traps::TRAP_ENTRY;
+use crate::boot::{EntryCaves, GuestRam};
+
+const LSTAR: u32 = 0xc000_0082;
+const CSTAR: u32 = 0xc000_0083;
+/// The exceptions that are counted, and Linux's 32-bit system call: one stub for each, in this order.
+const VECTORS: [u8; 14] = [0, 3, 4, 5, 6, 7, 10, 11, 12, PAGE_FAULT, 16, 17, 19, 0x80];
+const PAGE_FAULT: u8 = 14;
+const PAGE_FAULT_STUB: usize = 9;
+const LSTAR_STUB: usize = VECTORS.len();
+const CSTAR_STUB: usize = VECTORS.len() + 1;
+/// Bytes of a gate (Intel SDM vol. 3, 6.14.1).
+const GATE_BYTES: usize = 16;
+
+const _: () = {
+    assert!(VECTORS[PAGE_FAULT_STUB] == PAGE_FAULT);
+    assert!(CSTAR_STUB < STUBS);
+};
+
+/// A stop at a kernel entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EntryStop {
+    /// Its number, counted from the last counted exit; the first is 1.
+    pub number: u64,
+    /// Address of the stub's OUT: which entry it is.
+    pub rip: u64,
+}
+
+/// What is known of the stubs in the guest.
+#[derive(Clone, Debug, Default)]
+pub struct EntryState {
+    caves: Option<EntryCaves>,
+    /// The kernel's own entry behind each stub that stands.
+    behind: [Option<u64>; STUBS],
+    /// The entry that is waited for, and that the word counts down to.
+    target: Option<u64>,
+}
+
+impl EntryState {
+    /// No stub stands yet.
+    pub fn new(caves: Option<EntryCaves>) -> EntryState {
+        EntryState {
+            caves,
+            ..EntryState::default()
+        }
+    }
+
+    /// Which stub has its OUT at this address.
+    fn stub_at(&self, out: u64) -> Option<usize> {
+        let offset = out.checked_sub(self.caves?.stubs.address + OUT_OFFSET)?;
+        let index = usize::try_from(offset / STUB_BYTES).ok()?;
+        let stands = offset.is_multiple_of(STUB_BYTES) && self.behind.get(index)?.is_some();
+        stands.then_some(index)
+    }
+}
+
+/// The counter of kernel entries.
+#[derive(Debug)]
+pub struct EntryCounter<'a> {
+    memory: &'a mut GuestMemory,
+    state: &'a mut EntryState,
+}
+
+impl EntryCounter<'_> {
+    /// Whether the ways from a program into the kernel are counted: system calls and page faults.
+    /// They are not before the kernel has set them up, nor in a kernel without room for stubs. A
+    /// function of what the guest did at counted exits.
+    pub fn available(&self) -> bool {
+        let stands = |stub: usize| self.state.behind[stub].is_some();
+        stands(LSTAR_STUB) && stands(PAGE_FAULT_STUB)
+    }
+
+    /// Entries since the last counted exit.
+    pub fn done(&self) -> u64 {
+        self.state.target.unwrap_or(0).wrapping_sub(self.word())
+    }
+
+    /// Stops the guest at entry number `at`, counted from the last counted exit; it must be one
+    /// that has not been. A guest that has just reached an earlier target still stops there.
+    pub fn set_target(&mut self, at: u64) {
+        assert!(self.available(), "no entry is counted");
+        let done = self.done();
+        if self.state.target == Some(done) {
+            return;
+        }
+        assert!(at > done, "entry {at} has been, {done} were counted");
+        self.state.target = Some(at);
+        self.set_word(at - done);
+    }
+
+    /// A counted exit has happened: counts from zero, and waits for nothing. Must come before
+    /// anybody looks at memory.
+    pub fn turn(&mut self) {
+        self.state.target = None;
+        if self.state.behind.iter().any(Option::is_some) {
+            self.set_word(0);
+        }
+    }
+
+    /// Whether a stop is still to come.
+    pub fn is_waited_for(&self) -> bool {
+        self.state.target.is_some()
+    }
+
+    fn word(&self) -> u64 {
+        let mut bytes = [0; 8];
+        match self.state.caves {
+            Some(caves) if self.memory.read(caves.word.physical, &mut bytes) => {
+                u64::from_le_bytes(bytes)
+            }
+            _ => 0,
+        }
+    }
+
+    fn set_word(&mut self, word: u64) {
+        let caves = self.state.caves.expect("a stub stands");
+        self.memory
+            .write(caves.word.physical, &word.to_le_bytes())
+            .expect("the stub was installed with this word");
+    }
+}
+
+impl KvmCpu {
+    /// The counter of kernel entries.
+    pub fn entries(&mut self) -> EntryCounter<'_> {
+        EntryCounter {
+            memory: &mut self.memory,
+            state: &mut self.entries,
+        }
+    }
+
+    /// Whether the vCPU came back with the OUT of a stub, for a target that is reached. An OUT to that
+    /// port from anywhere else is an ordinary one.
+    pub(super) fn entry_stop(&mut self) -> Option<EntryStop> {
+        let io = self.page().port()?;
+        if io.read || io.port != u16::from(TRAP_ENTRY) {
+            return None;
+        }
+        // KVM stands at the OUT, or behind it where it emulates.
+        let rip = self.rip();
+        let out = [rip, rip.wrapping_sub(2)]
+            .into_iter()
+            .find(|&at| self.entries.stub_at(at).is_some())?;
+        let number = self.entries.target?;
+        let reached = self.entries().done() == number;
+        reached.then_some(EntryStop { number, rip: out })
+    }
+
+    /// The guest has written an MSR of the board's: those that say where SYSCALL enters are ours to load.
+    pub(super) fn wrote_msr(&mut self, index: u32, value: u64) -> Result<(), KvmError> {
+        let stub = match index {
+            LSTAR => LSTAR_STUB,
+            CSTAR => CSTAR_STUB,
+            _ => return Ok(()),
+        };
+        let data = self.install(stub, value).unwrap_or(value);
+        let entry = kvm_msr_entry {
+            index,
+            data,
+            ..Default::default()
+        };
+        let entries = Msrs::from_entries(&[entry]).expect("one entry is not too many");
+        let set = self.fd().set_msrs(&entries).named("KVM_SET_MSRS")?;
+        assert_eq!(set, 1, "KVM has an MSR {index:#x}");
+        Ok(())
+    }
+
+    /// Puts stubs between the gates of the IDT and the entries they lead to, if those are final.
+    pub(super) fn hook_gates(&mut self, sregs: &kvm_sregs) {
+        if self.entries.caves.is_none() {
+            return;
+        }
+        let mut table = [0; (VECTORS[VECTORS.len() - 1] as usize + 1) * GATE_BYTES];
+        let length = table.len().min(usize::from(sregs.idt.limit) + 1);
+        let length = self.view().read(sregs.idt.base, &mut table[..length]);
+        let (gates, _) = table[..length].as_chunks::<GATE_BYTES>();
+        for (index, vector) in VECTORS.into_iter().enumerate() {
+            let hooked = gates
+                .get(usize::from(vector))
+                .and_then(|gate| self.hooked(index, u128::from_le_bytes(*gate)));
+            let at = sregs.idt.base + u64::from(vector) * GATE_BYTES as u64;
+            if let Some(gate) = hooked
+                && let Some(gpa) = self.view().translate(at)
+            {
+                self.memory
+                    .write(gpa, &gate.to_le_bytes())
+                    .expect("the gate was read from there");
+            }
+        }
+    }
+
+    /// The gate with a stub before its entry; `None` if it is to stay as it is.
+    fn hooked(&mut self, index: usize, gate: u128) -> Option<u128> {
+        // Intel SDM vol. 3, 6.14.1: present, of type 14 (interrupt) or 15 (trap), with its own stack or not.
+        let (present, kind, stack) = (gate >> 47 & 1, gate >> 40 & 0x1f, gate >> 32 & 7);
+        let entry = (gate & 0xffff | gate >> 32 & 0xffff_ffff_ffff_0000) as u64;
+        if present == 0 || kind & 0x1e != 0xe || stack != 0 || self.text.is_init(entry) {
+            return None;
+        }
+        let to = u128::from(self.install(index, entry)?);
+        let offset = 0xffff_ffff_ffff << 48 | 0xffff_u128;
+        Some(gate & !offset | to & 0xffff | (to & 0xffff_ffff_ffff_0000) << 32)
+    }
+
+    /// Writes the stub that counts and goes on at `entry`. Returns its address; `None` if it stands
+    /// there already, or cannot.
+    fn install(&mut self, index: usize, entry: u64) -> Option<u64> {
+        let caves = self.entries.caves?;
+        let offset = index as u64 * STUB_BYTES;
+        let (at, gpa) = (caves.stubs.address + offset, caves.stubs.physical + offset);
+        let behind = self.entries.behind[index].take();
+        if entry == at {
+            self.entries.behind[index] = behind;
+            return None;
+        }
+        // Another kernel may have taken this one's place (kexec): then these addresses are no longer ours.
+        let mut found = NO_STUB;
+        let ours = self.memory.read(gpa, &mut found)
+            && (found == NO_STUB
+                || behind.is_some_and(|e| Some(found) == stub(at, caves.word.address, e)));
+        let mapped = self.view().translate(at) == Some(gpa)
+            && self.view().translate(caves.word.address) == Some(caves.word.physical);
+        let bytes = stub(at, caves.word.address, entry)?;
+        if !ours || !mapped || self.memory.write(gpa, &bytes).is_err() {
+            return None;
+        }
+        self.entries.behind[index] = Some(entry);
+        self.counts.entry_points = self.entries.behind.iter().flatten().count() as u32;
+        Some(at)
+    }
+}
