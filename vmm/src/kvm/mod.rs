@@ -15,5 +15,5 @@ mod vcpu;
 
 pub use error::KvmError;
 pub use memory::GuestMemory;
-pub use signals::{Kicker, stop_requested};
+pub use signals::{Kicker, install_kick, kick_signal, stop_requested};
 pub use vcpu::{KernelText, KvmCpu, VcpuCounts};

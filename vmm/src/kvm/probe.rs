@@ -20,20 +20,19 @@ use hindsight_guest_images::layout::{
 use hindsight_guest_images::{MicroGuest, Ring};
 use hindsight_replay::{CpuidTable, Registers};
 use kvm_bindings::{
-    KVM_EXIT_DEBUG, KVM_EXIT_HLT, KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_IRQ_WINDOW_OPEN,
-    KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR,
-    KVM_MEM_LOG_DIRTY_PAGES, KVMIO, Msrs, kvm_guest_debug, kvm_interrupt, kvm_msr_entry, kvm_regs,
-    kvm_segment, kvm_userspace_memory_region,
+    KVM_EXIT_DEBUG, KVM_EXIT_HLT, KVM_EXIT_IO, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MMIO,
+    KVM_EXIT_SHUTDOWN, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVM_MEM_LOG_DIRTY_PAGES, KVMIO,
+    Msrs, kvm_guest_debug, kvm_interrupt, kvm_msr_entry, kvm_regs, kvm_segment,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_iow_nr;
-use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use super::error::{KvmError, Named};
 use super::memory::GuestMemory;
 use super::run_page::{PortExit, RunPage};
-use super::{cpuid, msr};
+use super::{cpuid, msr, signals};
 use crate::boot::GuestRam;
 
 ioctl_iow_nr!(KVM_INTERRUPT, KVMIO, 0x86, kvm_interrupt);
@@ -42,7 +41,7 @@ ioctl_iow_nr!(KVM_INTERRUPT, KVMIO, 0x86, kvm_interrupt);
 const SLOT: u32 = 0;
 /// How long a thread may take to notice that it was called off.
 const GRACE: Duration = Duration::from_millis(500);
-/// How often it is called off until then: a signal may come just before KVM is entered.
+/// How often it is called off until then: it may be kicked out of something else than KVM.
 const CALL_EVERY: Duration = Duration::from_millis(5);
 
 /// Why a piece of work has no result.
@@ -64,14 +63,12 @@ impl Late {
     }
 }
 
-extern "C" fn on_call(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
-
 /// Does `work` on a thread of its own. After `limit` its guest is stopped ([`Stop::Late`]).
 pub fn bounded<T: Send + 'static>(
     limit: Duration,
     work: impl FnOnce(Late) -> T + Send + 'static,
 ) -> Result<T, Stuck> {
-    register_signal_handler(SIGRTMIN(), on_call).expect("SIGRTMIN takes a handler");
+    signals::install_kick().expect("these signals take a handler");
     let late = Late::default();
     let (sender, receiver) = sync_channel(1);
     let theirs = late.clone();
@@ -94,7 +91,12 @@ pub fn bounded<T: Send + 'static>(
                 late.0.store(true, Ordering::Relaxed);
                 // SAFETY: `worker` has neither been joined nor detached, so its pthread_t is
                 // valid even if the thread has ended; the signal has a handler.
-                unsafe { libc::pthread_kill(worker.as_pthread_t() as libc::pthread_t, SIGRTMIN()) };
+                unsafe {
+                    libc::pthread_kill(
+                        worker.as_pthread_t() as libc::pthread_t,
+                        signals::kick_signal(),
+                    )
+                };
             }
         }
     }
@@ -379,11 +381,8 @@ impl ProbeVm {
     /// Enters the guest; `None` when time is up.
     fn enter(&mut self) -> Result<Option<u32>, KvmError> {
         while !self.late.is_up() {
-            match self.fd.run().map(drop) {
-                Ok(()) if self.page().exit_reason() == KVM_EXIT_INTR => {}
-                Ok(()) => return Ok(Some(self.page().exit_reason())),
-                Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {}
-                Err(error) => return Err(error).named("KVM_RUN"),
+            if let Some(reason) = signals::enter(&mut self.fd)? {
+                return Ok(Some(reason));
             }
         }
         Ok(None)
@@ -451,13 +450,7 @@ impl ProbeVm {
     pub fn settle(&mut self) -> Result<bool, KvmError> {
         if self.unfinished {
             self.unfinished = false;
-            self.page().set_immediate_exit(true);
-            let result = match self.fd.run().map(drop) {
-                Err(error) if error.errno() == libc::EINTR => Ok(()),
-                result => result.named("KVM_RUN"),
-            };
-            self.page().set_immediate_exit(false);
-            result?;
+            signals::finish(&mut self.fd)?;
         }
         Ok(self.page().ready_for_interrupt())
     }
