@@ -110,7 +110,10 @@ impl Scenario {
         let mut journal = Vec::new();
         let live = Live::new(world, self.memory_every)
             .with_patience(self.patience_ns)
-            .with_chaos(self.chaos.map(|seed| Chaos::new(seed, Some(Unit::Branches))));
+            .with_chaos(
+                self.chaos
+                    .map(|seed| Chaos::new(seed, Some(Unit::Branches))),
+            );
         let header = self.header(detail);
         let mut recorder =
             Recorder::create(live, &mut journal, &header).expect("a Vec takes everything");

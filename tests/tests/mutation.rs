@@ -37,6 +37,8 @@ impl Victim {
                     ns_per_exit: 5_000,
                     pace_ns: 15_000_000,
                     memory_every: Some(9),
+                    patience_ns: None,
+                    chaos: None,
                 };
                 Victim::of(scenario, scenario.record(detail, 1))
             })

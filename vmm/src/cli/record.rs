@@ -14,8 +14,8 @@ use super::replay::{Verify, parse_verify};
 use super::run::{Images, host_failure};
 use super::summary::Summary;
 use super::{Failure, MachineOptions, Outcome};
-use crate::host::{HostWorld, RawTerminal};
 use crate::counting::{Counting, Preempt};
+use crate::host::{HostWorld, RawTerminal};
 use crate::machine::{build, cmdline, describe, host_facts, open_kvm, random_number};
 use crate::recording::Recording;
 

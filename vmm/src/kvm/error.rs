@@ -48,11 +48,17 @@ pub enum KvmError {
     #[error(transparent)]
     Overshoot(#[from] hindsight_replay::Overshoot),
     /// The branch counter cannot be relied on.
-    #[error(transparent)]
-    Counter(#[from] crate::perf::CounterError),
+    #[error("{0}")]
+    Counter(#[source] Box<crate::perf::CounterError>),
     /// The host's page map cannot be read.
     #[error("cannot read this process's page map: {0}")]
     PageMap(#[source] std::io::Error),
+}
+
+impl From<crate::perf::CounterError> for KvmError {
+    fn from(error: crate::perf::CounterError) -> KvmError {
+        KvmError::Counter(Box::new(error))
+    }
 }
 
 /// Names the call in the error of a KVM result.

@@ -1,4 +1,4 @@
-//! The machine's CPU and memory, on stock KVM. The only unsafe code of the project lives here.
+//! The machine's CPU and memory, on stock KVM. With `perf`, the only place of unsafe code.
 
 pub mod cpuid;
 pub mod entries;
@@ -19,5 +19,5 @@ mod vcpu;
 pub use error::KvmError;
 pub use memory::GuestMemory;
 pub use preemption::Preemption;
-pub use signals::{Alarm, Kicker, stop_requested};
+pub use signals::{Alarm, Kicker, install_kick, kick_signal, stop_requested};
 pub use vcpu::{KernelText, KvmCpu, VcpuCounts};

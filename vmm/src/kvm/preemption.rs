@@ -6,8 +6,8 @@
 use hindsight_replay::{Ahead, Back, Exit, Horizon, Lander, Place, Unit, Walk, Went};
 use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic};
 use kvm_bindings::{
-    KVM_EXIT_DEBUG, KVM_EXIT_IO, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_USE_HW_BP,
-    kvm_guest_debug, kvm_guest_debug_arch,
+    KVM_EXIT_DEBUG, KVM_EXIT_IO, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_GUESTDBG_ENABLE,
+    KVM_GUESTDBG_USE_HW_BP, kvm_guest_debug, kvm_guest_debug_arch,
 };
 
 use super::entries::EntryStop;

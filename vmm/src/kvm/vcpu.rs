@@ -9,9 +9,9 @@ use std::collections::BTreeMap;
 use hindsight_devices::{Access, Width};
 use hindsight_replay::{Answer, Back, Cpu, CpuidTable, Exit, Horizon, Registers};
 use kvm_bindings::{
-    KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_CAP_PMU_CAPABILITY, KVM_EXIT_HLT, KVM_EXIT_INTR,
-    KVM_EXIT_IO, KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR,
-    KVM_PMU_CAP_DISABLE, KVMIO, kvm_enable_cap, kvm_interrupt, kvm_regs, kvm_segment, kvm_sregs,
+    KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_CAP_PMU_CAPABILITY, KVM_EXIT_HLT, KVM_EXIT_IO,
+    KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVM_PMU_CAP_DISABLE,
+    KVMIO, kvm_enable_cap, kvm_interrupt, kvm_regs, kvm_segment, kvm_sregs,
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
@@ -25,7 +25,7 @@ use super::memory::GuestMemory;
 use super::preemption::Preemption;
 use super::run_page::{PortExit, RunPage};
 use super::traps::TrapState;
-use super::{cpuid, msr};
+use super::{cpuid, msr, signals};
 use crate::boot::{BootPlan, Elf, EntryCaves, Site, SiteKind, Sites, caves};
 
 ioctl_iow_nr!(KVM_INTERRUPT, KVMIO, 0x86, kvm_interrupt);
@@ -255,14 +255,7 @@ impl KvmCpu {
 
     /// Enters the guest once. Returns KVM's exit reason, or `None` if the host interrupted it.
     pub(super) fn enter(&mut self) -> Result<Option<u32>, KvmError> {
-        match self.fd.run().map(drop) {
-            Ok(()) => match self.page().exit_reason() {
-                KVM_EXIT_INTR => Ok(None),
-                reason => Ok(Some(reason)),
-            },
-            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Ok(None),
-            Err(error) => Err(error).named("KVM_RUN"),
-        }
+        signals::enter(&mut self.fd)
     }
 
     /// The exit that KVM's reason stands for.
@@ -472,10 +465,7 @@ impl Cpu for KvmCpu {
         if self.unfinished {
             self.unfinished = false;
             self.counts.settles += 1;
-            self.page().set_immediate_exit(true);
-            let left = self.enter();
-            self.page().set_immediate_exit(false);
-            match left? {
+            match signals::finish(&mut self.fd)? {
                 None => {}
                 // The rest of an access across a page: the same instruction, its next exit.
                 Some(KVM_EXIT_MMIO) => self.held = Some(KVM_EXIT_MMIO),
