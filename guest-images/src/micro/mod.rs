@@ -10,6 +10,7 @@ mod control;
 mod cpu;
 mod exits;
 mod rings;
+mod torture;
 
 pub use attempts::{Attempt, Outcome, attempts, outcomes};
 pub use control::{NMI_VECTOR, breakpoint, int3, interruptible, straight_line, window};
@@ -18,3 +19,4 @@ pub use exits::{
     branch_loop, dirty_pages, halt, many_outs, memory_mapped, ports, string_ports, triple_fault,
 };
 pub use rings::{gate, syscall};
+pub use torture::{TORTURE_VECTOR, Torture, Tortured, torture};
