@@ -22,9 +22,9 @@ enum {
     TELLERS = 4,
     ACCOUNTS = 4,
     DEPOSIT = 1000,
-    OPEN_MS = 32,
-    LOOKS = 32,
-    AT_LEAST = 3, /* transfers of each teller */
+    OPEN_MS = 36,
+    LOOKS = 112,
+    AT_LEAST = 1, /* transfers of each teller */
     TRAIL = 1 << 16, /* records that one teller can leave */
 };
 

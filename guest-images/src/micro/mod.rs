@@ -19,4 +19,4 @@ pub use exits::{
     branch_loop, dirty_pages, halt, many_outs, memory_mapped, ports, string_ports, triple_fault,
 };
 pub use rings::{gate, syscall};
-pub use torture::{TORTURE_VECTOR, Torture, Tortured, torture};
+pub use torture::{Reach, TORTURE_VECTOR, Torture, Tortured, torture};

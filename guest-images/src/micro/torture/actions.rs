@@ -4,7 +4,7 @@
 use iced_x86::IcedError;
 use iced_x86::code_asm::{
     CodeLabel, al, byte_ptr, cl, cs, dl, dword_ptr, eax, ebp, ebx, ecx, edi, edx, ptr, qword_ptr,
-    r8, r8d, r9, r9d, r10, r10b, rax, rbp, rbx, rcx, rdi, rdx, rsi, rsp, ss, xmmword_ptr,
+    r8, r8d, r9, r9d, r10, r10b, rax, rbp, rbx, rcx, rdi, rdx, rsi, rsp, ss,
 };
 
 use super::{
@@ -42,16 +42,25 @@ const LIST: &[(usize, Action)] = &[
     (1, port),
 ];
 
-/// Writes all actions for `ring`; returns where they begin, one for each place of the table.
+/// Writes all actions for `ring`, without INT where `int` is false; returns where they begin, one
+/// for each place of the table.
 pub(super) fn write(
     g: &mut Draft,
     ring: Ring,
+    int: bool,
     labels: Labels,
 ) -> Result<Vec<CodeLabel>, IcedError> {
     let mut table = Vec::new();
     for (times, action) in LIST {
         let begin = here(g)?;
-        action(g, ring, labels)?;
+        let by_int = [software_interrupt as Action, breakpoint].iter();
+        if int
+            || !by_int
+                .into_iter()
+                .any(|other| std::ptr::fn_addr_eq(*other, *action))
+        {
+            action(g, ring, labels)?;
+        }
         g.a.jmp(labels.next)?;
         table.extend(std::iter::repeat_n(begin, *times));
     }
@@ -414,9 +423,9 @@ fn locked(g: &mut Draft, _: Ring, _: Labels) -> Written {
     g.a.jnz(again)?;
     // EDX:EAX is what is there, so it becomes ECX:EBX; the generator is not to change.
     g.a.mov(rcx, rbp)?;
-    g.a.mov(rax, qword_ptr(LOCKED_PAIR))?;
-    g.a.mov(rdx, qword_ptr(LOCKED_PAIR + 8))?;
-    g.a.lock().cmpxchg16b(xmmword_ptr(LOCKED_PAIR))?;
+    g.a.mov(eax, dword_ptr(LOCKED_PAIR))?;
+    g.a.mov(edx, dword_ptr(LOCKED_PAIR + 4))?;
+    g.a.lock().cmpxchg8b(qword_ptr(LOCKED_PAIR))?;
     g.a.setz(r10b)?;
     g.a.mov(r9, r10)
 }
