@@ -8,7 +8,6 @@
  * accounts meanwhile: about one run in four or five. The next run will probably be fine. That is the
  * kind of bug that one wants a recording of. */
 #include "guest.h"
-#include <sys/mman.h>
 
 /* The odds. A timer tick (250 a second) hands the processor to the next teller. The tick
  * arrives at one of the places where a teller asks for the time: LOOKS + 1 of them are
@@ -23,9 +22,9 @@ enum {
     TELLERS = 4,
     ACCOUNTS = 4,
     DEPOSIT = 1000,
-    OPEN_MS = 32,
-    LOOKS = 32,
-    AT_LEAST = 3, /* transfers of each teller */
+    OPEN_MS = 36,
+    LOOKS = 112,
+    AT_LEAST = 1, /* transfers of each teller */
     TRAIL = 1 << 16, /* records that one teller can leave */
 };
 
@@ -116,10 +115,7 @@ static int audit(const struct bank *bank)
 
 int main(void)
 {
-    struct bank *bank = mmap(NULL, sizeof *bank, PROT_READ | PROT_WRITE,
-                             MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    if (bank == MAP_FAILED)
-        must(-1, "mmap");
+    struct bank *bank = shared_memory(sizeof *bank);
     setvbuf(stdout, NULL, _IOLBF, 0);
     for (int i = 0; i < ACCOUNTS; i++)
         bank->balance[i] = DEPOSIT;
@@ -141,7 +137,5 @@ int main(void)
         return 1; /* process 1 ends: "Attempted to kill init!" */
     }
     puts("race: ok");
-    if (getpid() == 1)
-        restart();
-    return 0;
+    restart();
 }

@@ -11,6 +11,7 @@ mod counted;
 mod cpu;
 mod exits;
 mod rings;
+mod torture;
 
 pub use attempts::{Attempt, Outcome, attempts, outcomes};
 pub use control::{NMI_VECTOR, breakpoint, int3, interruptible, straight_line, window};
@@ -20,3 +21,4 @@ pub use exits::{
     branch_loop, dirty_pages, halt, many_outs, memory_mapped, ports, string_ports, triple_fault,
 };
 pub use rings::{gate, syscall};
+pub use torture::{Reach, TORTURE_VECTOR, Torture, Tortured, torture};
