@@ -7,6 +7,8 @@
 # Two stages. The first, in the initramfs, loads drivers and puts the host's tree under an
 # overlay. The second, in that tree, runs the command and carries its three streams.
 
+# shellcheck shell=dash # busybox's is near enough
+# shellcheck disable=SC2154 # box and throttle come from the kernel
 bb=/bin/busybox
 fail() {
     echo "box: $*" >/dev/console
