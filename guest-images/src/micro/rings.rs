@@ -15,7 +15,7 @@ pub(super) const MASKED_FLAGS: u64 = 0x700;
 /// Starts in ring 0, sets the SYSCALL MSRs, goes to ring 3 with IRETQ, and there does SYSCALL.
 /// The entry does what only ring 0 may (it reads CR3) and marks itself: at the mark CPL must be 0
 /// and RCX the place `back`. SYSRET then returns there, and ring 3 ends the guest. CS in the entry
-/// stands at `DATA`, CR3 at `DATA + 8`, CS behind SYSRET at `DATA + 16`. Places: `entry`, `back`.
+/// stands at `DATA`, CR3 at `DATA + 8`, CS behind SYSRET at `DATA + 16`. Places: `back`.
 pub fn syscall() -> MicroGuest {
     MicroGuest::assemble(Ring::Kernel, |g| {
         let mut user = g.a.create_label();

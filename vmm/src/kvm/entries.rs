@@ -15,17 +15,16 @@
 //! already; and SYSENTER, since a single-stepped one would raise #DB in the stub, where
 //! Linux does not expect it.
 
-use kvm_bindings::{Msrs, kvm_msr_entry, kvm_sregs};
+use kvm_bindings::kvm_sregs;
 
 use super::entry_stub::{NO_STUB, OUT_OFFSET, STUB_BYTES, STUBS, stub};
-use super::error::{KvmError, Named};
+use super::error::KvmError;
 use super::memory::GuestMemory;
+use super::msr::{self, CSTAR, LSTAR};
 use super::vcpu::KvmCpu;
 use crate::boot::traps::TRAP_ENTRY;
 use crate::boot::{EntryCaves, GuestRam};
 
-const LSTAR: u32 = 0xc000_0082;
-const CSTAR: u32 = 0xc000_0083;
 /// The exceptions that are counted, and Linux's 32-bit system call: one stub for each, in this order.
 const VECTORS: [u8; 14] = [0, 3, 4, 5, 6, 7, 10, 11, 12, PAGE_FAULT, 16, 17, 19, 0x80];
 const PAGE_FAULT: u8 = 14;
@@ -177,15 +176,7 @@ impl KvmCpu {
             _ => return Ok(()),
         };
         let data = self.install(stub, value).unwrap_or(value);
-        let entry = kvm_msr_entry {
-            index,
-            data,
-            ..Default::default()
-        };
-        let entries = Msrs::from_entries(&[entry]).expect("one entry is not too many");
-        let set = self.fd().set_msrs(&entries).named("KVM_SET_MSRS")?;
-        assert_eq!(set, 1, "KVM has an MSR {index:#x}");
-        Ok(())
+        msr::load(self.fd(), index, data)
     }
 
     /// Puts stubs between the gates of the IDT and the entries they lead to, if those are final.

@@ -7,9 +7,9 @@
 
 use kvm_bindings::{
     KVM_CAP_X86_USER_SPACE_MSR, KVM_MSR_EXIT_REASON_FILTER, KVM_MSR_EXIT_REASON_INVAL,
-    KVM_MSR_EXIT_REASON_UNKNOWN, kvm_enable_cap,
+    KVM_MSR_EXIT_REASON_UNKNOWN, Msrs, kvm_enable_cap, kvm_msr_entry,
 };
-use kvm_ioctls::{MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VmFd};
+use kvm_ioctls::{MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VcpuFd, VmFd};
 
 use super::error::{KvmError, Named};
 
@@ -25,6 +25,25 @@ pub const KEPT: &[(u32, u32, &str)] = &[
     (0xc000_0084, 1, "SFMASK: stored"),
     (0xc000_0100, 3, "FS_BASE, GS_BASE, KERNEL_GS_BASE: stored"),
 ];
+
+/// Where SYSCALL enters the kernel, from 64-bit programs and from 32-bit ones.
+pub const LSTAR: u32 = 0xc000_0082;
+/// See [`LSTAR`].
+pub const CSTAR: u32 = 0xc000_0083;
+
+/// Loads the real register behind one that comes to the board.
+pub fn load(fd: &VcpuFd, index: u32, data: u64) -> Result<(), KvmError> {
+    let entry = kvm_msr_entry {
+        index,
+        data,
+        ..Default::default()
+    };
+    let entries = Msrs::from_entries(&[entry]).expect("one entry is not too many");
+    match fd.set_msrs(&entries).named("KVM_SET_MSRS")? {
+        1 => Ok(()),
+        _ => Err(KvmError::Lacks("the MSRs of SYSCALL")),
+    }
+}
 
 /// Installs the filter.
 pub fn install_filter(vm: &VmFd) -> Result<(), KvmError> {

@@ -450,6 +450,12 @@ impl ProbeVm {
         self.page().set_msr(value);
     }
 
+    /// Accepts [`Stop::MsrWrite`] to a register of the CPU's own, and loads it.
+    pub fn load_msr(&mut self, index: u32, value: u64) -> Result<(), KvmError> {
+        self.give_msr(Some(value));
+        msr::load(&self.fd, index, value)
+    }
+
     /// Has KVM finish what is unfinished. Returns whether the guest takes an interrupt now.
     pub fn settle(&mut self) -> Result<bool, KvmError> {
         if self.unfinished {
