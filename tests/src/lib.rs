@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 pub mod debian;
+pub mod measure;
 pub mod rng;
 pub mod sim;
 pub mod sim_world;
