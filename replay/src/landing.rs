@@ -67,7 +67,7 @@ pub trait Counter {
     /// How many there were. Never runs backwards.
     fn read(&mut self) -> Result<u64, Self::Error>;
     /// Has the vCPU kicked when there have been `at` of them, or later by less than
-    /// [`Counter::margin`]; `None`: never.
+    /// [`Counter::margin`], and perhaps again and again from then on; `None`: no more.
     fn arm(&mut self, at: Option<u64>) -> Result<(), Self::Error>;
     /// How late a kick may come, in branches.
     fn margin(&self) -> u64;
@@ -173,6 +173,10 @@ impl<K: Counter> Lander<K> {
             Horizon::From(least) => self.from(cpu, least)?,
             Horizon::At(place) => self.at(cpu, &place)?,
         };
+        if horizon != Horizon::Exit {
+            // Else it would kick again and again.
+            self.counter.arm(None)?;
+        }
         if let Back::Exit(exit) = back {
             if let Exit::Preempted(_) = exit {
                 self.counter.check()?;

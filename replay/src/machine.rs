@@ -112,8 +112,6 @@ pub struct Machine {
     at: Moment,
     digest: Digest,
     halted: bool,
-    /// The last exit was a preemption.
-    preempted: bool,
     panic: PanicWatch,
     tally: Tally,
 }
@@ -135,7 +133,6 @@ impl Machine {
             at: Moment::START,
             digest: Digest::default(),
             halted: false,
-            preempted: false,
             panic: PanicWatch::default(),
             tally: Tally::default(),
         }
@@ -245,7 +242,6 @@ impl Machine {
         };
         let exits = self.at.exits;
         self.tally.exits[exit.kind()] += 1;
-        self.preempted = matches!(exit, Exit::Preempted(_));
 
         let site = if outside.wants_sites() {
             cpu.caller()
@@ -287,7 +283,11 @@ impl Machine {
             self.cpu(cpu.settle())?;
             return Ok(Next::Finish(ending));
         }
+        let delivered = self.tally.interrupts;
         self.deliver(cpu, outside, observer)?;
+        if let Exit::Preempted(_) = exit {
+            self.tally.preempted += self.tally.interrupts - delivered;
+        }
         if self.halted && !registers.interrupts_enabled() {
             return Ok(Next::Finish(Ending::Halted));
         }
@@ -412,7 +412,6 @@ impl Machine {
             };
             self.digest.absorb_interrupt(&at, vector);
             self.tally.interrupts += 1;
-            self.tally.preempted += u64::from(self.preempted);
             self.halted = false;
             self.cpu(cpu.interrupt(vector))?;
             outside.interrupt(&at, vector).map_err(RunError::Closed)?;

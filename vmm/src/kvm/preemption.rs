@@ -145,15 +145,35 @@ impl KvmCpu {
         Ok(())
     }
 
-    /// Lets the present instruction run past a breakpoint on it.
-    fn pass_stop(&mut self) -> Result<(), KvmError> {
-        let events = self.fd().get_vcpu_events().named("KVM_GET_VCPU_EVENTS")?;
-        // An exception that is under way comes first, and new registers would make KVM forget it.
-        if events.exception.injected == 0 && events.exception.pending == 0 {
+    /// Lets the present instruction run past a breakpoint on it. Returns whether it had to.
+    fn pass_stop(&mut self) -> Result<bool, KvmError> {
+        // What is under way comes first, and the instruction's turn after that: RF would end up in
+        // the frame that is pushed, and new registers would make KVM forget an exception.
+        let alone = !self.event_is_under_way()?;
+        let passes = alone && self.page().registers().rflags() & RFLAGS_RF == 0;
+        if passes {
             self.page()
                 .change_registers(|registers| registers.rflags |= RFLAGS_RF);
         }
+        Ok(passes)
+    }
+
+    /// Takes back what [`Self::pass_stop`] did, if the instruction at `passed` has not been executed.
+    fn unpass_stop(&mut self, passed: u64) -> Result<(), KvmError> {
+        let registers = self.page().registers();
+        let stands = registers.rip() == passed && registers.rflags() & RFLAGS_RF != 0;
+        if stands && !self.event_is_under_way()? {
+            self.page()
+                .change_registers(|registers| registers.rflags &= !RFLAGS_RF);
+        }
         Ok(())
+    }
+
+    /// Whether KVM has an exception or an interrupt to deliver before the next instruction.
+    fn event_is_under_way(&self) -> Result<bool, KvmError> {
+        let events = self.fd().get_vcpu_events().named("KVM_GET_VCPU_EVENTS")?;
+        let exception = events.exception.injected | events.exception.pending;
+        Ok(exception | events.interrupt.injected | events.nmi.injected != 0)
     }
 
     /// Whether the guest runs 64-bit code, and if not, of how many bits.
@@ -187,10 +207,13 @@ impl Walk for KvmCpu {
 
     fn go(&mut self, stops: &[u64]) -> Result<Went, KvmError> {
         self.set_stops(stops)?;
-        if stops.contains(&KvmCpu::rip(self)) {
-            self.pass_stop()?;
+        let start = KvmCpu::rip(self);
+        let passed = stops.contains(&start) && self.pass_stop()?;
+        let reason = self.enter()?;
+        if passed && matches!(reason, None | Some(KVM_EXIT_IRQ_WINDOW_OPEN)) {
+            self.unpass_stop(start)?;
         }
-        let Some(mut reason) = self.enter()? else {
+        let Some(mut reason) = reason else {
             self.counts.kicks += 1;
             // KVM finishes what was unfinished before it looks for signals.
             self.unfinished = false;
