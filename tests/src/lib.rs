@@ -2,12 +2,8 @@
 #![forbid(unsafe_code)]
 
 pub mod debian;
-<<<<<<< HEAD
-pub mod seeds;
-=======
 pub mod measure;
-pub mod rng;
->>>>>>> w-d
+pub mod seeds;
 pub mod sim;
 pub mod sim_world;
 pub mod toy_counter;
