@@ -9,4 +9,5 @@ mod kernel_cache;
 #[allow(unsafe_code)]
 pub mod kvm;
 pub mod machine;
+pub mod perf;
 pub mod recording;

@@ -1,4 +1,4 @@
-//! The machine's CPU and memory, on stock KVM. The only unsafe code of the project lives here.
+//! The machine's CPU and memory, on stock KVM. With `perf`, the only place of unsafe code.
 
 pub mod cpuid;
 mod error;

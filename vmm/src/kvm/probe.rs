@@ -4,8 +4,6 @@
 //! [`Stop`], and the thread that asks is called off when its time is up.
 
 use std::fmt;
-use std::fs::File;
-use std::io::Read;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::thread::JoinHandleExt;
 use std::sync::Arc;
@@ -340,9 +338,25 @@ impl ProbeVm {
 
     /// Lets the guest run until it stops.
     pub fn run(&mut self) -> Result<Stop, KvmError> {
-        let Some(reason) = self.enter()? else {
-            return Ok(Stop::Late);
-        };
+        loop {
+            if let Some(stop) = self.run_or_kick()? {
+                return Ok(stop);
+            }
+        }
+    }
+
+    /// Lets the guest run until it stops; `None` if a kick brought it back before.
+    pub fn run_or_kick(&mut self) -> Result<Option<Stop>, KvmError> {
+        if self.late.is_up() {
+            return Ok(Some(Stop::Late));
+        }
+        match signals::enter(&mut self.fd)? {
+            Some(reason) => self.stop(reason).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    fn stop(&mut self, reason: u32) -> Result<Stop, KvmError> {
         self.unfinished = matches!(
             reason,
             KVM_EXIT_IO | KVM_EXIT_MMIO | KVM_EXIT_X86_RDMSR | KVM_EXIT_X86_WRMSR
@@ -376,16 +390,6 @@ impl ProbeVm {
             }
             _ => Stop::Odd(self.page().complaint()),
         })
-    }
-
-    /// Enters the guest; `None` when time is up.
-    fn enter(&mut self) -> Result<Option<u32>, KvmError> {
-        while !self.late.is_up() {
-            if let Some(reason) = signals::enter(&mut self.fd)? {
-                return Ok(Some(reason));
-            }
-        }
-        Ok(None)
     }
 
     fn port_stop(&mut self) -> Result<Stop, KvmError> {
@@ -564,75 +568,6 @@ fn segment(selector: u16, type_: u8, dpl: u8, code: bool) -> kvm_segment {
         l: u8::from(code),
         g: 1,
         ..Default::default()
-    }
-}
-
-/// `struct perf_event_attr` up to PERF_ATTR_SIZE_VER1 (Linux, include/uapi/linux/perf_event.h).
-#[repr(C)]
-struct PerfEventAttr {
-    kind: u32,
-    size: u32,
-    config: u64,
-    sample_period: u64,
-    sample_type: u64,
-    read_format: u64,
-    flags: u64,
-    wakeup_events: u32,
-    breakpoint_type: u32,
-    config1: u64,
-    config2: u64,
-}
-
-/// PERF_TYPE_RAW.
-const RAW: u32 = 4;
-/// Flags: pinned, exclude_hv, exclude_host.
-const PINNED_GUEST_ONLY: u64 = 1 << 2 | 1 << 6 | 1 << 19;
-
-/// A counter of a raw event on the calling thread, in guests only.
-#[derive(Debug)]
-pub struct GuestCounter(File);
-
-impl GuestCounter {
-    /// Opens and starts it.
-    pub fn start(config: u64) -> std::io::Result<GuestCounter> {
-        let attr = PerfEventAttr {
-            kind: RAW,
-            size: size_of::<PerfEventAttr>() as u32,
-            config,
-            sample_period: 0,
-            sample_type: 0,
-            read_format: 0,
-            flags: PINNED_GUEST_ONLY,
-            wakeup_events: 0,
-            breakpoint_type: 0,
-            config1: 0,
-            config2: 0,
-        };
-        let (this_thread, any_cpu, no_group, close_on_exec) = (0, -1, -1, 8u64);
-        // SAFETY: the call reads `size` bytes of the struct, which has just so many, and returns
-        // an fd or -1.
-        let fd = unsafe {
-            libc::syscall(
-                libc::SYS_perf_event_open,
-                &raw const attr,
-                this_thread,
-                any_cpu,
-                no_group,
-                close_on_exec,
-            )
-        };
-        if fd < 0 {
-            return Err(std::io::Error::last_os_error());
-        }
-        // SAFETY: the fd is new, so nobody else closes it.
-        Ok(GuestCounter(unsafe { File::from_raw_fd(fd as i32) }))
-    }
-
-    /// How many so far. Fails if the counter could not be kept on the CPU.
-    pub fn read(&mut self) -> std::io::Result<u64> {
-        let mut count = [0; 8];
-        self.0.read_exact(&mut count)?;
-        Ok(u64::from_ne_bytes(count))
     }
 }
 
