@@ -607,4 +607,26 @@ mod tests {
         });
         assert_eq!(polite, Ok(1));
     }
+
+    #[test]
+    fn a_kick_before_the_guest_is_entered_brings_it_back_at_once() {
+        let Ok(kvm) = Kvm::new() else { return };
+        let table = cpuid::for_host(&kvm).unwrap();
+        let stops = bounded(Duration::from_secs(5), move |late| {
+            let mut vm = ProbeVm::new(&kvm, &table, late).unwrap();
+            vm.load(
+                &hindsight_guest_images::micro::dense_branches(Ring::Kernel),
+                0,
+            )
+            .unwrap();
+            // Left alone, this guest runs for minutes.
+            let mut stops = Vec::new();
+            for _ in 0..100 {
+                signals::Kicker::for_this_thread().unwrap().kick();
+                stops.push(vm.run_or_kick().unwrap());
+            }
+            stops
+        });
+        assert_eq!(stops, Ok(vec![None; 100]));
+    }
 }

@@ -141,15 +141,8 @@ impl BranchCounter {
 
     fn take_records(&mut self) {
         let records = self.page.take_records();
-        self.seen.overflows += records.overflows;
         self.seen.throttles += records.throttles;
         self.seen.lost += records.lost;
-    }
-
-    /// How often it has overflowed, throttles not told apart.
-    pub fn overflows(&mut self) -> u64 {
-        self.take_records();
-        self.seen.overflows
     }
 
     /// Whether every branch since it was opened was counted. Worth a call at every checkpoint,
@@ -178,5 +171,75 @@ impl BranchCounter {
             });
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use super::*;
+
+    static SIGNALS: AtomicU32 = AtomicU32::new(0);
+
+    extern "C" fn on_signal(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+        SIGNALS.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// A counter, where there is a PMU.
+    fn counter() -> Option<BranchCounter> {
+        let signal = libc::SIGRTMIN() + 3;
+        vmm_sys_util::signal::register_signal_handler(signal, on_signal).unwrap();
+        let event = CounterEvent::of_host().ok()?;
+        let opened = BranchCounter::open(&event, signal);
+        if let Err(error) = &opened {
+            println!("no counter: {error}");
+        }
+        opened.ok()
+    }
+
+    #[test]
+    fn a_count_is_the_same_by_either_way_of_reading() {
+        let Some(mut counter) = counter() else { return };
+        assert_eq!(counter.read_by_call().unwrap(), 0, "no guest has run");
+        assert_eq!(counter.read().unwrap(), 0);
+        assert!(matches!(counter.read_by_rdpmc(), None | Some(0)));
+        counter.check().unwrap();
+    }
+
+    #[test]
+    fn a_count_that_is_reached_already_is_signalled_at_once() {
+        let Some(mut counter) = counter() else { return };
+        let before = SIGNALS.load(Ordering::Relaxed);
+        counter.arm(Some(1)).unwrap();
+        counter.arm(None).unwrap();
+        assert_eq!(SIGNALS.load(Ordering::Relaxed), before);
+        counter.arm(Some(0)).unwrap();
+        assert_eq!(SIGNALS.load(Ordering::Relaxed), before + 1);
+        counter.check().unwrap();
+    }
+
+    #[test]
+    fn a_counter_for_which_the_pmu_has_no_room_is_refused() {
+        let Some(first) = counter() else { return };
+        let event = CounterEvent::of_host().unwrap();
+        // No CPU has 64 counters that take one event.
+        let mut open = vec![first];
+        let error = loop {
+            match BranchCounter::open(&event, libc::SIGRTMIN() + 3) {
+                Ok(counter) => open.push(counter),
+                Err(error) => break error,
+            }
+            assert!(open.len() < 64);
+        };
+        println!("{} counters fit", open.len());
+        assert!(
+            matches!(error, CounterError::PinLost { .. })
+                && error.to_string().contains("nmi_watchdog"),
+            "{error}"
+        );
+        for counter in &mut open {
+            counter.check().unwrap();
+        }
     }
 }

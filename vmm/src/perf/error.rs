@@ -4,7 +4,7 @@ use std::io;
 
 use thiserror::Error;
 
-use super::settings::Throttling;
+use super::settings::{REMEDY, Throttling};
 use crate::kvm::KvmError;
 
 /// Why there is no exact count.
@@ -105,9 +105,8 @@ pub enum CounterError {
     },
     /// perf stopped the counter for a while.
     #[error(
-        "perf throttled {event} {times} times, so branches were missed ({settings}); \
-         `sysctl kernel.perf_cpu_time_max_percent=0 kernel.perf_event_max_sample_rate=100000` \
-         keeps it from that"
+        "perf throttled {event} {times} times, so branches may have been missed ({settings}); \
+         `{REMEDY}` keeps it from that"
     )]
     Throttled {
         /// Which event.

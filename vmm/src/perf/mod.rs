@@ -24,6 +24,6 @@ pub use error::CounterError;
 pub use event::CounterEvent;
 pub use exactness::{Disturbances, Flaw, Inexact};
 pub use processor::Processor;
-pub use settings::Throttling;
+pub use settings::{REMEDY, Throttling};
 pub use skid::{Skid, margin};
 pub use spec_lock_map::SpecLockMap;

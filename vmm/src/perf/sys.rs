@@ -150,8 +150,6 @@ const RING_PAGES: usize = 1;
 /// Records of perf's since the last look.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Records {
-    /// Overflows.
-    pub overflows: u64,
     /// Times the counter was stopped.
     pub throttles: u64,
     /// Records for which there was no room.
@@ -166,8 +164,6 @@ impl Records {
             2 => self.lost += body.get(1).copied().unwrap_or(1),
             // PERF_RECORD_THROTTLE.
             5 => self.throttles += 1,
-            // PERF_RECORD_SAMPLE.
-            9 => self.overflows += 1,
             _ => {}
         }
     }
@@ -359,7 +355,6 @@ mod tests {
         let mut records = Records::default();
         records.take_all(&words);
         let expected = Records {
-            overflows: 2,
             throttles: 1,
             lost: 3,
         };
@@ -367,9 +362,9 @@ mod tests {
     }
 
     #[test]
-    fn a_record_that_is_cut_or_has_no_length_ends_the_look() {
+    fn a_record_without_a_length_or_a_body_is_survived() {
         let mut records = Records::default();
         records.take_all(&[header(9, 0), header(2, 24)]);
-        assert_eq!((records.overflows, records.lost), (1, 1));
+        assert_eq!((records.throttles, records.lost), (0, 1));
     }
 }
