@@ -203,6 +203,9 @@ fn debians_kernels_have_the_sites_that_objdump_shows() {
         let sites = find(&elf).unwrap();
         let counts = sites.counts();
         eprintln!("{path}: {counts:?}, {:?}", started.elapsed());
+        let caves = crate::boot::caves::find(&elf);
+        eprintln!("{path}: {caves:x?}");
+        assert!(caves.is_some(), "{path} has no room to count entries");
         if let Ok(folder) = std::env::var("HINDSIGHT_KEEP_SITES") {
             let name = kernel.version.split(' ').next().unwrap();
             let lines: String = sites
