@@ -5,7 +5,7 @@
  *
  * Nothing here is set to fail. transfer() holds no lock, so it is wrong only when the
  * scheduler takes the processor away at one certain place and another teller touches the same
- * accounts meanwhile: about one run in four or five. The next run will probably be fine. That is the
+ * accounts meanwhile: about one run in fourteen. The next run will probably be fine. That is the
  * kind of bug that one wants a recording of. */
 #include "guest.h"
 
@@ -13,14 +13,17 @@
  * arrives at one of the places where a teller asks for the time: LOOKS + 1 of them are
  * harmless, one is inside transfer(). So with open hours of T ticks
  *     odds of a loss = 1 - (1 - 1 / (LOOKS + 2)) ** T
- * and as both are counts, the speed of the machine matters little, unless it is so slow that
- * the bank closes before anything has happened. AT_LEAST is for those: the tick lands in one
- * transfer of (4 ms / time of a look), so more transfers, more odds. Few accounts make it
- * nearly certain that the others touch the same ones meanwhile.
- * To tune: LOOKS and OPEN_MS on a fast machine, AT_LEAST on a slow one. */
+ * which here is 7.6 in 100, and the speed of the machine matters little: both are counts. Where
+ * it is so slow that a tick comes every few looks, something else counts. The tellers then go in
+ * step and come to their transfers together (each makes AT_LEAST so many), LOOKS hardly matters,
+ * and the odds are those that two of the four touch the same account. Hence more than four
+ * ACCOUNTS: of the first four transfers, two pairs have one in common (with four accounts, four
+ * pairs). On a fast machine the others make thousands of transfers in a tick, so it is nearly
+ * certain all the same that they touch the same accounts meanwhile.
+ * To tune: LOOKS and OPEN_MS on a fast machine, ACCOUNTS and AT_LEAST on a slow one. */
 enum {
     TELLERS = 4,
-    ACCOUNTS = 4,
+    ACCOUNTS = 6,
     DEPOSIT = 1000,
     OPEN_MS = 36,
     LOOKS = 112,

@@ -17,7 +17,7 @@ use hindsight_tests::measure::{bounded, median};
 use serde_json::Value;
 
 /// No run takes so long, not even in an emulated machine that has to share.
-const RUN_LIMIT: Duration = Duration::from_secs(90);
+const RUN_LIMIT: Duration = Duration::from_secs(180);
 /// From one hunt's first seed to the next one's.
 const SEEDS_APART: u64 = 1000;
 
