@@ -41,7 +41,7 @@ impl Effort {
     pub const QUICK: Effort = Effort {
         runs: 16,
         signals: 300,
-        time: Duration::from_millis(250),
+        time: Duration::from_millis(180),
     };
     /// What `doctor` takes.
     pub const THOROUGH: Effort = Effort {
