@@ -6,7 +6,9 @@ use kvm_ioctls::Kvm;
 use thiserror::Error;
 
 use crate::kvm::{KvmCpu, Preemption, kick_signal};
-use crate::perf::{BranchCounter, CounterError, CounterEvent, Effort, calibrate};
+use crate::perf::{
+    BranchCounter, CounterError, CounterEvent, Effort, REMEDY, Throttling, calibrate,
+};
 
 /// What stops a guest that does not exit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -127,6 +129,13 @@ impl Counting {
                 "hindsight: a margin of {} branches is forced, but of {} kicks here the latest came {} \
                  branches late; a replay may run past its places, and will say so",
                 facts.margin, facts.kicks, facts.worst_skid
+            );
+        }
+        let throttling = Throttling::of_host();
+        if throttling.rate_is_fixed() == Some(false) {
+            eprintln!(
+                "hindsight: perf may throttle the counter here, and lose counts ({throttling}); if it does, \
+                 the recording ends there. To rule it out: {REMEDY}"
             );
         }
         Ok(Counting::Branches { event, facts })

@@ -1,0 +1,100 @@
+//! Guests that must be preempted where they do not exit, on Debian's kernel, recorded and replayed
+//! through the command line. These need a branch counter as well as a KVM: `scripts/test` runs them in
+//! the box with performance counters.
+
+use hindsight_tests::debian::Debian;
+use tempfile::TempDir;
+
+fn scratch() -> TempDir {
+    tempfile::tempdir().expect("a temporary directory can be made")
+}
+
+/// Records `image`, which must be preempted to come to its end, and replays it.
+fn preempted_and_replayed(image: &str, options: &[&str]) {
+    let (debian, dir) = (Debian::from_env(), scratch());
+    let recording = dir.path().join("r");
+    let mut all = vec!["--json", "--preempt", "branches"];
+    all.extend(options);
+    let recorded = debian.record(&recording, image, &all, b"").expect(0);
+    let summary = recorded.json();
+    let count = |field: &str| summary[field].as_u64().unwrap_or_default();
+    assert!(
+        summary["ending"]
+            .as_str()
+            .is_some_and(|end| end.starts_with("reset")),
+        "{summary}"
+    );
+    assert!(count("preemptions") > 50, "{summary}");
+    assert!(count("interrupts_at_preemptions") > 25, "{summary}");
+    let replayed = debian.replay(&recording, &["--json"]).expect(0).json();
+    assert_eq!(replayed["verdict"], "equal", "{replayed}");
+    assert_eq!(replayed["summary"]["digest"], summary["digest"]);
+    assert_eq!(
+        replayed["summary"]["memory_digest"],
+        summary["memory_digest"]
+    );
+    assert_eq!(replayed["summary"]["preemptions"], summary["preemptions"]);
+}
+
+#[test]
+#[ignore = "needs a KVM that can record and a branch counter"]
+fn threads_that_spin_on_each_other_get_on_and_replay_equal() {
+    preempted_and_replayed("threads", &[]);
+}
+
+#[test]
+#[ignore = "needs a KVM that can record and a branch counter"]
+fn a_timer_fires_beside_a_tight_loop_and_replays_equal() {
+    preempted_and_replayed("timer", &[]);
+}
+
+#[test]
+#[ignore = "needs a KVM that can record and a branch counter"]
+fn a_runtime_that_preempts_its_own_spinning_threads_replays_equal() {
+    preempted_and_replayed("golike", &["--chaos=7"]);
+}
+
+#[test]
+#[ignore = "needs a KVM that can record and a branch counter"]
+fn a_relog_has_the_same_preemptions_and_one_moved_by_a_branch_is_refused() {
+    use hindsight_replay::{Event, JournalReader, JournalWriter};
+
+    let (debian, dir) = (Debian::from_env(), scratch());
+    let (recording, moved) = (dir.path().join("r"), dir.path().join("moved"));
+    let options = ["--preempt", "branches", "--patience", "0"];
+    debian.record(&recording, "hello", &options, b"").expect(0);
+    let relog = dir.path().join("relog");
+    let relog_path = relog.to_str().expect("a plain path");
+    let options = ["--relog", relog_path, "--detail", "default"];
+    debian.replay(&recording, &options).expect(0);
+    let journal = |directory: &std::path::Path| {
+        std::fs::read(directory.join("journal")).expect("the journal is there")
+    };
+    assert!(journal(&recording) == journal(&relog), "the relog differs");
+
+    hindsight_tests::debian::copy(&recording, &moved);
+    let bytes = journal(&recording);
+    let mut reader = JournalReader::open(bytes.as_slice()).expect("it opens");
+    let mut changed = Vec::new();
+    let mut writer = JournalWriter::create(&mut changed, reader.header()).expect("it is written");
+    let mut preemptions = 0;
+    while let Some(frame) = reader.next_frame().expect("it reads") {
+        for entry in frame.entries {
+            let mut event = entry.event;
+            if let Event::Preempted(place) = &mut event {
+                preemptions += 1;
+                if preemptions == 20 {
+                    place.number += 1;
+                }
+            }
+            writer.append(entry.exits, event);
+        }
+        writer
+            .close_frame(frame.place.through, frame.place.now)
+            .expect("it is written");
+    }
+    assert!(preemptions >= 20, "{preemptions} preemptions");
+    std::fs::write(moved.join("journal"), changed).expect("it is written");
+    let refused = debian.replay(&moved, &[]);
+    assert!(matches!(refused.code, 1 | 5), "{}", refused.stderr);
+}
