@@ -1,6 +1,6 @@
 /* Two processes that meet again and again. Who comes first waits for the other by looking at a
- * variable, and does nothing else: no system call, no fault, no time read. A machine that cannot take
- * the processor away in the middle of such a loop never gets to the second meeting, and can
+ * variable, and does nothing else: no system call, no fault, no time read. A machine that cannot
+ * take the processor away in the middle of such a loop never gets to the first meeting, and can
  * only say so. */
 #include "guest.h"
 

@@ -1,6 +1,7 @@
 /* Threads that wait for each other as a spin lock does: by looking at a variable, with no system
  * call, no time read and no PAUSE. One processor serves them all, so nothing moves unless it is
- * taken from whoever spins: each handover of the baton needs a timer tick that lands in user mode. */
+ * taken from whoever spins: each handover of the baton needs a timer tick that lands in user
+ * mode. */
 #include "guest.h"
 #include <pthread.h>
 
