@@ -22,7 +22,8 @@ int main(int argc, char **argv)
         char *pages = mmap(NULL, PAGES * PAGE, PROT_READ | PROT_WRITE,
                            MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         must(pages == MAP_FAILED ? -1 : 0, "mmap");
-        must(madvise(pages, PAGES * PAGE, MADV_NOHUGEPAGE), "madvise");
+        /* Fails where there are no huge pages anyway, as in PREEMPT_RT. */
+        madvise(pages, PAGES * PAGE, MADV_NOHUGEPAGE);
         before = now_ns();
         long faults = calls / 10;
         for (long fault = 0; fault < faults; fault++) {
@@ -33,7 +34,7 @@ int main(int argc, char **argv)
         }
         uint64_t faults_ns = now_ns() - before;
         must(munmap(pages, PAGES * PAGE), "munmap");
-        printf("entries: %ld calls %lu ns, %ld faults %lu ns\n", calls, calls_ns, faults, faults_ns);
+        printf("entrycost: %ld calls %lu ns, %ld faults %lu ns\n", calls, calls_ns, faults, faults_ns);
     }
     restart();
 }

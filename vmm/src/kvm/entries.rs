@@ -205,15 +205,8 @@ impl KvmCpu {
 
     /// The gate with a stub before its entry; `None` if it is to stay as it is.
     fn hooked(&mut self, index: usize, gate: u128) -> Option<u128> {
-        // Intel SDM vol. 3, 6.14.1: present, of type 14 (interrupt) or 15 (trap), with its own stack or not.
-        let (present, kind, stack) = (gate >> 47 & 1, gate >> 40 & 0x1f, gate >> 32 & 7);
-        let entry = (gate & 0xffff | gate >> 32 & 0xffff_ffff_ffff_0000) as u64;
-        if present == 0 || kind & 0x1e != 0xe || stack != 0 || self.text.is_init(entry) {
-            return None;
-        }
-        let to = u128::from(self.install(index, entry)?);
-        let offset = 0xffff_ffff_ffff << 48 | 0xffff_u128;
-        Some(gate & !offset | to & 0xffff | (to & 0xffff_ffff_ffff_0000) << 32)
+        let entry = entry_of(gate).filter(|&entry| !self.text.is_init(entry))?;
+        Some(leading_to(gate, self.install(index, entry)?))
     }
 
     /// Writes the stub that counts and goes on at `entry`. Returns its address; `None` if it stands
@@ -241,5 +234,143 @@ impl KvmCpu {
         self.entries.behind[index] = Some(entry);
         self.counts.entry_points = self.entries.behind.iter().flatten().count() as u32;
         Some(at)
+    }
+}
+
+/// The bits of a gate that say where it leads (Intel SDM vol. 3, 6.14.1).
+const GATE_OFFSET: u128 = 0xffff_ffff_ffff << 48 | 0xffff;
+
+/// Where a gate leads: one that is present, for an interrupt or a trap (types 14 and 15), and uses no
+/// stack of its own.
+fn entry_of(gate: u128) -> Option<u64> {
+    let (present, kind, stack) = (gate >> 47 & 1, gate >> 40 & 0x1f, gate >> 32 & 7);
+    let entry = gate & 0xffff | gate >> 32 & 0xffff_ffff_ffff_0000;
+    (present == 1 && kind & 0x1e == 0xe && stack == 0).then_some(entry as u64)
+}
+
+/// The same gate, leading elsewhere.
+fn leading_to(gate: u128, to: u64) -> u128 {
+    let to = u128::from(to);
+    gate & !GATE_OFFSET | to & 0xffff | (to & 0xffff_ffff_ffff_0000) << 32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::boot::Cave;
+
+    const WORD: u64 = 0x1040;
+
+    fn hooked() -> (GuestMemory, EntryState) {
+        let cave = |physical| Cave {
+            address: 0xffff_ffff_8100_0000 + physical,
+            physical,
+        };
+        let mut state = EntryState::new(Some(EntryCaves {
+            stubs: cave(0x2000),
+            word: cave(WORD),
+        }));
+        state.behind[LSTAR_STUB] = Some(0xffff_ffff_8100_3000);
+        state.behind[PAGE_FAULT_STUB] = Some(0xffff_ffff_8100_3040);
+        let memory = GuestMemory::new(1 << 20).expect("a mebibyte");
+        (memory, state)
+    }
+
+    /// What a stub does; tells whether it exits.
+    fn enter(memory: &mut GuestMemory) -> bool {
+        let mut bytes = [0; 8];
+        assert!(memory.read(WORD, &mut bytes));
+        let word = u64::from_le_bytes(bytes).wrapping_sub(1);
+        memory.write(WORD, &word.to_le_bytes()).expect("RAM");
+        word == 0
+    }
+
+    #[test]
+    fn the_guest_stops_at_the_entry_that_was_named_and_at_no_other() {
+        let (mut memory, mut state) = hooked();
+        for named in 4..20 {
+            let mut exits = Vec::new();
+            for number in 1..=30 {
+                if number == 4 {
+                    let mut counter = EntryCounter {
+                        memory: &mut memory,
+                        state: &mut state,
+                    };
+                    assert_eq!(counter.done(), 3);
+                    counter.set_target(named + 10);
+                    counter.set_target(named);
+                    assert_eq!(counter.done(), 3);
+                }
+                if enter(&mut memory) {
+                    exits.push(number);
+                    break;
+                }
+            }
+            assert_eq!(exits, [named]);
+            let mut counter = EntryCounter {
+                memory: &mut memory,
+                state: &mut state,
+            };
+            assert_eq!(counter.done(), named);
+            // On its way to the OUT: a new target changes nothing.
+            counter.set_target(named + 1);
+            assert_eq!((counter.word(), counter.done()), (0, named));
+            counter.turn();
+            assert_eq!((counter.word(), counter.done()), (0, 0));
+        }
+    }
+
+    #[test]
+    fn a_turn_leaves_the_same_memory_whatever_was_waited_for() {
+        let (mut memory, mut state) = hooked();
+        for target in [None, Some(5), Some(1 << 40)] {
+            let mut counter = EntryCounter {
+                memory: &mut memory,
+                state: &mut state,
+            };
+            if let Some(target) = target {
+                counter.set_target(target);
+            }
+            assert!(!enter(counter.memory));
+            assert_eq!(counter.done(), 1);
+            counter.turn();
+            assert_eq!(counter.word(), 0);
+        }
+    }
+
+    #[test]
+    fn only_the_out_of_a_stub_that_stands_is_one() {
+        let (_, state) = hooked();
+        let stub = |index: usize| 0xffff_ffff_8100_2000 + index as u64 * STUB_BYTES;
+        assert_eq!(
+            state.stub_at(stub(LSTAR_STUB) + OUT_OFFSET),
+            Some(LSTAR_STUB)
+        );
+        for address in [
+            stub(LSTAR_STUB),
+            stub(LSTAR_STUB) + OUT_OFFSET + 2,
+            stub(CSTAR_STUB) + OUT_OFFSET,
+            stub(STUBS) + OUT_OFFSET,
+            stub(0) - STUB_BYTES + OUT_OFFSET,
+            0x40_0009,
+        ] {
+            assert_eq!(state.stub_at(address), None, "{address:#x}");
+        }
+    }
+
+    #[test]
+    fn a_gate_leads_elsewhere_and_stays_the_same_otherwise() {
+        let low = 0x8100_8e00_0010_3040_u128;
+        let gate = 0xffff_ffff_u128 << 64 | low;
+        assert_eq!(entry_of(gate), Some(0xffff_ffff_8100_3040));
+        let moved = leading_to(gate, 0xffff_ffff_81a0_e620);
+        assert_eq!(moved, 0xffff_ffff_u128 << 64 | 0x81a0_8e00_0010_e620);
+        for (bits, what) in [
+            (1 << 47, "not present"),
+            (1 << 41, "no gate"),
+            (1 << 32, "own stack"),
+        ] {
+            assert_eq!(entry_of(gate ^ bits), None, "{what}");
+        }
     }
 }
