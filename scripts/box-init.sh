@@ -1,11 +1,14 @@
 #!/bin/busybox sh
 # The first process of the box: what runs inside QEMU before, around and after the command.
 # It is in the initramfs that scripts/box builds; `box` in the environment names the directory,
-# on the host, of this run (the kernel hands unknown words of its command line to init).
+# on the host, of this run, and `throttle` says whether perf may throttle (the kernel hands
+# unknown words of its command line to init).
 #
 # Two stages. The first, in the initramfs, loads drivers and puts the host's tree under an
 # overlay. The second, in that tree, runs the command and carries its three streams.
 
+# shellcheck shell=dash # busybox's is near enough
+# shellcheck disable=SC2154 # box and throttle come from the kernel
 bb=/bin/busybox
 fail() {
     echo "box: $*" >/dev/console
@@ -84,8 +87,12 @@ second_stage() {
     bb=/run/box/busybox
     $bb ip link set lo up
     echo always >/sys/kernel/mm/transparent_hugepage/enabled
-    # perf drops counts, and says so nowhere, when it thinks that interrupts take too long.
-    echo 0 >/proc/sys/kernel/perf_cpu_time_max_percent
+    # perf drops counts, and says so nowhere, when it thinks that interrupts come too often or
+    # take too long. The rate first: with the time limit off, Linux refuses to change it.
+    if [ "$throttle" = off ]; then
+        echo 100000000 >/proc/sys/kernel/perf_event_max_sample_rate
+        echo 0 >/proc/sys/kernel/perf_cpu_time_max_percent
+    fi
     echo -1 >/proc/sys/kernel/perf_event_paranoid
     ulimit -n 65536
     ulimit -l unlimited

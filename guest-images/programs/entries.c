@@ -1,40 +1,101 @@
-/* Enters the kernel again and again, by a system call that does nothing and by page faults, and says
- * what that took. The last argument is how many system calls there are (before it come words of the
- * command line that the kernel does not know); there is a fault for each ten. */
+/* Processes that keep the processor, but come by the kernel now and then: they compute, touch a
+ * fresh page (a fault), give pages back (madvise, munmap), ask who they are. None of it waits or
+ * gives way, and none of it leaves the guest. Each handover of the baton needs the processor to be
+ * taken away; it suffices to take it where the kernel is entered. */
 #include "guest.h"
 
-#include <sys/mman.h>
+enum { PROCESSES = 3, ROUNDS = 50, PAGES = 32, PAGE = 4096, STEPS = 20000 };
 
-#define PAGE 4096
-#define PAGES 500
+struct shared {
+    volatile unsigned baton;
+    volatile uint64_t order;
+    volatile uint64_t entries[PROCESSES], result[PROCESSES];
+};
 
-int main(int argc, char **argv)
+struct walker {
+    volatile uint64_t *region;
+    unsigned next;
+    uint64_t state, dirty, entries;
+};
+
+static uint64_t compute(uint64_t state)
 {
-    long calls = atol(argv[argc - 1]);
-    if (calls <= 0)
-        calls = 100000;
-    for (int i = 0; i < 3; i++) {
-        uint64_t before = now_ns();
-        for (long call = 0; call < calls; call++)
-            syscall(SYS_getppid);
-        uint64_t calls_ns = now_ns() - before;
-
-        char *pages = mmap(NULL, PAGES * PAGE, PROT_READ | PROT_WRITE,
-                           MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        must(pages == MAP_FAILED ? -1 : 0, "mmap");
-        /* Fails where there are no huge pages anyway, as in PREEMPT_RT. */
-        madvise(pages, PAGES * PAGE, MADV_NOHUGEPAGE);
-        before = now_ns();
-        long faults = calls / 10;
-        for (long fault = 0; fault < faults; fault++) {
-            /* A read finds the page of zeroes, so that the fault itself is most of the work. */
-            (void)*(volatile char *)(pages + fault % PAGES * PAGE);
-            if (fault % PAGES == PAGES - 1)
-                must(madvise(pages, PAGES * PAGE, MADV_DONTNEED), "madvise");
-        }
-        uint64_t faults_ns = now_ns() - before;
-        must(munmap(pages, PAGES * PAGE), "munmap");
-        printf("entries: %ld calls %lu ns, %ld faults %lu ns\n", calls, calls_ns, faults, faults_ns);
+    for (int step = 0; step < STEPS; step++) {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        if (state & 1)
+            state++;
     }
+    return state;
+}
+
+/* Computes, and then enters the kernel in one way or another. */
+static void step(struct walker *me)
+{
+    me->state = compute(me->state);
+    me->entries++;
+    if (me->next < PAGES) {
+        /* A fault. The page is new, so it must be zero. */
+        volatile uint64_t *page = me->region + me->next++ * (PAGE / sizeof *me->region);
+        me->dirty |= *page;
+        *page = me->state;
+        return;
+    }
+    me->next = 0;
+    switch (me->entries % 3) {
+    case 0:
+        must(madvise((void *)me->region, PAGES * PAGE, MADV_DONTNEED), "madvise");
+        break;
+    case 1:
+        syscall(SYS_getppid);
+        /* fall through */
+    default:
+        must(munmap((void *)me->region, PAGES * PAGE), "munmap");
+        me->region = mmap((void *)me->region, PAGES * PAGE, PROT_READ | PROT_WRITE,
+                          MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (me->region == MAP_FAILED)
+            must(-1, "mmap");
+    }
+}
+
+static void walk(struct shared *shared, unsigned number)
+{
+    struct walker me = {.state = 88172645463325252u + number, .next = PAGES};
+    me.region = mmap(NULL, PAGES * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1,
+                     0);
+    if (me.region == MAP_FAILED)
+        must(-1, "mmap");
+    for (int round = 0; round < ROUNDS; round++) {
+        do
+            step(&me);
+        while (shared->baton != number);
+        shared->order = checksum(shared->order, &number, sizeof number);
+        shared->baton = (number + 1) % PROCESSES;
+    }
+    shared->entries[number] = me.entries;
+    shared->result[number] = me.state;
+    _exit(me.dirty != 0);
+}
+
+int main(void)
+{
+    struct shared *shared = shared_memory(sizeof *shared);
+    uint64_t before = now_ns();
+    int status, unclean = 0;
+    shared->order = CHECKSUM_START;
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    printf("entries: %d processes pass a baton %d times\n", PROCESSES, PROCESSES * ROUNDS);
+    for (unsigned i = 0; i < PROCESSES; i++)
+        if (must(fork(), "fork") == 0)
+            walk(shared, i);
+    while (wait(&status) > 0)
+        unclean += status != 0;
+    for (int i = 0; i < PROCESSES; i++)
+        printf("entries: time: process %d entered %lu times, result %016lx\n", i,
+               shared->entries[i], shared->result[i]);
+    printf("entries: time: %lu ns\n", now_ns() - before);
+    printf("entries: all passed, order %016lx, %d found a page that was not clean\n",
+           shared->order, unclean);
     restart();
 }

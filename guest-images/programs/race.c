@@ -5,27 +5,29 @@
  *
  * Nothing here is set to fail. transfer() holds no lock, so it is wrong only when the
  * scheduler takes the processor away at one certain place and another teller touches the same
- * accounts meanwhile: about one run in four or five. The next run will probably be fine. That is the
+ * accounts meanwhile: about one run in fourteen. The next run will probably be fine. That is the
  * kind of bug that one wants a recording of. */
 #include "guest.h"
-#include <sys/mman.h>
 
 /* The odds. A timer tick (250 a second) hands the processor to the next teller. The tick
  * arrives at one of the places where a teller asks for the time: LOOKS + 1 of them are
  * harmless, one is inside transfer(). So with open hours of T ticks
  *     odds of a loss = 1 - (1 - 1 / (LOOKS + 2)) ** T
- * and as both are counts, the speed of the machine matters little, unless it is so slow that
- * the bank closes before anything has happened. AT_LEAST is for those: the tick lands in one
- * transfer of (4 ms / time of a look), so more transfers, more odds. Few accounts make it
- * nearly certain that the others touch the same ones meanwhile.
- * To tune: LOOKS and OPEN_MS on a fast machine, AT_LEAST on a slow one. */
+ * which here is 7.6 in 100, and the speed of the machine matters little: both are counts. Where
+ * it is so slow that a tick comes every few looks, something else counts. The tellers then go in
+ * step and come to their transfers together (each makes AT_LEAST so many), LOOKS hardly matters,
+ * and the odds are those that two of the four touch the same account. Hence more than four
+ * ACCOUNTS: of the first four transfers, two pairs have one in common (with four accounts, four
+ * pairs). On a fast machine the others make thousands of transfers in a tick, so it is nearly
+ * certain all the same that they touch the same accounts meanwhile.
+ * To tune: LOOKS and OPEN_MS on a fast machine, ACCOUNTS and AT_LEAST on a slow one. */
 enum {
     TELLERS = 4,
-    ACCOUNTS = 4,
+    ACCOUNTS = 6,
     DEPOSIT = 1000,
-    OPEN_MS = 32,
-    LOOKS = 32,
-    AT_LEAST = 3, /* transfers of each teller */
+    OPEN_MS = 36,
+    LOOKS = 112,
+    AT_LEAST = 1, /* transfers of each teller */
     TRAIL = 1 << 16, /* records that one teller can leave */
 };
 
@@ -116,10 +118,7 @@ static int audit(const struct bank *bank)
 
 int main(void)
 {
-    struct bank *bank = mmap(NULL, sizeof *bank, PROT_READ | PROT_WRITE,
-                             MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    if (bank == MAP_FAILED)
-        must(-1, "mmap");
+    struct bank *bank = shared_memory(sizeof *bank);
     setvbuf(stdout, NULL, _IOLBF, 0);
     for (int i = 0; i < ACCOUNTS; i++)
         bank->balance[i] = DEPOSIT;
@@ -141,7 +140,5 @@ int main(void)
         return 1; /* process 1 ends: "Attempted to kill init!" */
     }
     puts("race: ok");
-    if (getpid() == 1)
-        restart();
-    return 0;
+    restart();
 }

@@ -77,6 +77,7 @@ fn exit_words(exit: &Exit) -> (u64, u64) {
         Exit::TimeRead { instruction, mode } => (instruction as u64, mode as u64),
         Exit::Cpuid { leaf, subleaf } => (u64::from(leaf), u64::from(subleaf)),
         Exit::WriteCr4 { value } => (value, 0),
+        Exit::Preempted(place) => (place.number, place.rip),
         Exit::ReadCr4
         | Exit::ProtectionFault
         | Exit::Halt

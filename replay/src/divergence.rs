@@ -33,6 +33,13 @@ pub enum Difference {
         /// What came.
         found: String,
     },
+    /// The guest was preempted where the recording has it exit, the other way round, or elsewhere.
+    Preemption {
+        /// What the recording says.
+        expected: String,
+        /// What the replay did.
+        found: String,
+    },
     /// The recording has something at this exit or before that the replay passed by.
     Missed {
         /// What the recording says.
@@ -106,6 +113,12 @@ impl fmt::Display for Divergence {
                 write!(
                     f,
                     "interrupts differ\n  recorded: {expected}\n  replayed: {found}"
+                )?;
+            }
+            Difference::Preemption { expected, found } => {
+                write!(
+                    f,
+                    "preemption differs\n  recorded: {expected}\n  replayed: {found}"
                 )?;
             }
             Difference::Missed { expected } => {

@@ -8,6 +8,7 @@ use hindsight_devices::{Input, Nanos};
 use serde::{Deserialize, Serialize};
 
 use crate::exit::{Answer, Exit, Registers, Turn};
+use crate::landing::{Place, Unit};
 use crate::moment::Moment;
 
 /// How the guest's run ended.
@@ -71,11 +72,13 @@ pub enum Event {
     },
     /// The recording is complete.
     End(Box<End>),
+    /// The guest was preempted at this place behind the exit before, which made it an exit.
+    Preempted(Place),
 }
 
 impl Event {
     /// Number of kinds that [`Event::kind`] tells apart.
-    pub const KINDS: usize = 7;
+    pub const KINDS: usize = 8;
     /// Their names, in order.
     pub const KIND_NAMES: [&'static str; Event::KINDS] = [
         "turns",
@@ -85,6 +88,7 @@ impl Event {
         "witnesses",
         "memory digests",
         "end",
+        "preemptions",
     ];
 
     /// Index into [`Event::KIND_NAMES`].
@@ -97,6 +101,7 @@ impl Event {
             Event::Witness { .. } => 4,
             Event::Memory { .. } => 5,
             Event::End(_) => 6,
+            Event::Preempted(_) => 7,
         }
     }
 }
@@ -125,7 +130,7 @@ enum Wire {
     },
     Input(Input),
     /// At the exit itself or in a window that opened behind it; `rip` against the RIP of the
-    /// interrupt before.
+    /// interrupt or preemption before.
     Interrupt {
         vector: u8,
         rip_delta: i64,
@@ -139,6 +144,12 @@ enum Wire {
         digest: u64,
     },
     End(Box<End>),
+    /// `rip` against the RIP of the interrupt or preemption before.
+    Preempted {
+        unit: Unit,
+        number: u64,
+        rip_delta: i64,
+    },
 }
 
 /// What the differences of a frame refer to.
@@ -172,19 +183,20 @@ impl Codec {
                 ahead_ns: *ahead_ns,
             },
             Event::Input(input) => Wire::Input(input.clone()),
-            Event::Interrupt { vector, at } => {
-                let rip_delta = at.rip.wrapping_sub(self.rip).cast_signed();
-                self.rip = at.rip;
-                Wire::Interrupt {
-                    vector: *vector,
-                    rip_delta,
-                    branches: at.branches,
-                    rcx: at.rcx,
-                }
-            }
+            Event::Interrupt { vector, at } => Wire::Interrupt {
+                vector: *vector,
+                rip_delta: self.rip_delta(at.rip),
+                branches: at.branches,
+                rcx: at.rcx,
+            },
             Event::Witness { check } => Wire::Witness { check: *check },
             Event::Memory { digest } => Wire::Memory { digest: *digest },
             Event::End(end) => Wire::End(end.clone()),
+            Event::Preempted(place) => Wire::Preempted {
+                unit: place.unit,
+                number: place.number,
+                rip_delta: self.rip_delta(place.rip),
+            },
         };
         postcard::to_extend(&(delta, wire), frame).expect("a Vec takes everything")
     }
@@ -238,11 +250,29 @@ impl Codec {
             Wire::Witness { check } => Event::Witness { check },
             Wire::Memory { digest } => Event::Memory { digest },
             Wire::End(end) => Event::End(end),
+            Wire::Preempted {
+                unit,
+                number,
+                rip_delta,
+            } => {
+                self.rip = self.rip.wrapping_add_signed(rip_delta);
+                Event::Preempted(Place {
+                    unit,
+                    number,
+                    rip: self.rip,
+                })
+            }
         };
         Ok(Entry {
             exits: self.exits,
             event,
         })
+    }
+
+    fn rip_delta(&mut self, rip: u64) -> i64 {
+        let delta = rip.wrapping_sub(self.rip).cast_signed();
+        self.rip = rip;
+        delta
     }
 
     fn wire_turn(&mut self, turn: &Turn) -> Wire {

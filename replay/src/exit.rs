@@ -5,6 +5,8 @@ use std::fmt;
 use hindsight_devices::{Access, Nanos};
 use serde::{Deserialize, Serialize};
 
+use crate::landing::Place;
+
 /// The general registers at an exit, in the order of `struct kvm_regs`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Registers(pub [u64; Registers::COUNT]);
@@ -58,7 +60,7 @@ pub enum Mode {
     User,
 }
 
-/// One thing the guest did that ends a stretch of undisturbed running, and counts.
+/// One thing that ends a stretch of undisturbed running, and counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Exit {
     /// It touched a device, or a model-specific register that KVM does not keep.
@@ -94,11 +96,18 @@ pub enum Exit {
     Shutdown,
     /// It executed PAUSE through a trap port: it waits for somebody else.
     Pause,
+    /// It was stopped between two exits, at this place.
+    Preempted(Place),
 }
 
 impl Exit {
+    /// Whether the guest did something that waits for an answer.
+    pub fn wants_answer(&self) -> bool {
+        !matches!(self, Exit::Woken | Exit::Preempted(_))
+    }
+
     /// Number of kinds that [`Exit::kind`] tells apart.
-    pub const KINDS: usize = 14;
+    pub const KINDS: usize = 15;
 
     /// Index into [`Exit::KIND_NAMES`].
     pub fn kind(&self) -> usize {
@@ -121,8 +130,12 @@ impl Exit {
             Exit::Woken => 11,
             Exit::Shutdown => 12,
             Exit::Pause => 13,
+            Exit::Preempted(_) => Exit::PREEMPTED,
         }
     }
+
+    /// The kind of a preemption.
+    pub const PREEMPTED: usize = 14;
 
     /// Names of the kinds.
     pub const KIND_NAMES: [&'static str; Exit::KINDS] = [
@@ -140,6 +153,7 @@ impl Exit {
         "wake-ups",
         "shutdowns",
         "PAUSE",
+        "preemptions",
     ];
 }
 
@@ -180,6 +194,7 @@ impl fmt::Display for Exit {
             Exit::Woken => f.write_str("woken"),
             Exit::Shutdown => f.write_str("shutdown"),
             Exit::Pause => f.write_str("pause"),
+            Exit::Preempted(place) => write!(f, "preempted {place}"),
         }
     }
 }

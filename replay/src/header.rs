@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::cpuid::CpuidTable;
+use crate::landing::Unit;
 
 /// How much a journal says.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -71,6 +72,21 @@ pub struct Machine {
     pub seed: [u8; 32],
     /// By how many nanoseconds guest time advances at each exit, corrections apart.
     pub ns_per_exit: u64,
+    /// What is counted where the guest is preempted between two exits; `None`: it never is.
+    pub preemption: Option<Unit>,
+}
+
+/// The branch counter of the host that recorded, as it was measured there.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CounterFacts {
+    /// The raw event.
+    pub event: u64,
+    /// How many of its kicks were looked at.
+    pub kicks: u64,
+    /// The latest of them, in branches.
+    pub worst_skid: u64,
+    /// The margin in use, in branches.
+    pub margin: u64,
 }
 
 /// Facts about the host that recorded: for a reader, and to refuse a CPU of another make.
@@ -86,6 +102,10 @@ pub struct Host {
     pub unix_seconds: u64,
     /// What the host cannot keep from the guest, in words; empty if nothing.
     pub holes: Vec<String>,
+    /// Its branch counter, if it was used.
+    pub counter: Option<CounterFacts>,
+    /// The seed of the chaos that was made there.
+    pub chaos: Option<u64>,
 }
 
 /// Everything a journal says before its first event.

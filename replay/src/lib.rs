@@ -6,6 +6,7 @@
 //! one loop over them all.
 #![forbid(unsafe_code)]
 
+mod chaos;
 mod cpuid;
 mod digest;
 mod divergence;
@@ -13,6 +14,7 @@ mod event;
 mod exit;
 mod header;
 mod journal;
+mod landing;
 mod live;
 mod machine;
 mod moment;
@@ -20,20 +22,25 @@ mod outside;
 mod panic_watch;
 mod recorder;
 mod replayer;
+pub mod rng;
 
+pub use chaos::Chaos;
 pub use cpuid::{CpuidEntry, CpuidTable};
 pub use digest::{Digest, MemoryDigest, PAGE_BYTES};
 pub use divergence::{Difference, Divergence, first_difference};
 pub use event::{End, Ending, Entry, Event};
 pub use exit::{Answer, Exit, Mode, Registers, TimeInstruction, Turn};
-pub use header::{Content, Detail, Header, Host, Machine as MachineDescription, TrapCounts};
+pub use header::{
+    Content, CounterFacts, Detail, Header, Host, Machine as MachineDescription, TrapCounts,
+};
 pub use journal::{
     FRAME_HEAD_BYTES, FRAME_MAGIC, Frame, FrameHead, IndexEntry, JournalError, JournalReader,
     JournalWriter, MAGIC, Tail, TailReason, VERSION,
 };
-pub use live::{Live, TOLERANCE_NS};
+pub use landing::{Ahead, Counter, Horizon, Lander, Overshoot, Place, Unit, Walk, Went};
+pub use live::{Live, PATIENCE_NS, TOLERANCE_NS};
 pub use machine::{Back, Cpu, Machine, Observer, RunError, Tally};
 pub use moment::{ExitNumber, Moment};
-pub use outside::{Closed, Outside, TimeQuery, World};
+pub use outside::{Closed, Outside, Standing, TimeQuery, World};
 pub use recorder::{Recorder, WITNESS_EVERY};
 pub use replayer::Replayer;

@@ -10,14 +10,15 @@ use crate::cpuid::CpuidTable;
 use crate::digest::Digest;
 use crate::event::{End, Ending};
 use crate::exit::{Answer, Exit, Registers, TimeInstruction, Turn};
+use crate::landing::{Horizon, Unit};
 use crate::moment::Moment;
-use crate::outside::{Closed, Outside, TimeQuery};
+use crate::outside::{Closed, Outside, Standing, TimeQuery};
 use crate::panic_watch::PanicWatch;
 
 /// What brings a vCPU back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Back {
-    /// Something the guest did. It counts.
+    /// Something the guest did, or the place at which it was stopped. It counts.
     Exit(Exit),
     /// The interrupt window that was asked for is open. Does not count: the place is the guest's,
     /// but whether KVM needs an exit to reach it is not.
@@ -31,8 +32,9 @@ pub trait Cpu {
     /// What can go wrong on the host.
     type Error: std::error::Error;
 
-    /// Runs until something brings it back.
-    fn run(&mut self) -> Result<Back, Self::Error>;
+    /// Runs until something brings it back, at the latest at the horizon. A vCPU that cannot count
+    /// what a horizon between exits asks for runs to its next exit.
+    fn run(&mut self, horizon: Horizon) -> Result<Back, Self::Error>;
     /// The registers as the guest left them when it came back.
     fn registers(&mut self) -> Registers;
     /// Hands the answer to the exit; the instruction may stay unfinished until it runs again. HLT
@@ -44,6 +46,11 @@ pub trait Cpu {
     fn interrupt(&mut self, vector: u8) -> Result<(), Self::Error>;
     /// Asks for [`Back::Window`] as soon as the guest takes interrupts, or no more.
     fn request_window(&mut self, wanted: bool);
+    /// The user-mode instruction that the guest is at, or that its kernel works for, as far as that
+    /// can be told. A hint: nothing that a replay does may depend on it.
+    fn caller(&mut self) -> Option<u64> {
+        None
+    }
     /// The digest of all of memory.
     fn memory_digest(&mut self) -> Result<u64, Self::Error>;
 }
@@ -91,6 +98,8 @@ pub struct Tally {
     pub interrupts: u64,
     /// Of those, how many waited for the guest to open its window.
     pub windows: u64,
+    /// How many were delivered where the guest had been preempted for them.
+    pub preempted: u64,
 }
 
 /// The machine: everything that decides what happens next, except the guest's own memory and CPU.
@@ -183,14 +192,14 @@ impl Machine {
         observer: &mut dyn Observer,
     ) -> Result<Ending, RunError<C::Error>> {
         loop {
-            let pending = self.board.interrupt_pending();
-            if let Err(closed) = outside.goes_on(self.at.exits, pending) {
-                return ended(closed);
-            }
+            let horizon = match outside.horizon(&self.standing()) {
+                Ok(horizon) => horizon,
+                Err(closed) => return ended(closed),
+            };
             let back = if self.halted {
                 Back::Exit(Exit::Woken)
             } else {
-                self.cpu(cpu.run())?
+                self.cpu(cpu.run(horizon))?
             };
             match back {
                 Back::Exit(exit) => match self.turn(exit, cpu, outside, observer) {
@@ -205,7 +214,7 @@ impl Machine {
                 }
                 Back::Kicked => {
                     observer.kicked(self.at.exits);
-                    if let Err(closed) = outside.kicked(self.at.exits) {
+                    if let Err(closed) = outside.kicked(&self.standing()) {
                         return ended(closed);
                     }
                 }
@@ -224,14 +233,22 @@ impl Machine {
         let registers = cpu.registers();
         self.at = Moment {
             exits: self.at.exits + 1,
-            branches: 0,
+            branches: match exit {
+                Exit::Preempted(place) if place.unit == Unit::Branches => place.number,
+                _ => 0,
+            },
             rip: registers.rip(),
             rcx: registers.rcx(),
         };
         let exits = self.at.exits;
         self.tally.exits[exit.kind()] += 1;
 
-        self.pass_time(outside)?;
+        let site = if outside.wants_sites() {
+            cpu.caller()
+        } else {
+            None
+        };
+        self.pass_time(&exit, site, outside)?;
         let mut stopped = false;
         while let Some(input) = outside
             .arrival(exits, self.board.console_room())
@@ -252,7 +269,7 @@ impl Machine {
             .turn(exits, &turn, self.digest)
             .map_err(RunError::Closed)?;
         observer.turn(exits, &turn);
-        if exit != Exit::Woken {
+        if exit.wants_answer() {
             self.cpu(cpu.answer(&exit, &answer))?;
         }
         self.pass_output(observer);
@@ -266,15 +283,32 @@ impl Machine {
             self.cpu(cpu.settle())?;
             return Ok(Next::Finish(ending));
         }
+        let delivered = self.tally.interrupts;
         self.deliver(cpu, outside, observer)?;
+        if let Exit::Preempted(_) = exit {
+            self.tally.preempted += self.tally.interrupts - delivered;
+        }
         if self.halted && !registers.interrupts_enabled() {
             return Ok(Next::Finish(Ending::Halted));
         }
         Ok(Next::RunOn)
     }
 
+    fn standing(&self) -> Standing {
+        Standing {
+            exits: self.at.exits,
+            rip: self.at.rip,
+            now: self.now,
+            deadline: self.board.deadline(),
+            room: self.board.console_room(),
+            pending: self.board.interrupt_pending(),
+        }
+    }
+
     fn pass_time<O: Outside + ?Sized, E: std::error::Error>(
         &mut self,
+        exit: &Exit,
+        site: Option<u64>,
         outside: &mut O,
     ) -> Result<(), RunError<E>> {
         let deadline = self.board.deadline();
@@ -290,6 +324,11 @@ impl Machine {
             deadline,
             halted: self.halted,
             room: self.board.console_room(),
+            preempted: match exit {
+                Exit::Preempted(place) => Some(*place),
+                _ => None,
+            },
+            site,
         };
         let now = outside.time(&query).map_err(RunError::Closed)?;
         assert!(
@@ -326,7 +365,8 @@ impl Machine {
             | Exit::ProtectionFault
             | Exit::Woken
             | Exit::Shutdown
-            | Exit::Pause => Answer::Done,
+            | Exit::Pause
+            | Exit::Preempted(_) => Answer::Done,
         }
     }
 

@@ -9,14 +9,15 @@ use serde::{Deserialize, Serialize};
 /// A point in the guest's execution.
 ///
 /// Positions are made of what the guest's own instructions cause, never of host time: how many
-/// exits there have been, and where behind the last exit the guest stands. At an exit
-/// `branches` is 0, and `rip` and `rcx` are the registers of that exit.
+/// exits there have been, and where behind the last exit the guest stands. A place between two exits
+/// at which something happened counts as an exit too, from then on; `branches` tells how far behind
+/// the one before it lies. `rip` and `rcx` are the registers there.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Moment {
-    /// Exits since power-on. Only exits that the guest causes count (and wake-ups from HLT);
-    /// signals, single steps and interrupt windows are the host's and do not.
+    /// Exits since power-on. Exits that the guest causes count, wake-ups from HLT, and places at
+    /// which it was preempted; signals, breakpoints and interrupt windows are the host's and do not.
     pub exits: u64,
-    /// Conditional branches retired since that exit; 0 where nothing counts them.
+    /// At a preemption, the conditional branches retired since the exit before it; else 0.
     pub branches: u64,
     /// Instruction pointer.
     pub rip: u64,
@@ -36,7 +37,11 @@ impl Moment {
 
 impl fmt::Display for Moment {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "exit {} at rip {:#x}", self.exits, self.rip)
+        write!(f, "exit {}", self.exits)?;
+        if self.branches > 0 {
+            write!(f, " ({} branches behind the one before)", self.branches)?;
+        }
+        write!(f, " at rip {:#x}", self.rip)
     }
 }
 

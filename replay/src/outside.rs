@@ -12,6 +12,7 @@ use crate::divergence::Divergence;
 use crate::event::{End, Ending};
 use crate::exit::Turn;
 use crate::journal::{JournalError, Tail};
+use crate::landing::{Horizon, Place};
 use crate::moment::Moment;
 
 /// What the loop knows when it asks for the time.
@@ -29,6 +30,28 @@ pub struct TimeQuery {
     pub halted: bool,
     /// How many typed bytes the machine has room for.
     pub room: usize,
+    /// The guest was preempted at this place; else it exited by itself.
+    pub preempted: Option<Place>,
+    /// What the guest is doing there, as far as [`Outside::wants_sites`] asked for it: the same
+    /// number is the same place in its programs.
+    pub site: Option<u64>,
+}
+
+/// Where the machine stands between two turns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Standing {
+    /// The last exit.
+    pub exits: u64,
+    /// Its instruction pointer.
+    pub rip: u64,
+    /// Guest time at that exit.
+    pub now: Nanos,
+    /// When the board's next timer is due.
+    pub deadline: Option<Nanos>,
+    /// How many typed bytes the machine has room for.
+    pub room: usize,
+    /// An interrupt waits for the guest to take it.
+    pub pending: bool,
 }
 
 /// Why a door will not answer.
@@ -56,6 +79,11 @@ pub trait Outside {
     /// Guest time at this exit; at least `query.last`. While the machine is halted this waits.
     fn time(&mut self, query: &TimeQuery) -> Result<Nanos, Closed>;
 
+    /// Whether [`TimeQuery::site`] is worth finding out.
+    fn wants_sites(&self) -> bool {
+        false
+    }
+
     /// The next input that reaches the machine at this exit, if there is one. `room` is how many
     /// typed bytes the machine has room for.
     fn arrival(&mut self, exits: u64, room: usize) -> Result<Option<Input>, Closed>;
@@ -72,12 +100,11 @@ pub trait Outside {
     /// The digest of all of memory at this exit.
     fn memory(&mut self, exits: u64, digest: u64) -> Result<(), Closed>;
 
-    /// All that belongs to this exit is done; may the guest run on? `pending` tells whether an
-    /// interrupt waits for the guest to take it.
-    fn goes_on(&mut self, exits: u64, pending: bool) -> Result<(), Closed>;
+    /// All that belongs to the last exit is done: how far may the guest run on?
+    fn horizon(&mut self, standing: &Standing) -> Result<Horizon, Closed>;
 
     /// The vCPU came back without an exit of the guest's after the last turn.
-    fn kicked(&mut self, exits: u64) -> Result<(), Closed>;
+    fn kicked(&mut self, standing: &Standing) -> Result<(), Closed>;
 
     /// The run is over.
     fn end(&mut self, exits: u64, end: &End) -> Result<(), Closed>;
@@ -97,4 +124,8 @@ pub trait World {
     fn sleep(&mut self, until: Option<Nanos>, room: usize) -> bool;
     /// The operator asked to stop, the guest has not exited since, and patience is at an end.
     fn gives_up(&mut self) -> bool;
+    /// Sees to it that the vCPU is kicked at this time or before; `None`: no more.
+    fn alarm(&mut self, at: Option<Nanos>);
+    /// Whether an input is there that `room` has a place for.
+    fn input_waits(&mut self, room: usize) -> bool;
 }

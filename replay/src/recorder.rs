@@ -12,8 +12,9 @@ use crate::event::{End, Event};
 use crate::exit::Turn;
 use crate::header::{Detail, Header};
 use crate::journal::{IndexEntry, JournalError, JournalWriter};
+use crate::landing::Horizon;
 use crate::moment::Moment;
-use crate::outside::{Closed, Outside, TimeQuery};
+use crate::outside::{Closed, Outside, Standing, TimeQuery};
 
 /// Every so many exits a witness of the digest is written: drift is noticed at most this late
 /// where a recording holds no whole turns.
@@ -72,6 +73,10 @@ impl<O: Outside, W: Write> Outside for Recorder<O, W> {
         self.journal
             .turn_is_complete(query.exits - 1, query.last, query.halted)?;
         let now = self.inner.time(query)?;
+        // First of all that belongs to its exit: a replay must know it before the guest runs there.
+        if let Some(place) = query.preempted {
+            self.append(query.exits, Event::Preempted(place));
+        }
         let ahead_ns = now.wrapping_sub(query.rule).cast_signed();
         // A halted machine without a deadline is woken by the world alone: without an event here,
         // replay would take it for one that nothing can wake.
@@ -80,6 +85,10 @@ impl<O: Outside, W: Write> Outside for Recorder<O, W> {
             self.append(query.exits, Event::Time { ahead_ns });
         }
         Ok(now)
+    }
+
+    fn wants_sites(&self) -> bool {
+        self.inner.wants_sites()
     }
 
     fn arrival(&mut self, exits: u64, room: usize) -> Result<Option<Input>, Closed> {
@@ -119,12 +128,12 @@ impl<O: Outside, W: Write> Outside for Recorder<O, W> {
         self.inner.memory(exits, digest)
     }
 
-    fn goes_on(&mut self, exits: u64, pending: bool) -> Result<(), Closed> {
-        self.inner.goes_on(exits, pending)
+    fn horizon(&mut self, standing: &Standing) -> Result<Horizon, Closed> {
+        self.inner.horizon(standing)
     }
 
-    fn kicked(&mut self, exits: u64) -> Result<(), Closed> {
-        self.inner.kicked(exits)
+    fn kicked(&mut self, standing: &Standing) -> Result<(), Closed> {
+        self.inner.kicked(standing)
     }
 
     fn end(&mut self, exits: u64, end: &End) -> Result<(), Closed> {

@@ -11,8 +11,9 @@ use crate::event::{End, Ending, Entry, Event};
 use crate::exit::Turn;
 use crate::header::Detail;
 use crate::journal::{JournalError, JournalReader, TailReason};
+use crate::landing::{Horizon, Place};
 use crate::moment::Moment;
-use crate::outside::{Closed, Outside, TimeQuery};
+use crate::outside::{Closed, Outside, Standing, TimeQuery};
 use crate::recorder::WITNESS_EVERY;
 
 /// How many turns a divergence report shows.
@@ -111,6 +112,28 @@ impl<R: Read> Replayer<R> {
         Err(self.diverged(at, Difference::Missed { expected: missed }))
     }
 
+    /// Refuses a preemption that the recording does not have, and an exit where it has one.
+    fn check_preemption(&mut self, exits: u64, found: Option<Place>) -> Result<(), Closed> {
+        let expected = self.take(exits, |event| match event {
+            Event::Preempted(place) => Some(*place),
+            _ => None,
+        })?;
+        if expected == found {
+            return Ok(());
+        }
+        let say = |place: Option<Place>| {
+            place.map_or_else(
+                || "an exit of its own".to_string(),
+                |place| format!("preempted {place}"),
+            )
+        };
+        let difference = Difference::Preemption {
+            expected: say(expected),
+            found: say(found),
+        };
+        Err(self.diverged(self.last_moment(exits), difference))
+    }
+
     /// No event is left: the recording was cut. Everything through its last exit is known.
     fn cut_short(&mut self, exits: u64) -> Result<(), Closed> {
         match self.journal.tail() {
@@ -152,6 +175,7 @@ impl<R: Read> Outside for Replayer<R> {
         if self.peek()?.is_none() {
             self.cut_short(exits - 1)?;
         }
+        self.check_preemption(exits, query.preempted)?;
         let ahead = self.take(exits, |event| match event {
             Event::Time { ahead_ns } => Some(*ahead_ns),
             _ => None,
@@ -307,17 +331,26 @@ impl<R: Read> Outside for Replayer<R> {
         Ok(())
     }
 
-    fn goes_on(&mut self, exits: u64, pending: bool) -> Result<(), Closed> {
+    fn horizon(&mut self, standing: &Standing) -> Result<Horizon, Closed> {
+        let exits = standing.exits;
         if self.until.is_some_and(|until| exits >= until) {
             return Err(Closed::Reached(exits));
         }
         let expected = match self.peek()? {
-            None => return self.cut_short(exits),
-            Some(entry) if entry.exits > exits => return Ok(()),
+            None => {
+                self.cut_short(exits)?;
+                return Ok(Horizon::Exit);
+            }
+            Some(entry) if entry.exits > exits => {
+                return Ok(match entry.event {
+                    Event::Preempted(place) if entry.exits == exits + 1 => Horizon::At(place),
+                    _ => Horizon::Exit,
+                });
+            }
             Some(Entry {
                 event: Event::Interrupt { .. },
                 ..
-            }) if pending => return Ok(()),
+            }) if standing.pending => return Ok(Horizon::Exit),
             Some(Entry {
                 event: Event::End(end),
                 ..
@@ -329,7 +362,7 @@ impl<R: Read> Outside for Replayer<R> {
         Err(self.diverged(self.last_moment(exits), Difference::Missed { expected }))
     }
 
-    fn kicked(&mut self, _exits: u64) -> Result<(), Closed> {
+    fn kicked(&mut self, _standing: &Standing) -> Result<(), Closed> {
         Ok(())
     }
 
@@ -435,6 +468,7 @@ fn describe(entry: &Entry) -> String {
         Event::Witness { .. } => format!("exit {exits}: a witness of the digest"),
         Event::Memory { .. } => format!("exit {exits}: a digest of memory"),
         Event::End(end) => format!("exit {exits}: the end ({:?})", end.ending),
+        Event::Preempted(place) => format!("exit {exits}: preempted {place}"),
     }
 }
 

@@ -2,8 +2,10 @@
 #![forbid(unsafe_code)]
 
 pub mod debian;
-pub mod rng;
+pub mod measure;
+pub mod seeds;
 pub mod sim;
 pub mod sim_world;
+pub mod toy_counter;
 pub mod toy_cpu;
 pub mod toy_program;

@@ -4,14 +4,15 @@ use std::collections::BTreeMap;
 
 use hindsight_devices::Nanos;
 use hindsight_replay::{
-    Closed, Content, CpuidEntry, CpuidTable, Detail, Divergence, End, Entry, Event, Header, Host,
-    JournalError, JournalReader, JournalWriter, Live, Machine, MachineDescription, Moment,
-    Observer, Outside, Recorder, Replayer, RunError, Tail, TrapCounts, Turn,
+    Chaos, Closed, Content, CpuidEntry, CpuidTable, Detail, Divergence, End, Entry, Event, Header,
+    Horizon, Host, JournalError, JournalReader, JournalWriter, Live, Machine, MachineDescription,
+    Moment, Observer, Outside, Place, Recorder, Replayer, RunError, Standing, Tail, TrapCounts,
+    Turn, Unit,
 };
 
-use crate::rng::Rng;
 use crate::sim_world::SimWorld;
 use crate::toy_cpu::{Broken, ToyCpu};
+use hindsight_replay::rng::Rng;
 
 /// A machine and its world, both made of a seed.
 #[derive(Clone, Copy, Debug)]
@@ -24,6 +25,10 @@ pub struct Scenario {
     pub pace_ns: Nanos,
     /// How often the recorder digests all of memory.
     pub memory_every: Option<u64>,
+    /// How long what is due waits for an exit, where there is a counter.
+    pub patience_ns: Option<Nanos>,
+    /// The seed of its chaos.
+    pub chaos: Option<u64>,
 }
 
 impl Scenario {
@@ -38,6 +43,16 @@ impl Scenario {
             ns_per_exit,
             pace_ns,
             memory_every,
+            patience_ns: None,
+            chaos: None,
+        }
+    }
+
+    /// The same, but what is due waits no longer than `patience_ns` for an exit.
+    pub fn with_patience(self, patience_ns: Nanos) -> Scenario {
+        Scenario {
+            patience_ns: Some(patience_ns),
+            ..self
         }
     }
 
@@ -59,6 +74,7 @@ impl Scenario {
                 cpuid: cpuid_table(),
                 seed: [3; 32],
                 ns_per_exit: self.ns_per_exit,
+                preemption: self.patience_ns.map(|_| Unit::Branches),
             },
             host: Host {
                 recorder: "simulation".into(),
@@ -66,6 +82,8 @@ impl Scenario {
                 kernel: "none".into(),
                 unix_seconds: 1_700_000_000,
                 holes: Vec::new(),
+                counter: None,
+                chaos: None,
             },
         }
     }
@@ -90,7 +108,12 @@ impl Scenario {
         mut cpu: ToyCpu,
     ) -> (Result<End, RunError<Broken>>, Recording) {
         let mut journal = Vec::new();
-        let live = Live::new(world, self.memory_every);
+        let live = Live::new(world, self.memory_every)
+            .with_patience(self.patience_ns)
+            .with_chaos(
+                self.chaos
+                    .map(|seed| Chaos::new(seed, Some(Unit::Branches))),
+            );
         let header = self.header(detail);
         let mut recorder =
             Recorder::create(live, &mut journal, &header).expect("a Vec takes everything");
@@ -207,6 +230,8 @@ pub enum Verdict {
     Diverged(Box<Divergence>),
     /// Stopped where the test wanted.
     Reached(u64),
+    /// The host failed.
+    Failed(Broken),
     /// Not a journal that can be replayed.
     Refused(JournalError),
 }
@@ -296,7 +321,7 @@ fn verdict(result: Result<End, RunError<Broken>>) -> Verdict {
         Err(RunError::Closed(Closed::Reached(exits))) => Verdict::Reached(exits),
         Err(RunError::Closed(Closed::Journal(error))) => Verdict::Refused(error),
         Err(RunError::Closed(Closed::End(ending))) => panic!("an ending escaped: {ending:?}"),
-        Err(RunError::Cpu { at, source }) => panic!("at {at}: {source}"),
+        Err(RunError::Cpu { source, .. }) => Verdict::Failed(source),
     }
 }
 
@@ -375,6 +400,7 @@ pub fn write_entries(header: &Header, entries: &[Entry], per_frame: usize) -> Ve
 pub struct Unchecked {
     times: BTreeMap<u64, i64>,
     inputs: BTreeMap<u64, Vec<hindsight_devices::Input>>,
+    preemptions: BTreeMap<u64, Place>,
     exits_max: u64,
 }
 
@@ -384,6 +410,7 @@ impl Unchecked {
         let mut door = Unchecked {
             times: BTreeMap::new(),
             inputs: BTreeMap::new(),
+            preemptions: BTreeMap::new(),
             exits_max,
         };
         for Entry { exits, event } in entries {
@@ -396,6 +423,9 @@ impl Unchecked {
                         .entry(*exits)
                         .or_default()
                         .insert(0, input.clone());
+                }
+                Event::Preempted(place) => {
+                    door.preemptions.insert(*exits, *place);
                 }
                 _ => {}
             }
@@ -438,15 +468,15 @@ impl Outside for Unchecked {
         Ok(())
     }
 
-    fn goes_on(&mut self, exits: u64, _: bool) -> Result<(), Closed> {
-        if exits >= self.exits_max {
-            Err(Closed::Reached(exits))
-        } else {
-            Ok(())
+    fn horizon(&mut self, standing: &Standing) -> Result<Horizon, Closed> {
+        if standing.exits >= self.exits_max {
+            return Err(Closed::Reached(standing.exits));
         }
+        let place = self.preemptions.get(&(standing.exits + 1));
+        Ok(place.map_or(Horizon::Exit, |place| Horizon::At(*place)))
     }
 
-    fn kicked(&mut self, _: u64) -> Result<(), Closed> {
+    fn kicked(&mut self, _: &Standing) -> Result<(), Closed> {
         Ok(())
     }
 

@@ -3,7 +3,7 @@
 use hindsight_devices::{Input, Nanos};
 use hindsight_replay::World;
 
-use crate::rng::Rng;
+use hindsight_replay::rng::Rng;
 
 /// No simulated run has more exits than this: the operator comes at the latest then.
 pub const EXITS_MAX: u64 = 600;
@@ -126,6 +126,12 @@ impl World for SimWorld {
                 true
             }
         }
+    }
+
+    fn alarm(&mut self, _at: Option<Nanos>) {}
+
+    fn input_waits(&mut self, room: usize) -> bool {
+        room > 0 && !self.typed.is_empty()
     }
 
     fn gives_up(&mut self) -> bool {

@@ -5,13 +5,18 @@
 //! between hosts (kicks, and when KVM finishes an instruction) comes from a seed of its own, the
 //! noise, so that a recording and its replay can be given different hosts.
 
+use std::convert::Infallible;
 use std::fmt;
 
 use hindsight_devices::Access;
-use hindsight_replay::{Answer, Back, Cpu, Exit, MemoryDigest, PAGE_BYTES, Registers};
+use hindsight_replay::{
+    Ahead, Answer, Back, Cpu, Exit, Horizon, Lander, MemoryDigest, Overshoot, PAGE_BYTES,
+    Registers, Walk, Went,
+};
 
-use crate::rng::{Rng, mix};
+use crate::toy_counter::{Pmu, ToyCounter};
 use crate::toy_program::{Op, Program};
+use hindsight_replay::rng::{Rng, mix};
 
 /// Memory in bytes. The last page is the stack of the interrupt handlers.
 pub const MEMORY_BYTES: usize = 2 * PAGE_BYTES;
@@ -53,18 +58,38 @@ pub enum FaultKind {
 
 /// The host's virtual CPU stopped working.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Broken;
+pub enum Broken {
+    /// As the test ordered.
+    Ordered,
+    /// It ran past its place.
+    Overshot(Overshoot),
+}
 
 impl fmt::Display for Broken {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("the toy CPU is broken, as the test ordered")
+        match self {
+            Broken::Ordered => f.write_str("the toy CPU is broken, as the test ordered"),
+            Broken::Overshot(overshoot) => overshoot.fmt(f),
+        }
+    }
+}
+
+impl From<Overshoot> for Broken {
+    fn from(overshoot: Overshoot) -> Broken {
+        Broken::Overshot(overshoot)
+    }
+}
+
+impl From<Infallible> for Broken {
+    fn from(never: Infallible) -> Broken {
+        match never {}
     }
 }
 
 impl std::error::Error for Broken {}
 
 /// The CPU and its memory.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct ToyCpu {
     program: Program,
     registers: Registers,
@@ -81,6 +106,9 @@ pub struct ToyCpu {
     noise: Rng,
     kicks_in_a_row: u32,
     fault: Option<Fault>,
+    /// What counts its branches; a ghost's are not counted.
+    pmu: Option<Pmu>,
+    lander: Option<Lander<ToyCounter>>,
 }
 
 impl ToyCpu {
@@ -103,6 +131,18 @@ impl ToyCpu {
             noise: Rng::new(noise, 3),
             kicks_in_a_row: 0,
             fault: None,
+            pmu: None,
+            lander: None,
+        }
+    }
+
+    /// The same CPU, with a counter, and with a program that has use for it.
+    pub fn with_counter(self, counter: ToyCounter) -> ToyCpu {
+        ToyCpu {
+            program: self.program.calmed(50),
+            pmu: Some(counter.pmu()),
+            lander: Some(Lander::new(counter)),
+            ..self
         }
     }
 
@@ -159,6 +199,36 @@ impl ToyCpu {
         words + self.registers.0[6] % words
     }
 
+    /// The next instruction; `None` where the program only spins.
+    fn next_op(&mut self, h: u64) -> Option<Op> {
+        if self.instructions > INSTRUCTIONS_MAX || self.spins > SPINS_MAX {
+            return Some(Op::Exit(Exit::Shutdown));
+        }
+        let op = self.program.next(h, self.exits)?;
+        self.instructions += 1;
+        Some(op)
+    }
+
+    /// A copy to look ahead with.
+    fn ghost(&self) -> ToyCpu {
+        ToyCpu {
+            program: self.program.clone(),
+            registers: self.registers,
+            memory: self.memory.clone(),
+            shadow: self.shadow,
+            window: self.window,
+            unfinished: self.unfinished,
+            exits: self.exits,
+            instructions: self.instructions,
+            spins: self.spins,
+            noise: self.noise.clone(),
+            kicks_in_a_row: self.kicks_in_a_row,
+            fault: self.fault,
+            pmu: None,
+            lander: None,
+        }
+    }
+
     /// Executes what does not exit.
     fn execute(&mut self, op: Op, h: u64) {
         let place = mix(h ^ 1) % (PAGE_BYTES / 8) as u64;
@@ -180,11 +250,18 @@ impl ToyCpu {
             Op::Exit(_) => unreachable!("an exit is not executed here"),
         }
         self.step(h);
+        if is_branch(h)
+            && let Some(pmu) = &self.pmu
+        {
+            pmu.retire();
+        }
     }
 
     /// Behind every instruction: the next place, and everything seen so far in R15.
     fn step(&mut self, h: u64) {
-        self.registers.0[16] = self.registers.0[16].wrapping_add(1 + (h >> 60));
+        // Round and round on 64 places, so that a place is more than its address.
+        let rip = self.registers.0[16];
+        self.registers.0[16] = rip & !63 | rip.wrapping_add(1 + (h >> 60)) & 63;
         self.registers.0[15] = mix(h);
     }
 
@@ -222,7 +299,7 @@ impl ToyCpu {
             Some(Fault { exit, kind }) if exit == self.exits => match kind {
                 FaultKind::Register { index, bit } => self.registers.0[index] ^= 1 << bit,
                 FaultKind::Memory { bit } => self.memory[bit / 8] ^= 1 << (bit % 8),
-                FaultKind::Host => return Err(Broken),
+                FaultKind::Host => return Err(Broken::Ordered),
             },
             _ => {}
         }
@@ -230,42 +307,94 @@ impl ToyCpu {
     }
 }
 
-impl Cpu for ToyCpu {
+/// Whether the instruction that is executed with this hash is a conditional branch.
+fn is_branch(h: u64) -> bool {
+    h >> 8 & 3 == 0
+}
+
+impl Walk for ToyCpu {
     type Error = Broken;
 
-    fn run(&mut self) -> Result<Back, Broken> {
-        self.finish_instruction();
+    fn rip(&mut self) -> u64 {
+        self.registers.rip()
+    }
+
+    fn go(&mut self, stops: &[u64]) -> Result<Went, Broken> {
+        let mut first = true;
         loop {
             if self.window && self.takes_interrupts() {
-                return Ok(Back::Window);
+                return Ok(Went::Back(Back::Window));
             }
-            if self.kicks_in_a_row < 3 && self.noise.one_in(24) {
+            if !first && stops.contains(&self.registers.rip()) {
+                return Ok(Went::Stop);
+            }
+            let called = self.pmu.as_ref().is_some_and(Pmu::calls);
+            if called || (self.kicks_in_a_row < 3 && self.noise.one_in(24)) {
                 self.kicks_in_a_row += 1;
-                return Ok(Back::Kicked);
+                return Ok(Went::Back(Back::Kicked));
             }
             self.kicks_in_a_row = 0;
-            self.instructions += 1;
+            first = false;
             let h = self.hash();
-            let worn_out = self.instructions > INSTRUCTIONS_MAX || self.spins > SPINS_MAX;
-            let op = if worn_out {
-                Op::Exit(Exit::Shutdown)
-            } else {
-                match self.program.next(h, self.exits) {
-                    Some(op) => op,
-                    None => {
-                        self.spins += 1;
-                        return Ok(Back::Kicked);
-                    }
+            let Some(op) = self.next_op(h) else {
+                self.spins += 1;
+                if stops.contains(&self.registers.rip()) {
+                    return Ok(Went::Stop);
                 }
+                return Ok(Went::Back(Back::Kicked));
             };
             self.shadow = false;
             if let Op::Exit(exit) = op {
                 self.exits += 1;
                 self.breaks()?;
-                return Ok(Back::Exit(exit));
+                return Ok(Went::Back(Back::Exit(exit)));
             }
             self.execute(op, h);
         }
+    }
+
+    fn ahead(&mut self) -> Result<Ahead, Broken> {
+        let mut ghost = self.ghost();
+        for distance in 0.. {
+            let (at, h) = (ghost.registers.rip(), ghost.hash());
+            match ghost.next_op(h) {
+                None if distance == 0 => return Ok(Ahead::Still),
+                None | Some(Op::Exit(_)) => break,
+                Some(op) => ghost.execute(op, h),
+            }
+            if is_branch(h) {
+                let next = ghost.registers.rip();
+                // Where it leads if it is not taken, or taken: somewhere else.
+                return Ok(Ahead::Branch {
+                    at,
+                    next: [next, next ^ 32],
+                });
+            }
+            if distance > 20 {
+                break;
+            }
+        }
+        Ok(Ahead::Unclear)
+    }
+}
+
+impl Cpu for ToyCpu {
+    type Error = Broken;
+
+    fn run(&mut self, horizon: Horizon) -> Result<Back, Broken> {
+        self.finish_instruction();
+        let Some(mut lander) = self.lander.take() else {
+            return match self.go(&[])? {
+                Went::Back(back) => Ok(back),
+                Went::Stop => unreachable!("no stop was set"),
+            };
+        };
+        let back = lander.run(self, horizon);
+        self.lander = Some(lander);
+        if let Ok(Back::Exit(_)) = back {
+            self.spins = 0;
+        }
+        back
     }
 
     fn registers(&mut self) -> Registers {
@@ -309,6 +438,10 @@ impl Cpu for ToyCpu {
 
     fn request_window(&mut self, wanted: bool) {
         self.window = wanted;
+    }
+
+    fn caller(&mut self) -> Option<u64> {
+        Some(self.registers.rip())
     }
 
     fn memory_digest(&mut self) -> Result<u64, Broken> {

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use hindsight_devices::{Access, Width};
 use hindsight_replay::{Exit, Mode, TimeInstruction};
 
-use crate::rng::{Rng, mix};
+use hindsight_replay::rng::{Rng, mix};
 
 /// One instruction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +45,8 @@ enum Last {
 pub struct Program {
     /// Instructions decided on; then `h` decides.
     plan: VecDeque<Op>,
+    /// One instruction in so many is more than computing.
+    calm: u64,
     /// Exits after which the program ends.
     length: u64,
     last: Last,
@@ -92,6 +94,7 @@ impl Program {
         let length = 40 + rng.below(280);
         let mut program = Program {
             plan: VecDeque::new(),
+            calm: 1,
             length,
             last,
             said_last: false,
@@ -99,6 +102,11 @@ impl Program {
         };
         program.power_on(&mut rng);
         program
+    }
+
+    /// The same program with long stretches of computing in it: one instruction in `calm` is more.
+    pub fn calmed(self, calm: u64) -> Program {
+        Program { calm, ..self }
     }
 
     /// What a kernel does first, with the choices left to the seed.
@@ -155,6 +163,9 @@ impl Program {
     pub fn next(&mut self, h: u64, exits: u64) -> Option<Op> {
         if let Some(op) = self.plan.pop_front() {
             return Some(op);
+        }
+        if exits < self.length && !mix(h ^ 5).is_multiple_of(self.calm) {
+            return Some([Op::Mix, Op::Load, Op::Store][h as usize % 3]);
         }
         if exits < self.length {
             return Some(self.decide(h));

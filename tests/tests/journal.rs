@@ -403,6 +403,8 @@ fn small_recording() -> (Scenario, Recording) {
             ns_per_exit: 5_000,
             pace_ns: 15_000_000,
             memory_every: Some(5),
+            patience_ns: None,
+            chaos: None,
         };
         (scenario, scenario.record(Detail::Default, 1))
     });
@@ -427,7 +429,8 @@ fn a_recorder_on_a_full_disk_stops_and_what_it_wrote_replays() {
         let live = Live::new(
             SimWorld::new(scenario.seed, scenario.pace_ns),
             scenario.memory_every,
-        );
+        )
+        .with_patience(None);
         if let Ok(mut recorder) = Recorder::create(live, &mut disk, &header) {
             let mut cpu = ToyCpu::new(scenario.seed, 1);
             let failure = machine_of(&header)

@@ -272,6 +272,8 @@ fn record(kvm: &Kvm, guest: &Guest, how: How) -> Ran {
         ns_per_exit: 1_000,
         pace_ns: 1_000,
         memory_every: how.memory_every,
+        patience_ns: None,
+        chaos: None,
     };
     let mut header = scenario.header(how.detail);
     header.machine.memory_bytes = RAM_BYTES;

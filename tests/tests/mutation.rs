@@ -5,11 +5,11 @@
 
 mod arbitrary;
 
+use hindsight_replay::rng::Rng;
 use hindsight_replay::{
     Detail, Difference, Entry, Event, Frame, IndexEntry, JournalError, JournalReader,
     JournalWriter, Tail, TailReason,
 };
-use hindsight_tests::rng::Rng;
 use hindsight_tests::sim::{
     Recording, Replayed, Scenario, Verdict, entries_of, relog, replay, write_entries,
 };
@@ -37,6 +37,8 @@ impl Victim {
                     ns_per_exit: 5_000,
                     pace_ns: 15_000_000,
                     memory_every: Some(9),
+                    patience_ns: None,
+                    chaos: None,
                 };
                 Victim::of(scenario, scenario.record(detail, 1))
             })
@@ -442,6 +444,7 @@ fn judge(victim: &Victim, entries: &[Entry], original: &[Entry], replayed: &Repl
         // The guest went on to no end because the next event is out of reach.
         Verdict::Reached(_) => {}
         Verdict::Refused(error) => panic!("the file is whole, but: {error}"),
+        Verdict::Failed(broken) => panic!("no host failed, but: {broken}"),
     }
 }
 

@@ -3,14 +3,12 @@
 //! `HINDSIGHT_SIM_SEEDS` says how many seeds (default 5,000), `HINDSIGHT_SIM_SEED` picks one. A
 //! failure names its seed and how to run it alone.
 
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-
 use hindsight_devices::{Access, Input, Nanos, Width};
+use hindsight_replay::rng::{Rng, mix};
 use hindsight_replay::{
-    Answer, Back, Cpu, Detail, Difference, Ending, Entry, Event, Exit, JournalReader, Machine,
-    Registers, WITNESS_EVERY, World,
+    Answer, Back, Cpu, Detail, Difference, Ending, Entry, Event, Exit, Horizon, JournalReader,
+    Machine, Registers, WITNESS_EVERY, World,
 };
-use hindsight_tests::rng::{Rng, mix};
 use hindsight_tests::sim::{
     Recording, Replayed, Scenario, Unchecked, Verdict, cpuid_table, entries_of, machine_of, relog,
     replay, replay_on, write_entries,
@@ -23,25 +21,7 @@ const LATE_WITNESSES_MAX: u32 = 1;
 
 /// Runs `check` for one seed in `share` of those asked for.
 fn for_seeds(share: u64, check: impl Fn(u64)) {
-    let number = |name| -> Option<u64> {
-        std::env::var(name)
-            .ok()
-            .map(|text| text.parse().expect("a number"))
-    };
-    let one = number("HINDSIGHT_SIM_SEED");
-    let count = number("HINDSIGHT_SIM_SEEDS").unwrap_or(5_000);
-    let seeds = one.map_or(0..count.div_ceil(share), |seed| seed..seed + 1);
-    for seed in seeds {
-        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| check(seed))) {
-            let thread = std::thread::current();
-            let test = thread.name().unwrap_or_default();
-            eprintln!(
-                "seed {seed} failed; this runs it alone:\n  HINDSIGHT_SIM_SEED={seed} cargo test -p \
-                 hindsight-tests --test simulation -- --exact {test}"
-            );
-            resume_unwind(panic);
-        }
-    }
+    hindsight_tests::seeds::for_seeds("simulation", 5_000, share, check);
 }
 
 /// The host of the recording, and two hosts for replays, all different.
@@ -381,7 +361,7 @@ fn tampered(entry: &Entry, rng: &mut Rng) -> Option<Entry> {
             2 => end.panic = Some("no".into()),
             _ => end.memory = end.memory.map_or(Some(0), |_| None),
         },
-        Event::Input(_) => return None,
+        Event::Input(_) | Event::Preempted(_) => return None,
     }
     Some(entry)
 }
@@ -463,8 +443,11 @@ fn the_seeds_reach_what_they_are_meant_to_reach() {
         "timer {}, UART {}, RTC {}",
         vectors[0x30], vectors[0x34], vectors[0x38]
     );
-    assert!(exits.iter().all(|count| *count >= 20), "exits: {exits:?}");
-    let [_, rest @ ..] = events;
+    // Whole turns are for full detail, and preemptions for CPUs with a counter (landing.rs).
+    let [counted @ .., preempted] = exits;
+    assert!(counted.iter().all(|count| *count >= 20), "exits: {exits:?}");
+    assert_eq!(preempted, 0);
+    let [_, rest @ .., _] = events;
     assert!(rest.iter().all(|count| *count >= 100), "events: {events:?}");
     assert!(
         endings.len() >= 6 && endings.values().all(|count| *count >= 3),
@@ -493,7 +476,7 @@ struct Poller(u64);
 impl Cpu for Poller {
     type Error = Broken;
 
-    fn run(&mut self) -> Result<Back, Broken> {
+    fn run(&mut self, _: Horizon) -> Result<Back, Broken> {
         self.0 += 1;
         Ok(Back::Exit(Exit::Access(if self.0 == 1 {
             // MCR bit 1: request to send (16550D data sheet, 8.7).
@@ -556,6 +539,10 @@ impl World for OneByte {
     fn gives_up(&mut self) -> bool {
         false
     }
+    fn alarm(&mut self, _: Option<Nanos>) {}
+    fn input_waits(&mut self, _: usize) -> bool {
+        false
+    }
 }
 
 #[test]
@@ -568,6 +555,8 @@ fn a_byte_typed_at_a_moment_arrives_at_that_moment() {
         ns_per_exit: 10,
         pace_ns: 0,
         memory_every: None,
+        patience_ns: None,
+        chaos: None,
     }
     .header(Detail::Default);
     for typed_at in [2, 7, 16, 17] {

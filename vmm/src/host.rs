@@ -11,7 +11,7 @@ use hindsight_devices::{Input, Nanos};
 use hindsight_replay::World;
 use vmm_sys_util::terminal::Terminal;
 
-use crate::kvm::{Kicker, stop_requested};
+use crate::kvm::{Alarm, Kicker, stop_requested};
 
 /// Ctrl-], as in telnet and virsh: leaves the guest's console.
 pub const ESCAPE: u8 = 0x1d;
@@ -37,6 +37,9 @@ pub struct HostWorld {
     input_is_open: bool,
     stop_asked: Option<Instant>,
     stop_given: bool,
+    alarm: Alarm,
+    /// When the alarm goes off, unless it has.
+    alarm_at: Option<Nanos>,
 }
 
 impl std::fmt::Debug for News {
@@ -50,24 +53,33 @@ impl std::fmt::Debug for News {
 }
 
 impl HostWorld {
-    /// The world from now on. Reads standard input and watches for SIGINT and SIGTERM.
-    pub fn start(kicker: Kicker) -> HostWorld {
+    /// The world from now on, for a vCPU on this thread, which must be the main one. Reads standard
+    /// input and watches for SIGINT and SIGTERM.
+    pub fn start() -> std::io::Result<HostWorld> {
+        let kicker = Kicker::for_this_thread()?;
+        let alarm = Alarm::for_this_thread()?;
         let (sender, news) = channel();
         let ticks = sender.clone();
         std::thread::spawn(move || tick(kicker, &ticks));
         std::thread::spawn(move || read_input(&sender));
-        let wall = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .map_or(0, |since| since.as_secs());
-        HostWorld {
+        Ok(HostWorld {
             start: Instant::now(),
             news,
             typed: VecDeque::new(),
-            wall_clock: Some(wall),
+            wall_clock: Some(wall_clock()),
             input_is_open: true,
             stop_asked: None,
             stop_given: false,
-        }
+            alarm,
+            alarm_at: None,
+        })
+    }
+
+    /// The world from now on again, for another machine.
+    pub fn restart(&mut self) {
+        self.start = Instant::now();
+        self.wall_clock = Some(wall_clock());
+        self.alarm_at = None;
     }
 
     fn take(&mut self, news: News) {
@@ -76,6 +88,32 @@ impl HostWorld {
             News::EndOfInput => self.input_is_open = false,
             News::Stop => self.stop_asked = self.stop_asked.or(Some(Instant::now())),
         }
+    }
+
+    fn sleep_until(&mut self, until: Option<Nanos>, room: usize) -> bool {
+        while !self.input_waits(room) {
+            let now = self.now();
+            let news = match until {
+                Some(until) if until <= now => return true,
+                Some(until) => self.news.recv_timeout(Duration::from_nanos(until - now)),
+                None if !self.input_is_open && (room == 0 || self.typed.is_empty()) => {
+                    return false;
+                }
+                None => self.news.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            };
+            match news {
+                Ok(news) => self.take(news),
+                Err(RecvTimeoutError::Timeout) => return true,
+                Err(RecvTimeoutError::Disconnected) => return until.is_some(),
+            }
+        }
+        true
+    }
+
+    /// An alarm that went off while nobody was there to be kicked.
+    fn forget_past_alarm(&mut self) {
+        let now = self.now();
+        self.alarm_at = self.alarm_at.filter(|at| *at > now);
     }
 
     fn input_waits(&self, room: usize) -> bool {
@@ -109,32 +147,41 @@ impl World for HostWorld {
     }
 
     fn sleep(&mut self, until: Option<Nanos>, room: usize) -> bool {
-        while !self.input_waits(room) {
-            let now = self.now();
-            let news = match until {
-                Some(until) if until <= now => return true,
-                Some(until) => self.news.recv_timeout(Duration::from_nanos(until - now)),
-                None if !self.input_is_open && (room == 0 || self.typed.is_empty()) => {
-                    return false;
-                }
-                None => self.news.recv().map_err(|_| RecvTimeoutError::Disconnected),
-            };
-            match news {
-                Ok(news) => self.take(news),
-                Err(RecvTimeoutError::Timeout) => return true,
-                Err(RecvTimeoutError::Disconnected) => return until.is_some(),
-            }
-        }
-        true
+        let woken = self.sleep_until(until, room);
+        self.forget_past_alarm();
+        woken
+    }
+
+    fn alarm(&mut self, at: Option<Nanos>) {
+        // An alarm that goes off too early costs a kick; to set it back at each exit would cost more.
+        let Some(at) = at.filter(|at| self.alarm_at.is_none_or(|set| *at < set)) else {
+            return;
+        };
+        let now = self.now();
+        self.alarm
+            .set(Duration::from_nanos(at.saturating_sub(now).max(1)));
+        self.alarm_at = Some(at);
+    }
+
+    fn input_waits(&mut self, room: usize) -> bool {
+        HostWorld::input_waits(self, room)
     }
 
     fn gives_up(&mut self) -> bool {
+        self.forget_past_alarm();
         while let Ok(news) = self.news.try_recv() {
             self.take(news);
         }
         self.stop_asked
             .is_some_and(|asked| asked.elapsed() > PATIENCE)
     }
+}
+
+/// The host's wall clock, in seconds since 1970.
+fn wall_clock() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
 }
 
 fn tick(kicker: Kicker, news: &Sender<News>) {

@@ -2,6 +2,7 @@
 
 pub mod boot;
 pub mod cli;
+pub mod counting;
 pub mod doctor;
 pub mod host;
 mod kernel_cache;
@@ -9,4 +10,5 @@ mod kernel_cache;
 #[allow(unsafe_code)]
 pub mod kvm;
 pub mod machine;
+pub mod perf;
 pub mod recording;

@@ -2,7 +2,7 @@
 
 use std::io::Read;
 
-use hindsight_replay::{Content, CpuidTable, Host, Machine, MachineDescription};
+use hindsight_replay::{Content, CpuidTable, Host, Machine, MachineDescription, Unit};
 use kvm_ioctls::Kvm;
 use thiserror::Error;
 
@@ -99,16 +99,25 @@ pub fn describe(
         cpuid: cpuid::for_host(kvm)?,
         seed: random_bytes()?,
         ns_per_exit: exit_cost::measure(kvm)?,
+        preemption: None,
     })
 }
 
 /// The kernel's random numbers begin with the host's: no two machines draw the same. The bytes are
 /// recorded, so a replay draws the same again.
-fn random_bytes() -> Result<[u8; 32], MachineError> {
+pub fn random_bytes() -> Result<[u8; 32], MachineError> {
     let mut bytes = [0; 32];
     let read = std::fs::File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes));
     read.map_err(MachineError::Random)?;
     Ok(bytes)
+}
+
+/// A number that no two calls give.
+pub fn random_number() -> Result<u64, MachineError> {
+    let [first, ..] = *random_bytes()?.as_chunks::<8>().0 else {
+        unreachable!("32 bytes are four words")
+    };
+    Ok(u64::from_le_bytes(first))
 }
 
 /// Builds the machine that `description` describes.
@@ -137,7 +146,8 @@ pub fn build(
     let plan = boot::load(&mut memory, kernel, &elf, sites, &given)?;
     let mut cpu = KvmCpu::new(kvm, memory, &description.cpuid)?;
     let mut text = KernelText::new(&elf, sites);
-    if isolates_page_tables(&description.cmdline, &description.cpuid.vendor()) {
+    let counts_entries = description.preemption == Some(Unit::Entries);
+    if !counts_entries || isolates_page_tables(&description.cmdline, &description.cpuid.vendor()) {
         text.caves = None;
     }
     cpu.boot(&plan, text)?;
@@ -185,5 +195,7 @@ pub fn host_facts(holes: Vec<String>) -> Host {
         kernel: first("/proc/sys/kernel/osrelease", ""),
         unix_seconds: unix.map_or(0, |since| since.as_secs()),
         holes,
+        counter: None,
+        chaos: None,
     }
 }

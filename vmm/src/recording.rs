@@ -81,6 +81,9 @@ pub fn content(bytes: &[u8]) -> Content {
     }
 }
 
+/// The files of a recording.
+const FILES: [&str; 4] = ["journal", "kernel", "initrd", "index"];
+
 /// A directory that holds a recording.
 #[derive(Clone, Debug)]
 pub struct Recording {
@@ -112,18 +115,33 @@ impl Recording {
         if entries.next().is_some() && !force {
             return Err(RecordingError::Exists(directory.into()));
         }
-        for name in ["journal", "kernel", "initrd", "index"] {
-            match std::fs::remove_file(recording.path(name)) {
+        recording.clear(&FILES)?;
+        Ok(recording)
+    }
+
+    fn clear(&self, names: &[&str]) -> Result<(), RecordingError> {
+        for path in names.iter().map(|name| self.path(name)) {
+            match std::fs::remove_file(&path) {
                 Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(RecordingError::Write {
-                        path: recording.path(name),
-                        source,
-                    });
+                    return Err(RecordingError::Write { path, source });
                 }
                 _ => {}
             }
         }
-        Ok(recording)
+        Ok(())
+    }
+
+    /// Removes what one run has left, for another run of the same machine.
+    pub fn clear_journal(&self) -> Result<(), RecordingError> {
+        self.clear(&["journal", "index"])
+    }
+
+    /// Removes the recording, and its directory if nothing else is in it.
+    pub fn remove(&self) -> Result<(), RecordingError> {
+        self.clear(&FILES)?;
+        // What somebody else put there stays.
+        let _ = std::fs::remove_dir(&self.directory);
+        Ok(())
     }
 
     /// Path of one of its files.

@@ -7,14 +7,18 @@
 
 mod attempts;
 mod control;
+mod counted;
 mod cpu;
 mod exits;
 mod rings;
+mod torture;
 
 pub use attempts::{Attempt, Outcome, attempts, outcomes};
 pub use control::{NMI_VECTOR, breakpoint, int3, interruptible, straight_line, window};
+pub use counted::{COUNTED_VECTOR, counted, counted_branches, dense_branches, locked};
 pub use cpu::{cpuid, hypercall, rdtsc, read_msrs, trap_port, write_msr};
 pub use exits::{
     branch_loop, dirty_pages, halt, many_outs, memory_mapped, ports, string_ports, triple_fault,
 };
 pub use rings::{gate, syscall};
+pub use torture::{Reach, TORTURE_VECTOR, Torture, Tortured, torture};

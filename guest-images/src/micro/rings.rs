@@ -5,12 +5,12 @@ use iced_x86::code_asm::{cr3, cs, eax, ecx, edx, qword_ptr, rax, rsp};
 use crate::layout::{DATA, KERNEL_CS, STACK3, USER_BASE, USER_CS, USER_SS};
 use crate::{MicroGuest, Ring};
 
-const STAR: u32 = 0xc000_0081;
-const LSTAR: u32 = 0xc000_0082;
-const SFMASK: u32 = 0xc000_0084;
-const EFER: u32 = 0xc000_0080;
+pub(super) const STAR: u32 = 0xc000_0081;
+pub(super) const LSTAR: u32 = 0xc000_0082;
+pub(super) const SFMASK: u32 = 0xc000_0084;
+pub(super) const EFER: u32 = 0xc000_0080;
 /// IF, TF and DF, as Linux masks them.
-const MASKED_FLAGS: u64 = 0x700;
+pub(super) const MASKED_FLAGS: u64 = 0x700;
 
 /// Starts in ring 0, sets the SYSCALL MSRs, goes to ring 3 with IRETQ, and there does SYSCALL.
 /// The entry does what only ring 0 may (it reads CR3) and marks itself: at the mark CPL must be 0

@@ -127,7 +127,7 @@ fn replay_io(
 ) -> anyhow::Result<Outcome> {
     let header = journal.header().clone();
     let (mut cpu, mut machine) =
-        RecordedImages::open(recording, &header, None, None)?.machine(&header)?;
+        RecordedImages::open(recording, &header, None, None)?.machine(&header, (None, None))?;
     let mut replayer = Replayer::new(journal, None, None);
     let mut listing = Listing::new(stdout(), json);
     let result = machine.run(&mut cpu, &mut replayer, &mut listing);
@@ -162,6 +162,10 @@ fn list(mut journal: JournalReader<impl Read>, options: &Options) -> anyhow::Res
                 Event::Input(input) => listing.line(
                     || format!("{exits:>9} input {input:?}"),
                     || json!({"exit": exits, "input": input}),
+                ),
+                Event::Preempted(place) => listing.line(
+                    || format!("{exits:>9} preempted {place}"),
+                    || json!({"exit": exits, "preempted": place}),
                 ),
                 Event::Witness { check } => listing.line(
                     || format!("{exits:>9} witness {:02x}{:02x}", check[1], check[0]),

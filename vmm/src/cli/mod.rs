@@ -15,6 +15,7 @@ use std::process::ExitCode;
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
+use crate::counting::CountingError;
 use crate::kvm::KvmError;
 use crate::machine::MachineError;
 use crate::recording::RecordingError;
@@ -160,6 +161,9 @@ fn outcome_of(error: &anyhow::Error) -> Outcome {
     }
     if let Some(RecordingError::Write { .. }) = error.downcast_ref() {
         return Outcome::HostFailed;
+    }
+    if let Some(CountingError::Counter(_) | CountingError::Inexact { .. }) = error.downcast_ref() {
+        return Outcome::Unfit;
     }
     let kvm = match error.downcast_ref::<MachineError>() {
         Some(MachineError::Unfit(_)) => return Outcome::Unfit,

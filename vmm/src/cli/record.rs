@@ -1,19 +1,22 @@
 //! `hindsight record`.
 
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
-use hindsight_replay::{Closed, Detail, Header, Live, Recorder, RunError};
+use hindsight_replay::{
+    Chaos, Closed, Detail, End, Ending, Header, Live, PATIENCE_NS, Recorder, RunError,
+};
+use kvm_ioctls::Kvm;
 
 use super::console::Console;
 use super::replay::{Verify, parse_verify};
 use super::run::{Images, host_failure};
 use super::summary::Summary;
 use super::{Failure, MachineOptions, Outcome};
+use crate::counting::{Counting, Preempt};
 use crate::host::{HostWorld, RawTerminal};
-use crate::kvm::Kicker;
-use crate::machine::{build, cmdline, describe, host_facts, open_kvm};
+use crate::machine::{build, cmdline, describe, host_facts, open_kvm, random_number};
 use crate::recording::Recording;
 
 /// How much the journal says.
@@ -41,8 +44,13 @@ impl From<DetailOption> for Detail {
 The guest's console is standard input and output; at a terminal, Ctrl-] ends the recording.
 Ctrl-C elsewhere (SIGINT, SIGTERM) closes it cleanly too. The summary goes to standard error.
 
-Example:
-  hindsight record -o crash --kernel /boot/vmlinuz-6.1.0-cloud-amd64 --initrd initrd.cpio")]
+A timer or an input that is due waits --patience for the guest to exit by itself, then preempts it
+at a counted place, which the replay finds again. Chaos moves timers about to bring out races:
+what it did is in the recording, and the replay needs no seed.
+
+Examples:
+  hindsight record -o boot --kernel /boot/vmlinuz-6.1.0-cloud-amd64 --initrd initrd.cpio
+  hindsight record -o crash --until-crash --chaos --kernel K --initrd I")]
 pub struct Options {
     /// The directory to write the recording to.
     #[arg(long, short, value_name = "DIR")]
@@ -55,6 +63,25 @@ pub struct Options {
     /// Also record a digest of all of memory every N exits: memory=N.
     #[arg(long, value_name = "memory=N", value_parser = parse_verify)]
     verify: Option<Verify>,
+    /// What stops a guest that does not exit.
+    #[arg(long, value_enum, default_value_t)]
+    preempt: Preempt,
+    /// How long what is due waits for the guest to exit, in microseconds.
+    #[arg(long, value_name = "US", default_value_t = PATIENCE_NS / 1_000)]
+    patience: u64,
+    /// Force the raw event that is counted, such as 0xd1; without it, the one known for this CPU.
+    #[arg(long, value_name = "EVENT")]
+    event: Option<String>,
+    /// Force how many branches short of a place the counter is set.
+    #[arg(long, value_name = "BRANCHES")]
+    margin: Option<u64>,
+    /// Perturb when timers land and how long time slices are, from SEED or a random one.
+    #[arg(long, value_name = "SEED", num_args = 0..=1, require_equals = true)]
+    chaos: Option<Option<u64>>,
+    /// Record again and again until the guest panics or triple faults, and keep only that; give up
+    /// after RUNS, if given. With --chaos each run has the next seed.
+    #[arg(long, value_name = "RUNS", num_args = 0..=1, require_equals = true)]
+    until_crash: Option<Option<u64>>,
     /// Replace a recording that is there.
     #[arg(long)]
     force: bool,
@@ -67,55 +94,146 @@ pub struct Options {
 }
 
 pub fn main(options: &Options) -> anyhow::Result<Outcome> {
-    let start = Instant::now();
-    let Images {
-        kernel,
-        image,
-        initrd,
-    } = Images::read(&options.machine)?;
+    let images = Images::read(&options.machine)?;
     let (kvm, holes) = open_kvm()?;
     let words = cmdline(&options.machine.cmdline, options.machine.cmdline_exact);
-    let description = describe(&kvm, &kernel, &initrd, words, options.machine.memory)?;
-    let (mut cpu, mut machine) = build(&kvm, &description, &kernel, &initrd)?;
-
-    let recording = Recording::create(&options.output, options.force)?;
-    recording.write("kernel", &image)?;
-    if !initrd.is_empty() {
-        recording.write("initrd", &initrd)?;
-    }
-    drop((image, kernel, initrd));
+    let counting = Counting::choose(
+        &kvm,
+        options.preempt,
+        options.event.as_deref(),
+        options.margin,
+    )?;
+    let mut machine = describe(
+        &kvm,
+        &images.kernel,
+        &images.initrd,
+        words,
+        options.machine.memory,
+    )?;
+    machine.preemption = counting.unit();
+    let chaos = match options.chaos {
+        None => None,
+        Some(Some(seed)) => Some(seed),
+        // Short enough to type again.
+        Some(None) => Some(random_number()? % 1_000_000),
+    };
     let header = Header {
         detail: options.detail.into(),
-        machine: description,
+        machine,
         host: host_facts(holes),
     };
-    let raw = RawTerminal::enter();
-    let memory_every = options.verify.and_then(|verify| verify.every);
-    let world = Live::new(HostWorld::start(Kicker::for_this_thread()?), memory_every);
-    let journal = recording.create_journal()?;
-    let mut recorder = Recorder::create(world, journal, &header)
-        .map_err(|error| Failure::new(Outcome::HostFailed, error))?;
-    let mut console = Console::new(options.quiet || options.json);
-    let result = machine.run(&mut cpu, &mut recorder, &mut console);
-    drop((console, raw));
-
-    let bytes = recorder.journal_bytes();
-    let end = match result {
-        Ok(end) => end,
-        Err(RunError::Closed(Closed::Journal(error))) => {
-            let message = format!(
-                "{error}\nthe recording in {} is whole up to byte {bytes} of its journal",
-                options.output.display()
-            );
-            return Err(Failure::new(Outcome::HostFailed, message).into());
-        }
-        Err(error) => return Err(host_failure(error).into()),
+    let mut session = Session {
+        options,
+        kvm,
+        images,
+        header,
+        counting,
+        world: Some(HostWorld::start()?),
+        recording: Recording::create(&options.output, options.force)?,
     };
-    if let Err(error) = recording.write_index(recorder.index()) {
-        eprintln!("hindsight: no index was written ({error}); it will be rebuilt when needed");
+    session.recording.write("kernel", &session.images.image)?;
+    if !session.images.initrd.is_empty() {
+        session.recording.write("initrd", &session.images.initrd)?;
     }
-    let host_ns = start.elapsed().as_nanos() as u64;
+    let raw = RawTerminal::enter();
+    let result = match options.until_crash {
+        None => session.record(chaos).map(|(summary, _)| Some(summary)),
+        Some(most) => session.hunt(chaos, most),
+    };
+    drop(raw);
+    let Some(summary) = result? else {
+        return Ok(Outcome::Different);
+    };
     let headline = format!("recorded in {}", options.output.display());
-    Summary::new(&machine, &end, host_ns, Some(bytes)).print(&headline, options.json);
+    summary.print(&headline, options.json);
     Ok(Outcome::Good)
+}
+
+/// Everything that one recording after the other is made with.
+struct Session<'a> {
+    options: &'a Options,
+    kvm: Kvm,
+    images: Images,
+    header: Header,
+    counting: Counting,
+    /// Out on loan while a guest runs.
+    world: Option<HostWorld>,
+    recording: Recording,
+}
+
+impl Session<'_> {
+    /// Makes one recording.
+    fn record(&mut self, chaos: Option<u64>) -> anyhow::Result<(Summary, End)> {
+        let start = Instant::now();
+        let options = self.options;
+        self.header.host.chaos = chaos;
+        self.header.host.counter = self.counting.facts();
+        let Images { kernel, initrd, .. } = &self.images;
+        let (mut cpu, mut machine) = build(&self.kvm, &self.header.machine, kernel, initrd)?;
+        self.counting.give_to(&mut cpu)?;
+
+        let unit = self.header.machine.preemption;
+        let patience = Duration::from_micros(options.patience).as_nanos() as u64;
+        let memory_every = options.verify.and_then(|verify| verify.every);
+        let world = self.world.take().expect("one guest runs at a time");
+        let live = Live::new(world, memory_every)
+            .with_patience(unit.map(|_| patience))
+            .with_chaos(chaos.map(|seed| Chaos::new(seed, unit)));
+        let journal = self.recording.create_journal()?;
+        let mut recorder = Recorder::create(live, journal, &self.header)
+            .map_err(|error| Failure::new(Outcome::HostFailed, error))?;
+        let mut console = Console::new(options.quiet || options.json);
+        let result = machine.run(&mut cpu, &mut recorder, &mut console);
+        drop(console);
+
+        let bytes = recorder.journal_bytes();
+        let end = match result {
+            Ok(end) => end,
+            Err(RunError::Closed(Closed::Journal(error))) => {
+                let message = format!(
+                    "{error}\nthe recording in {} is whole up to byte {bytes} of its journal",
+                    options.output.display()
+                );
+                return Err(Failure::new(Outcome::HostFailed, message).into());
+            }
+            Err(error) => return Err(host_failure(error).into()),
+        };
+        if let Err(error) = self.recording.write_index(recorder.index()) {
+            eprintln!("hindsight: no index was written ({error}); it will be rebuilt when needed");
+        }
+        self.world = Some(recorder.into_inner().into_world());
+        let host_ns = start.elapsed().as_nanos() as u64;
+        let mut summary = Summary::new(&machine, &end, host_ns, Some(bytes));
+        summary.chaos_seed = chaos;
+        Ok((summary, end))
+    }
+
+    /// Records until the guest crashes; `None` if it does not in `most` runs, or the operator stops
+    /// the hunt.
+    fn hunt(&mut self, chaos: Option<u64>, most: Option<u64>) -> anyhow::Result<Option<Summary>> {
+        for run in 1.. {
+            let seed = chaos.map(|seed| seed.wrapping_add(run - 1));
+            match seed {
+                Some(seed) => eprintln!("\rhindsight: run {run}, chaos seed {seed}\r"),
+                None => eprintln!("\rhindsight: run {run}\r"),
+            }
+            let (mut summary, end) = self.record(seed)?;
+            summary.runs = Some(run);
+            if end.panic.is_some() || end.ending == Ending::TripleFault {
+                return Ok(Some(summary));
+            }
+            self.recording.clear_journal()?;
+            let stopped = matches!(end.ending, Ending::Stopped | Ending::StoppedRunning);
+            if stopped || most.is_some_and(|most| run >= most) {
+                eprintln!("\rhindsight: no crash in {run} runs; nothing was kept\r");
+                self.recording.remove()?;
+                return Ok(None);
+            }
+            self.header.machine.seed = crate::machine::random_bytes()?;
+            if let Some(world) = &mut self.world {
+                world.restart();
+            }
+        }
+        unreachable!("there are more numbers than runs")
+    }
 }

@@ -15,6 +15,7 @@ use super::record::DetailOption;
 use super::run::host_failure;
 use super::summary::{Summary, describe_end};
 use super::{Failure, Outcome};
+use crate::counting::Counting;
 use crate::kvm::{KvmCpu, KvmError};
 use crate::machine::{LoadedKernel, build, check_cpu, open_kvm};
 use crate::recording::{Recording, check, content};
@@ -74,6 +75,12 @@ pub struct Options {
     /// Refuse unless the recorded machine has this much RAM.
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     memory: Option<u64>,
+    /// Force the raw event that is counted between exits; without it, the one known for this CPU.
+    #[arg(long, value_name = "EVENT")]
+    event: Option<String>,
+    /// Force how many branches short of a place the counter is set.
+    #[arg(long, value_name = "BRANCHES")]
+    margin: Option<u64>,
     /// Do not show the guest's console.
     #[arg(long, short)]
     quiet: bool,
@@ -101,7 +108,8 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     }
     let (kernel, initrd) = (options.kernel.as_deref(), options.initrd.as_deref());
     let images = RecordedImages::open(&recording, &header, kernel, initrd)?;
-    let (mut cpu, mut machine) = images.machine(&header)?;
+    let forced = (options.event.as_deref(), options.margin);
+    let (mut cpu, mut machine) = images.machine(&header, forced)?;
     let last_exit = recording
         .read_index()
         .and_then(|index| index.last().map(|last| last.through));
@@ -205,11 +213,19 @@ impl RecordedImages {
         })
     }
 
-    /// The machine, ready to run from its beginning.
-    pub fn machine(&self, header: &Header) -> anyhow::Result<(KvmCpu, Machine)> {
+    /// The machine, ready to run from its beginning. The event that is counted between exits and
+    /// the margin may be forced.
+    pub fn machine(
+        &self,
+        header: &Header,
+        (event, margin): (Option<&str>, Option<u64>),
+    ) -> anyhow::Result<(KvmCpu, Machine)> {
         let (kvm, _) = open_kvm()?;
         check_cpu(&kvm, &header.machine.cpuid)?;
-        Ok(build(&kvm, &header.machine, &self.kernel, &self.initrd)?)
+        let counting = Counting::for_unit(&kvm, header.machine.preemption, event, margin)?;
+        let (mut cpu, machine) = build(&kvm, &header.machine, &self.kernel, &self.initrd)?;
+        counting.give_to(&mut cpu)?;
+        Ok((cpu, machine))
     }
 }
 

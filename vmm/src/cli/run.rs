@@ -9,7 +9,7 @@ use super::console::Console;
 use super::summary::Summary;
 use super::{Failure, MachineOptions, Outcome};
 use crate::host::{HostWorld, RawTerminal};
-use crate::kvm::{Kicker, KvmError};
+use crate::kvm::{KvmError, Preemption};
 use crate::machine::{LoadedKernel, build, cmdline, describe, open_kvm};
 use crate::recording::read;
 
@@ -34,10 +34,12 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     let words = cmdline(&options.machine.cmdline, options.machine.cmdline_exact);
     let description = describe(&kvm, &kernel, &initrd, words, options.machine.memory)?;
     let (mut cpu, mut machine) = build(&kvm, &description, &kernel, &initrd)?;
+    // Nobody will look for the place again.
+    cpu.preempt_by(Preemption::Anywhere);
     drop((image, kernel, initrd));
 
     let raw = RawTerminal::enter();
-    let mut door = Live::new(HostWorld::start(Kicker::for_this_thread()?), None);
+    let mut door = Live::new(HostWorld::start()?, None);
     let mut console = Console::new(options.json);
     let result = machine.run(&mut cpu, &mut door, &mut console);
     drop((console, raw));

@@ -25,12 +25,20 @@ pub struct Summary {
     pub interrupts: u64,
     /// Of those, how many waited for the guest to open its window.
     pub interrupts_in_windows: u64,
+    /// Of those, how many were delivered where the guest was preempted for them.
+    pub interrupts_at_preemptions: u64,
+    /// How often the guest was preempted between two exits.
+    pub preemptions: u64,
     /// Digest of all turns, in hexadecimal.
     pub digest: String,
     /// Digest of all of memory, in hexadecimal.
     pub memory_digest: Option<String>,
     /// Bytes of journal.
     pub journal_bytes: Option<u64>,
+    /// The seed of the chaos that was made.
+    pub chaos_seed: Option<u64>,
+    /// How many runs it took.
+    pub runs: Option<u64>,
 }
 
 impl Summary {
@@ -40,11 +48,13 @@ impl Summary {
             exits,
             interrupts,
             windows,
+            preempted,
         } = *machine.tally();
         let kinds = Exit::KIND_NAMES
             .into_iter()
             .zip(exits)
             .filter(|(_, count)| *count > 0);
+        let preemptions = exits[Exit::PREEMPTED];
         Summary {
             ending: describe_end(end),
             panicked: end.panic.is_some(),
@@ -54,9 +64,13 @@ impl Summary {
             exits_by_kind: kinds.collect(),
             interrupts,
             interrupts_in_windows: windows,
+            interrupts_at_preemptions: preempted,
+            preemptions,
             digest: format!("{:016x}", end.digest),
             memory_digest: end.memory.map(|digest| format!("{digest:016x}")),
             journal_bytes,
+            chaos_seed: None,
+            runs: None,
         }
     }
 
@@ -78,6 +92,17 @@ impl Summary {
             thousands(self.exits),
             thousands(self.interrupts),
         );
+        if self.preemptions > 0 {
+            let at_exits =
+                self.interrupts - self.interrupts_in_windows - self.interrupts_at_preemptions;
+            eprintln!(
+                "  preempted {} times between exits; {} interrupts landed there, {} in windows, {} at exits",
+                thousands(self.preemptions),
+                thousands(self.interrupts_at_preemptions),
+                thousands(self.interrupts_in_windows),
+                thousands(at_exits),
+            );
+        }
         if let Some(journal) = self.journal_bytes {
             let per_second = journal as f64 / (self.guest_ns.max(1) as f64 / 1e9);
             eprintln!(
@@ -85,6 +110,9 @@ impl Summary {
                 bytes(journal),
                 bytes(per_second as u64)
             );
+        }
+        if let Some(seed) = self.chaos_seed {
+            eprintln!("  made with chaos seed {seed}");
         }
         let memory = self
             .memory_digest

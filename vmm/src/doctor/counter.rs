@@ -1,119 +1,324 @@
 //! The PMU: does counting the guest's conditional branches give an exact position?
 
-use std::path::Path;
+use std::time::Instant;
 
 use hindsight_guest_images::{Ring, micro};
+use kvm_ioctls::Kvm;
 
-use super::finding::{Bench, Checked, Miss, Probe, Weight, expect, fails};
-use super::host::Processor;
-use crate::kvm::probe::{GuestCounter, Stop};
+use super::finding::{Checked, Finding, LIMIT, Miss, Probe, Weight, fails, on_a_bench};
+use crate::kvm::kick_signal;
+use crate::perf::{
+    BranchCounter, Calibration, CounterError, CounterEvent, Disturbances, Effort, Flaw, Inexact,
+    REMEDY, SpecLockMap, Throttling, calibrate, reading_costs,
+};
 
 const COST: &str = "no branch counter: interrupts and input land only at exits";
-/// Where Linux shows the PMUs of ordinary and of hybrid CPUs.
-const PMUS: [&str; 3] = ["cpu", "cpu_core", "cpu_atom"];
+const LATE: &str = "a target may be overrun: the way back to it leads over a checkpoint";
+const THROTTLED: &str = "perf may stop the counter for a while, and branches are missed";
+
+/// What the operator says of the counter.
+#[derive(Clone, Debug, Default)]
+pub struct Wishes {
+    /// This event, instead of the one that is known.
+    pub event: Option<CounterEvent>,
+    /// This margin, instead of the one that follows.
+    pub margin: Option<u64>,
+}
+
+/// All that can be said of counters here.
+pub fn findings(kvm: Option<&Kvm>, wishes: &Wishes) -> Vec<Finding> {
+    let event = match &wishes.event {
+        Some(event) => Ok(event.clone()),
+        None => CounterEvent::of_host(),
+    };
+    let known = match &event {
+        Ok(event) => Ok(format!("{event}: {}", event.explanation)),
+        Err(error @ CounterError::NoPmu { .. }) => fails(error),
+        Err(error) => unknown(error),
+    };
+    let mut findings = vec![finding(
+        "an event counts conditional branches",
+        Weight::Feature,
+        COST,
+        known,
+    )];
+    let Ok(event) = event else {
+        return findings;
+    };
+    let Some(kvm) = kvm else {
+        return findings;
+    };
+    for (name, ring) in [
+        ("branches of ring 0 are counted exactly", Ring::Kernel),
+        ("branches of ring 3 are counted exactly", Ring::User),
+    ] {
+        findings.push(finding(
+            name,
+            Weight::Feature,
+            COST,
+            exact(kvm, &event, ring),
+        ));
+    }
+    let reading = reading(kvm, &event);
+    findings.push(finding(
+        "the count is read without a system call",
+        Weight::Fact,
+        "each look at the position is a system call",
+        reading,
+    ));
+    let long = calibrate(kvm, &event, Effort::THOROUGH);
+    findings.extend(calibrated(&long, wishes));
+    findings.push(finding(
+        "a short calibration finds the same",
+        Weight::Fact,
+        "what `record` finds out at its start may be too favourable",
+        quick(kvm, &event, &long),
+    ));
+    findings.push(finding(
+        "perf does not throttle",
+        Weight::Fact,
+        THROTTLED,
+        throttling(Throttling::of_host()),
+    ));
+    let map = on_a_bench(kvm, LIMIT, |bench| {
+        let vm = bench.start(&micro::halt())?;
+        SpecLockMap::find(vm).map_err(|error| Miss::Unknown(error.to_string()))
+    });
+    if let Some(checked) = spec_lock_map(map.and_then(|map| map)) {
+        findings.push(finding(
+            "SpecLockMap is off",
+            Weight::Feature,
+            "Zen counts some branches behind locked instructions twice: set bit 54 of MSR \
+             0xc0011020 on every CPU, see docs/counters.md",
+            checked,
+        ));
+    }
+    findings
+}
+
+fn finding(name: &'static str, weight: Weight, cost: &'static str, checked: Checked) -> Finding {
+    // The check is not asked again.
+    let probe = Probe {
+        group: "counters",
+        name,
+        weight,
+        cost,
+        check: |_| unknown("asked already"),
+    };
+    Finding::new(&probe, checked)
+}
+
+fn unknown<T>(what: impl ToString) -> Result<T, Miss> {
+    Err(Miss::Unknown(what.to_string()))
+}
+
 /// Branches in the shorter and the longer loop.
 const LOOPS: [u32; 2] = [10_000, 30_000];
 
-/// All probes of this group.
-pub const PROBES: &[Probe] = &[
-    Probe {
-        group: "counters",
-        name: "branches of ring 0 are counted",
-        weight: Weight::Feature,
-        cost: COST,
-        check: |bench| exact(bench, Ring::Kernel),
-    },
-    Probe {
-        group: "counters",
-        name: "branches of ring 3 are counted",
-        weight: Weight::Feature,
-        cost: COST,
-        check: |bench| exact(bench, Ring::User),
-    },
-];
-
-/// The raw event of retired conditional branches: unit mask in bits 8 to 15, event in 0 to 7.
-/// Only models whose event is known to count exactly (rr, src/PerfCounters_x86.h).
-fn branch_event(vendor: &str, family: u32, model: u32) -> Option<u64> {
-    match (vendor, family) {
-        // Zen and later; exact only with SpecLockMap off (MSR 0xc0011020 bit 54 set).
-        ("AuthenticAMD", 0x17 | 0x19 | 0x1a) | ("HygonGenuine", 0x18) => Some(0xd1),
-        ("GenuineIntel", 6) => match model {
-            // Nehalem and Westmere; Sandy and Ivy Bridge; Haswell; Broadwell.
-            0x1a | 0x1e | 0x1f | 0x2e | 0x25 | 0x2c | 0x2f | 0x2a | 0x2d | 0x3a | 0x3e | 0x3c
-            | 0x3f | 0x45 | 0x46 | 0x3d | 0x47 | 0x4f | 0x56
-            // Skylake and Cascade Lake; Kaby and Coffee Lake; Cannon Lake; Comet Lake.
-            | 0x4e | 0x5e | 0x55 | 0x8e | 0x9e | 0x66 | 0xa5 | 0xa6 => Some(0x01c4),
-            // Ice Lake; Tiger and Rocket Lake; Alder and Raptor Lake (P); Sapphire, Emerald and
-            // Granite Rapids; Meteor Lake (P).
-            0x6a | 0x6c | 0x7d | 0x7e | 0x8c | 0x8d | 0xa7 | 0x97 | 0x9a | 0xb7 | 0xba | 0xbf
-            | 0x8f | 0xcf | 0xad | 0xae | 0xaa | 0xac => Some(0x11c4),
-            // E-cores alone: Silvermont to Gracemont.
-            0x37 | 0x4c | 0x4d | 0x5a | 0x5c | 0x5f | 0x7a | 0x86 | 0x96 | 0x9c | 0xbe => {
-                Some(0x7ec4)
-            }
-            _ => None,
-        },
-        _ => None,
-    }
-}
-
-fn exact(bench: &mut Bench, ring: Ring) -> Checked {
-    let cpu = Processor::of_host()
-        .ok_or_else(|| Miss::Unknown("/proc/cpuinfo does not say which CPU this is".to_string()))?;
-    let devices = Path::new("/sys/bus/event_source/devices");
-    if devices.exists() && !PMUS.iter().any(|name| devices.join(name).exists()) {
-        return fails("the host's kernel shows no PMU");
-    }
-    let event = branch_event(&cpu.vendor, cpu.family, cpu.model).ok_or_else(|| {
-        Miss::Unknown(format!(
-            "no event known for {} {}/{}",
-            cpu.vendor, cpu.family, cpu.model
-        ))
-    })?;
-    let mut counter = match GuestCounter::start(event) {
-        Ok(counter) => counter,
-        Err(error) => return fails(format!("perf_event_open of event {event:#x}: {error}")),
-    };
-    let mut counts = [0; 2];
-    for (count, branches) in counts.iter_mut().zip(LOOPS) {
-        let vm = bench.start(&micro::branch_loop(ring, branches))?;
-        let read = |counter: &mut GuestCounter| {
-            counter.read().map_err(|error| {
-                Miss::Fails(format!(
-                    "event {event:#x} could not stay on the CPU: {error}"
-                ))
-            })
-        };
-        let before = read(&mut counter)?;
-        expect(vm, &Stop::Done)?;
-        *count = read(&mut counter)? - before;
-    }
-    // What entering and leaving adds is in both.
-    let difference = counts[1].wrapping_sub(counts[0]);
-    let expected = u64::from(LOOPS[1] - LOOPS[0]);
+fn exact(kvm: &Kvm, event: &CounterEvent, ring: Ring) -> Checked {
+    let event = event.clone();
+    let counted = on_a_bench(kvm, LIMIT, move |bench| {
+        let miss = |error: CounterError| Miss::Fails(error.to_string());
+        let mut counter = BranchCounter::open(&event, kick_signal()).map_err(miss)?;
+        let mut counts = [0; 2];
+        for (count, branches) in counts.iter_mut().zip(LOOPS) {
+            let before = counter.read().map_err(miss)?;
+            bench.run(&micro::branch_loop(ring, branches))?;
+            *count = counter.read().map_err(miss)? - before;
+        }
+        counter.check().map_err(miss)?;
+        Ok(counts)
+    });
+    let counts = counted.and_then(|counted| counted)?;
     let detail = format!(
-        "event {event:#x}: {} and {} for loops of {} and {}",
+        "{} and {} for loops of {} and {}",
         counts[0], counts[1], LOOPS[0], LOOPS[1]
     );
-    if difference == expected {
+    if counts == LOOPS.map(u64::from) {
         Ok(detail)
     } else {
         fails(detail)
     }
 }
 
+fn reading(kvm: &Kvm, event: &CounterEvent) -> Checked {
+    let event = event.clone();
+    let costs = on_a_bench(kvm, LIMIT, move |_| {
+        let open = BranchCounter::open(&event, kick_signal());
+        let costs = open.and_then(|mut counter| reading_costs(&mut counter));
+        costs.map_err(|error| Miss::Unknown(error.to_string()))
+    });
+    match costs.and_then(|costs| costs)? {
+        (Some(rdpmc_ns), call_ns) => Ok(format!(
+            "RDPMC takes {rdpmc_ns} ns, a system call {call_ns} ns"
+        )),
+        (None, call_ns) => fails(format!(
+            "a system call takes {call_ns} ns; /sys/bus/event_source/devices/cpu/rdpmc should be 1"
+        )),
+    }
+}
+
+/// What a long calibration says.
+fn calibrated(found: &Result<Calibration, CounterError>, wishes: &Wishes) -> Vec<Finding> {
+    let (between, late, margin) = match found {
+        Ok(found) => (between(found), late(found), margin(found, wishes.margin)),
+        Err(error) => (fails(error), unknown(error), unknown(error)),
+    };
+    let exact = "exact with interrupts, page faults and exits between";
+    vec![
+        finding(exact, Weight::Feature, COST, between),
+        finding("overflow signals come", Weight::Feature, COST, late),
+        finding("the margin covers the skid", Weight::Feature, LATE, margin),
+    ]
+}
+
+fn disturbances(seen: &Disturbances) -> String {
+    let Disturbances {
+        exits,
+        faults,
+        interrupts,
+        kicks,
+    } = seen;
+    format!("{exits} exits, {faults} page faults, {interrupts} interrupts and {kicks} kicks")
+}
+
+fn between(found: &Calibration) -> Checked {
+    match &found.inexact {
+        None => Ok(format!(
+            "{} runs with {}",
+            found.runs,
+            disturbances(&found.disturbances)
+        )),
+        Some(Inexact {
+            flaw,
+            ring,
+            expected,
+            counted,
+            disturbances: seen,
+        }) => fails(match flaw {
+            Flaw::Miscounts => format!(
+                "{counted} counted in ring {ring}, where {expected} conditional branches were \
+                 retired: it counts something else"
+            ),
+            Flaw::Drifts => format!(
+                "{counted} counted in ring {ring} instead of {expected}, with {}: it drifts",
+                disturbances(seen)
+            ),
+        }),
+    }
+}
+
+fn late(found: &Calibration) -> Checked {
+    let skid = &found.skid;
+    Ok(format!(
+        "{} signals, skid median {}, 99 % {}, worst {} branches",
+        skid.signals, skid.median, skid.percentile_99, skid.worst
+    ))
+}
+
+fn margin(found: &Calibration, wish: Option<u64>) -> Checked {
+    let worst = found.skid.worst;
+    match wish {
+        Some(margin) if margin < worst => fails(format!(
+            "{margin} branches, but a signal came {worst} late; {} would do",
+            found.margin
+        )),
+        Some(margin) => Ok(format!("{margin} branches, and the worst skid was {worst}")),
+        None => Ok(format!("{} branches", found.margin)),
+    }
+}
+
+/// What `record` does at its start, and whether its margin covers what the `long` one saw.
+fn quick(kvm: &Kvm, event: &CounterEvent, long: &Result<Calibration, CounterError>) -> Checked {
+    let start = Instant::now();
+    let quick = calibrate(kvm, event, Effort::QUICK);
+    let took_ms = start.elapsed().as_millis();
+    let (quick, long) = match (&quick, long) {
+        (Ok(quick), Ok(long)) => (quick, long),
+        (Err(error), _) | (_, Err(error)) => return unknown(error),
+    };
+    let detail = format!(
+        "{took_ms} ms, {} runs, {} signals, margin {}",
+        quick.runs, quick.skid.signals, quick.margin
+    );
+    if quick.inexact.is_some() == long.inexact.is_some() && quick.margin >= long.skid.worst {
+        Ok(detail)
+    } else {
+        fails(detail)
+    }
+}
+
+fn throttling(settings: Throttling) -> Checked {
+    match (settings.rate_is_fixed(), settings.rate_is_usual()) {
+        (Some(true), Some(true)) => Ok(settings.to_string()),
+        (None, _) | (_, None) => unknown(settings),
+        _ => fails(format!("{settings}; `{REMEDY}` makes sure")),
+    }
+}
+
+fn spec_lock_map(found: Result<Option<SpecLockMap>, Miss>) -> Option<Checked> {
+    Some(match found {
+        Ok(None) => return None,
+        Ok(Some(SpecLockMap::Off(how))) => Ok(how),
+        Ok(Some(SpecLockMap::On(how))) => fails(how),
+        Ok(Some(SpecLockMap::Unknown(why))) => unknown(why),
+        Err(miss) => Err(miss),
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::perf::Skid;
+
+    fn calibration(late: Vec<u64>, inexact: Option<Inexact>) -> Calibration {
+        let skid = Skid::of(late);
+        Calibration {
+            event: CounterEvent::raw(0xd1),
+            runs: 9,
+            disturbances: Disturbances::default(),
+            inexact,
+            margin: crate::perf::margin(skid.worst, 0),
+            skid,
+        }
+    }
 
     #[test]
-    fn the_event_follows_the_model_and_is_not_guessed() {
-        assert_eq!(branch_event("GenuineIntel", 6, 0x55), Some(0x01c4));
-        assert_eq!(branch_event("GenuineIntel", 6, 0x6a), Some(0x11c4));
-        assert_eq!(branch_event("GenuineIntel", 6, 0xbe), Some(0x7ec4));
-        assert_eq!(branch_event("AuthenticAMD", 0x19, 0x11), Some(0xd1));
-        assert_eq!(branch_event("AuthenticAMD", 0xf, 0x6b), None);
-        assert_eq!(branch_event("GenuineIntel", 6, 0), None);
+    fn a_margin_below_the_worst_skid_does_not_hold() {
+        let found = calibration(vec![3, 200], None);
+        assert!(margin(&found, Some(200)).is_ok());
+        let Err(Miss::Fails(detail)) = margin(&found, Some(199)) else {
+            panic!("199 does not cover 200");
+        };
+        assert!(detail.contains("200 late; 432 would do"), "{detail}");
+        assert_eq!(margin(&found, None), Ok("432 branches".to_string()));
+    }
+
+    #[test]
+    fn a_drift_is_told_with_what_came_between() {
+        let inexact = Inexact {
+            flaw: Flaw::Drifts,
+            ring: 3,
+            expected: 100,
+            counted: 103,
+            disturbances: Disturbances {
+                kicks: 3,
+                ..Disturbances::default()
+            },
+        };
+        let Err(Miss::Fails(detail)) = between(&calibration(vec![0], Some(inexact))) else {
+            panic!("103 is not 100");
+        };
+        assert!(detail.starts_with("103 counted in ring 3 instead of 100"));
+        assert!(detail.contains("3 kicks: it drifts"), "{detail}");
+    }
+
+    #[test]
+    fn throttling_is_fine_only_if_the_rate_is_fixed_and_usual() {
+        let with = |percent, rate| throttling(Throttling { percent, rate });
+        assert!(with(Some(0), Some(100_000)).is_ok());
+        assert!(matches!(with(Some(25), Some(100_000)), Err(Miss::Fails(_))));
+        assert!(matches!(with(Some(0), Some(1000)), Err(Miss::Fails(_))));
+        assert!(matches!(with(None, None), Err(Miss::Unknown(_))));
     }
 }

@@ -5,50 +5,11 @@ use std::path::Path;
 
 use super::finding::{Checked, Finding, Miss, Verdict, Weight, fails};
 use crate::kvm::probe::host_cpuid;
+use crate::perf::Processor;
 
 const GROUP: &str = "host";
 /// What a small machine and its recorder need.
 const ENOUGH_KIB: u64 = 1 << 20;
-
-/// Which CPU this is.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Processor {
-    /// `GenuineIntel`.
-    pub vendor: String,
-    /// Family, extended family included.
-    pub family: u32,
-    /// Model, extended model included.
-    pub model: u32,
-    /// As it calls itself.
-    pub name: String,
-    /// Whether it tells that it is a virtual machine's.
-    pub hypervisor: bool,
-}
-
-impl Processor {
-    /// This host's first.
-    pub fn of_host() -> Option<Processor> {
-        Processor::parse(&read_to_string("/proc/cpuinfo").ok()?)
-    }
-
-    /// The first of `/proc/cpuinfo`.
-    fn parse(cpuinfo: &str) -> Option<Processor> {
-        let first = cpuinfo.split("\n\n").next()?;
-        let field = |name: &str| {
-            first.lines().find_map(|line| {
-                let (key, value) = line.split_once(':')?;
-                (key.trim() == name).then(|| value.trim().to_string())
-            })
-        };
-        Some(Processor {
-            vendor: field("vendor_id")?,
-            family: field("cpu family")?.parse().ok()?,
-            model: field("model")?.parse().ok()?,
-            name: field("model name")?,
-            hypervisor: field("flags")?.split(' ').any(|flag| flag == "hypervisor"),
-        })
-    }
-}
 
 /// All facts.
 pub fn findings() -> Vec<Finding> {
@@ -184,22 +145,6 @@ fn available_kib(meminfo: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_first_processor_is_read_with_its_family_and_model() {
-        let text = "processor\t: 0\nvendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t\t: 158\n\
-                    model name\t: Xeon\nflags\t\t: fpu vme hypervisor sse\n\nprocessor\t: 1\n\
-                    vendor_id\t: Other\n";
-        let expected = Processor {
-            vendor: "GenuineIntel".to_string(),
-            family: 6,
-            model: 158,
-            name: "Xeon".to_string(),
-            hypervisor: true,
-        };
-        assert_eq!(Processor::parse(text), Some(expected));
-        assert_eq!(Processor::parse("processor : 0\n"), None);
-    }
 
     #[test]
     fn available_memory_is_read_in_kib() {

@@ -22,6 +22,7 @@ use kvm_ioctls::Kvm;
 
 use crate::cli::Outcome;
 use crate::kvm::KvmError;
+use crate::perf::CounterEvent;
 use finding::{Finding, LIMIT, Miss, Probe, Verdict, Weight, on_a_bench};
 use report::{Report, WAY_OUT};
 
@@ -34,6 +35,12 @@ pub struct Options {
     /// Print the findings as JSON.
     #[arg(long)]
     json: bool,
+    /// Count this raw event, as r00c0 or 0xc0, instead of the one that is known for this CPU.
+    #[arg(long, value_name = "EVENT")]
+    event: Option<CounterEvent>,
+    /// Say whether this margin, in branches, covers the skid of overflow signals.
+    #[arg(long, value_name = "BRANCHES")]
+    margin: Option<u64>,
 }
 
 /// All probes that need a guest, in the order of the output.
@@ -43,7 +50,6 @@ fn probes() -> impl Iterator<Item = &'static Probe> {
         cpu::PROBES,
         control::PROBES,
         entropy::PROBES,
-        counter::PROBES,
         speed::PROBES,
     ]
     .into_iter()
@@ -68,6 +74,14 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
             ),
         });
     }
+    if watched {
+        eprint!("\r\x1b[Kcalibrating the branch counter");
+    }
+    let wishes = counter::Wishes {
+        event: options.event.clone(),
+        margin: options.margin,
+    };
+    findings.extend(counter::findings(kvm.as_ref().ok(), &wishes));
     if watched {
         eprint!("\r\x1b[K");
     }

@@ -15,7 +15,6 @@
 //! already; and SYSENTER, since a single-stepped one would raise #DB in the stub, where
 //! Linux does not expect it.
 
-use hindsight_replay::Back;
 use kvm_bindings::kvm_sregs;
 
 use super::entry_stub::{NO_STUB, OUT_OFFSET, STUB_BYTES, STUBS, stub};
@@ -57,8 +56,6 @@ pub struct EntryState {
     behind: [Option<u64>; STUBS],
     /// The entry that is waited for, and that the word counts down to.
     target: Option<u64>,
-    /// The last stop.
-    stop: Option<EntryStop>,
 }
 
 impl EntryState {
@@ -122,9 +119,9 @@ impl EntryCounter<'_> {
         }
     }
 
-    /// The stop that brought the vCPU back, if one did; once.
-    pub fn take_stop(&mut self) -> Option<EntryStop> {
-        self.state.stop.take()
+    /// Whether a stop is still to come.
+    pub fn is_waited_for(&self) -> bool {
+        self.state.target.is_some()
     }
 
     fn word(&self) -> u64 {
@@ -169,12 +166,6 @@ impl KvmCpu {
         let number = self.entries.target?;
         let reached = self.entries().done() == number;
         reached.then_some(EntryStop { number, rip: out })
-    }
-
-    /// What a stop is to whoever runs the vCPU.
-    pub(super) fn stopped_at(&mut self, stop: EntryStop) -> Back {
-        self.entries.stop = Some(stop);
-        Back::Kicked
     }
 
     /// The guest has written an MSR of the board's: those that say where SYSCALL enters are ours to load.

@@ -44,9 +44,21 @@ pub enum KvmError {
         /// What KVM said.
         what: String,
     },
+    /// The guest ran past a place at which it had to stop.
+    #[error(transparent)]
+    Overshoot(#[from] hindsight_replay::Overshoot),
+    /// The branch counter cannot be relied on.
+    #[error("{0}")]
+    Counter(#[source] Box<crate::perf::CounterError>),
     /// The host's page map cannot be read.
     #[error("cannot read this process's page map: {0}")]
     PageMap(#[source] std::io::Error),
+}
+
+impl From<crate::perf::CounterError> for KvmError {
+    fn from(error: crate::perf::CounterError) -> KvmError {
+        KvmError::Counter(Box::new(error))
+    }
 }
 
 /// Names the call in the error of a KVM result.

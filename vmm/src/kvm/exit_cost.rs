@@ -6,7 +6,7 @@
 
 use std::time::Instant;
 
-use hindsight_replay::{Back, Cpu, CpuidTable};
+use hindsight_replay::{Back, Cpu, CpuidTable, Horizon};
 use kvm_ioctls::Kvm;
 
 use super::error::{KvmError, Named};
@@ -41,7 +41,7 @@ pub fn measure(kvm: &Kvm) -> Result<u64, KvmError> {
         let start = Instant::now();
         let mut exits = 0;
         while exits < BATCH {
-            exits += u32::from(matches!(cpu.run()?, Back::Exit(_)));
+            exits += u32::from(matches!(cpu.run(Horizon::Exit)?, Back::Exit(_)));
             // Nobody reads the port: the answer to an OUT is nothing.
             cpu.forget_exit();
         }

@@ -1,4 +1,4 @@
-//! The machine's CPU and memory, on stock KVM. The only unsafe code of the project lives here.
+//! The machine's CPU and memory, on stock KVM. With `perf`, the only place of unsafe code.
 
 pub mod cpuid;
 pub mod entries;
@@ -8,6 +8,7 @@ pub mod exit_cost;
 mod guest_text;
 mod memory;
 pub mod msr;
+mod preemption;
 pub mod probe;
 mod run_page;
 mod shadow;
@@ -17,5 +18,6 @@ mod vcpu;
 
 pub use error::KvmError;
 pub use memory::GuestMemory;
-pub use signals::{Kicker, stop_requested};
+pub use preemption::Preemption;
+pub use signals::{Alarm, Kicker, install_kick, kick_signal, stop_requested};
 pub use vcpu::{KernelText, KvmCpu, VcpuCounts};

@@ -4,8 +4,6 @@
 //! [`Stop`], and the thread that asks is called off when its time is up.
 
 use std::fmt;
-use std::fs::File;
-use std::io::Read;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::thread::JoinHandleExt;
 use std::sync::Arc;
@@ -20,20 +18,19 @@ use hindsight_guest_images::layout::{
 use hindsight_guest_images::{MicroGuest, Ring};
 use hindsight_replay::{CpuidTable, Registers};
 use kvm_bindings::{
-    KVM_EXIT_DEBUG, KVM_EXIT_HLT, KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_IRQ_WINDOW_OPEN,
-    KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR,
-    KVM_MEM_LOG_DIRTY_PAGES, KVMIO, Msrs, kvm_guest_debug, kvm_interrupt, kvm_msr_entry, kvm_regs,
-    kvm_segment, kvm_userspace_memory_region,
+    KVM_EXIT_DEBUG, KVM_EXIT_HLT, KVM_EXIT_IO, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MMIO,
+    KVM_EXIT_SHUTDOWN, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVM_MEM_LOG_DIRTY_PAGES, KVMIO,
+    Msrs, kvm_guest_debug, kvm_interrupt, kvm_msr_entry, kvm_regs, kvm_segment,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_iow_nr;
-use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use super::error::{KvmError, Named};
 use super::memory::GuestMemory;
 use super::run_page::{PortExit, RunPage};
-use super::{cpuid, msr};
+use super::{cpuid, msr, signals};
 use crate::boot::GuestRam;
 
 ioctl_iow_nr!(KVM_INTERRUPT, KVMIO, 0x86, kvm_interrupt);
@@ -42,7 +39,7 @@ ioctl_iow_nr!(KVM_INTERRUPT, KVMIO, 0x86, kvm_interrupt);
 const SLOT: u32 = 0;
 /// How long a thread may take to notice that it was called off.
 const GRACE: Duration = Duration::from_millis(500);
-/// How often it is called off until then: a signal may come just before KVM is entered.
+/// How often it is called off until then: it may be kicked out of something else than KVM.
 const CALL_EVERY: Duration = Duration::from_millis(5);
 
 /// Why a piece of work has no result.
@@ -64,14 +61,12 @@ impl Late {
     }
 }
 
-extern "C" fn on_call(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
-
 /// Does `work` on a thread of its own. After `limit` its guest is stopped ([`Stop::Late`]).
 pub fn bounded<T: Send + 'static>(
     limit: Duration,
     work: impl FnOnce(Late) -> T + Send + 'static,
 ) -> Result<T, Stuck> {
-    register_signal_handler(SIGRTMIN(), on_call).expect("SIGRTMIN takes a handler");
+    signals::install_kick().expect("these signals take a handler");
     let late = Late::default();
     let (sender, receiver) = sync_channel(1);
     let theirs = late.clone();
@@ -94,7 +89,12 @@ pub fn bounded<T: Send + 'static>(
                 late.0.store(true, Ordering::Relaxed);
                 // SAFETY: `worker` has neither been joined nor detached, so its pthread_t is
                 // valid even if the thread has ended; the signal has a handler.
-                unsafe { libc::pthread_kill(worker.as_pthread_t() as libc::pthread_t, SIGRTMIN()) };
+                unsafe {
+                    libc::pthread_kill(
+                        worker.as_pthread_t() as libc::pthread_t,
+                        signals::kick_signal(),
+                    )
+                };
             }
         }
     }
@@ -338,9 +338,25 @@ impl ProbeVm {
 
     /// Lets the guest run until it stops.
     pub fn run(&mut self) -> Result<Stop, KvmError> {
-        let Some(reason) = self.enter()? else {
-            return Ok(Stop::Late);
-        };
+        loop {
+            if let Some(stop) = self.run_or_kick()? {
+                return Ok(stop);
+            }
+        }
+    }
+
+    /// Lets the guest run until it stops; `None` if a kick brought it back before.
+    pub fn run_or_kick(&mut self) -> Result<Option<Stop>, KvmError> {
+        if self.late.is_up() {
+            return Ok(Some(Stop::Late));
+        }
+        match signals::enter(&mut self.fd)? {
+            Some(reason) => self.stop(reason).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    fn stop(&mut self, reason: u32) -> Result<Stop, KvmError> {
         self.unfinished = matches!(
             reason,
             KVM_EXIT_IO | KVM_EXIT_MMIO | KVM_EXIT_X86_RDMSR | KVM_EXIT_X86_WRMSR
@@ -374,19 +390,6 @@ impl ProbeVm {
             }
             _ => Stop::Odd(self.page().complaint()),
         })
-    }
-
-    /// Enters the guest; `None` when time is up.
-    fn enter(&mut self) -> Result<Option<u32>, KvmError> {
-        while !self.late.is_up() {
-            match self.fd.run().map(drop) {
-                Ok(()) if self.page().exit_reason() == KVM_EXIT_INTR => {}
-                Ok(()) => return Ok(Some(self.page().exit_reason())),
-                Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {}
-                Err(error) => return Err(error).named("KVM_RUN"),
-            }
-        }
-        Ok(None)
     }
 
     fn port_stop(&mut self) -> Result<Stop, KvmError> {
@@ -457,13 +460,7 @@ impl ProbeVm {
     pub fn settle(&mut self) -> Result<bool, KvmError> {
         if self.unfinished {
             self.unfinished = false;
-            self.page().set_immediate_exit(true);
-            let result = match self.fd.run().map(drop) {
-                Err(error) if error.errno() == libc::EINTR => Ok(()),
-                result => result.named("KVM_RUN"),
-            };
-            self.page().set_immediate_exit(false);
-            result?;
+            signals::finish(&mut self.fd)?;
         }
         Ok(self.page().ready_for_interrupt())
     }
@@ -580,75 +577,6 @@ fn segment(selector: u16, type_: u8, dpl: u8, code: bool) -> kvm_segment {
     }
 }
 
-/// `struct perf_event_attr` up to PERF_ATTR_SIZE_VER1 (Linux, include/uapi/linux/perf_event.h).
-#[repr(C)]
-struct PerfEventAttr {
-    kind: u32,
-    size: u32,
-    config: u64,
-    sample_period: u64,
-    sample_type: u64,
-    read_format: u64,
-    flags: u64,
-    wakeup_events: u32,
-    breakpoint_type: u32,
-    config1: u64,
-    config2: u64,
-}
-
-/// PERF_TYPE_RAW.
-const RAW: u32 = 4;
-/// Flags: pinned, exclude_hv, exclude_host.
-const PINNED_GUEST_ONLY: u64 = 1 << 2 | 1 << 6 | 1 << 19;
-
-/// A counter of a raw event on the calling thread, in guests only.
-#[derive(Debug)]
-pub struct GuestCounter(File);
-
-impl GuestCounter {
-    /// Opens and starts it.
-    pub fn start(config: u64) -> std::io::Result<GuestCounter> {
-        let attr = PerfEventAttr {
-            kind: RAW,
-            size: size_of::<PerfEventAttr>() as u32,
-            config,
-            sample_period: 0,
-            sample_type: 0,
-            read_format: 0,
-            flags: PINNED_GUEST_ONLY,
-            wakeup_events: 0,
-            breakpoint_type: 0,
-            config1: 0,
-            config2: 0,
-        };
-        let (this_thread, any_cpu, no_group, close_on_exec) = (0, -1, -1, 8u64);
-        // SAFETY: the call reads `size` bytes of the struct, which has just so many, and returns
-        // an fd or -1.
-        let fd = unsafe {
-            libc::syscall(
-                libc::SYS_perf_event_open,
-                &raw const attr,
-                this_thread,
-                any_cpu,
-                no_group,
-                close_on_exec,
-            )
-        };
-        if fd < 0 {
-            return Err(std::io::Error::last_os_error());
-        }
-        // SAFETY: the fd is new, so nobody else closes it.
-        Ok(GuestCounter(unsafe { File::from_raw_fd(fd as i32) }))
-    }
-
-    /// How many so far. Fails if the counter could not be kept on the CPU.
-    pub fn read(&mut self) -> std::io::Result<u64> {
-        let mut count = [0; 8];
-        self.0.read_exact(&mut count)?;
-        Ok(u64::from_ne_bytes(count))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -678,5 +606,27 @@ mod tests {
             1
         });
         assert_eq!(polite, Ok(1));
+    }
+
+    #[test]
+    fn a_kick_before_the_guest_is_entered_brings_it_back_at_once() {
+        let Ok(kvm) = Kvm::new() else { return };
+        let table = cpuid::for_host(&kvm).unwrap();
+        let stops = bounded(Duration::from_secs(5), move |late| {
+            let mut vm = ProbeVm::new(&kvm, &table, late).unwrap();
+            vm.load(
+                &hindsight_guest_images::micro::dense_branches(Ring::Kernel),
+                0,
+            )
+            .unwrap();
+            // Left alone, this guest runs for minutes.
+            let mut stops = Vec::new();
+            for _ in 0..100 {
+                signals::Kicker::for_this_thread().unwrap().kick();
+                stops.push(vm.run_or_kick().unwrap());
+            }
+            stops
+        });
+        assert_eq!(stops, Ok(vec![None; 100]));
     }
 }

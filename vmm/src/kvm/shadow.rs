@@ -49,6 +49,8 @@ impl KvmCpu {
             }
         };
         self.debug(0)?;
+        // Breakpoints went with it.
+        self.stops.clear();
         self.counts.shadow_steps += 1;
         Ok(reason)
     }

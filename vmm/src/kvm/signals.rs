@@ -1,20 +1,174 @@
 //! Signals: the kick that brings a vCPU back, and the operator's wish to stop.
+//!
+//! A kick interrupts `KVM_RUN`. One that comes just before `KVM_RUN` would interrupt nothing, and
+//! the guest would run on for as long as it likes. So the handler sets `immediate_exit` in the page
+//! that the thread's vCPU shares with KVM, which KVM looks at after it has blocked signals (Linux,
+//! Documentation/virt/kvm/api.rst, section 5). A kick that comes while no entry is under way is
+//! kept for the next one. None is lost; two may be reported as one.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::cell::Cell;
+use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering, compiler_fence};
 
+use kvm_bindings::KVM_EXIT_INTR;
+use kvm_ioctls::VcpuFd;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
+use super::error::{KvmError, Named};
+use super::run_page::RunPage;
+
 static STOP: AtomicBool = AtomicBool::new(false);
+
+// A kick is sent to the vCPU's thread, so its handler runs there, and these need no order but the
+// compiler's. Both are constants at first and have no destructor: a handler may touch them.
+thread_local! {
+    /// Where the flag stands that makes the entry under way return; null outside of entries.
+    static FLAG: AtomicPtr<u8> = const { AtomicPtr::new(std::ptr::null_mut()) };
+    /// Whether a kick has come that no entry has reported.
+    static KICKED: Cell<bool> = const { Cell::new(false) };
+}
 
 /// Whether SIGINT or SIGTERM has come.
 pub fn stop_requested() -> bool {
     STOP.load(Ordering::Relaxed)
 }
 
-extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+/// The signal that kicks.
+pub fn kick_signal() -> libc::c_int {
+    SIGRTMIN()
+}
+
+extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    KICKED.set(true);
+    compiler_fence(Ordering::SeqCst);
+    let flag = FLAG.with(|flag| flag.load(Ordering::Relaxed));
+    if !flag.is_null() {
+        // SAFETY: the pointer is not null only while `with_flag` runs on this very thread, whose
+        // caller lends it a flag that is valid for as long.
+        unsafe { flag.write_volatile(1) };
+    }
+}
 
 extern "C" fn on_stop(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
     STOP.store(true, Ordering::Relaxed);
+}
+
+/// Installs the handler of kicks, for all threads.
+///
+/// SIGIO has it too: the kernel sends that instead when the queue of real-time signals is full
+/// (fcntl(2), F_SETSIG), and would end the process.
+pub fn install_kick() -> std::io::Result<()> {
+    for signal in [kick_signal(), libc::SIGIO] {
+        register_signal_handler(signal, on_kick).map_err(std::io::Error::from)?;
+    }
+    Ok(())
+}
+
+/// Runs `enter` with the byte at `flag` at the handler's disposal, set at once if a kick is waiting.
+/// `enter` returns its result and whether that reports kicks.
+///
+/// # Safety
+///
+/// `flag` is valid for writes until this returns, and nobody relies on a reference to it meanwhile.
+unsafe fn with_flag<T>(flag: *mut u8, enter: impl FnOnce() -> (T, bool)) -> T {
+    FLAG.with(|registered| registered.store(flag, Ordering::Relaxed));
+    compiler_fence(Ordering::SeqCst);
+    if KICKED.get() {
+        // SAFETY: this function's condition.
+        unsafe { flag.write_volatile(1) };
+    }
+    let (result, reports) = enter();
+    FLAG.with(|registered| registered.store(std::ptr::null_mut(), Ordering::Relaxed));
+    compiler_fence(Ordering::SeqCst);
+    // SAFETY: this function's condition; and the handler does not know the flag any more.
+    unsafe { flag.write_volatile(0) };
+    if reports {
+        KICKED.set(false);
+    }
+    result
+}
+
+/// `KVM_RUN`. Returns KVM's exit reason, or `None` if it came back without one.
+fn run(vcpu: &mut VcpuFd) -> Result<Option<u32>, KvmError> {
+    match vcpu.run().map(drop) {
+        Ok(()) => match RunPage::of(vcpu).exit_reason() {
+            KVM_EXIT_INTR => Ok(None),
+            reason => Ok(Some(reason)),
+        },
+        Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Ok(None),
+        Err(error) => Err(error).named("KVM_RUN"),
+    }
+}
+
+/// Enters the guest. Returns KVM's exit reason, or `None` if a signal brought it back.
+pub(super) fn enter(vcpu: &mut VcpuFd) -> Result<Option<u32>, KvmError> {
+    let flag = &raw mut vcpu.get_kvm_run().immediate_exit;
+    let enter = || {
+        let result = run(vcpu);
+        let reports = matches!(result, Ok(None));
+        (result, reports)
+    };
+    // SAFETY: the page stays mapped while `vcpu` lives, which `enter` borrows; of those who look
+    // at it meanwhile, KVM and `run`, neither expects this byte to stay as it is.
+    unsafe { with_flag(flag, enter) }
+}
+
+/// Has KVM finish the exit that it reported last, without running the guest. Returns what it
+/// reports instead, if it does. A kick that comes meanwhile is kept.
+pub(super) fn finish(vcpu: &mut VcpuFd) -> Result<Option<u32>, KvmError> {
+    RunPage::of(vcpu).set_immediate_exit(true);
+    let result = run(vcpu);
+    RunPage::of(vcpu).set_immediate_exit(false);
+    result
+}
+
+/// Kicks the thread that made it, later.
+#[derive(Debug)]
+pub struct Alarm(libc::timer_t);
+
+// SAFETY: a timer_t is a number that the kernel gave out for the whole process.
+unsafe impl Send for Alarm {}
+
+impl Alarm {
+    /// An alarm for the calling thread. [`Kicker::for_this_thread`] has installed the handler.
+    pub fn for_this_thread() -> Result<Alarm, std::io::Error> {
+        // SAFETY: all zeroes is a sigevent.
+        let mut event: libc::sigevent = unsafe { std::mem::zeroed() };
+        event.sigev_notify = libc::SIGEV_THREAD_ID;
+        event.sigev_signo = kick_signal();
+        // SAFETY: gettid has no preconditions.
+        event.sigev_notify_thread_id = unsafe { libc::gettid() };
+        let mut timer = std::ptr::null_mut();
+        // SAFETY: both pointers are to values of ours that outlive the call.
+        let made = unsafe { libc::timer_create(libc::CLOCK_MONOTONIC, &mut event, &mut timer) };
+        if made < 0 {
+            return Err(std::io::Error::last_os_error());
+        }
+        Ok(Alarm(timer))
+    }
+
+    /// Goes off once, after this long.
+    pub fn set(&self, after: std::time::Duration) {
+        let time = libc::itimerspec {
+            it_interval: libc::timespec {
+                tv_sec: 0,
+                tv_nsec: 0,
+            },
+            it_value: libc::timespec {
+                tv_sec: after.as_secs() as libc::time_t,
+                tv_nsec: after.subsec_nanos().into(),
+            },
+        };
+        // SAFETY: the timer is ours until it is dropped; `time` outlives the call.
+        let set = unsafe { libc::timer_settime(self.0, 0, &time, std::ptr::null_mut()) };
+        assert_eq!(set, 0, "a timer of ours takes any time");
+    }
+}
+
+impl Drop for Alarm {
+    fn drop(&mut self) {
+        // SAFETY: the timer is ours, and nobody uses it any more.
+        unsafe { libc::timer_delete(self.0) };
+    }
 }
 
 /// Kicks a thread out of `KVM_RUN`.
@@ -26,20 +180,71 @@ pub struct Kicker {
 impl Kicker {
     /// A kicker for the calling thread, which must outlive every kick. Installs the handlers.
     pub fn for_this_thread() -> Result<Kicker, std::io::Error> {
-        let failed = |error: vmm_sys_util::errno::Error| std::io::Error::from(error);
-        register_signal_handler(SIGRTMIN(), on_kick).map_err(failed)?;
+        install_kick()?;
         for signal in [libc::SIGINT, libc::SIGTERM] {
-            register_signal_handler(signal, on_stop).map_err(failed)?;
+            register_signal_handler(signal, on_stop).map_err(std::io::Error::from)?;
         }
         // SAFETY: pthread_self has no preconditions.
         let thread = unsafe { libc::pthread_self() };
         Ok(Kicker { thread })
     }
 
-    /// Interrupts the thread's present system call, if it is in one.
+    /// Brings the thread's vCPU back, now or as soon as it is entered.
     pub fn kick(&self) {
         // SAFETY: the thread that made this kicker outlives it; that is `for_this_thread`'s
         // condition, and it is the main thread that meets it.
-        unsafe { libc::pthread_kill(self.thread, SIGRTMIN()) };
+        unsafe { libc::pthread_kill(self.thread, kick_signal()) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn kick_myself() {
+        Kicker::for_this_thread().unwrap().kick();
+    }
+
+    /// Enters with a flag of its own. Returns what the flag was before and behind `during`.
+    fn entry(during: impl FnOnce(), reports: bool) -> (u8, u8) {
+        let mut byte = 0;
+        let flag = &raw mut byte;
+        // SAFETY: `byte` outlives every look, and only the handler, on this thread, writes it.
+        let look = || unsafe { flag.read_volatile() };
+        let enter = || {
+            let before = look();
+            during();
+            ((before, look()), reports)
+        };
+        // SAFETY: as above.
+        let seen = unsafe { with_flag(flag, enter) };
+        assert_eq!(look(), 0, "the flag is down behind the entry");
+        seen
+    }
+
+    #[test]
+    fn a_kick_during_an_entry_raises_the_flag() {
+        assert_eq!(entry(kick_myself, true), (0, 1));
+        assert_eq!(entry(|| {}, true), (0, 0), "and only in that entry");
+    }
+
+    #[test]
+    fn a_kick_before_an_entry_ends_it_at_once() {
+        kick_myself();
+        assert_eq!(entry(|| {}, true), (1, 1));
+        assert_eq!(entry(|| {}, true), (0, 0));
+    }
+
+    #[test]
+    fn a_kick_that_an_exit_outran_is_kept_for_the_next_entry() {
+        assert_eq!(entry(kick_myself, false), (0, 1));
+        assert_eq!(entry(|| {}, true), (1, 1));
+        assert_eq!(entry(|| {}, true), (0, 0));
+    }
+
+    #[test]
+    fn a_kick_of_one_thread_is_none_of_anothers() {
+        std::thread::spawn(kick_myself).join().unwrap();
+        assert_eq!(entry(|| {}, true), (0, 0));
     }
 }

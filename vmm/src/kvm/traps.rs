@@ -234,6 +234,26 @@ impl KvmCpu {
         }
     }
 
+    /// The user-mode instruction the guest is at, or that its kernel works for.
+    ///
+    /// Linux begins each task's kernel stack with what the entry from user mode pushed: RIP, CS,
+    /// RFLAGS, RSP, SS. Kernel stacks are aligned (Linux, Documentation/arch/x86/kernel-stacks.rst);
+    /// newer kernels leave two words free above.
+    pub(super) fn user_rip(&mut self) -> Option<u64> {
+        const STACK_BYTES: u64 = 16 << 10;
+        let registers = self.page().registers();
+        if registers.rip() < KERNEL_HALF {
+            return Some(registers.rip());
+        }
+        let top = (registers.0[6] | (STACK_BYTES - 1)).wrapping_add(1);
+        let words: [u64; 7] = self.view().words(top.wrapping_sub(56))?;
+        let is_user = |cs: u64| matches!(cs, 0x23 | 0x33);
+        [(words[2], words[3]), (words[0], words[1])]
+            .into_iter()
+            .find(|(rip, cs)| is_user(*cs) && *rip < KERNEL_HALF)
+            .map(|(rip, _)| rip)
+    }
+
     fn inject_gp(&mut self) -> Result<(), KvmError> {
         let mut events = self.fd().get_vcpu_events().named("KVM_GET_VCPU_EVENTS")?;
         events.exception.injected = 1;

@@ -7,12 +7,12 @@
 use std::collections::BTreeMap;
 
 use hindsight_devices::{Access, Width};
-use hindsight_replay::{Answer, Back, Cpu, CpuidTable, Exit, Registers};
+use hindsight_replay::{Answer, Back, Cpu, CpuidTable, Exit, Horizon, Registers};
 use kvm_bindings::{
-    KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_CAP_PMU_CAPABILITY, KVM_EXIT_HLT, KVM_EXIT_INTR,
-    KVM_EXIT_IO, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, KVM_EXIT_X86_RDMSR,
-    KVM_EXIT_X86_WRMSR, KVM_PMU_CAP_DISABLE, KVMIO, kvm_enable_cap, kvm_interrupt, kvm_regs,
-    kvm_segment, kvm_sregs, kvm_userspace_memory_region,
+    KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_CAP_PMU_CAPABILITY, KVM_EXIT_HLT, KVM_EXIT_IO,
+    KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVM_PMU_CAP_DISABLE,
+    KVMIO, kvm_enable_cap, kvm_interrupt, kvm_regs, kvm_segment, kvm_sregs,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use vmm_sys_util::ioctl::ioctl_with_ref;
@@ -22,9 +22,10 @@ use super::entries::EntryState;
 use super::error::{KvmError, Named};
 use super::guest_text::GuestView;
 use super::memory::GuestMemory;
+use super::preemption::Preemption;
 use super::run_page::{PortExit, RunPage};
 use super::traps::TrapState;
-use super::{cpuid, msr};
+use super::{cpuid, msr, signals};
 use crate::boot::{BootPlan, Elf, EntryCaves, Site, SiteKind, Sites, caves};
 
 ioctl_iow_nr!(KVM_INTERRUPT, KVMIO, 0x86, kvm_interrupt);
@@ -100,8 +101,12 @@ pub struct KvmCpu {
     pub(super) traps: TrapState,
     pub(super) entries: EntryState,
     pub(super) counts: VcpuCounts,
+    /// How it is stopped between two exits.
+    pub(super) preemption: Preemption,
+    /// Where breakpoints are set, for us and not for the guest.
+    pub(super) stops: Vec<u64>,
     string: Option<StringAccess>,
-    unfinished: bool,
+    pub(super) unfinished: bool,
     /// KVM's reason for an exit that came while another was being finished.
     held: Option<u32>,
 }
@@ -164,6 +169,8 @@ impl KvmCpu {
             traps: TrapState::default(),
             entries: EntryState::default(),
             counts: VcpuCounts::default(),
+            preemption: Preemption::default(),
+            stops: Vec::new(),
             string: None,
             unfinished: false,
             held: None,
@@ -208,6 +215,11 @@ impl KvmCpu {
         self.string = None;
     }
 
+    /// KVM's reason for an exit that came while another was being finished.
+    pub(super) fn take_held(&mut self) -> Option<u32> {
+        self.held.take()
+    }
+
     /// What was counted beside exits.
     pub fn counts(&self) -> VcpuCounts {
         self.counts
@@ -243,18 +255,11 @@ impl KvmCpu {
 
     /// Enters the guest once. Returns KVM's exit reason, or `None` if the host interrupted it.
     pub(super) fn enter(&mut self) -> Result<Option<u32>, KvmError> {
-        match self.fd.run().map(drop) {
-            Ok(()) => match self.page().exit_reason() {
-                KVM_EXIT_INTR => Ok(None),
-                reason => Ok(Some(reason)),
-            },
-            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Ok(None),
-            Err(error) => Err(error).named("KVM_RUN"),
-        }
+        signals::enter(&mut self.fd)
     }
 
     /// The exit that KVM's reason stands for.
-    fn decode(&mut self, reason: u32) -> Result<Exit, KvmError> {
+    pub(super) fn decode(&mut self, reason: u32) -> Result<Exit, KvmError> {
         self.unfinished = matches!(
             reason,
             KVM_EXIT_IO | KVM_EXIT_MMIO | KVM_EXIT_X86_RDMSR | KVM_EXIT_X86_WRMSR
@@ -403,31 +408,14 @@ impl KvmCpu {
 impl Cpu for KvmCpu {
     type Error = KvmError;
 
-    fn run(&mut self) -> Result<Back, KvmError> {
+    fn run(&mut self, horizon: Horizon) -> Result<Back, KvmError> {
         if let Some(exit) = self.next_element() {
             return Ok(Back::Exit(exit));
         }
-        if let Some(reason) = self.held.take() {
+        if let Some(reason) = self.take_held() {
             return self.decode(reason).map(Back::Exit);
         }
-        let Some(mut reason) = self.enter()? else {
-            self.counts.kicks += 1;
-            return Ok(Back::Kicked);
-        };
-        if reason == KVM_EXIT_IRQ_WINDOW_OPEN {
-            reason = self.leave_shadow()?;
-            if reason == KVM_EXIT_IRQ_WINDOW_OPEN {
-                self.unfinished = false;
-                return Ok(Back::Window);
-            }
-        }
-        if reason == KVM_EXIT_IO
-            && let Some(stop) = self.entry_stop()
-        {
-            self.unfinished = true;
-            return Ok(self.stopped_at(stop));
-        }
-        self.decode(reason).map(Back::Exit)
+        self.run_to(horizon)
     }
 
     fn registers(&mut self) -> Registers {
@@ -477,10 +465,7 @@ impl Cpu for KvmCpu {
         if self.unfinished {
             self.unfinished = false;
             self.counts.settles += 1;
-            self.page().set_immediate_exit(true);
-            let left = self.enter();
-            self.page().set_immediate_exit(false);
-            match left? {
+            match signals::finish(&mut self.fd)? {
                 None => {}
                 // The rest of an access across a page: the same instruction, its next exit.
                 Some(KVM_EXIT_MMIO) => self.held = Some(KVM_EXIT_MMIO),
@@ -514,6 +499,10 @@ impl Cpu for KvmCpu {
 
     fn request_window(&mut self, wanted: bool) {
         self.page().request_window(wanted);
+    }
+
+    fn caller(&mut self) -> Option<u64> {
+        self.user_rip()
     }
 
     fn memory_digest(&mut self) -> Result<u64, KvmError> {

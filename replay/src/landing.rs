@@ -1,0 +1,322 @@
+//! Landing: stopping a vCPU at an exact place between two exits.
+//!
+//! A place is the first time that RIP has a certain value with a certain number of conditional
+//! branches retired since the last counted exit. The number comes from a [`Counter`] that can also
+//! call the vCPU back, though some branches late; the last stretch is the work of a breakpoint at
+//! RIP, which is let through until the number is right. Nothing is ever single-stepped: a guest's
+//! trap flag is its own, and faults, system calls and string instructions on the way run as they
+//! always do.
+//!
+//! A recorder may land wherever the guest happens to be. But where it happens to be is no place
+//! yet: the guest may have been there before, with as many branches. So it is led on to just behind
+//! its next conditional branch, where the number is new and RIP has been nowhere with it.
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::exit::Exit;
+use crate::machine::Back;
+
+/// What is counted to find a place between two exits again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Unit {
+    /// Retired conditional branches, by a performance counter.
+    Branches,
+    /// Entries into the guest's kernel, by the rewritten entries themselves.
+    Entries,
+}
+
+/// A place between two exits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Place {
+    /// What is counted.
+    pub unit: Unit,
+    /// How many of them since the last counted exit.
+    pub number: u64,
+    /// The instruction pointer at which the vCPU stops, the first time with that number.
+    pub rip: u64,
+}
+
+impl std::fmt::Display for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Place { unit, number, rip } = self;
+        let unit = match unit {
+            Unit::Branches => "branches",
+            Unit::Entries => "kernel entries",
+        };
+        write!(f, "{number} {unit} on, at rip {rip:#x}")
+    }
+}
+
+/// How far a vCPU may run before it must come back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Horizon {
+    /// To its next exit.
+    Exit,
+    /// To the first place that can be found again, once this much was counted since the last exit;
+    /// or to the exit before it.
+    From(u64),
+    /// To exactly this place.
+    At(Place),
+}
+
+/// Counts the conditional branches that a vCPU retires.
+pub trait Counter {
+    /// What can go wrong: the counter was taken away, or it lost counts.
+    type Error;
+    /// How many there were. Never runs backwards.
+    fn read(&mut self) -> Result<u64, Self::Error>;
+    /// Has the vCPU kicked when there have been `at` of them, or later by less than
+    /// [`Counter::margin`], and perhaps again and again from then on; `None`: no more.
+    fn arm(&mut self, at: Option<u64>) -> Result<(), Self::Error>;
+    /// How late a kick may come, in branches.
+    fn margin(&self) -> u64;
+    /// Refuses if counts may have been lost since the last look.
+    fn check(&mut self) -> Result<(), Self::Error>;
+}
+
+/// What brings a vCPU back that runs with breakpoints.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Went {
+    /// It is about to execute an instruction at one of the stops.
+    Stop,
+    /// Something else.
+    Back(Back),
+}
+
+/// What lies before a vCPU on a way that leaves no choice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ahead {
+    /// A conditional branch at `at`, which leads to one of `next`; or another branch that the vCPU
+    /// stands at.
+    Branch {
+        /// Where it stands.
+        at: u64,
+        /// Behind it, taken or not.
+        next: [u64; 2],
+    },
+    /// Straight on to `at`, from where more can be seen.
+    Look {
+        /// Where.
+        at: u64,
+    },
+    /// A loop in which nothing changes but RIP: each time round is the same place.
+    Still,
+    /// That depends on what the guest computes; or there is no branch for a long way.
+    Unclear,
+}
+
+/// A vCPU that can be led to a place.
+pub trait Walk {
+    /// What can go wrong on the host.
+    type Error;
+    /// The instruction pointer. Nothing of the last exit may be unfinished.
+    fn rip(&mut self) -> u64;
+    /// Runs until something brings it back, or it is about to execute one of `stops`, of which
+    /// there are at most two. The present instruction is executed even if it is one of them.
+    fn go(&mut self, stops: &[u64]) -> Result<Went, Self::Error>;
+    /// What lies before it.
+    fn ahead(&mut self) -> Result<Ahead, Self::Error>;
+}
+
+/// The vCPU ran past its place. It cannot be taken back: the run is over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[error(
+    "the vCPU was to stop {expected}, and was found {found} branches on, at rip {rip:#x}. Either the \
+     counter's kicks come later than the margin of {margin} branches allows, or it miscounts, or \
+     the guest took another way; `hindsight doctor` measures the first two"
+)]
+pub struct Overshoot {
+    /// Where it should have stopped.
+    pub expected: Place,
+    /// Branches counted when it was found.
+    pub found: u64,
+    /// Where it was found.
+    pub rip: u64,
+    /// The margin in use.
+    pub margin: u64,
+}
+
+/// How often a recorder tries to lead the guest behind a branch before it lets it run on.
+const TRIES: usize = 32;
+
+/// Leads a vCPU to places, with a counter.
+#[derive(Debug)]
+pub struct Lander<K> {
+    counter: K,
+    /// The count at the last exit.
+    base: u64,
+    /// The breakpoint stood before the guest could come to its place, so the first hit is the first.
+    near: bool,
+}
+
+impl<K: Counter> Lander<K> {
+    /// A lander that relies on `counter`.
+    pub fn new(counter: K) -> Lander<K> {
+        Lander {
+            counter,
+            base: 0,
+            near: false,
+        }
+    }
+
+    /// Runs `cpu` to its horizon at the latest. Where it lands is an exit like any other.
+    pub fn run<W: Walk>(&mut self, cpu: &mut W, horizon: Horizon) -> Result<Back, W::Error>
+    where
+        W::Error: From<K::Error> + From<Overshoot>,
+    {
+        let back = match horizon {
+            Horizon::Exit => match cpu.go(&[])? {
+                Went::Back(back) => back,
+                Went::Stop => unreachable!("no stop was set"),
+            },
+            Horizon::From(least) => self.from(cpu, least)?,
+            Horizon::At(place) => self.at(cpu, &place)?,
+        };
+        if horizon != Horizon::Exit {
+            // Else it would kick again and again.
+            self.counter.arm(None)?;
+        }
+        if let Back::Exit(exit) = back {
+            if let Exit::Preempted(_) = exit {
+                self.counter.check()?;
+            }
+            self.turn()?;
+        }
+        Ok(back)
+    }
+
+    /// A counted exit has happened: places are counted from here.
+    fn turn(&mut self) -> Result<(), K::Error> {
+        self.base = self.counter.read()?;
+        self.near = false;
+        Ok(())
+    }
+
+    fn count(&mut self) -> Result<u64, K::Error> {
+        Ok(self.counter.read()?.wrapping_sub(self.base))
+    }
+
+    fn arm(&mut self, number: Option<u64>) -> Result<(), K::Error> {
+        self.counter
+            .arm(number.map(|number| self.base.saturating_add(number)))
+    }
+
+    /// Runs `cpu` to a place at least `least` branches on, or to what comes before it. A kick that
+    /// comes back is somebody else's, or there is no place near; the caller asks again.
+    fn from<W: Walk>(&mut self, cpu: &mut W, least: u64) -> Result<Back, W::Error>
+    where
+        W::Error: From<K::Error>,
+    {
+        if self.count()? < least {
+            self.arm(Some(least))?;
+            match cpu.go(&[])? {
+                Went::Back(Back::Kicked) if self.count()? >= least => {}
+                Went::Back(back) => return Ok(back),
+                Went::Stop => unreachable!("no stop was set"),
+            }
+        }
+        for _ in 0..TRIES {
+            let count = self.count()?;
+            let went = match cpu.ahead()? {
+                Ahead::Still => {
+                    return Ok(landed(count, cpu.rip()));
+                }
+                Ahead::Branch { at, next } => {
+                    // A fault or a system call on the way leads elsewhere; then this brings it back.
+                    self.arm(Some(count + 2))?;
+                    let mut went = Went::Stop;
+                    if cpu.rip() != at {
+                        went = cpu.go(&[at])?;
+                    }
+                    if went == Went::Stop && self.count()? == count {
+                        went = cpu.go(&next)?;
+                        let here = cpu.rip();
+                        let stopped = matches!(went, Went::Stop | Went::Back(Back::Kicked));
+                        if stopped && next.contains(&here) && self.count()? == count + 1 {
+                            return Ok(landed(count + 1, here));
+                        }
+                    }
+                    went
+                }
+                Ahead::Look { at } => {
+                    self.arm(Some(count + 1))?;
+                    cpu.go(&[at])?
+                }
+                Ahead::Unclear => {
+                    self.arm(Some(count + 1))?;
+                    cpu.go(&[])?
+                }
+            };
+            match went {
+                Went::Stop => {}
+                // Some other way, or not there yet.
+                Went::Back(Back::Kicked) if self.count()? > count => {}
+                Went::Back(back) => return Ok(back),
+            }
+        }
+        Ok(Back::Kicked)
+    }
+
+    /// Runs `cpu` to exactly `place`, or to what comes before it.
+    fn at<W: Walk>(&mut self, cpu: &mut W, place: &Place) -> Result<Back, W::Error>
+    where
+        W::Error: From<K::Error> + From<Overshoot>,
+    {
+        let margin = self.counter.margin();
+        if !self.near {
+            let short = place.number.saturating_sub(margin);
+            if self.count()? < short {
+                self.arm(Some(short))?;
+                match cpu.go(&[])? {
+                    Went::Back(Back::Kicked) if self.count()? >= short => {}
+                    Went::Back(back) => return Ok(back),
+                    Went::Stop => unreachable!("no stop was set"),
+                }
+            }
+            let count = self.count()?;
+            // With the right number it may have been here before.
+            if count > place.number || (count == place.number && short > 0) {
+                return Err(self.overshoot(cpu, place, count).into());
+            }
+            self.near = true;
+        }
+        // If it does not stop, this tells at once.
+        self.arm(Some(place.number.saturating_add(1)))?;
+        loop {
+            let went = cpu.go(&[place.rip])?;
+            match went {
+                Went::Stop | Went::Back(Back::Kicked) => {}
+                Went::Back(back) => return Ok(back),
+            }
+            let count = self.count()?;
+            if count > place.number {
+                return Err(self.overshoot(cpu, place, count).into());
+            }
+            if count == place.number && cpu.rip() == place.rip {
+                return Ok(landed(count, place.rip));
+            }
+            if let Went::Back(back) = went {
+                return Ok(back);
+            }
+        }
+    }
+
+    fn overshoot<W: Walk>(&self, cpu: &mut W, place: &Place, found: u64) -> Overshoot {
+        Overshoot {
+            expected: *place,
+            found,
+            rip: cpu.rip(),
+            margin: self.counter.margin(),
+        }
+    }
+}
+
+/// The vCPU stands at a place.
+fn landed(number: u64, rip: u64) -> Back {
+    Back::Exit(Exit::Preempted(Place {
+        unit: Unit::Branches,
+        number,
+        rip,
+    }))
+}

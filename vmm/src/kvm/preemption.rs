@@ -1,0 +1,325 @@
+//! Stopping the vCPU between two exits: where it can be found again, or anywhere.
+//!
+//! The breakpoints are debug registers that KVM sets for us while the guest runs
+//! (`KVM_GUESTDBG_USE_HW_BP`); the guest's own are untouched, and it never sees a trap flag of ours.
+
+use hindsight_replay::{Ahead, Back, Exit, Horizon, Lander, Place, Unit, Walk, Went};
+use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic};
+use kvm_bindings::{
+    KVM_EXIT_DEBUG, KVM_EXIT_IO, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_GUESTDBG_ENABLE,
+    KVM_GUESTDBG_USE_HW_BP, kvm_guest_debug, kvm_guest_debug_arch,
+};
+
+use super::entries::EntryStop;
+use super::error::{KvmError, Named};
+use super::vcpu::KvmCpu;
+use crate::counting::HostCounter;
+
+/// RFLAGS.RF: the next instruction runs past its breakpoint (Intel SDM vol. 3, 17.3.1.1).
+const RFLAGS_RF: u64 = 1 << 16;
+/// How many instructions are looked at for the next conditional branch.
+const LOOK_AHEAD: usize = 64;
+
+/// What stops a guest that does not exit.
+#[derive(Debug, Default)]
+pub enum Preemption {
+    /// Nothing: what is due waits for its next exit.
+    #[default]
+    Never,
+    /// A kick, wherever it finds the guest. Nobody will ever find the place again.
+    Anywhere,
+    /// A count of its entries into its kernel, which it keeps itself.
+    Entries,
+    /// A count of its conditional branches.
+    Branches(Box<Lander<HostCounter>>),
+}
+
+impl KvmCpu {
+    /// From now on the guest can be stopped like this.
+    pub fn preempt_by(&mut self, preemption: Preemption) {
+        self.preemption = preemption;
+    }
+
+    /// Runs the guest to its horizon at the latest.
+    pub(super) fn run_to(&mut self, horizon: Horizon) -> Result<Back, KvmError> {
+        let back = self.run_preempted(horizon)?;
+        // Whatever stops it: the word that counts entries is in memory, which must not tell.
+        if matches!(back, Back::Exit(_)) {
+            self.entries().turn();
+        }
+        Ok(back)
+    }
+
+    fn run_preempted(&mut self, horizon: Horizon) -> Result<Back, KvmError> {
+        match std::mem::take(&mut self.preemption) {
+            Preemption::Branches(mut lander) => {
+                let back = self.land(&mut lander, horizon);
+                self.preemption = Preemption::Branches(lander);
+                back
+            }
+            Preemption::Anywhere => {
+                self.preemption = Preemption::Anywhere;
+                match horizon {
+                    Horizon::From(_) => {
+                        self.unfinished = false;
+                        Ok(Back::Exit(Exit::Preempted(Place {
+                            unit: Unit::Branches,
+                            number: 0,
+                            rip: self.rip(),
+                        })))
+                    }
+                    _ => self.plain(),
+                }
+            }
+            Preemption::Entries => {
+                self.preemption = Preemption::Entries;
+                self.set_entry_target(horizon);
+                self.plain()
+            }
+            Preemption::Never => self.plain(),
+        }
+    }
+
+    /// Has the guest stop at the kernel entry that the horizon asks for, if it counts them.
+    fn set_entry_target(&mut self, horizon: Horizon) {
+        let mut entries = self.entries();
+        let next = entries.done() + 1;
+        let wanted = match horizon {
+            Horizon::From(least) => next.max(least),
+            // A place that has been cannot be reached: the next exit will be the wrong one.
+            Horizon::At(place) if place.unit == Unit::Entries && place.number >= next => {
+                place.number
+            }
+            Horizon::Exit | Horizon::At(_) => return,
+        };
+        if entries.available() && !entries.is_waited_for() {
+            entries.set_target(wanted);
+        }
+    }
+
+    fn plain(&mut self) -> Result<Back, KvmError> {
+        match self.go(&[])? {
+            Went::Back(back) => Ok(back),
+            Went::Stop => unreachable!("no stop was set"),
+        }
+    }
+
+    fn land(
+        &mut self,
+        lander: &mut Lander<HostCounter>,
+        horizon: Horizon,
+    ) -> Result<Back, KvmError> {
+        if horizon != Horizon::Exit && self.unfinished {
+            // RIP is the guest's only behind the instruction that exited.
+            hindsight_replay::Cpu::settle(self)?;
+            if let Some(reason) = self.take_held() {
+                return self.decode(reason).map(Back::Exit);
+            }
+        }
+        match horizon {
+            // Not ours to count: the next exit will be the wrong one.
+            Horizon::At(place) if place.unit != Unit::Branches => lander.run(self, Horizon::Exit),
+            horizon => lander.run(self, horizon),
+        }
+    }
+
+    /// Has the vCPU stop before the instructions at these addresses, and nowhere else.
+    fn set_stops(&mut self, stops: &[u64]) -> Result<(), KvmError> {
+        if self.stops == stops {
+            return Ok(());
+        }
+        let mut arch = kvm_guest_debug_arch::default();
+        for (number, stop) in stops.iter().enumerate() {
+            // Intel SDM vol. 3, 17.2.4: DR7 enables breakpoint `number` globally, on execution.
+            arch.debugreg[number] = *stop;
+            arch.debugreg[7] |= 2 << (2 * number);
+        }
+        let debug = kvm_guest_debug {
+            control: if stops.is_empty() {
+                0
+            } else {
+                KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP
+            },
+            arch,
+            ..Default::default()
+        };
+        self.fd()
+            .set_guest_debug(&debug)
+            .named("KVM_SET_GUEST_DEBUG")?;
+        self.stops = stops.to_vec();
+        Ok(())
+    }
+
+    /// Lets the present instruction run past a breakpoint on it. Returns whether it had to.
+    fn pass_stop(&mut self) -> Result<bool, KvmError> {
+        // What is under way comes first, and the instruction's turn after that: RF would end up in
+        // the frame that is pushed, and new registers would make KVM forget an exception.
+        let alone = !self.event_is_under_way()?;
+        let passes = alone && self.page().registers().rflags() & RFLAGS_RF == 0;
+        if passes {
+            self.page()
+                .change_registers(|registers| registers.rflags |= RFLAGS_RF);
+        }
+        Ok(passes)
+    }
+
+    /// Takes back what [`Self::pass_stop`] did, if the instruction at `passed` has not been executed.
+    fn unpass_stop(&mut self, passed: u64) -> Result<(), KvmError> {
+        let registers = self.page().registers();
+        let stands = registers.rip() == passed && registers.rflags() & RFLAGS_RF != 0;
+        if stands && !self.event_is_under_way()? {
+            self.page()
+                .change_registers(|registers| registers.rflags &= !RFLAGS_RF);
+        }
+        Ok(())
+    }
+
+    /// Whether KVM has an exception or an interrupt to deliver before the next instruction.
+    fn event_is_under_way(&self) -> Result<bool, KvmError> {
+        let events = self.fd().get_vcpu_events().named("KVM_GET_VCPU_EVENTS")?;
+        let exception = events.exception.injected | events.exception.pending;
+        Ok(exception | events.interrupt.injected | events.nmi.injected != 0)
+    }
+
+    /// Whether the guest runs 64-bit code, and if not, of how many bits.
+    fn bitness(&self) -> Result<u32, KvmError> {
+        let cs = self.sregs()?.cs;
+        Ok(match (cs.l, cs.db) {
+            (1, _) => 64,
+            (_, 1) => 32,
+            _ => 16,
+        })
+    }
+
+    /// Where a return or an indirect jump at the present RIP leads.
+    fn target(&mut self, instruction: &Instruction) -> Option<u64> {
+        match instruction.code() {
+            Code::Retnq => {
+                let rsp = self.page().registers().0[6];
+                self.view().words::<1>(rsp).map(|[target]| target)
+            }
+            _ => None,
+        }
+    }
+}
+
+impl Walk for KvmCpu {
+    type Error = KvmError;
+
+    fn rip(&mut self) -> u64 {
+        KvmCpu::rip(self)
+    }
+
+    fn go(&mut self, stops: &[u64]) -> Result<Went, KvmError> {
+        self.set_stops(stops)?;
+        let start = KvmCpu::rip(self);
+        let passed = stops.contains(&start) && self.pass_stop()?;
+        let reason = self.enter()?;
+        if passed && matches!(reason, None | Some(KVM_EXIT_IRQ_WINDOW_OPEN)) {
+            self.unpass_stop(start)?;
+        }
+        let Some(mut reason) = reason else {
+            self.counts.kicks += 1;
+            // KVM finishes what was unfinished before it looks for signals.
+            self.unfinished = false;
+            return Ok(Went::Back(Back::Kicked));
+        };
+        if reason == KVM_EXIT_IRQ_WINDOW_OPEN {
+            reason = self.leave_shadow()?;
+        }
+        if reason == KVM_EXIT_IO
+            && let Some(EntryStop { number, rip }) = self.entry_stop()
+        {
+            self.unfinished = true;
+            let unit = Unit::Entries;
+            let place = Place { unit, number, rip };
+            return Ok(Went::Back(Back::Exit(Exit::Preempted(place))));
+        }
+        match reason {
+            KVM_EXIT_IRQ_WINDOW_OPEN => {
+                self.unfinished = false;
+                Ok(Went::Back(Back::Window))
+            }
+            KVM_EXIT_DEBUG => {
+                self.unfinished = false;
+                Ok(Went::Stop)
+            }
+            reason => Ok(Went::Back(Back::Exit(self.decode(reason)?))),
+        }
+    }
+
+    fn ahead(&mut self) -> Result<Ahead, KvmError> {
+        let bitness = self.bitness()?;
+        let start = KvmCpu::rip(self);
+        let mut code = Code128::default();
+        let mut at = start;
+        let mut still = true;
+        for distance in 0..LOOK_AHEAD {
+            let Some(instruction) = code.instruction(self, at, bitness) else {
+                return Ok(Ahead::Unclear);
+            };
+            still &= is_idle(&instruction);
+            at = match instruction.flow_control() {
+                FlowControl::Next => instruction.next_ip(),
+                FlowControl::ConditionalBranch => {
+                    return Ok(Ahead::Branch {
+                        at,
+                        next: [instruction.near_branch_target(), instruction.next_ip()],
+                    });
+                }
+                FlowControl::UnconditionalBranch | FlowControl::Call
+                    if instruction.near_branch_target() != 0 =>
+                {
+                    instruction.near_branch_target()
+                }
+                _ if distance > 0 => return Ok(Ahead::Look { at }),
+                _ => {
+                    let target = self.target(&instruction);
+                    return Ok(target.map_or(Ahead::Unclear, |target| Ahead::Branch {
+                        at,
+                        next: [target; 2],
+                    }));
+                }
+            };
+            if still && at == start {
+                return Ok(Ahead::Still);
+            }
+        }
+        Ok(Ahead::Unclear)
+    }
+}
+
+/// Whether an instruction changes nothing but RIP.
+fn is_idle(instruction: &Instruction) -> bool {
+    matches!(
+        instruction.mnemonic(),
+        Mnemonic::Nop | Mnemonic::Pause | Mnemonic::Jmp | Mnemonic::Lfence | Mnemonic::Mfence
+    )
+}
+
+/// A window onto the guest's code, read once for many instructions.
+#[derive(Debug, Default)]
+struct Code128 {
+    start: u64,
+    bytes: Vec<u8>,
+}
+
+impl Code128 {
+    const BYTES: usize = 128;
+
+    fn instruction(&mut self, cpu: &KvmCpu, at: u64, bitness: u32) -> Option<Instruction> {
+        let inside = |code: &Code128| {
+            let offset = at.checked_sub(code.start)? as usize;
+            let rest = code.bytes.get(offset..)?;
+            let decoded = Decoder::with_ip(bitness, rest, at, DecoderOptions::NONE).decode();
+            (!decoded.is_invalid()).then_some(decoded)
+        };
+        inside(self).or_else(|| {
+            let mut bytes = vec![0; Code128::BYTES];
+            let got = cpu.view().read(at, &mut bytes);
+            bytes.truncate(got);
+            *self = Code128 { start: at, bytes };
+            inside(self)
+        })
+    }
+}
