@@ -46,9 +46,9 @@ pub trait Cpu {
     fn interrupt(&mut self, vector: u8) -> Result<(), Self::Error>;
     /// Asks for [`Back::Window`] as soon as the guest takes interrupts, or no more.
     fn request_window(&mut self, wanted: bool);
-    /// The user-mode instruction that the guest is at, or that its kernel works for, as far as that
-    /// can be told. A hint: nothing that a replay does may depend on it.
-    fn caller(&mut self) -> Option<u64> {
+    /// A number for the place in its programs that the guest is at, or that its kernel works for, as
+    /// far as that can be told. A hint: nothing that a replay does may depend on it.
+    fn site(&mut self) -> Option<u64> {
         None
     }
     /// The digest of all of memory.
@@ -244,7 +244,7 @@ impl Machine {
         self.tally.exits[exit.kind()] += 1;
 
         let site = if outside.wants_sites() {
-            cpu.caller()
+            cpu.site()
         } else {
             None
         };

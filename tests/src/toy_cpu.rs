@@ -440,7 +440,7 @@ impl Cpu for ToyCpu {
         self.window = wanted;
     }
 
-    fn caller(&mut self) -> Option<u64> {
+    fn site(&mut self) -> Option<u64> {
         Some(self.registers.rip())
     }
 

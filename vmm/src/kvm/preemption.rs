@@ -42,6 +42,15 @@ impl KvmCpu {
 
     /// Runs the guest to its horizon at the latest.
     pub(super) fn run_to(&mut self, horizon: Horizon) -> Result<Back, KvmError> {
+        let back = self.run_preempted(horizon)?;
+        // Whatever stops it: the word that counts entries is in memory, which must not tell.
+        if matches!(back, Back::Exit(_)) {
+            self.entries().turn();
+        }
+        Ok(back)
+    }
+
+    fn run_preempted(&mut self, horizon: Horizon) -> Result<Back, KvmError> {
         match std::mem::take(&mut self.preemption) {
             Preemption::Branches(mut lander) => {
                 let back = self.land(&mut lander, horizon);
@@ -65,11 +74,7 @@ impl KvmCpu {
             Preemption::Entries => {
                 self.preemption = Preemption::Entries;
                 self.set_entry_target(horizon);
-                let back = self.plain()?;
-                if matches!(back, Back::Exit(_)) {
-                    self.entries().turn();
-                }
-                Ok(back)
+                self.plain()
             }
             Preemption::Never => self.plain(),
         }

@@ -501,8 +501,8 @@ impl Cpu for KvmCpu {
         self.page().request_window(wanted);
     }
 
-    fn caller(&mut self) -> Option<u64> {
-        self.user_rip()
+    fn site(&mut self) -> Option<u64> {
+        self.user_site()
     }
 
     fn memory_digest(&mut self) -> Result<u64, KvmError> {
