@@ -22,9 +22,9 @@ use crate::rng::Rng;
 /// of a scheduler.
 const STALL_MAX_NS: Nanos = 12_000_000;
 /// The first visits of a place stall once in so many; later ones more rarely.
-const SHARE: u64 = 6;
+const SHARE: u64 = 2;
 /// So many visits make a place a common one.
-const COMMON: u64 = 12;
+const COMMON: u64 = 8;
 /// One turn in so many ends at a counted place instead of an exit, where there is a counter.
 const PREEMPTED_ONE_IN: u64 = 8;
 /// The longest stretch before such a place is two to this power.
