@@ -44,32 +44,28 @@ fn a_boot_with_typed_input_replays_equal_twice() {
 
 #[test]
 #[ignore = "needs a KVM that can record"]
-fn a_crash_found_by_chance_replays_to_the_same_crash() {
+fn a_crash_that_chaos_brings_out_replays_to_the_same_crash() {
     let (debian, dir) = (Debian::from_env(), scratch());
     let recording = dir.path().join("r");
-    for attempt in 1..=60 {
-        let recorded = debian
-            .record(&recording, "race", &["--force"], b"")
-            .expect(0);
-        if !recorded
-            .stderr
-            .contains("kernel panic (Attempted to kill init!")
-        {
-            continue;
-        }
-        for _ in 0..2 {
-            let replayed = debian.replay(&recording, &[]).expect(0);
-            assert!(replayed.stdout == recorded.stdout, "the console differs");
-            assert!(
-                replayed.stderr.contains("Attempted to kill init!"),
-                "{}",
-                replayed.stderr
-            );
-        }
-        eprintln!("crashed in run {attempt}");
-        return;
+    let options = ["--until-crash=60", "--chaos=1", "--json"];
+    let recorded = debian.record(&recording, "race", &options, b"").expect(0);
+    let summary = recorded.json();
+    assert_eq!(summary["panicked"], true, "{summary}");
+    assert_eq!(
+        summary["chaos_seed"].as_u64(),
+        summary["runs"].as_u64(),
+        "{summary}"
+    );
+    for _ in 0..2 {
+        let replayed = debian.replay(&recording, &[]).expect(0);
+        let panics = replayed.text().contains("Attempted to kill init!");
+        assert!(panics, "{}", replayed.text());
+        assert!(
+            replayed.stderr.contains("Attempted to kill init!"),
+            "{}",
+            replayed.stderr
+        );
     }
-    panic!("60 races, and the bank never lost money");
 }
 
 #[test]
@@ -337,6 +333,15 @@ fn a_full_file_system_ends_the_recording_and_loses_nothing_written() {
     );
 }
 
+/// What Ctrl-C does.
+fn interrupt(child: &std::process::Child) {
+    let pid = child.id().to_string();
+    let status = std::process::Command::new("kill")
+        .args(["-INT", &pid])
+        .status();
+    assert!(status.expect("kill starts").success());
+}
+
 #[test]
 #[ignore = "needs a KVM that can record"]
 fn an_interrupted_recording_is_closed_and_replays_equal() {
@@ -347,11 +352,7 @@ fn an_interrupted_recording_is_closed_and_replays_equal() {
         .spawn()
         .expect("it starts");
     wait_for_journal(&recording, 8_000);
-    let pid = child.id().to_string();
-    let status = std::process::Command::new("kill")
-        .args(["-INT", &pid])
-        .status();
-    assert!(status.expect("kill starts").success());
+    interrupt(&child);
     let recorded = Ran::new(child.wait_with_output().expect("it ends")).expect(0);
     assert!(
         recorded.stderr.contains("asked to stop"),
@@ -486,4 +487,44 @@ fn a_terminal_is_raw_while_the_guest_has_it_and_the_escape_key_ends_the_recordin
 /// Ctrl-].
 fn hindsight_escape() -> u8 {
     b']' & 0x1f
+}
+
+#[test]
+#[ignore = "needs a KVM that can record"]
+fn a_guest_that_enters_its_kernel_is_preempted_there_and_replays_equal() {
+    let (debian, dir) = (Debian::from_env(), scratch());
+    let recording = dir.path().join("r");
+    let options = ["--preempt", "entries", "--json"];
+    let recorded = debian
+        .record(&recording, "entries", &options, b"")
+        .expect(0);
+    let summary = recorded.json();
+    let preemptions = summary["preemptions"].as_u64().unwrap_or_default();
+    assert!(preemptions > 20, "{summary}");
+    let replayed = debian.replay(&recording, &["--json"]).expect(0).json();
+    assert_eq!(replayed["verdict"], "equal", "{replayed}");
+    assert_eq!(replayed["summary"]["preemptions"], preemptions);
+    assert_eq!(
+        replayed["summary"]["memory_digest"],
+        summary["memory_digest"]
+    );
+}
+
+#[test]
+#[ignore = "needs a KVM that can record"]
+fn a_guest_that_cannot_be_preempted_is_told_about_and_can_be_stopped() {
+    let (debian, dir) = (Debian::from_env(), scratch());
+    let recording = dir.path().join("r");
+    let options = ["--preempt", "entries", "--json"];
+    let mut command = debian.recording(&recording, "quiet", &options);
+    let child = command.spawn().expect("hindsight starts");
+    std::thread::sleep(Duration::from_secs(30));
+    interrupt(&child);
+    let recorded = Ran::new(child.wait_with_output().expect("hindsight ends")).expect(0);
+    assert!(
+        recorded.stderr.contains("without an exit") && recorded.stderr.contains("--preempt"),
+        "{}",
+        recorded.stderr
+    );
+    debian.replay(&recording, &[]).expect(0);
 }

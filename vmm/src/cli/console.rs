@@ -92,8 +92,10 @@ impl Observer for Console {
         } else if !self.warned && self.last_exit.1.elapsed() > SILENCE {
             self.warned = true;
             eprintln!(
-                "\r\nhindsight: the guest has computed for {} s without an exit; interrupts wait for \
-                 the next one (a loop without system calls?)\r",
+                "\r\nhindsight: the guest has computed for {} s without an exit, a system call or a fault \
+                 that it could be preempted at, so nothing can be delivered to it. A host with an \
+                 exact branch counter can preempt it (--preempt branches; `hindsight doctor` tells \
+                 whether this one has it); Ctrl-C closes the recording\r",
                 SILENCE.as_secs()
             );
         }

@@ -41,7 +41,7 @@ pub enum Outcome {
 const EXIT_CODES: &str = "\
 Exit codes:
   0  it worked; a replay was equal to the end
-  1  a replay diverged, or two recordings differ
+  1  a replay diverged, two recordings differ, or a hunt found no crash
   2  bad arguments, a file that cannot be used, a recording that does not fit
   3  the recording was cut short or is damaged; what there is replays equal
   4  this host cannot record (see `hindsight doctor`)

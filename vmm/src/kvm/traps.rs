@@ -248,7 +248,8 @@ impl KvmCpu {
         } else {
             let top = (registers.0[6] | (STACK_BYTES - 1)).wrapping_add(1);
             let words: [u64; 7] = self.view().words(top.wrapping_sub(56))?;
-            let is_user = |frame: &&[u64]| frame[0] < KERNEL_HALF && matches!(frame[1], 0x23 | 0x33);
+            let is_user =
+                |frame: &&[u64]| frame[0] < KERNEL_HALF && matches!(frame[1], 0x23 | 0x33);
             let frame = [&words[2..], &words[..5]].into_iter().find(is_user)?;
             (frame[0], frame[3])
         };
