@@ -158,6 +158,16 @@ impl Counting {
         }
     }
 
+    /// Has `cpu` be stopped as often as a recorded one would be, by whatever is cheapest: nobody will
+    /// look for the place again.
+    pub fn give_to_bare(&self, cpu: &mut KvmCpu) {
+        cpu.preempt_by(match self {
+            Counting::Never => Preemption::Never,
+            Counting::Entries => Preemption::Entries,
+            Counting::Branches { .. } => Preemption::Anywhere,
+        });
+    }
+
     /// Has `cpu`, which runs on this thread, be stopped so.
     pub fn give_to(&self, cpu: &mut KvmCpu) -> Result<(), CountingError> {
         cpu.preempt_by(match self {

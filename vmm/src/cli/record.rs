@@ -94,6 +94,7 @@ pub struct Options {
 }
 
 pub fn main(options: &Options) -> anyhow::Result<Outcome> {
+    let start = Instant::now();
     let images = Images::read(&options.machine)?;
     let (kvm, holes) = open_kvm()?;
     let words = cmdline(&options.machine.cmdline, options.machine.cmdline_exact);
@@ -141,9 +142,10 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
         Some(most) => session.hunt(chaos, most),
     };
     drop(raw);
-    let Some(summary) = result? else {
+    let Some(mut summary) = result? else {
         return Ok(Outcome::Different);
     };
+    summary.host_ns = start.elapsed().as_nanos() as u64;
     let headline = format!("recorded in {}", options.output.display());
     summary.print(&headline, options.json);
     Ok(Outcome::Good)
@@ -164,7 +166,6 @@ struct Session<'a> {
 impl Session<'_> {
     /// Makes one recording.
     fn record(&mut self, chaos: Option<u64>) -> anyhow::Result<(Summary, End)> {
-        let start = Instant::now();
         let options = self.options;
         self.header.host.chaos = chaos;
         self.header.host.counter = self.counting.facts();
@@ -175,7 +176,9 @@ impl Session<'_> {
         let unit = self.header.machine.preemption;
         let patience = Duration::from_micros(options.patience).as_nanos() as u64;
         let memory_every = options.verify.and_then(|verify| verify.every);
-        let world = self.world.take().expect("one guest runs at a time");
+        let mut world = self.world.take().expect("one guest runs at a time");
+        // Only now: nothing that was prepared is time to the guest.
+        world.restart();
         let live = Live::new(world, memory_every)
             .with_patience(unit.map(|_| patience))
             .with_chaos(chaos.map(|seed| Chaos::new(seed, unit)));
@@ -202,8 +205,7 @@ impl Session<'_> {
             eprintln!("hindsight: no index was written ({error}); it will be rebuilt when needed");
         }
         self.world = Some(recorder.into_inner().into_world());
-        let host_ns = start.elapsed().as_nanos() as u64;
-        let mut summary = Summary::new(&machine, &end, host_ns, Some(bytes));
+        let mut summary = Summary::new(&machine, &end, 0, Some(bytes));
         summary.chaos_seed = chaos;
         Ok((summary, end))
     }
@@ -230,9 +232,6 @@ impl Session<'_> {
                 return Ok(None);
             }
             self.header.machine.seed = crate::machine::random_bytes()?;
-            if let Some(world) = &mut self.world {
-                world.restart();
-            }
         }
         unreachable!("there are more numbers than runs")
     }

@@ -2,12 +2,13 @@
 
 use std::time::Instant;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use hindsight_replay::{Live, RunError};
 
 use super::console::Console;
 use super::summary::Summary;
 use super::{Failure, MachineOptions, Outcome};
+use crate::counting::{Counting, Preempt};
 use crate::host::{HostWorld, RawTerminal};
 use crate::kvm::{KvmError, Preemption};
 use crate::machine::{LoadedKernel, build, cmdline, describe, open_kvm};
@@ -18,9 +19,23 @@ use crate::recording::read;
 pub struct Options {
     #[command(flatten)]
     machine: MachineOptions,
+    /// Where a guest that does not exit is preempted.
+    #[arg(long, value_enum, default_value_t)]
+    preempt: RunPreempt,
     /// Print the summary as JSON on standard output, and nothing else.
     #[arg(long)]
     json: bool,
+}
+
+/// Where a bare machine is preempted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum RunPreempt {
+    /// As a recorder would do it on this host, so that the two are the same machine: at any branch
+    /// if there is a branch counter, else at kernel entries.
+    #[default]
+    AsRecorded,
+    /// Anywhere, as nobody will look for the place again.
+    Anywhere,
 }
 
 pub fn main(options: &Options) -> anyhow::Result<Outcome> {
@@ -32,10 +47,14 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     } = Images::read(&options.machine)?;
     let (kvm, _) = open_kvm()?;
     let words = cmdline(&options.machine.cmdline, options.machine.cmdline_exact);
-    let description = describe(&kvm, &kernel, &initrd, words, options.machine.memory)?;
+    let counting = Counting::choose(&kvm, Preempt::Auto, None, None)?;
+    let mut description = describe(&kvm, &kernel, &initrd, words, options.machine.memory)?;
+    description.preemption = counting.unit();
     let (mut cpu, mut machine) = build(&kvm, &description, &kernel, &initrd)?;
-    // Nobody will look for the place again.
-    cpu.preempt_by(Preemption::Anywhere);
+    match options.preempt {
+        RunPreempt::AsRecorded => counting.give_to_bare(&mut cpu),
+        RunPreempt::Anywhere => cpu.preempt_by(Preemption::Anywhere),
+    }
     drop((image, kernel, initrd));
 
     let raw = RawTerminal::enter();
