@@ -4,6 +4,8 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{IsTerminal, Read};
 use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -37,6 +39,8 @@ pub struct HostWorld {
     input_is_open: bool,
     stop_asked: Option<Instant>,
     stop_given: bool,
+    /// Whether there is a vCPU to be kicked.
+    kicks: Arc<AtomicBool>,
     alarm: Alarm,
     /// When the alarm goes off, unless it has.
     alarm_at: Option<Nanos>,
@@ -60,7 +64,9 @@ impl HostWorld {
         let alarm = Alarm::for_this_thread()?;
         let (sender, news) = channel();
         let ticks = sender.clone();
-        std::thread::spawn(move || tick(kicker, &ticks));
+        let kicks = Arc::new(AtomicBool::new(true));
+        let theirs = Arc::clone(&kicks);
+        std::thread::spawn(move || tick(kicker, &theirs, &ticks));
         std::thread::spawn(move || read_input(&sender));
         Ok(HostWorld {
             start: Instant::now(),
@@ -70,16 +76,25 @@ impl HostWorld {
             input_is_open: true,
             stop_asked: None,
             stop_given: false,
+            kicks,
             alarm,
             alarm_at: None,
         })
     }
 
+    /// The same world without kicks, until there is another machine.
+    pub fn rest(self) -> HostWorld {
+        self.kicks.store(false, Ordering::Relaxed);
+        self
+    }
+
     /// The world from now on again, for another machine.
-    pub fn restart(&mut self) {
+    pub fn restart(mut self) -> HostWorld {
         self.start = Instant::now();
         self.wall_clock = Some(wall_clock());
         self.alarm_at = None;
+        self.kicks.store(true, Ordering::Relaxed);
+        self
     }
 
     fn take(&mut self, news: News) {
@@ -184,7 +199,7 @@ fn wall_clock() -> u64 {
         .map_or(0, |since| since.as_secs())
 }
 
-fn tick(kicker: Kicker, news: &Sender<News>) {
+fn tick(kicker: Kicker, kicks: &AtomicBool, news: &Sender<News>) {
     let mut told = false;
     loop {
         std::thread::sleep(TICK);
@@ -194,7 +209,9 @@ fn tick(kicker: Kicker, news: &Sender<News>) {
                 return;
             }
         }
-        kicker.kick();
+        if kicks.load(Ordering::Relaxed) {
+            kicker.kick();
+        }
     }
 }
 

@@ -129,7 +129,7 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
         images,
         header,
         counting,
-        world: Some(HostWorld::start()?),
+        world: None,
         recording: Recording::create(&options.output, options.force)?,
     };
     session.recording.write("kernel", &session.images.image)?;
@@ -158,7 +158,7 @@ struct Session<'a> {
     images: Images,
     header: Header,
     counting: Counting,
-    /// Out on loan while a guest runs.
+    /// From the first recording on, and out on loan while a guest runs.
     world: Option<HostWorld>,
     recording: Recording,
 }
@@ -176,9 +176,12 @@ impl Session<'_> {
         let unit = self.header.machine.preemption;
         let patience = Duration::from_micros(options.patience).as_nanos() as u64;
         let memory_every = options.verify.and_then(|verify| verify.every);
-        let mut world = self.world.take().expect("one guest runs at a time");
-        // Only now: nothing that was prepared is time to the guest.
-        world.restart();
+        // Only now: nothing that was prepared is time to the guest, and its kicks would disturb KVM at
+        // making a machine.
+        let world = match self.world.take() {
+            Some(world) => world.restart(),
+            None => HostWorld::start()?,
+        };
         let live = Live::new(world, memory_every)
             .with_patience(unit.map(|_| patience))
             .with_chaos(chaos.map(|seed| Chaos::new(seed, unit)));
@@ -204,7 +207,7 @@ impl Session<'_> {
         if let Err(error) = self.recording.write_index(recorder.index()) {
             eprintln!("hindsight: no index was written ({error}); it will be rebuilt when needed");
         }
-        self.world = Some(recorder.into_inner().into_world());
+        self.world = Some(recorder.into_inner().into_world().rest());
         let mut summary = Summary::new(&machine, &end, 0, Some(bytes));
         summary.chaos_seed = chaos;
         Ok((summary, end))
