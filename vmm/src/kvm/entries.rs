@@ -2,7 +2,7 @@
 //!
 //! Without a performance counter there is no telling how far a guest has come between two exits.
 //! But its system calls and faults all lead through a few entry points of its kernel, and those can be
-//! counted: each gets a stub (see [`super::entry_stub`]) that decrements one word in guest memory and
+//! counted: each gets a stub (see `entry_stub.rs`) that decrements one word in guest memory and
 //! exits when it comes to zero. So an entry costs a few instructions and no exit, and entry number
 //! n behind a counted exit is a place where the guest can be stopped, in a recording and in its replay.
 //! A guest that computes without entering its kernel has no such places.
