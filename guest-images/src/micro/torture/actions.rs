@@ -3,8 +3,8 @@
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::{
-    CodeLabel, al, byte_ptr, cl, cs, dl, dword_ptr, eax, ebp, ebx, ecx, edi, edx, ptr, qword_ptr,
-    r8, r8d, r9, r9d, r10, r10b, rax, rbp, rbx, rcx, rdi, rdx, rsi, rsp, ss,
+    CodeLabel, al, byte_ptr, cl, cs, dl, dword_ptr, eax, ebp, ebx, ecx, edi, edx, esi, ptr,
+    qword_ptr, r8, r8d, r9, r9d, r10, r10b, rax, rbp, rbx, rcx, rdi, rdx, rsi, rsp, ss,
 };
 
 use super::{
@@ -19,7 +19,8 @@ type Action = fn(&mut Draft, Ring, Labels) -> Written;
 
 /// How often each stands in the table says how often its turn comes.
 const LIST: &[(usize, Action)] = &[
-    (2, arithmetic),
+    (1, arithmetic),
+    (1, bit_tests),
     (3, branches),
     (1, loops),
     (2, copy),
@@ -128,6 +129,27 @@ fn branches(g: &mut Draft, _: Ring, _: Labels) -> Written {
     g.a.jl(small)?;
     g.a.xor(edx, eax)?;
     bind(g, &mut small)?;
+    g.a.dec(ecx)?;
+    g.a.jnz(again)
+}
+
+/// BT before each branch: an interrupt that lands behind it finds in RFLAGS what BT leaves undefined,
+/// which must not depend on where the guest was stopped before.
+fn bit_tests(g: &mut Draft, _: Ring, _: Labels) -> Written {
+    let (mut clear, mut set) = (g.a.create_label(), g.a.create_label());
+    draw_ecx(g, 39, 0xff)?;
+    g.a.inc(ecx)?;
+    g.a.mov(eax, ebx)?;
+    let again = here(g)?;
+    g.a.add(eax, 0x3c6e_f35fu32)?;
+    g.a.bt(eax, ecx)?;
+    g.a.jnc(clear)?;
+    g.a.mov(edx, eax)?;
+    bind(g, &mut clear)?;
+    g.a.bt(eax, 7u32)?;
+    g.a.jc(set)?;
+    g.a.mov(esi, eax)?;
+    bind(g, &mut set)?;
     g.a.dec(ecx)?;
     g.a.jnz(again)
 }
