@@ -8,11 +8,12 @@ use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use anyhow::Context;
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde::Serialize;
 use serde_json::Value;
 
 use super::format::{bytes, thousands};
+use super::run::RunPreempt;
 use super::{Failure, MachineOptions, Outcome};
 use crate::machine::{MACHINE_CMDLINE, cmdline};
 
@@ -30,12 +31,18 @@ pub struct Options {
     /// Also measure QEMU's own record/replay, in the same rounds, this many times in all.
     #[arg(long, value_name = "TIMES", num_args = 0..=1, default_missing_value = "1")]
     against_qemu: Option<usize>,
+    /// Where the machine that is not recorded is preempted, if its guest does not exit.
+    #[arg(long, value_enum, default_value_t)]
+    run_preempt: RunPreempt,
     /// Where recordings are written and removed again.
     #[arg(long, value_name = "DIR")]
     scratch: Option<PathBuf>,
     /// Print JSON.
     #[arg(long)]
     json: bool,
+    /// Further options of `record`.
+    #[arg(last = true, value_name = "OPTION")]
+    record_options: Vec<String>,
 }
 
 /// One side's figures.
@@ -45,6 +52,7 @@ struct Side {
     exits: u64,
     guest_ns: u64,
     time_reads: u64,
+    preemptions: u64,
     journal_bytes: u64,
 }
 
@@ -84,17 +92,20 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
 fn measure(options: &Options, directory: &Path) -> anyhow::Result<Report> {
     let [mut run, mut record, mut replay, mut qemu] = [(); 4].map(|()| Side::default());
     let recording = directory.join("recording");
+    let run_preempt = options.run_preempt.to_possible_value();
+    let run_preempt = run_preempt.expect("each value can be given");
     for round in 1..=options.rounds {
         eprintln!("round {round} of {}", options.rounds);
         one(
             &mut run,
             hindsight("run")?
                 .args(machine_arguments(&options.machine))
-                .arg("--json"),
+                .args(["--json", "--preempt", run_preempt.get_name()]),
         )?;
         let mut command = hindsight("record")?;
         command
             .args(machine_arguments(&options.machine))
+            .args(&options.record_options)
             .args(["--json", "--force", "-o"]);
         one(&mut record, command.arg(&recording))?;
         one(
@@ -184,6 +195,7 @@ fn one(side: &mut Side, command: &mut Command) -> anyhow::Result<()> {
     side.exits = number("exits");
     side.guest_ns = number("guest_ns");
     side.journal_bytes = number("journal_bytes");
+    side.preemptions = number("preemptions");
     side.time_reads = kind("kernel time reads") + kind("user time reads");
     Ok(())
 }
@@ -228,10 +240,11 @@ fn print(report: &Report) {
         let low = side.seconds.iter().copied().fold(f64::INFINITY, f64::min);
         let high = side.seconds.iter().copied().fold(0.0, f64::max);
         println!(
-            "{name:<8} median {:.3} s ({low:.3} to {high:.3}), {} exits, {:.0} exits/s",
+            "{name:<8} median {:.3} s ({low:.3} to {high:.3}), {} exits, {:.0} exits/s, {} preemptions",
             side.median(),
             thousands(side.exits),
-            side.exits as f64 / side.median()
+            side.exits as f64 / side.median(),
+            thousands(side.preemptions)
         );
     }
     println!(
