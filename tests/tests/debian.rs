@@ -40,6 +40,48 @@ fn a_boot_with_typed_input_replays_equal_twice() {
             replayed.stderr
         );
     }
+    the_console_is_told_with_its_times(&debian, &recording, &recorded.stdout);
+    the_console_becomes_an_asciicast(&debian, &recording, &recorded.stdout);
+}
+
+fn the_console_is_told_with_its_times(debian: &Debian, recording: &Path, console: &[u8]) {
+    let told = debian.run(&["console", path(recording)]).expect(0);
+    let (mut text, mut last) = (Vec::new(), 0.0);
+    for line in told.stdout.split_inclusive(|byte| *byte == b'\n') {
+        let (stamp, rest) = line.split_at(15);
+        let stamp = std::str::from_utf8(stamp).expect("a time");
+        let time = stamp.strip_prefix('[').and_then(|s| s.strip_suffix("] "));
+        let time: f64 = time.expect(stamp).trim().parse().expect(stamp);
+        assert!(time >= last && time < 1000.0, "{stamp}");
+        last = time;
+        text.extend_from_slice(rest);
+    }
+    assert!(last > 1.0 && text == console, "{}", told.text());
+}
+
+fn the_console_becomes_an_asciicast(debian: &Debian, recording: &Path, console: &[u8]) {
+    let cast = recording.with_extension("cast");
+    let options = ["console", path(recording), "--cast", path(&cast)];
+    debian
+        .run(&[&options[..], &["--size", "132x43"]].concat())
+        .expect(0);
+    let cast = std::fs::read_to_string(cast).expect("it was written");
+    let mut lines = cast
+        .lines()
+        .map(|line| serde_json::from_str::<serde_json::Value>(line).expect(line));
+    let header = lines.next().expect("a header");
+    assert_eq!(
+        header,
+        serde_json::json!({"version": 2, "width": 132, "height": 43})
+    );
+    let (mut text, mut last) = (String::new(), 0.0);
+    for event in lines {
+        let time = event[0].as_f64().expect("a time");
+        assert!(time >= last && event[1] == "o", "{event}");
+        last = time;
+        text.push_str(event[2].as_str().expect("text"));
+    }
+    assert_eq!(text, String::from_utf8_lossy(console));
 }
 
 #[test]

@@ -9,6 +9,7 @@ mod record;
 mod replay;
 mod run;
 mod summary;
+mod transcript;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -65,6 +66,8 @@ enum Command {
     Replay(replay::Options),
     /// Tell what a recording is and what is in it.
     Inspect(inspect::Options),
+    /// Print what the guest wrote to its console, with times; or make an asciicast of it.
+    Console(transcript::Options),
     /// Show the first difference between two recordings, and what led up to it.
     Diff(diff::Options),
     /// Probe this host's KVM with tiny guests: can it record, and what would be left open?
@@ -113,6 +116,7 @@ pub fn main() -> ExitCode {
         Command::Record(options) => record::main(&options),
         Command::Replay(options) => replay::main(&options),
         Command::Inspect(options) => inspect::main(&options),
+        Command::Console(options) => transcript::main(&options),
         Command::Diff(options) => diff::main(&options),
         Command::Doctor(options) => crate::doctor::main(&options),
         Command::Bench(options) => bench::main(&options),

@@ -1,0 +1,205 @@
+//! `hindsight console`: what the guest wrote to its console, and when.
+
+use std::io::{BufWriter, Write};
+use std::path::PathBuf;
+
+use clap::Args;
+use hindsight_devices::Nanos;
+use hindsight_replay::{Closed, Observer, Replayer, RunError};
+use serde_json::json;
+
+use super::Outcome;
+use super::replay::RecordedImages;
+use super::run::host_failure;
+use crate::recording::{Recording, RecordingError};
+
+/// Options of `console`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The recording is replayed, and checked as it runs. Times are the guest's, in seconds since it was
+switched on; a line has the time of its first byte.")]
+pub struct Options {
+    /// The recording.
+    recording: PathBuf,
+    /// Write an asciicast (version 2), which asciinema plays, to FILE instead.
+    #[arg(long, value_name = "FILE")]
+    cast: Option<PathBuf>,
+    /// Width and height of the terminal that the asciicast is for.
+    #[arg(long, value_name = "COLUMNSxROWS", default_value = "80x24", value_parser = parse_size, requires = "cast")]
+    size: (u16, u16),
+}
+
+fn parse_size(text: &str) -> Result<(u16, u16), String> {
+    let sides = text
+        .split_once('x')
+        .and_then(|(columns, rows)| Some((columns.parse().ok()?, rows.parse().ok()?)));
+    sides
+        .filter(|(columns, rows)| *columns > 0 && *rows > 0)
+        .ok_or(format!("{text:?}: expected columns x rows, such as 80x24"))
+}
+
+pub fn main(options: &Options) -> anyhow::Result<Outcome> {
+    let recording = Recording::at(&options.recording);
+    let journal = recording.journal()?;
+    let header = journal.header().clone();
+    let images = RecordedImages::open(&recording, &header, None, None)?;
+    let (mut cpu, mut machine) = images.machine(&header, (None, None))?;
+    let mut transcript = match &options.cast {
+        None => Transcript::new(Box::new(std::io::stdout()), Form::Lines),
+        Some(path) => {
+            let file = std::fs::File::create(path).map_err(|source| RecordingError::Write {
+                path: path.clone(),
+                source,
+            })?;
+            let mut transcript = Transcript::new(Box::new(file), Form::Cast);
+            transcript.begin_cast(options.size);
+            transcript
+        }
+    };
+    let mut replayer = Replayer::new(journal, None, None);
+    let result = machine.run(&mut cpu, &mut replayer, &mut transcript);
+    transcript.finish()?;
+    match result {
+        Ok(_) => Ok(Outcome::Good),
+        Err(RunError::Closed(Closed::CutShort(tail))) => {
+            eprintln!("hindsight: {tail}");
+            Ok(Outcome::CutShort)
+        }
+        Err(RunError::Closed(Closed::Diverged(divergence))) => {
+            eprintln!("hindsight: {divergence}");
+            Ok(Outcome::Different)
+        }
+        Err(error) => Err(host_failure(error).into()),
+    }
+}
+
+/// How a transcript looks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Form {
+    /// Each line behind the time at which it began.
+    Lines,
+    /// Asciicast, version 2: a header, then an event a line.
+    Cast,
+}
+
+/// Writes down what the guest writes to its console.
+struct Transcript {
+    out: BufWriter<Box<dyn Write>>,
+    form: Form,
+    /// A line has begun and not ended.
+    in_line: bool,
+    /// The beginning of a character whose end has not come yet.
+    rest: Vec<u8>,
+    failed: Option<std::io::Error>,
+}
+
+impl Transcript {
+    fn new(out: Box<dyn Write>, form: Form) -> Transcript {
+        Transcript {
+            out: BufWriter::new(out),
+            form,
+            in_line: false,
+            rest: Vec::new(),
+            failed: None,
+        }
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        if self.failed.is_none() {
+            self.failed = self.out.write_all(bytes).err();
+        }
+    }
+
+    fn begin_cast(&mut self, (width, height): (u16, u16)) {
+        let header = json!({"version": 2, "width": width, "height": height});
+        self.write(format!("{header}\n").as_bytes());
+    }
+
+    fn lines(&mut self, now: Nanos, bytes: &[u8]) {
+        for part in bytes.split_inclusive(|byte| *byte == b'\n') {
+            if !self.in_line {
+                self.write(stamp(now).as_bytes());
+            }
+            self.write(part);
+            self.in_line = part.last() != Some(&b'\n');
+        }
+    }
+
+    fn event(&mut self, now: Nanos, bytes: &[u8]) {
+        self.rest.extend_from_slice(bytes);
+        let whole = whole_characters(&self.rest);
+        let text = String::from_utf8_lossy(&self.rest[..whole]).into_owned();
+        self.rest.drain(..whole);
+        if !text.is_empty() {
+            let (seconds, micros) = split(now);
+            self.write(format!("[{seconds}.{micros:06}, \"o\", {}]\n", json!(text)).as_bytes());
+        }
+    }
+
+    fn finish(mut self) -> anyhow::Result<()> {
+        if self.in_line {
+            self.write(b"\n");
+        }
+        let failed = self.failed.take().or_else(|| self.out.flush().err());
+        match failed {
+            Some(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Observer for Transcript {
+    fn output(&mut self, _exits: u64, now: Nanos, bytes: &[u8]) {
+        match self.form {
+            Form::Lines => self.lines(now, bytes),
+            Form::Cast => self.event(now, bytes),
+        }
+    }
+}
+
+fn split(now: Nanos) -> (u64, u64) {
+    (now / 1_000_000_000, now % 1_000_000_000 / 1_000)
+}
+
+/// As the kernel's own log has it.
+fn stamp(now: Nanos) -> String {
+    let (seconds, micros) = split(now);
+    format!("[{seconds:5}.{micros:06}] ")
+}
+
+/// How many bytes of `bytes` can be read as text already: all but the beginning of a character.
+fn whole_characters(bytes: &[u8]) -> usize {
+    let last = bytes
+        .utf8_chunks()
+        .last()
+        .map_or(&[][..], |chunk| chunk.invalid());
+    let begun = std::str::from_utf8(last).is_err_and(|error| error.error_len().is_none());
+    bytes.len() - if begun { last.len() } else { 0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_character_is_whole_when_all_of_it_has_come() {
+        let euro = "€".as_bytes();
+        assert_eq!(whole_characters(b"abc"), 3);
+        assert_eq!(whole_characters(&[b"ab", &euro[..2]].concat()), 2);
+        assert_eq!(whole_characters(&[b"ab", euro].concat()), 5);
+        assert_eq!(whole_characters(&[b"\xff\xfe", &euro[..1]].concat()), 2);
+    }
+
+    #[test]
+    fn a_line_has_the_time_of_its_first_byte() {
+        assert_eq!(stamp(12_034_567_890), "[   12.034567] ");
+    }
+
+    #[test]
+    fn a_terminal_has_columns_and_rows() {
+        assert_eq!(parse_size("132x43"), Ok((132, 43)));
+        for bad in ["80", "0x24", "80x", "x", "80x24x1", "99999x1"] {
+            assert!(parse_size(bad).is_err(), "{bad}");
+        }
+    }
+}
