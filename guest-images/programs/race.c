@@ -23,9 +23,9 @@
  * To tune: LOOKS and OPEN_MS on a fast machine, ACCOUNTS and AT_LEAST on a slow one. */
 enum {
     TELLERS = 4,
-    ACCOUNTS = 6,
+    ACCOUNTS = 8,
     DEPOSIT = 1000,
-    OPEN_MS = 36,
+    OPEN_MS = 16,
     LOOKS = 112,
     AT_LEAST = 1, /* transfers of each teller */
     TRAIL = 1 << 16, /* records that one teller can leave */

@@ -7,16 +7,15 @@ use clap::Args;
 use comfy_table::{CellAlignment, Table, presets};
 use hindsight_devices::Nanos;
 use hindsight_replay::{
-    Closed, Detail, Event, FRAME_HEAD_BYTES, Frame, Header, JournalReader, Moment, Observer,
-    Replayer, RunError, TailReason, Turn,
+    Detail, Event, FRAME_HEAD_BYTES, Frame, Header, JournalReader, Moment, Observer, TailReason,
+    Turn,
 };
 use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::Outcome;
 use super::format::{bytes, seconds, thousands};
-use super::replay::RecordedImages;
-use super::run::host_failure;
+use super::replay::watch;
 use super::summary::describe_end;
 use crate::recording::Recording;
 
@@ -41,7 +40,8 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     let recording = Recording::at(&options.recording);
     let journal = recording.journal()?;
     if options.io && journal.header().detail == Detail::Default {
-        return replay_io(&recording, journal, options.json);
+        let listing = Listing::new(stdout(), options.json);
+        return watch(&recording, journal, listing, Listing::finish);
     }
     if options.io || options.events {
         return list(journal, options);
@@ -118,32 +118,6 @@ impl<W: Write> Observer for Listing<W> {
 
 fn stdout() -> BufWriter<std::io::Stdout> {
     BufWriter::with_capacity(1 << 16, std::io::stdout())
-}
-
-fn replay_io(
-    recording: &Recording,
-    journal: JournalReader<impl Read>,
-    json: bool,
-) -> anyhow::Result<Outcome> {
-    let header = journal.header().clone();
-    let (mut cpu, mut machine) =
-        RecordedImages::open(recording, &header, None, None)?.machine(&header, (None, None))?;
-    let mut replayer = Replayer::new(journal, None, None);
-    let mut listing = Listing::new(stdout(), json);
-    let result = machine.run(&mut cpu, &mut replayer, &mut listing);
-    listing.finish()?;
-    match result {
-        Ok(_) => Ok(Outcome::Good),
-        Err(RunError::Closed(Closed::CutShort(tail))) => {
-            eprintln!("hindsight: {tail}");
-            Ok(Outcome::CutShort)
-        }
-        Err(RunError::Closed(Closed::Diverged(divergence))) => {
-            eprintln!("hindsight: {divergence}");
-            Ok(Outcome::Different)
-        }
-        Err(error) => Err(host_failure(error).into()),
-    }
 }
 
 fn list(mut journal: JournalReader<impl Read>, options: &Options) -> anyhow::Result<Outcome> {

@@ -1,11 +1,13 @@
 //! `hindsight replay`.
 
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::Args;
 use hindsight_replay::{
-    Closed, Detail, End, ExitNumber, Header, Machine, Outside, Recorder, Replayer, RunError,
+    Closed, Detail, End, ExitNumber, Header, JournalReader, Machine, Observer, Outside, Recorder,
+    Replayer, RunError,
 };
 use serde::Serialize;
 
@@ -226,6 +228,34 @@ impl RecordedImages {
         let (mut cpu, machine) = build(&kvm, &header.machine, &self.kernel, &self.initrd)?;
         counting.give_to(&mut cpu)?;
         Ok((cpu, machine))
+    }
+}
+
+/// Replays `recording` for somebody who only looks, and who is done with `finish` before it is told
+/// what went wrong, if anything did.
+pub fn watch<O: Observer>(
+    recording: &Recording,
+    journal: JournalReader<impl Read>,
+    mut observer: O,
+    finish: impl FnOnce(O) -> anyhow::Result<()>,
+) -> anyhow::Result<Outcome> {
+    let header = journal.header().clone();
+    let images = RecordedImages::open(recording, &header, None, None)?;
+    let (mut cpu, mut machine) = images.machine(&header, (None, None))?;
+    let mut replayer = Replayer::new(journal, None, None);
+    let result = machine.run(&mut cpu, &mut replayer, &mut observer);
+    finish(observer)?;
+    match result {
+        Ok(_) => Ok(Outcome::Good),
+        Err(RunError::Closed(Closed::CutShort(tail))) => {
+            eprintln!("hindsight: {tail}");
+            Ok(Outcome::CutShort)
+        }
+        Err(RunError::Closed(Closed::Diverged(divergence))) => {
+            eprintln!("hindsight: {divergence}");
+            Ok(Outcome::Different)
+        }
+        Err(error) => Err(host_failure(error).into()),
     }
 }
 

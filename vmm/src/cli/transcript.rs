@@ -5,12 +5,11 @@ use std::path::PathBuf;
 
 use clap::Args;
 use hindsight_devices::Nanos;
-use hindsight_replay::{Closed, Observer, Replayer, RunError};
+use hindsight_replay::Observer;
 use serde_json::json;
 
 use super::Outcome;
-use super::replay::RecordedImages;
-use super::run::host_failure;
+use super::replay::watch;
 use crate::recording::{Recording, RecordingError};
 
 /// Options of `console`.
@@ -41,10 +40,7 @@ fn parse_size(text: &str) -> Result<(u16, u16), String> {
 pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     let recording = Recording::at(&options.recording);
     let journal = recording.journal()?;
-    let header = journal.header().clone();
-    let images = RecordedImages::open(&recording, &header, None, None)?;
-    let (mut cpu, mut machine) = images.machine(&header, (None, None))?;
-    let mut transcript = match &options.cast {
+    let transcript = match &options.cast {
         None => Transcript::new(Box::new(std::io::stdout()), Form::Lines),
         Some(path) => {
             let file = std::fs::File::create(path).map_err(|source| RecordingError::Write {
@@ -56,21 +52,7 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
             transcript
         }
     };
-    let mut replayer = Replayer::new(journal, None, None);
-    let result = machine.run(&mut cpu, &mut replayer, &mut transcript);
-    transcript.finish()?;
-    match result {
-        Ok(_) => Ok(Outcome::Good),
-        Err(RunError::Closed(Closed::CutShort(tail))) => {
-            eprintln!("hindsight: {tail}");
-            Ok(Outcome::CutShort)
-        }
-        Err(RunError::Closed(Closed::Diverged(divergence))) => {
-            eprintln!("hindsight: {divergence}");
-            Ok(Outcome::Different)
-        }
-        Err(error) => Err(host_failure(error).into()),
-    }
+    watch(&recording, journal, transcript, Transcript::finish)
 }
 
 /// How a transcript looks.
