@@ -25,7 +25,7 @@ enum {
     TELLERS = 4,
     ACCOUNTS = 8,
     DEPOSIT = 1000,
-    OPEN_MS = 16,
+    OPEN_MS = 24,
     LOOKS = 112,
     AT_LEAST = 1, /* transfers of each teller */
     TRAIL = 1 << 16, /* records that one teller can leave */

@@ -1,12 +1,10 @@
 //! Measures how many runs it takes to find a crash that happens by chance, with `--chaos` and
 //! without.
 //!
-//! `hunt HUNTS [RUNS [IMAGE]]`, with the environment of [`hindsight_tests::debian`]. A hunt records
-//! IMAGE (race) until it crashes, RUNS (100) times at most, and replays the crash once. Prints a
-//! line per hunt and a summary; exit code 1 if a replay was not equal or a recording failed.
-//!
-//! `record --until-crash` does the repeating where there is one. Otherwise each run is a `record`
-//! of its own, with the seed of the hunt and the run.
+//! `hunt HUNTS [RUNS [IMAGE [FIRST]]]`, with the environment of [`hindsight_tests::debian`]. A hunt
+//! records IMAGE (race) until it crashes, RUNS (100) times at most, and replays the crash once. There
+//! are HUNTS of each way, in turn, with numbers from FIRST (1) on, which their seeds follow. Prints
+//! a line per hunt and two summaries; exit code 1 if a replay was not equal or a recording failed.
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -21,21 +19,23 @@ const RUN_LIMIT: Duration = Duration::from_secs(180);
 /// From one hunt's first seed to the next one's.
 const SEEDS_APART: u64 = 1000;
 
-/// What a hunt came to.
-enum Found {
-    /// A crash, in this run; and how long the hunt was, in seconds.
-    Crash(u64, f64),
-    /// None, in so many seconds.
-    Nothing(f64),
-}
-
+/// What is the same in all hunts.
 struct Hunter<'a> {
     debian: &'a Debian,
-    image: String,
+    image: &'a str,
     runs_most: u64,
-    /// What `record --help` says.
-    help: String,
     directory: &'a Path,
+}
+
+/// All hunts of one way.
+struct Season {
+    way: &'static str,
+    chaos: bool,
+    hunts: u64,
+    runs: Vec<u64>,
+    seconds: Vec<f64>,
+    nothing: u64,
+    failed: u64,
 }
 
 fn main() -> ExitCode {
@@ -50,117 +50,109 @@ fn main() -> ExitCode {
     let scratch = tempfile::tempdir().expect("a temporary directory can be made");
     let hunter = Hunter {
         debian: &debian,
-        image: arguments.get(2).cloned().unwrap_or("race".into()),
+        image: arguments.get(2).map_or("race", String::as_str),
         runs_most: number(1, 100),
-        help: debian.run(&["record", "--help"]).expect(0).text(),
         directory: &scratch.path().join("crash"),
     };
-    let hunts = number(0, 5);
-    let good = hunter.season(hunts, false);
-    if !hunter.help.contains("--chaos") {
-        println!("this hindsight has no record --chaos: hunted without it only");
-        return ExitCode::from(u8::from(!good));
+    let (hunts, first) = (number(0, 5), number(3, 1));
+    let mut seasons = [
+        Season::new("with --chaos", true),
+        Season::new("without --chaos", false),
+    ];
+    for number in first..first + hunts {
+        for season in &mut seasons {
+            season.hunt(&hunter, number);
+        }
     }
-    ExitCode::from(u8::from(!(hunter.season(hunts, true) && good)))
+    for season in &seasons {
+        season.sum_up(&hunter);
+    }
+    let failed = seasons.iter().any(|season| season.failed > 0);
+    ExitCode::from(u8::from(failed))
+}
+
+impl Season {
+    fn new(way: &'static str, chaos: bool) -> Season {
+        Season {
+            way,
+            chaos,
+            hunts: 0,
+            runs: Vec::new(),
+            seconds: Vec::new(),
+            nothing: 0,
+            failed: 0,
+        }
+    }
+
+    fn hunt(&mut self, hunter: &Hunter, number: u64) {
+        let way = self.way;
+        self.hunts += 1;
+        match hunter.hunt(self.chaos.then_some(number * SEEDS_APART)) {
+            Ok((Some(run), took)) => {
+                let equal = hunter.debian.replay(hunter.directory, &["--quiet"]).code == 0;
+                self.failed += u64::from(!equal);
+                let replay = if equal {
+                    "replays equal"
+                } else {
+                    "replay FAILED"
+                };
+                println!("hunt {number} {way}: crash in run {run}, {took:.1} s; {replay}");
+                self.runs.push(run);
+                self.seconds.push(took);
+            }
+            Ok((None, took)) => {
+                println!("hunt {number} {way}: no crash, {took:.1} s");
+                self.nothing += 1;
+                // Later than any that was found, which is all that a median wants to know.
+                self.runs.push(hunter.runs_most + 1);
+                self.seconds.push(took);
+            }
+            Err(why) => {
+                println!("hunt {number} {way}: FAILED: {why}");
+                self.failed += 1;
+            }
+        }
+    }
+
+    fn sum_up(&self, hunter: &Hunter) {
+        println!(
+            "SUMMARY {} {}: a crash in {} of {} hunts, median {} runs (least {}, most {}; {} found none in \
+             {}), median {:.1} s; {} failed",
+            hunter.image,
+            self.way,
+            self.runs.len() as u64 - self.nothing,
+            self.hunts,
+            median(&self.runs).unwrap_or(0),
+            self.runs.iter().min().unwrap_or(&0),
+            self.runs.iter().max().unwrap_or(&0),
+            self.nothing,
+            hunter.runs_most,
+            median(&self.seconds).unwrap_or(f64::NAN),
+            self.failed
+        );
+    }
 }
 
 impl Hunter<'_> {
-    /// All hunts of one way. True if nothing failed.
-    fn season(&self, hunts: u64, chaos: bool) -> bool {
-        let way = if chaos {
-            "with --chaos"
-        } else {
-            "without --chaos"
-        };
-        let (mut runs, mut seconds, mut nothing, mut failed) = (Vec::new(), Vec::new(), 0, 0);
-        for number in 1..=hunts {
-            let first_seed = chaos.then_some(number * SEEDS_APART);
-            match self.hunt(first_seed) {
-                Ok(Found::Crash(run, took)) => {
-                    let equal = self.debian.replay(self.directory, &["--quiet"]).code == 0;
-                    failed += u64::from(!equal);
-                    let replay = if equal {
-                        "replays equal"
-                    } else {
-                        "replay FAILED"
-                    };
-                    println!("hunt {number} {way}: crash in run {run}, {took:.1} s; {replay}");
-                    runs.push(run);
-                    seconds.push(took);
-                }
-                Ok(Found::Nothing(took)) => {
-                    println!("hunt {number} {way}: no crash, {took:.1} s");
-                    nothing += 1;
-                    // Later than any that was found, which is all that a median wants to know.
-                    runs.push(self.runs_most + 1);
-                    seconds.push(took);
-                }
-                Err(why) => {
-                    println!("hunt {number} {way}: FAILED: {why}");
-                    failed += 1;
-                }
-            }
-        }
-        println!(
-            "SUMMARY {} {way}: a crash in {} of {hunts} hunts, median {} runs (least {}, most {}; \
-             {nothing} found none in {}), median {:.1} s; {failed} failed",
-            self.image,
-            runs.len() as u64 - nothing,
-            median(&runs).unwrap_or(0),
-            runs.iter().min().unwrap_or(&0),
-            runs.iter().max().unwrap_or(&0),
-            self.runs_most,
-            median(&seconds).unwrap_or(f64::NAN),
-        );
-        failed == 0
-    }
-
-    fn hunt(&self, first_seed: Option<u64>) -> Result<Found, String> {
-        if self.help.contains("--until-crash") {
-            let (summary, seconds) = self.record(first_seed, true)?;
-            let run = summary["runs"].as_u64();
-            return match run {
-                _ if !crashed(&summary) => Ok(Found::Nothing(seconds)),
-                None => Err("the summary of --until-crash has no field runs".into()),
-                Some(run) => Ok(Found::Crash(run, seconds)),
-            };
-        }
-        let mut seconds = 0.0;
-        for run in 1..=self.runs_most {
-            let seed = first_seed.map(|first| first + run - 1);
-            let (summary, took) = self.record(seed, false)?;
-            seconds += took;
-            if crashed(&summary) {
-                return Ok(Found::Crash(run, seconds));
-            }
-        }
-        Ok(Found::Nothing(seconds))
-    }
-
-    /// Records once, or until a crash; the summary, and how long it took.
-    fn record(&self, seed: Option<u64>, until_crash: bool) -> Result<(Value, f64), String> {
-        let mut command =
-            self.debian
-                .recording(self.directory, &self.image, &["--force", "--json"]);
-        command.args(seed.map(|seed| format!("--chaos={seed}")));
-        let mut limit = RUN_LIMIT;
-        if until_crash {
-            command.arg("--until-crash");
-            limit *= self.runs_most as u32;
-        }
+    /// The run that crashed, if one did, and how many seconds the hunt took.
+    fn hunt(&self, first_seed: Option<u64>) -> Result<(Option<u64>, f64), String> {
+        let options = ["--force", "--json"];
+        let mut command = self.debian.recording(self.directory, self.image, &options);
+        command.arg(format!("--until-crash={}", self.runs_most));
+        command.args(first_seed.map(|seed| format!("--chaos={seed}")));
+        let limit = RUN_LIMIT * self.runs_most as u32;
         let bounded = bounded(command, limit);
-        if bounded.stopped && !until_crash {
-            return Err(format!("a run did not end in {} s", limit.as_secs()));
+        // A hunt that finds nothing ends with 1 and has no summary.
+        if bounded.stopped || bounded.ran.code == 1 {
+            return Ok((None, bounded.seconds));
         }
-        if bounded.ran.code != 0 && !bounded.stopped {
-            return Err(bounded.ran.stderr);
+        let summary: Value = match bounded.ran.code {
+            0 => serde_json::from_slice(&bounded.ran.stdout).map_err(|error| error.to_string())?,
+            _ => return Err(bounded.ran.stderr),
+        };
+        match summary["runs"].as_u64() {
+            Some(run) if summary["panicked"] == true => Ok((Some(run), bounded.seconds)),
+            _ => Err(format!("a summary of no crash: {summary}")),
         }
-        // Whoever was stopped may have nothing to say.
-        let summary = serde_json::from_slice(&bounded.ran.stdout).unwrap_or(Value::Null);
-        Ok((summary, bounded.seconds))
     }
-}
-
-fn crashed(summary: &Value) -> bool {
-    summary["panicked"].as_bool() == Some(true)
 }
