@@ -5,27 +5,24 @@
  *
  * Nothing here is set to fail. transfer() holds no lock, so it is wrong only when the
  * scheduler takes the processor away at one certain place and another teller touches the same
- * accounts meanwhile: about one run in fourteen. The next run will probably be fine. That is the
- * kind of bug that one wants a recording of. */
+ * accounts meanwhile: rarely. The next run will probably be fine. That is the kind of bug that one
+ * wants a recording of. */
 #include "guest.h"
 
 /* The odds. A timer tick (250 a second) hands the processor to the next teller. The tick
- * arrives at one of the places where a teller asks for the time: LOOKS + 1 of them are
- * harmless, one is inside transfer(). So with open hours of T ticks
- *     odds of a loss = 1 - (1 - 1 / (LOOKS + 2)) ** T
- * which here is 7.6 in 100, and the speed of the machine matters little: both are counts. Where
- * it is so slow that a tick comes every few looks, something else counts. The tellers then go in
- * step and come to their transfers together (each makes AT_LEAST so many), LOOKS hardly matters,
- * and the odds are those that two of the four touch the same account. Hence more than four
- * ACCOUNTS: of the first four transfers, two pairs have one in common (with four accounts, four
- * pairs). On a fast machine the others make thousands of transfers in a tick, so it is nearly
- * certain all the same that they touch the same accounts meanwhile.
- * To tune: LOOKS and OPEN_MS on a fast machine, ACCOUNTS and AT_LEAST on a slow one. */
+ * arrives at one of the places where a teller asks for the time: of LOOKS + 2 of them, on average,
+ * one is inside transfer(). So with open hours of T ticks
+ *     odds of a tick in transfer() = 1 - (1 - 1 / (LOOKS + 2)) ** T
+ * which here is 7 in 100, and the speed of the machine matters little: both are counts. On a fast
+ * machine the others make thousands of transfers in a tick, so it is nearly certain that they touch
+ * the same accounts meanwhile. Where a look takes 100 us, they make one now and then, and hardly
+ * ever at the same time, for customers come at random: the odds are smaller there.
+ * To tune: LOOKS and OPEN_MS. */
 enum {
     TELLERS = 4,
     ACCOUNTS = 8,
     DEPOSIT = 1000,
-    OPEN_MS = 24,
+    OPEN_MS = 32,
     LOOKS = 112,
     AT_LEAST = 1, /* transfers of each teller */
     TRAIL = 1 << 16, /* records that one teller can leave */
@@ -69,17 +66,17 @@ static void transfer(struct bank *bank, struct teller *me, int from, int to, lon
 }
 
 /* No customer: the teller looks at the clock. Counted rather than timed: see the odds. */
-static uint64_t wait_for_customer(void)
+static uint64_t wait_for_customer(struct teller *me)
 {
-    uint64_t time_ns = 0;
-    for (int i = 0; i < LOOKS + 1; i++)
+    uint64_t time_ns = now_ns();
+    for (unsigned looks = draw(me, 2 * LOOKS + 1); looks > 0; looks--)
         time_ns = now_ns();
     return time_ns;
 }
 
 static void serve(struct bank *bank, struct teller *me, uint64_t closing_ns)
 {
-    while ((wait_for_customer() < closing_ns || me->records < AT_LEAST) && me->records < TRAIL) {
+    while ((wait_for_customer(me) < closing_ns || me->records < AT_LEAST) && me->records < TRAIL) {
         int from = (int)draw(me, ACCOUNTS);
         int to = (from + 1 + (int)draw(me, ACCOUNTS - 1)) % ACCOUNTS;
         transfer(bank, me, from, to, 1 + (long)draw(me, 50));
@@ -126,7 +123,7 @@ int main(void)
     uint64_t closing_ns = now_ns() + OPEN_MS * 1000000ull;
     puts("race: the bank opens");
     for (int t = 0; t < TELLERS; t++) {
-        bank->teller[t].random = (uint64_t)t + 1;
+        bank->teller[t].random = closing_ns + (uint64_t)t;
         if (must(fork(), "fork") == 0) {
             serve(bank, &bank->teller[t], closing_ns);
             _exit(0);
