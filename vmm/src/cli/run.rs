@@ -30,8 +30,8 @@ pub struct Options {
 /// Where a bare machine is preempted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum RunPreempt {
-    /// As a recorder would do it on this host, so that the two are the same machine: at any branch
-    /// if there is a branch counter, else at kernel entries.
+    /// As often as a recorder would do it on this host: anywhere if there is a branch counter, else at
+    /// kernel entries.
     #[default]
     AsRecorded,
     /// Anywhere, as nobody will look for the place again.
