@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 
 use super::Outcome;
 use super::format::{bytes, seconds, thousands};
+use super::output::Output;
 use super::replay::watch;
 use super::summary::describe_end;
 use crate::recording::Recording;
@@ -51,23 +52,20 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
 
 /// One line of a listing, as text or as JSON.
 struct Listing<W: Write> {
-    out: W,
+    out: Output<W>,
     json: bool,
-    /// A reader that closed the pipe wants no more; anything else is told.
-    failed: Option<std::io::Error>,
 }
 
 impl<W: Write> Listing<W> {
     fn new(out: W, json: bool) -> Listing<W> {
         Listing {
-            out,
+            out: Output::new(out),
             json,
-            failed: None,
         }
     }
 
     fn line(&mut self, text: impl FnOnce() -> String, value: impl FnOnce() -> Value) {
-        if self.failed.is_some() {
+        if self.out.has_failed() {
             return;
         }
         let line = if self.json {
@@ -75,7 +73,7 @@ impl<W: Write> Listing<W> {
         } else {
             text()
         };
-        self.failed = writeln!(self.out, "{line}").err();
+        self.out.write(format!("{line}\n").as_bytes());
     }
 
     fn turn_line(&mut self, exits: u64, turn: &Turn) {
@@ -97,12 +95,8 @@ impl<W: Write> Listing<W> {
         );
     }
 
-    fn finish(mut self) -> anyhow::Result<()> {
-        let failed = self.failed.take().or_else(|| self.out.flush().err());
-        match failed {
-            Some(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),
-            _ => Ok(()),
-        }
+    fn finish(self) -> anyhow::Result<()> {
+        self.out.finish()
     }
 }
 

@@ -5,6 +5,7 @@ mod console;
 mod diff;
 mod format;
 mod inspect;
+mod output;
 mod record;
 mod replay;
 mod run;

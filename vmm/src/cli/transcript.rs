@@ -9,6 +9,7 @@ use hindsight_replay::Observer;
 use serde_json::json;
 
 use super::Outcome;
+use super::output::Output;
 use super::replay::watch;
 use crate::recording::{Recording, RecordingError};
 
@@ -66,43 +67,35 @@ enum Form {
 
 /// Writes down what the guest writes to its console.
 struct Transcript {
-    out: BufWriter<Box<dyn Write>>,
+    out: Output<BufWriter<Box<dyn Write>>>,
     form: Form,
     /// A line has begun and not ended.
     in_line: bool,
     /// The beginning of a character whose end has not come yet.
     rest: Vec<u8>,
-    failed: Option<std::io::Error>,
 }
 
 impl Transcript {
     fn new(out: Box<dyn Write>, form: Form) -> Transcript {
         Transcript {
-            out: BufWriter::new(out),
+            out: Output::new(BufWriter::new(out)),
             form,
             in_line: false,
             rest: Vec::new(),
-            failed: None,
-        }
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        if self.failed.is_none() {
-            self.failed = self.out.write_all(bytes).err();
         }
     }
 
     fn begin_cast(&mut self, (width, height): (u16, u16)) {
         let header = json!({"version": 2, "width": width, "height": height});
-        self.write(format!("{header}\n").as_bytes());
+        self.out.write(format!("{header}\n").as_bytes());
     }
 
     fn lines(&mut self, now: Nanos, bytes: &[u8]) {
         for part in bytes.split_inclusive(|byte| *byte == b'\n') {
             if !self.in_line {
-                self.write(stamp(now).as_bytes());
+                self.out.write(stamp(now).as_bytes());
             }
-            self.write(part);
+            self.out.write(part);
             self.in_line = part.last() != Some(&b'\n');
         }
     }
@@ -114,19 +107,16 @@ impl Transcript {
         self.rest.drain(..whole);
         if !text.is_empty() {
             let (seconds, micros) = split(now);
-            self.write(format!("[{seconds}.{micros:06}, \"o\", {}]\n", json!(text)).as_bytes());
+            self.out
+                .write(format!("[{seconds}.{micros:06}, \"o\", {}]\n", json!(text)).as_bytes());
         }
     }
 
     fn finish(mut self) -> anyhow::Result<()> {
         if self.in_line {
-            self.write(b"\n");
+            self.out.write(b"\n");
         }
-        let failed = self.failed.take().or_else(|| self.out.flush().err());
-        match failed {
-            Some(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error.into()),
-            _ => Ok(()),
-        }
+        self.out.finish()
     }
 }
 
