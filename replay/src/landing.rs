@@ -8,8 +8,11 @@
 //! always do.
 //!
 //! A recorder may land wherever the guest happens to be. But where it happens to be is no place
-//! yet: the guest may have been there before, with as many branches. So it is led on to just behind
-//! its next conditional branch, where the number is new and RIP has been nowhere with it.
+//! yet: the guest may have been there before, with as many branches. So breakpoints are set where
+//! its next conditional branch may lead, and it runs on to them. Where a breakpoint stops it with a
+//! higher number than when it was set, RIP has not been before with that number: it would have
+//! stopped there. That holds however the guest came there, so what the decoder believes to lie
+//! ahead is only a guess at where to wait for it.
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -84,22 +87,13 @@ pub enum Went {
     Back(Back),
 }
 
-/// What lies before a vCPU on a way that leaves no choice.
+/// What lies before a vCPU on a way that leaves no choice. A wrong answer costs time and no more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ahead {
-    /// A conditional branch at `at`, which leads to one of `next`; or another branch that the vCPU
-    /// stands at.
-    Branch {
-        /// Where it stands.
-        at: u64,
-        /// Behind it, taken or not.
-        next: [u64; 2],
-    },
-    /// Straight on to `at`, from where more can be seen.
-    Look {
-        /// Where.
-        at: u64,
-    },
+    /// A branch, which leads to one of these.
+    Branch([u64; 2]),
+    /// Straight on to here, from where more can be seen.
+    Look(u64),
     /// A loop in which nothing changes but RIP: each time round is the same place.
     Still,
     /// That depends on what the guest computes; or there is no branch for a long way.
@@ -203,7 +197,8 @@ impl<K: Counter> Lander<K> {
     }
 
     /// Runs `cpu` to a place at least `least` branches on, or to what comes before it. A kick that
-    /// comes back is somebody else's, or there is no place near; the caller asks again.
+    /// comes back is somebody else's, or there is no place near; the caller asks again. A fault on
+    /// the way may lead elsewhere for good: the caller sees to it that a kick comes in the end.
     fn from<W: Walk>(&mut self, cpu: &mut W, least: u64) -> Result<Back, W::Error>
     where
         W::Error: From<K::Error>,
@@ -218,41 +213,26 @@ impl<K: Counter> Lander<K> {
         }
         for _ in 0..TRIES {
             let count = self.count()?;
-            let went = match cpu.ahead()? {
-                Ahead::Still => {
-                    return Ok(landed(count, cpu.rip()));
-                }
-                Ahead::Branch { at, next } => {
-                    // A fault or a system call on the way leads elsewhere; then this brings it back.
-                    self.arm(Some(count + 2))?;
-                    let mut went = Went::Stop;
-                    if cpu.rip() != at {
-                        went = cpu.go(&[at])?;
-                    }
-                    if went == Went::Stop && self.count()? == count {
-                        went = cpu.go(&next)?;
-                        let here = cpu.rip();
-                        let stopped = matches!(went, Went::Stop | Went::Back(Back::Kicked));
-                        if stopped && next.contains(&here) && self.count()? == count + 1 {
-                            return Ok(landed(count + 1, here));
-                        }
-                    }
-                    went
-                }
-                Ahead::Look { at } => {
-                    self.arm(Some(count + 1))?;
-                    cpu.go(&[at])?
-                }
+            let ahead = cpu.ahead()?;
+            let stops = match &ahead {
+                Ahead::Still => return Ok(landed(count, cpu.rip())),
+                Ahead::Branch(next) => &next[..],
+                Ahead::Look(at) => std::slice::from_ref(at),
                 Ahead::Unclear => {
                     self.arm(Some(count + 1))?;
-                    cpu.go(&[])?
+                    &[]
                 }
             };
-            match went {
-                Went::Stop => {}
-                // Some other way, or not there yet.
-                Went::Back(Back::Kicked) if self.count()? > count => {}
-                Went::Back(back) => return Ok(back),
+            let went = cpu.go(stops)?;
+            // A kick may come where a stop would have.
+            if matches!(went, Went::Stop | Went::Back(Back::Kicked)) {
+                let (number, rip) = (self.count()?, cpu.rip());
+                if number > count && stops.contains(&rip) {
+                    return Ok(landed(number, rip));
+                }
+            }
+            if let Went::Back(back) = went {
+                return Ok(back);
             }
         }
         Ok(Back::Kicked)

@@ -38,7 +38,7 @@ pub use journal::{
     JournalWriter, MAGIC, Tail, TailReason, VERSION,
 };
 pub use landing::{Ahead, Counter, Horizon, Lander, Overshoot, Place, Unit, Walk, Went};
-pub use live::{Live, PATIENCE_NS, TOLERANCE_NS};
+pub use live::{Live, Patience, TOLERANCE_NS};
 pub use machine::{Back, Cpu, Machine, Observer, RunError, Tally};
 pub use moment::{ExitNumber, Moment};
 pub use outside::{Closed, Outside, Standing, TimeQuery, World};

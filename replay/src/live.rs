@@ -7,7 +7,7 @@ use crate::chaos::Chaos;
 use crate::digest::Digest;
 use crate::event::{End, Ending};
 use crate::exit::Turn;
-use crate::landing::Horizon;
+use crate::landing::{Horizon, Place, Unit};
 use crate::moment::Moment;
 use crate::outside::{Closed, Outside, Standing, TimeQuery, World};
 
@@ -15,18 +15,58 @@ use crate::outside::{Closed, Outside, Standing, TimeQuery, World};
 /// finer clock with a larger journal.
 pub const TOLERANCE_NS: Nanos = 1_000_000;
 
-/// A timer that is due, or an input, waits this long for the guest to exit by itself, unless the
-/// operator says otherwise. Most guests do, and an exit costs less than a preemption.
-pub const PATIENCE_NS: Nanos = 1_000_000;
+/// How long a timer that is due, or an input, waits for the guest to exit by itself before it
+/// preempts the guest. Most guests do exit, and an exit costs less than a preemption.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Patience {
+    /// For so long that preemptions take a small share of the time on this host: one part in
+    /// [`Patience::SHARE`] at most, but never shorter than [`Patience::SHORTEST_NS`] nor longer
+    /// than [`Patience::LONGEST_NS`].
+    #[default]
+    Fair,
+    /// This long.
+    Fixed(Nanos),
+    /// For ever.
+    Endless,
+}
+
+impl Patience {
+    /// One part of the time in so many may go into preemptions.
+    pub const SHARE: u64 = 20;
+    /// A guest that computes sees its timers this late at least.
+    pub const SHORTEST_NS: Nanos = 1_000_000;
+    /// And this late at most: less than a scheduler's time slice is meant to be.
+    pub const LONGEST_NS: Nanos = 10_000_000;
+
+    /// How long that is where a preemption costs `cost_ns`; `None`: for ever.
+    fn ns(self, cost_ns: Nanos) -> Option<Nanos> {
+        match self {
+            Patience::Fair => Some(
+                cost_ns
+                    .saturating_mul(Patience::SHARE)
+                    .clamp(Patience::SHORTEST_NS, Patience::LONGEST_NS),
+            ),
+            Patience::Fixed(ns) => Some(ns),
+            Patience::Endless => None,
+        }
+    }
+}
+
+/// A preemption that has not come about after this long is tried again.
+const RETRY_NS: Nanos = 10_000_000;
+/// Each preemption's cost changes what the next is expected to cost by one part in so many.
+const COST_INERTIA: u64 = 8;
 
 /// The door to a live world. Alone it is what `run` uses; under a recorder, what `record` does.
 #[derive(Debug)]
 pub struct Live<W: World> {
     world: W,
     memory_every: Option<u64>,
-    patience_ns: Option<Nanos>,
-    /// Something has waited for longer than that.
-    overdue: bool,
+    patience: Patience,
+    /// Something has waited for longer than that: the host's time when this was noticed.
+    overdue: Option<Nanos>,
+    /// What a preemption is expected to cost.
+    cost_ns: Nanos,
     chaos: Option<Chaos>,
 }
 
@@ -36,8 +76,9 @@ impl<W: World> Live<W> {
         Live {
             world,
             memory_every,
-            patience_ns: Some(PATIENCE_NS),
-            overdue: false,
+            patience: Patience::default(),
+            overdue: None,
+            cost_ns: 0,
             chaos: None,
         }
     }
@@ -58,13 +99,9 @@ impl<W: World> Live<W> {
         self.chaos.as_ref().map_or(now, |chaos| chaos.seen(now))
     }
 
-    /// The same door, which lets what is due wait for `patience_ns` before it preempts the guest;
-    /// `None`: for ever.
-    pub fn with_patience(self, patience_ns: Option<Nanos>) -> Live<W> {
-        Live {
-            patience_ns,
-            ..self
-        }
+    /// The same door, which has this much patience with a guest that does not exit.
+    pub fn with_patience(self, patience: Patience) -> Live<W> {
+        Live { patience, ..self }
     }
 
     /// The world.
@@ -83,7 +120,18 @@ impl<W: World> Live<W> {
     /// pending and does not take it is not helped by another one.
     fn alarm_at(&self, standing: &Standing) -> Option<Nanos> {
         let due = standing.deadline.filter(|_| !standing.pending)?;
-        Some(due.saturating_add(self.patience_ns?))
+        Some(due.saturating_add(self.patience.ns(self.cost_ns)?))
+    }
+
+    /// A preemption was wanted from `since` on, and has come about at `place`.
+    fn has_preempted(&mut self, since: Nanos, place: &Place) {
+        if place.unit != Unit::Branches {
+            // The guest was left to run on to its own next entry.
+            return;
+        }
+        let cost_ns = self.world.now().saturating_sub(since);
+        self.cost_ns -= self.cost_ns / COST_INERTIA;
+        self.cost_ns += cost_ns.min(Patience::LONGEST_NS) / COST_INERTIA;
     }
 }
 
@@ -95,9 +143,12 @@ impl<W: World> Outside for Live<W> {
             deadline,
             halted,
             room,
+            preempted,
             ..
         } = *query;
-        self.overdue = false;
+        if let (Some(since), Some(place)) = (self.overdue.take(), preempted) {
+            self.has_preempted(since, &place);
+        }
         if let Some(chaos) = &mut self.chaos {
             chaos.meddle(query, self.world.now());
         }
@@ -141,7 +192,9 @@ impl<W: World> Outside for Live<W> {
     }
 
     fn horizon(&mut self, standing: &Standing) -> Result<Horizon, Closed> {
-        if self.overdue {
+        if self.overdue.is_some() {
+            let again_at = self.world.now().saturating_add(RETRY_NS);
+            self.world.alarm(Some(again_at));
             return Ok(Horizon::From(0));
         }
         let alarm = self.alarm_at(standing).map(|at| self.unseen(at));
@@ -157,8 +210,10 @@ impl<W: World> Outside for Live<W> {
             return Err(Closed::End(Ending::StoppedRunning));
         }
         let late = self.alarm_at(standing).is_some_and(|at| at <= self.now());
-        let preempts = self.patience_ns.is_some();
-        self.overdue |= late || (preempts && self.world.input_waits(standing.room));
+        let preempts = self.patience != Patience::Endless;
+        if late || (preempts && self.world.input_waits(standing.room)) {
+            self.overdue = self.overdue.or(Some(self.world.now()));
+        }
         Ok(())
     }
 
@@ -168,5 +223,105 @@ impl<W: World> Outside for Live<W> {
 
     fn abandon(&mut self, _exits: u64, _now: Nanos) -> Result<(), Closed> {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patience_grows_with_what_a_preemption_costs_and_has_its_bounds() {
+        let fair = |cost_ns| Patience::Fair.ns(cost_ns);
+        assert_eq!(fair(0), Some(Patience::SHORTEST_NS));
+        assert_eq!(fair(200_000), Some(4_000_000));
+        assert_eq!(fair(u64::MAX), Some(Patience::LONGEST_NS));
+        assert_eq!(Patience::Fixed(0).ns(u64::MAX), Some(0));
+        assert_eq!(Patience::Endless.ns(0), None);
+    }
+
+    /// A world whose clock stands where it is put.
+    #[derive(Default)]
+    struct Clock {
+        now: Nanos,
+        alarm: Option<Nanos>,
+    }
+
+    impl World for Clock {
+        fn now(&mut self) -> Nanos {
+            self.now
+        }
+        fn poll(&mut self, _room: usize) -> Option<Input> {
+            None
+        }
+        fn sleep(&mut self, _until: Option<Nanos>, _room: usize) -> bool {
+            false
+        }
+        fn gives_up(&mut self) -> bool {
+            false
+        }
+        fn alarm(&mut self, at: Option<Nanos>) {
+            self.alarm = at;
+        }
+        fn input_waits(&mut self, _room: usize) -> bool {
+            false
+        }
+    }
+
+    /// Preempts a guest that never exits `times` times, each of which takes `cost_ns`. Returns how
+    /// long the last was waited with.
+    fn waited(cost_ns: Nanos, unit: Unit, times: u64) -> Nanos {
+        let mut live = Live::new(Clock::default(), None);
+        let mut waited = 0;
+        for exits in 0..times {
+            let due = live.world.now;
+            let standing = Standing {
+                exits,
+                rip: 0,
+                now: due,
+                deadline: Some(due),
+                room: 0,
+                pending: false,
+            };
+            assert_eq!(live.horizon(&standing).unwrap(), Horizon::Exit);
+            let alarm = live.world.alarm.expect("what is due wakes somebody");
+            waited = alarm - due;
+            live.world.now = alarm - 1;
+            live.kicked(&standing).unwrap();
+            assert_eq!(live.horizon(&standing).unwrap(), Horizon::Exit, "too early");
+            live.world.now = alarm;
+            live.kicked(&standing).unwrap();
+            assert_eq!(live.horizon(&standing).unwrap(), Horizon::From(0));
+            assert!(live.world.alarm > Some(alarm), "it is tried again");
+            live.world.now += cost_ns;
+            let place = Place {
+                unit,
+                number: 1,
+                rip: 0,
+            };
+            let query = TimeQuery {
+                exits: exits + 1,
+                last: due,
+                rule: due,
+                deadline: Some(due),
+                halted: false,
+                room: 0,
+                preempted: Some(place),
+                site: None,
+            };
+            assert_eq!(live.time(&query).unwrap(), live.world.now);
+        }
+        waited
+    }
+
+    #[test]
+    fn slow_preemptions_become_rare_and_quick_ones_do_not() {
+        assert_eq!(waited(10_000, Unit::Branches, 100), Patience::SHORTEST_NS);
+        let slow = waited(300_000, Unit::Branches, 100);
+        assert!((5_900_000..=6_000_000).contains(&slow), "{slow}");
+        let slower = waited(1 << 40, Unit::Branches, 100);
+        assert_eq!(slower, Patience::LONGEST_NS);
+        // How long the guest takes to its next entry is its own affair.
+        assert_eq!(waited(1 << 40, Unit::Entries, 100), Patience::SHORTEST_NS);
     }
 }

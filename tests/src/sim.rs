@@ -6,8 +6,8 @@ use hindsight_devices::Nanos;
 use hindsight_replay::{
     Chaos, Closed, Content, CpuidEntry, CpuidTable, Detail, Divergence, End, Entry, Event, Header,
     Horizon, Host, JournalError, JournalReader, JournalWriter, Live, Machine, MachineDescription,
-    Moment, Observer, Outside, Place, Recorder, Replayer, RunError, Standing, Tail, TrapCounts,
-    Turn, Unit,
+    Moment, Observer, Outside, Patience, Place, Recorder, Replayer, RunError, Standing, Tail,
+    TrapCounts, Turn, Unit,
 };
 
 use crate::sim_world::SimWorld;
@@ -109,7 +109,7 @@ impl Scenario {
     ) -> (Result<End, RunError<Broken>>, Recording) {
         let mut journal = Vec::new();
         let live = Live::new(world, self.memory_every)
-            .with_patience(self.patience_ns)
+            .with_patience(self.patience_ns.map_or(Patience::Endless, Patience::Fixed))
             .with_chaos(
                 self.chaos
                     .map(|seed| Chaos::new(seed, Some(Unit::Branches))),

@@ -353,22 +353,24 @@ impl Walk for ToyCpu {
         }
     }
 
+    /// Now and then this is wrong, and only the way to somewhere behind the next branches.
     fn ahead(&mut self) -> Result<Ahead, Broken> {
+        let wrong = self.noise.one_in(8).then(|| 1 + self.noise.below(12));
         let mut ghost = self.ghost();
         for distance in 0.. {
-            let (at, h) = (ghost.registers.rip(), ghost.hash());
+            if wrong == Some(distance) {
+                return Ok(Ahead::Look(ghost.registers.rip()));
+            }
+            let h = ghost.hash();
             match ghost.next_op(h) {
                 None if distance == 0 => return Ok(Ahead::Still),
                 None | Some(Op::Exit(_)) => break,
                 Some(op) => ghost.execute(op, h),
             }
-            if is_branch(h) {
+            if is_branch(h) && wrong.is_none() {
                 let next = ghost.registers.rip();
                 // Where it leads if it is not taken, or taken: somewhere else.
-                return Ok(Ahead::Branch {
-                    at,
-                    next: [next, next ^ 32],
-                });
+                return Ok(Ahead::Branch([next, next ^ 32]));
             }
             if distance > 20 {
                 break;

@@ -8,7 +8,8 @@ use hindsight_devices::Input;
 use hindsight_replay::{Closed, IndexEntry};
 use hindsight_replay::{
     Detail, Entry, Event, FRAME_HEAD_BYTES, Frame, Header, JournalError, JournalReader,
-    JournalWriter, Live, MAGIC, Moment, Recorder, Replayer, RunError, Tail, TailReason, VERSION,
+    JournalWriter, Live, MAGIC, Moment, Patience, Recorder, Replayer, RunError, Tail, TailReason,
+    VERSION,
 };
 use hindsight_tests::sim::{Recording, Scenario, Trace, Verdict, machine_of, replay};
 use hindsight_tests::sim_world::SimWorld;
@@ -430,7 +431,7 @@ fn a_recorder_on_a_full_disk_stops_and_what_it_wrote_replays() {
             SimWorld::new(scenario.seed, scenario.pace_ns),
             scenario.memory_every,
         )
-        .with_patience(None);
+        .with_patience(Patience::Endless);
         if let Ok(mut recorder) = Recorder::create(live, &mut disk, &header) {
             let mut cpu = ToyCpu::new(scenario.seed, 1);
             let failure = machine_of(&header)

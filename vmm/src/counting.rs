@@ -158,14 +158,14 @@ impl Counting {
         }
     }
 
-    /// Has `cpu` be stopped as often as a recorded one would be, by whatever is cheapest: nobody will
-    /// look for the place again.
-    pub fn give_to_bare(&self, cpu: &mut KvmCpu) {
-        cpu.preempt_by(match self {
-            Counting::Never => Preemption::Never,
-            Counting::Entries => Preemption::Entries,
-            Counting::Branches { .. } => Preemption::Anywhere,
-        });
+    /// What a recording on this host would count, as far as can be told without measuring.
+    pub fn likely_unit() -> Unit {
+        let counter =
+            CounterEvent::of_host().and_then(|event| BranchCounter::open(&event, kick_signal()));
+        match counter {
+            Ok(_) => Unit::Branches,
+            Err(_) => Unit::Entries,
+        }
     }
 
     /// Has `cpu`, which runs on this thread, be stopped so.

@@ -34,6 +34,9 @@ pub struct Options {
     /// Where the machine that is not recorded is preempted, if its guest does not exit.
     #[arg(long, value_enum, default_value_t)]
     run_preempt: RunPreempt,
+    /// How long what is due waits for the guest that is not recorded to exit, in microseconds.
+    #[arg(long, value_name = "US")]
+    run_patience: Option<u64>,
     /// Where recordings are written and removed again.
     #[arg(long, value_name = "DIR")]
     scratch: Option<PathBuf>,
@@ -96,12 +99,16 @@ fn measure(options: &Options, directory: &Path) -> anyhow::Result<Report> {
     let run_preempt = run_preempt.expect("each value can be given");
     for round in 1..=options.rounds {
         eprintln!("round {round} of {}", options.rounds);
-        one(
-            &mut run,
-            hindsight("run")?
-                .args(machine_arguments(&options.machine))
-                .args(["--json", "--preempt", run_preempt.get_name()]),
-        )?;
+        let mut command = hindsight("run")?;
+        command.args(machine_arguments(&options.machine)).args([
+            "--json",
+            "--preempt",
+            run_preempt.get_name(),
+        ]);
+        if let Some(us) = options.run_patience {
+            command.arg(format!("--patience={us}"));
+        }
+        one(&mut run, &mut command)?;
         let mut command = hindsight("record")?;
         command
             .args(machine_arguments(&options.machine))

@@ -1,17 +1,17 @@
 //! `hindsight record`.
 
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use clap::{Args, ValueEnum};
 use hindsight_replay::{
-    Chaos, Closed, Detail, End, Ending, Header, Live, PATIENCE_NS, Recorder, RunError,
+    Chaos, Closed, Detail, End, Ending, Header, Live, Patience, Recorder, RunError,
 };
 use kvm_ioctls::Kvm;
 
 use super::console::Console;
 use super::replay::{Verify, parse_verify};
-use super::run::{Images, host_failure};
+use super::run::{Images, host_failure, patience};
 use super::summary::Summary;
 use super::{Failure, MachineOptions, Outcome};
 use crate::counting::{Counting, Preempt};
@@ -66,9 +66,10 @@ pub struct Options {
     /// What stops a guest that does not exit.
     #[arg(long, value_enum, default_value_t)]
     preempt: Preempt,
-    /// How long what is due waits for the guest to exit, in microseconds.
-    #[arg(long, value_name = "US", default_value_t = PATIENCE_NS / 1_000)]
-    patience: u64,
+    /// How long what is due waits for the guest to exit, in microseconds. Without it, 1,000; or more
+    /// where preemptions are slow, so that they take one part in 20 of the time, up to 10,000.
+    #[arg(long, value_name = "US")]
+    patience: Option<u64>,
     /// Force the raw event that is counted, such as 0xd1; without it, the one known for this CPU.
     #[arg(long, value_name = "EVENT")]
     event: Option<String>,
@@ -174,7 +175,10 @@ impl Session<'_> {
         self.counting.give_to(&mut cpu)?;
 
         let unit = self.header.machine.preemption;
-        let patience = Duration::from_micros(options.patience).as_nanos() as u64;
+        let patience = match unit {
+            None => Patience::Endless,
+            Some(_) => patience(options.patience),
+        };
         let memory_every = options.verify.and_then(|verify| verify.every);
         // Only now: nothing that was prepared is time to the guest, and its kicks would disturb KVM at
         // making a machine.
@@ -183,7 +187,7 @@ impl Session<'_> {
             None => HostWorld::start()?,
         };
         let live = Live::new(world, memory_every)
-            .with_patience(unit.map(|_| patience))
+            .with_patience(patience)
             .with_chaos(chaos.map(|seed| Chaos::new(seed, unit)));
         let journal = self.recording.create_journal()?;
         let mut recorder = Recorder::create(live, journal, &self.header)

@@ -3,12 +3,12 @@
 use std::time::Instant;
 
 use clap::{Args, ValueEnum};
-use hindsight_replay::{Live, RunError};
+use hindsight_replay::{Live, Patience, RunError, Unit};
 
 use super::console::Console;
 use super::summary::Summary;
 use super::{Failure, MachineOptions, Outcome};
-use crate::counting::{Counting, Preempt};
+use crate::counting::Counting;
 use crate::host::{HostWorld, RawTerminal};
 use crate::kvm::{KvmError, Preemption};
 use crate::machine::{LoadedKernel, build, cmdline, describe, open_kvm};
@@ -22,6 +22,9 @@ pub struct Options {
     /// Where a guest that does not exit is preempted.
     #[arg(long, value_enum, default_value_t)]
     preempt: RunPreempt,
+    /// How long what is due waits for the guest to exit, in microseconds; without it, 1,000.
+    #[arg(long, value_name = "US")]
+    patience: Option<u64>,
     /// Print the summary as JSON on standard output, and nothing else.
     #[arg(long)]
     json: bool,
@@ -47,18 +50,18 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     } = Images::read(&options.machine)?;
     let (kvm, _) = open_kvm()?;
     let words = cmdline(&options.machine.cmdline, options.machine.cmdline_exact);
-    let counting = Counting::choose(&kvm, Preempt::Auto, None, None)?;
+    let unit = Counting::likely_unit();
     let mut description = describe(&kvm, &kernel, &initrd, words, options.machine.memory)?;
-    description.preemption = counting.unit();
+    description.preemption = Some(unit);
     let (mut cpu, mut machine) = build(&kvm, &description, &kernel, &initrd)?;
-    match options.preempt {
-        RunPreempt::AsRecorded => counting.give_to_bare(&mut cpu),
-        RunPreempt::Anywhere => cpu.preempt_by(Preemption::Anywhere),
-    }
+    cpu.preempt_by(match (options.preempt, unit) {
+        (RunPreempt::AsRecorded, Unit::Entries) => Preemption::Entries,
+        _ => Preemption::Anywhere,
+    });
     drop((image, kernel, initrd));
 
     let raw = RawTerminal::enter();
-    let mut door = Live::new(HostWorld::start()?, None);
+    let mut door = Live::new(HostWorld::start()?, None).with_patience(patience(options.patience));
     let mut console = Console::new(options.json);
     let result = machine.run(&mut cpu, &mut door, &mut console);
     drop((console, raw));
@@ -66,6 +69,13 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     let host_ns = start.elapsed().as_nanos() as u64;
     Summary::new(&machine, &end, host_ns, None).print("the guest ended", options.json);
     Ok(Outcome::Good)
+}
+
+/// The patience that an operator who names so many microseconds, or none, wants.
+pub fn patience(us: Option<u64>) -> Patience {
+    us.map_or(Patience::Fair, |us| {
+        Patience::Fixed(us.saturating_mul(1_000))
+    })
 }
 
 /// The files a machine is made of, read and taken apart.

@@ -181,8 +181,12 @@ impl KvmCpu {
         Ok(exception | events.interrupt.injected | events.nmi.injected != 0)
     }
 
-    /// Whether the guest runs 64-bit code, and if not, of how many bits.
-    fn bitness(&self) -> Result<u32, KvmError> {
+    /// Whether the guest at `rip` runs 64-bit code, and if not, of how many bits.
+    fn bitness(&self, rip: u64) -> Result<u32, KvmError> {
+        if rip > u32::MAX.into() {
+            // Only 64-bit code has such addresses.
+            return Ok(64);
+        }
         let cs = self.sregs()?.cs;
         Ok(match (cs.l, cs.db) {
             (1, _) => 64,
@@ -249,8 +253,8 @@ impl Walk for KvmCpu {
     }
 
     fn ahead(&mut self) -> Result<Ahead, KvmError> {
-        let bitness = self.bitness()?;
         let start = KvmCpu::rip(self);
+        let bitness = self.bitness(start)?;
         let mut code = Code128::default();
         let mut at = start;
         let mut still = true;
@@ -262,23 +266,20 @@ impl Walk for KvmCpu {
             at = match instruction.flow_control() {
                 FlowControl::Next => instruction.next_ip(),
                 FlowControl::ConditionalBranch => {
-                    return Ok(Ahead::Branch {
-                        at,
-                        next: [instruction.near_branch_target(), instruction.next_ip()],
-                    });
+                    return Ok(Ahead::Branch([
+                        instruction.near_branch_target(),
+                        instruction.next_ip(),
+                    ]));
                 }
                 FlowControl::UnconditionalBranch | FlowControl::Call
                     if instruction.near_branch_target() != 0 =>
                 {
                     instruction.near_branch_target()
                 }
-                _ if distance > 0 => return Ok(Ahead::Look { at }),
+                _ if distance > 0 => return Ok(Ahead::Look(at)),
                 _ => {
                     let target = self.target(&instruction);
-                    return Ok(target.map_or(Ahead::Unclear, |target| Ahead::Branch {
-                        at,
-                        next: [target; 2],
-                    }));
+                    return Ok(target.map_or(Ahead::Unclear, Ahead::Look));
                 }
             };
             if still && at == start {

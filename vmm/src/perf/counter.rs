@@ -11,7 +11,7 @@ use std::io::Read;
 use super::error::CounterError;
 use super::event::{CounterEvent, Pmu};
 use super::settings::Throttling;
-use super::sys::{self, Page, Records};
+use super::sys::{self, Count, Page, Records};
 
 /// A period that no guest comes to the end of. perf takes less than 2^63, and splits what the
 /// hardware counter has no room for.
@@ -67,24 +67,23 @@ impl BranchCounter {
     /// The count since it was opened. Without a system call where the kernel allows that.
     pub fn read(&mut self) -> Result<u64, CounterError> {
         match self.page.count() {
-            Some(count) => self.note(count),
+            Some(Count { count, .. }) => self.note(count),
             None => self.read_by_call(),
         }
     }
 
     /// The count, without a system call or not at all.
     pub fn read_by_rdpmc(&mut self) -> Option<u64> {
-        self.page.count()
+        self.page.count().map(|count| count.count)
     }
 
     /// The count, asked of the kernel.
     pub fn read_by_call(&mut self) -> Result<u64, CounterError> {
-        let (count, _, _) = self.read_with_times()?;
+        let Count { count, .. } = self.read_with_times()?;
         self.note(count)
     }
 
-    /// The count, and for how many nanoseconds it was enabled and on the CPU.
-    fn read_with_times(&mut self) -> Result<(u64, u64, u64), CounterError> {
+    fn read_with_times(&mut self) -> Result<Count, CounterError> {
         let mut words = [0; 24];
         let bytes = self
             .file
@@ -103,7 +102,11 @@ impl BranchCounter {
             let bytes = words[8 * i..8 * i + 8].try_into();
             u64::from_ne_bytes(bytes.expect("eight bytes are eight bytes"))
         };
-        Ok((word(0), word(1), word(2)))
+        Ok(Count {
+            count: word(0),
+            enabled_ns: word(1),
+            running_ns: word(2),
+        })
     }
 
     fn note(&mut self, now: u64) -> Result<u64, CounterError> {
@@ -145,11 +148,18 @@ impl BranchCounter {
         self.seen.lost += records.lost;
     }
 
-    /// Whether every branch since it was opened was counted. Worth a call at every checkpoint,
-    /// and before a count that looks wrong is called so.
+    /// Whether every branch since it was opened was counted. Without a system call while the
+    /// counter runs.
     pub fn check(&mut self) -> Result<(), CounterError> {
         self.take_records();
-        let (count, enabled_ns, running_ns) = self.read_with_times()?;
+        let Count {
+            count,
+            enabled_ns,
+            running_ns,
+        } = match self.page.count() {
+            Some(count) => count,
+            None => self.read_with_times()?,
+        };
         self.note(count)?;
         if self.seen.throttles > 0 {
             return Err(CounterError::Throttled {

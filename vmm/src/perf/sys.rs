@@ -180,6 +180,18 @@ impl Records {
     }
 }
 
+/// A count, and for how many nanoseconds it was wanted and made. The two times may be from a little
+/// before the count, but both from the same moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Count {
+    /// The count.
+    pub count: u64,
+    /// How long the event was enabled.
+    pub enabled_ns: u64,
+    /// For how much of that it had a counter.
+    pub running_ns: u64,
+}
+
 /// The page that perf shares for an event, and the ring behind it. It belongs to the thread that
 /// opened the event: RDPMC elsewhere would read another thread's counter.
 #[derive(Debug)]
@@ -207,22 +219,24 @@ impl Page {
         ))
     }
 
-    /// The count, read without a system call; `None` if the page says that this cannot be done,
-    /// or not now.
-    pub fn count(&self) -> Option<u64> {
+    /// The count and its times, read without a system call; `None` if the page says that this
+    /// cannot be done, or not now: the counter does not run.
+    pub fn count(&self) -> Option<Count> {
         let page = self.0.as_ptr();
         loop {
             // SAFETY: the mapping lives as long as `self`. The kernel changes these fields, hence
             // volatile reads, and it does so on this very thread's CPU while this thread does not
             // run: the order that the compiler keeps is order enough (the seqlock in
             // include/uapi/linux/perf_event.h, above perf_event_mmap_page).
-            let (before, index, offset, capabilities, width) = unsafe {
+            let (before, index, offset, enabled_ns, running_ns, capabilities, width) = unsafe {
                 let before = (&raw const (*page).lock).read_volatile();
                 compiler_fence(Ordering::SeqCst);
                 (
                     before,
                     (&raw const (*page).index).read_volatile(),
                     (&raw const (*page).offset).read_volatile(),
+                    (&raw const (*page).time_enabled).read_volatile(),
+                    (&raw const (*page).time_running).read_volatile(),
                     (&raw const (*page).capabilities).read_volatile(),
                     (&raw const (*page).pmc_width).read_volatile(),
                 )
@@ -242,7 +256,11 @@ impl Page {
                 // The counter holds `width` bits, and counts up to zero from below.
                 let shift = 64 - u32::from(width);
                 let counter = ((low_bits << shift) as i64) >> shift;
-                return Some(offset.wrapping_add(counter) as u64);
+                return Some(Count {
+                    count: offset.wrapping_add(counter) as u64,
+                    enabled_ns,
+                    running_ns,
+                });
             }
         }
     }
