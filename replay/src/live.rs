@@ -32,11 +32,11 @@ pub enum Patience {
 
 impl Patience {
     /// One part of the time in so many may go into preemptions.
-    pub const SHARE: u64 = 20;
+    pub const SHARE: u64 = 10;
     /// A guest that computes sees its timers this late at least.
     pub const SHORTEST_NS: Nanos = 1_000_000;
     /// And this late at most: less than a scheduler's time slice is meant to be.
-    pub const LONGEST_NS: Nanos = 10_000_000;
+    pub const LONGEST_NS: Nanos = 5_000_000;
 
     /// How long that is where a preemption costs `cost_ns`; `None`: for ever.
     fn ns(self, cost_ns: Nanos) -> Option<Nanos> {
@@ -234,7 +234,7 @@ mod tests {
     fn patience_grows_with_what_a_preemption_costs_and_has_its_bounds() {
         let fair = |cost_ns| Patience::Fair.ns(cost_ns);
         assert_eq!(fair(0), Some(Patience::SHORTEST_NS));
-        assert_eq!(fair(200_000), Some(4_000_000));
+        assert_eq!(fair(200_000), Some(2_000_000));
         assert_eq!(fair(u64::MAX), Some(Patience::LONGEST_NS));
         assert_eq!(Patience::Fixed(0).ns(u64::MAX), Some(0));
         assert_eq!(Patience::Endless.ns(0), None);
@@ -318,7 +318,7 @@ mod tests {
     fn slow_preemptions_become_rare_and_quick_ones_do_not() {
         assert_eq!(waited(10_000, Unit::Branches, 100), Patience::SHORTEST_NS);
         let slow = waited(300_000, Unit::Branches, 100);
-        assert!((5_900_000..=6_000_000).contains(&slow), "{slow}");
+        assert!((2_900_000..=3_000_000).contains(&slow), "{slow}");
         let slower = waited(1 << 40, Unit::Branches, 100);
         assert_eq!(slower, Patience::LONGEST_NS);
         // How long the guest takes to its next entry is its own affair.

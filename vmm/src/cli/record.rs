@@ -67,7 +67,7 @@ pub struct Options {
     #[arg(long, value_enum, default_value_t)]
     preempt: Preempt,
     /// How long what is due waits for the guest to exit, in microseconds. Without it, 1,000; or more
-    /// where preemptions are slow, so that they take one part in 20 of the time, up to 10,000.
+    /// where preemptions are slow, so that they take one part in 10 of the time, up to 5,000.
     #[arg(long, value_name = "US")]
     patience: Option<u64>,
     /// Force the raw event that is counted, such as 0xd1; without it, the one known for this CPU.
