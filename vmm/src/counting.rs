@@ -9,6 +9,7 @@ use crate::kvm::{KvmCpu, Preemption, kick_signal};
 use crate::perf::{
     BranchCounter, CounterError, CounterEvent, Effort, REMEDY, Throttling, calibrate,
 };
+use crate::tell::tell;
 
 /// What stops a guest that does not exit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -125,15 +126,17 @@ impl Counting {
             margin: margin.unwrap_or(found.margin),
         };
         if facts.margin <= facts.worst_skid {
-            eprintln!(
+            tell!(
                 "hindsight: a margin of {} branches is forced, but of {} kicks here the latest came {} \
                  branches late; a replay may run past its places, and will say so",
-                facts.margin, facts.kicks, facts.worst_skid
+                facts.margin,
+                facts.kicks,
+                facts.worst_skid
             );
         }
         let throttling = Throttling::of_host();
         if throttling.rate_is_fixed() == Some(false) {
-            eprintln!(
+            tell!(
                 "hindsight: perf may throttle the counter here, and lose counts ({throttling}); if it does, \
                  the recording ends there. To rule it out: {REMEDY}"
             );

@@ -12,3 +12,4 @@ pub mod kvm;
 pub mod machine;
 pub mod perf;
 pub mod recording;
+mod tell;

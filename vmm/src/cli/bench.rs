@@ -16,6 +16,7 @@ use super::format::{bytes, thousands};
 use super::run::RunPreempt;
 use super::{Failure, MachineOptions, Outcome};
 use crate::machine::{MACHINE_CMDLINE, cmdline};
+use crate::tell::{out, tell};
 
 /// Options of `bench`.
 #[derive(Debug, Args)]
@@ -85,7 +86,7 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     let report = result?;
     removed.with_context(|| directory.display().to_string())?;
     if options.json {
-        println!("{}", serde_json::to_string(&report)?);
+        out!("{}", serde_json::to_string(&report)?);
     } else {
         print(&report);
     }
@@ -98,7 +99,7 @@ fn measure(options: &Options, directory: &Path) -> anyhow::Result<Report> {
     let run_preempt = options.run_preempt.to_possible_value();
     let run_preempt = run_preempt.expect("each value can be given");
     for round in 1..=options.rounds {
-        eprintln!("round {round} of {}", options.rounds);
+        tell!("round {round} of {}", options.rounds);
         let mut command = hindsight("run")?;
         command.args(machine_arguments(&options.machine)).args([
             "--json",
@@ -246,7 +247,7 @@ fn print(report: &Report) {
     ] {
         let low = side.seconds.iter().copied().fold(f64::INFINITY, f64::min);
         let high = side.seconds.iter().copied().fold(0.0, f64::max);
-        println!(
+        out!(
             "{name:<8} median {:.3} s ({low:.3} to {high:.3}), {} exits, {:.0} exits/s, {} preemptions",
             side.median(),
             thousands(side.exits),
@@ -254,13 +255,13 @@ fn print(report: &Report) {
             thousands(side.preemptions)
         );
     }
-    println!(
+    out!(
         "record / run     {:.3}  (median of the rounds' ratios)",
         report.record_over_run
     );
-    println!("replay / record  {:.3}", report.replay_over_record);
+    out!("replay / record  {:.3}", report.replay_over_record);
     let record = &report.record;
-    println!(
+    out!(
         "journal          {}, {:.0} bytes per guest second, {:.2} bytes per time read ({})",
         bytes(record.journal_bytes),
         record.journal_bytes as f64 / (record.guest_ns.max(1) as f64 / 1e9),
@@ -268,7 +269,7 @@ fn print(report: &Report) {
         thousands(record.time_reads)
     );
     if let Some(ratio) = report.qemu_over_record {
-        println!(
+        out!(
             "qemu rr=record   median {:.3} s, log {}: {ratio:.2} times as long",
             report.qemu.median(),
             bytes(report.qemu.journal_bytes)

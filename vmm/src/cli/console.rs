@@ -3,6 +3,7 @@
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
+use crate::tell::tell;
 use hindsight_devices::Nanos;
 use hindsight_replay::{Exit, Observer, Turn};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -91,7 +92,7 @@ impl Observer for Console {
             self.warned = false;
         } else if !self.warned && self.last_exit.1.elapsed() > SILENCE {
             self.warned = true;
-            eprintln!(
+            tell!(
                 "\r\nhindsight: the guest has computed for {} s without an exit, a system call or a fault \
                  that it could be preempted at, so nothing can be delivered to it. A host with an \
                  exact branch counter can preempt it (--preempt branches; `hindsight doctor` tells \

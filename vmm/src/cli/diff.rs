@@ -9,6 +9,7 @@ use hindsight_replay::{Entry, Event, Header, JournalReader, Tail};
 
 use super::Outcome;
 use crate::recording::Recording;
+use crate::tell::out;
 
 /// How many events before the difference are shown.
 const HISTORY: usize = 8;
@@ -31,7 +32,7 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     let notes = header_differences(a.journal.header(), b.journal.header());
     if !options.json {
         for note in &notes {
-            println!("{note}");
+            out!("{note}");
         }
     }
     let mut history = VecDeque::with_capacity(HISTORY + 1);
@@ -61,21 +62,21 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
             "a": left,
             "b": right,
         });
-        println!("{value}");
+        out!("{value}");
     } else if let (Some(left), Some(right)) = (&left, &right) {
-        println!(
+        out!(
             "{common} events are equal; then\n  {}: {left}",
             options.a.display()
         );
-        println!("  {}: {right}", options.b.display());
+        out!("  {}: {right}", options.b.display());
         if !history.is_empty() {
-            println!("what led up to it:");
+            out!("what led up to it:");
         }
         for entry in &history {
-            println!("  {}", describe(entry));
+            out!("  {}", describe(entry));
         }
     } else {
-        println!("{common} events, all equal");
+        out!("{common} events, all equal");
     }
     let equal = difference.is_none() && notes.is_empty();
     Ok(if equal {

@@ -19,6 +19,7 @@ use super::output::Output;
 use super::replay::watch;
 use super::summary::describe_end;
 use crate::recording::Recording;
+use crate::tell::{out, tell};
 
 /// Options of `inspect`.
 #[derive(Debug, Args)]
@@ -158,7 +159,7 @@ fn list(mut journal: JournalReader<impl Read>, options: &Options) -> anyhow::Res
 fn report_tail(journal: &JournalReader<impl Read>) -> Outcome {
     match journal.tail() {
         Some(tail) if tail.reason != TailReason::Closed => {
-            eprintln!("hindsight: {tail}");
+            tell!("hindsight: {tail}");
             Outcome::CutShort
         }
         _ => Outcome::Good,
@@ -233,11 +234,11 @@ fn overview(
             "closed": tail.reason == TailReason::Closed,
             "journal": census,
         });
-        println!("{value}");
+        out!("{value}");
     } else {
         print_header(&header);
         match &end {
-            Some(end) => println!(
+            Some(end) => out!(
                 "end         {}, after exit {} and {}\n            digest {:016x}, memory {}",
                 describe_end(end),
                 thousands(journal.through()),
@@ -246,7 +247,7 @@ fn overview(
                 end.memory
                     .map_or("none".into(), |memory| format!("{memory:016x}"))
             ),
-            None => println!("end         none: {tail}"),
+            None => out!("end         none: {tail}"),
         }
         print_census(&census);
     }
@@ -259,43 +260,49 @@ fn print_header(header: &Header) {
         Detail::Default => "default",
         Detail::Full => "full",
     };
-    println!("recorded    by {}, {detail} detail", header.host.recorder);
-    println!(
+    out!("recorded    by {}, {detail} detail", header.host.recorder);
+    out!(
         "host        {}, Linux {}",
-        header.host.cpu, header.host.kernel
+        header.host.cpu,
+        header.host.kernel
     );
     for hole in &header.host.holes {
-        println!("left open   {hole}");
+        out!("left open   {hole}");
     }
-    println!("kernel      {}", machine.kernel_version);
-    println!(
+    out!("kernel      {}", machine.kernel_version);
+    out!(
         "            {} bytes, BLAKE3 {}",
         thousands(machine.kernel.bytes),
         machine.kernel.hex()
     );
     if let Some(initrd) = &machine.initrd {
-        println!(
+        out!(
             "initrd      {} bytes, BLAKE3 {}",
             thousands(initrd.bytes),
             initrd.hex()
         );
     }
-    println!("cmdline     {}", machine.cmdline);
-    println!("memory      {}", bytes(machine.memory_bytes));
-    println!(
+    out!("cmdline     {}", machine.cmdline);
+    out!("memory      {}", bytes(machine.memory_bytes));
+    out!(
         "cpu         {}, {} CPUID entries",
         machine.cpuid.vendor(),
         machine.cpuid.entries.len()
     );
     let traps = &machine.traps;
-    println!(
+    out!(
         "traps       {} rdtsc, {} rdtscp, {} cpuid, {} CR4 writes, {} CR4 reads, {} pause",
-        traps.rdtsc, traps.rdtscp, traps.cpuid, traps.cr4_writes, traps.cr4_reads, traps.pause
+        traps.rdtsc,
+        traps.rdtscp,
+        traps.cpuid,
+        traps.cr4_writes,
+        traps.cr4_reads,
+        traps.pause
     );
 }
 
 fn print_census(census: &Census) {
-    println!(
+    out!(
         "journal     {} in {} frames, {} raw\n",
         bytes(census.frame_bytes),
         census.frames,
@@ -315,7 +322,7 @@ fn print_census(census: &Census) {
         }
     }
     right_align(&mut table);
-    println!("{table}\n");
+    out!("{table}\n");
     let mut table = Table::new();
     table.load_preset(presets::NOTHING).set_header([
         "guest second",
@@ -330,7 +337,7 @@ fn print_census(census: &Census) {
         table.add_row([format!("{}..", row * step), sum(0), sum(1), sum(2)]);
     }
     right_align(&mut table);
-    println!("{table}");
+    out!("{table}");
 }
 
 fn right_align(table: &mut Table) {

@@ -21,6 +21,7 @@ use crate::counting::CountingError;
 use crate::kvm::KvmError;
 use crate::machine::MachineError;
 use crate::recording::RecordingError;
+use crate::tell::{out, tell};
 pub use summary::Summary;
 
 /// What a script can tell from the exit code.
@@ -122,12 +123,9 @@ pub fn main() -> ExitCode {
         Command::Doctor(options) => crate::doctor::main(&options),
         Command::Bench(options) => bench::main(&options),
         Command::Completions { shell } => {
-            clap_complete::generate(
-                shell,
-                &mut Cli::command(),
-                "hindsight",
-                &mut std::io::stdout(),
-            );
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "hindsight", &mut script);
+            out!("{}", String::from_utf8_lossy(&script).trim_end());
             Ok(Outcome::Good)
         }
         Command::Man => print_manual(),
@@ -135,7 +133,7 @@ pub fn main() -> ExitCode {
     match result {
         Ok(outcome) => ExitCode::from(outcome as u8),
         Err(error) => {
-            eprintln!("hindsight: {}", with_causes(&error));
+            tell!("hindsight: {}", with_causes(&error));
             ExitCode::from(outcome_of(&error) as u8)
         }
     }
@@ -199,14 +197,15 @@ fn with_causes(error: &anyhow::Error) -> String {
 fn print_manual() -> anyhow::Result<Outcome> {
     let mut command = Cli::command();
     command.build();
-    let mut out = std::io::stdout().lock();
-    clap_mangen::Man::new(command.clone()).render(&mut out)?;
+    let mut pages = Vec::new();
+    clap_mangen::Man::new(command.clone()).render(&mut pages)?;
     for sub in command
         .get_subcommands()
         .filter(|sub| sub.get_name() != "help")
     {
         let name: &'static str = format!("hindsight-{}", sub.get_name()).leak();
-        clap_mangen::Man::new(sub.clone().name(name)).render(&mut out)?;
+        clap_mangen::Man::new(sub.clone().name(name)).render(&mut pages)?;
     }
+    out!("{}", String::from_utf8_lossy(&pages).trim_end());
     Ok(Outcome::Good)
 }

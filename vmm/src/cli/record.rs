@@ -18,6 +18,7 @@ use crate::counting::{Counting, Preempt};
 use crate::host::{HostWorld, RawTerminal};
 use crate::machine::{build, cmdline, describe, host_facts, open_kvm, random_number};
 use crate::recording::Recording;
+use crate::tell::tell;
 
 /// How much the journal says.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -209,7 +210,7 @@ impl Session<'_> {
             Err(error) => return Err(host_failure(error).into()),
         };
         if let Err(error) = self.recording.write_index(recorder.index()) {
-            eprintln!("hindsight: no index was written ({error}); it will be rebuilt when needed");
+            tell!("hindsight: no index was written ({error}); it will be rebuilt when needed");
         }
         self.world = Some(recorder.into_inner().into_world().rest());
         let mut summary = Summary::new(&machine, &end, 0, Some(bytes));
@@ -223,8 +224,8 @@ impl Session<'_> {
         for run in 1.. {
             let seed = chaos.map(|seed| seed.wrapping_add(run - 1));
             match seed {
-                Some(seed) => eprintln!("\rhindsight: run {run}, chaos seed {seed}\r"),
-                None => eprintln!("\rhindsight: run {run}\r"),
+                Some(seed) => tell!("\rhindsight: run {run}, chaos seed {seed}\r"),
+                None => tell!("\rhindsight: run {run}\r"),
             }
             let (mut summary, end) = self.record(seed)?;
             summary.runs = Some(run);
@@ -234,7 +235,7 @@ impl Session<'_> {
             self.recording.clear_journal()?;
             let stopped = matches!(end.ending, Ending::Stopped | Ending::StoppedRunning);
             if stopped || most.is_some_and(|most| run >= most) {
-                eprintln!("\rhindsight: no crash in {run} runs; nothing was kept\r");
+                tell!("\rhindsight: no crash in {run} runs; nothing was kept\r");
                 self.recording.remove()?;
                 return Ok(None);
             }

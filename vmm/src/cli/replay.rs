@@ -21,6 +21,7 @@ use crate::counting::Counting;
 use crate::kvm::{KvmCpu, KvmError};
 use crate::machine::{LoadedKernel, build, check_cpu, open_kvm};
 use crate::recording::{Recording, check, content};
+use crate::tell::{out, tell};
 
 /// What to verify: all of memory, at the end or every so many exits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -248,11 +249,11 @@ pub fn watch<O: Observer>(
     match result {
         Ok(_) => Ok(Outcome::Good),
         Err(RunError::Closed(Closed::CutShort(tail))) => {
-            eprintln!("hindsight: {tail}");
+            tell!("hindsight: {tail}");
             Ok(Outcome::CutShort)
         }
         Err(RunError::Closed(Closed::Diverged(divergence))) => {
-            eprintln!("hindsight: {divergence}");
+            tell!("hindsight: {divergence}");
             Ok(Outcome::Different)
         }
         Err(error) => Err(host_failure(error).into()),
@@ -307,14 +308,14 @@ fn conclude(
             memories_equal: memories,
             summary: summary.as_ref(),
         };
-        println!(
+        out!(
             "{}",
             serde_json::to_string(&verdict).expect("plain values serialise")
         );
         return Ok(outcome);
     }
-    eprintln!("replay {verdict}: {detail}");
-    eprintln!(
+    tell!("replay {verdict}: {detail}");
+    tell!(
         "  {} exits, {} of guest time in {}; {} witnesses and {} memory digests equal",
         thousands(exits),
         seconds(machine.now()),
@@ -324,7 +325,7 @@ fn conclude(
     );
     if let Some(summary) = summary {
         let memory = summary.memory_digest.as_deref().unwrap_or("none");
-        eprintln!("  digest {}, memory {memory}", summary.digest);
+        tell!("  digest {}, memory {memory}", summary.digest);
     }
     Ok(outcome)
 }

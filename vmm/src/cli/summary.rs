@@ -5,6 +5,7 @@ use hindsight_replay::{End, Ending, Exit, Machine, Tally};
 use serde::Serialize;
 
 use super::format::{bytes, seconds, thousands};
+use crate::tell::{out, tell};
 
 /// The one summary that ends a run.
 #[derive(Clone, Debug, Serialize)]
@@ -77,15 +78,15 @@ impl Summary {
     /// Prints it to standard error, or as JSON to standard output.
     pub fn print(&self, headline: &str, json: bool) {
         if json {
-            println!(
+            out!(
                 "{}",
                 serde_json::to_string(self).expect("plain values serialise")
             );
             return;
         }
         let rate = self.exits as f64 / (self.host_ns.max(1) as f64 / 1e9);
-        eprintln!("{headline}: {}", self.ending);
-        eprintln!(
+        tell!("{headline}: {}", self.ending);
+        tell!(
             "  {} of guest time in {}, {} exits ({rate:.0}/s), {} interrupts",
             seconds(self.guest_ns),
             seconds(self.host_ns),
@@ -95,7 +96,7 @@ impl Summary {
         if self.preemptions > 0 {
             let at_exits =
                 self.interrupts - self.interrupts_in_windows - self.interrupts_at_preemptions;
-            eprintln!(
+            tell!(
                 "  preempted {} times between exits; {} interrupts landed there, {} in windows, {} at exits",
                 thousands(self.preemptions),
                 thousands(self.interrupts_at_preemptions),
@@ -105,20 +106,20 @@ impl Summary {
         }
         if let Some(journal) = self.journal_bytes {
             let per_second = journal as f64 / (self.guest_ns.max(1) as f64 / 1e9);
-            eprintln!(
+            tell!(
                 "  journal {} ({} a second)",
                 bytes(journal),
                 bytes(per_second as u64)
             );
         }
         if let Some(seed) = self.chaos_seed {
-            eprintln!("  made with chaos seed {seed}");
+            tell!("  made with chaos seed {seed}");
         }
         let memory = self
             .memory_digest
             .as_deref()
             .unwrap_or("none: the guest was still running");
-        eprintln!("  digest {}, memory {memory}", self.digest);
+        tell!("  digest {}, memory {memory}", self.digest);
     }
 }
 

@@ -14,7 +14,7 @@ mod host;
 mod report;
 mod speed;
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::time::Duration;
 
 use clap::Args;
@@ -23,6 +23,7 @@ use kvm_ioctls::Kvm;
 use crate::cli::Outcome;
 use crate::kvm::KvmError;
 use crate::perf::CounterEvent;
+use crate::tell::out;
 use finding::{Finding, LIMIT, Miss, Probe, Verdict, Weight, on_a_bench};
 use report::{Report, WAY_OUT};
 
@@ -56,16 +57,22 @@ fn probes() -> impl Iterator<Item = &'static Probe> {
     .flatten()
 }
 
+/// Says what is being done in the last line of a terminal, in place of what it said before.
+fn show_progress(what: &str) {
+    let mut terminal = std::io::stderr();
+    if terminal.is_terminal() {
+        // Nobody misses it where it cannot be shown.
+        let _ = write!(terminal, "\r\x1b[K{what}");
+    }
+}
+
 /// Probes everything and prints it.
 pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     let mut findings = host::findings();
     let kvm = Kvm::new().map_err(KvmError::Open);
     findings.push(opening(&kvm));
-    let watched = std::io::stderr().is_terminal();
     for probe in probes() {
-        if watched {
-            eprint!("\r\x1b[Kasking: {}", probe.name);
-        }
+        show_progress(&format!("asking: {}", probe.name));
         findings.push(match &kvm {
             Ok(kvm) => ask(kvm, probe),
             Err(_) => Finding::new(
@@ -74,22 +81,18 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
             ),
         });
     }
-    if watched {
-        eprint!("\r\x1b[Kcalibrating the branch counter");
-    }
+    show_progress("calibrating the branch counter");
     let wishes = counter::Wishes {
         event: options.event.clone(),
         margin: options.margin,
     };
     findings.extend(counter::findings(kvm.as_ref().ok(), &wishes));
-    if watched {
-        eprint!("\r\x1b[K");
-    }
+    show_progress("");
     let report = Report::new(findings);
     if options.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
+        out!("{}", serde_json::to_string_pretty(&report)?);
     } else {
-        print!("{}", report.text());
+        out!("{}", report.text().trim_end());
     }
     Ok(if report.can_record {
         Outcome::Good
