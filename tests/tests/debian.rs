@@ -561,14 +561,18 @@ fn a_guest_that_cannot_be_preempted_is_told_about_and_can_be_stopped() {
     let recording = dir.path().join("r");
     let options = ["--preempt", "entries", "--json"];
     let mut command = debian.recording(&recording, "quiet", &options);
-    let child = command.spawn().expect("hindsight starts");
-    std::thread::sleep(Duration::from_secs(30));
+    let mut child = command.spawn().expect("hindsight starts");
+    let mut stderr = child.stderr.take().expect("standard error is a pipe");
+    let (mut told, mut buffer) = (Vec::new(), [0; 4096]);
+    while !String::from_utf8_lossy(&told).contains("without an exit") {
+        let count = stderr.read(&mut buffer).expect("it can be read");
+        assert!(count > 0, "{}", String::from_utf8_lossy(&told));
+        told.extend(&buffer[..count]);
+    }
     interrupt(&child);
-    let recorded = Ran::new(child.wait_with_output().expect("hindsight ends")).expect(0);
-    assert!(
-        recorded.stderr.contains("without an exit") && recorded.stderr.contains("--preempt"),
-        "{}",
-        recorded.stderr
-    );
+    Ran::new(child.wait_with_output().expect("hindsight ends")).expect(0);
+    stderr.read_to_end(&mut told).expect("it can be read");
+    let told = String::from_utf8_lossy(&told);
+    assert!(told.contains("--preempt"), "{told}");
     debian.replay(&recording, &[]).expect(0);
 }
