@@ -498,18 +498,7 @@ fn a_terminal_is_raw_while_the_guest_has_it_and_the_escape_key_ends_the_recordin
     let mut keyboard = script.stdin.take().expect("it is piped");
     let mut screen = script.stdout.take().expect("it is piped");
     let mut shown = Vec::new();
-    let mut await_text = |wanted: &str| {
-        let mut buffer = [0; 4096];
-        while !String::from_utf8_lossy(&shown).contains(wanted) {
-            let count = screen.read(&mut buffer).expect("the screen can be read");
-            assert!(
-                count > 0,
-                "no {wanted:?} in:\n{}",
-                String::from_utf8_lossy(&shown)
-            );
-            shown.extend(&buffer[..count]);
-        }
-    };
+    let mut await_text = |wanted: &str| read_until(&mut screen, &mut shown, wanted);
     await_text("input: ready");
     keyboard.write_all(b"abc\r").expect("keys can be pressed");
     await_text("input: 1 ABC");
@@ -524,6 +513,20 @@ fn a_terminal_is_raw_while_the_guest_has_it_and_the_escape_key_ends_the_recordin
         "{}",
         replayed.text()
     );
+}
+
+/// Reads on until what has been read has `wanted` in it.
+fn read_until(source: &mut impl Read, shown: &mut Vec<u8>, wanted: &str) {
+    let mut buffer = [0; 4096];
+    while !String::from_utf8_lossy(shown).contains(wanted) {
+        let count = source.read(&mut buffer).expect("it can be read");
+        assert!(
+            count > 0,
+            "no {wanted:?} in:\n{}",
+            String::from_utf8_lossy(shown)
+        );
+        shown.extend(&buffer[..count]);
+    }
 }
 
 /// Ctrl-].
@@ -563,16 +566,13 @@ fn a_guest_that_cannot_be_preempted_is_told_about_and_can_be_stopped() {
     let mut command = debian.recording(&recording, "quiet", &options);
     let mut child = command.spawn().expect("hindsight starts");
     let mut stderr = child.stderr.take().expect("standard error is a pipe");
-    let (mut told, mut buffer) = (Vec::new(), [0; 4096]);
-    while !String::from_utf8_lossy(&told).contains("without an exit") {
-        let count = stderr.read(&mut buffer).expect("it can be read");
-        assert!(count > 0, "{}", String::from_utf8_lossy(&told));
-        told.extend(&buffer[..count]);
-    }
+    let mut told = Vec::new();
+    read_until(&mut stderr, &mut told, "without an exit");
     interrupt(&child);
-    Ran::new(child.wait_with_output().expect("hindsight ends")).expect(0);
     stderr.read_to_end(&mut told).expect("it can be read");
-    let told = String::from_utf8_lossy(&told);
-    assert!(told.contains("--preempt"), "{told}");
+    let mut output = child.wait_with_output().expect("hindsight ends");
+    output.stderr = told;
+    let recorded = Ran::new(output).expect(0);
+    assert!(recorded.stderr.contains("--preempt"), "{}", recorded.stderr);
     debian.replay(&recording, &[]).expect(0);
 }

@@ -3,10 +3,11 @@
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
-use crate::tell::tell;
 use hindsight_devices::Nanos;
 use hindsight_replay::{Exit, Observer, Turn};
 use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::tell::tell;
 
 /// A guest that makes no exit for this long is spoken of: nothing can be delivered to it.
 const SILENCE: Duration = Duration::from_secs(10);
