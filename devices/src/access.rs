@@ -85,6 +85,39 @@ pub enum Input {
     Console(Vec<u8>),
     /// The operator asks the machine to stop here.
     Stop,
+    /// Bytes typed at the virtio console (hvc0).
+    VirtioConsole(Vec<u8>),
+    /// The virtio console's window has this size now.
+    Resize { columns: u16, rows: u16 },
+    /// A frame that the network card receives, from the destination's address on, without checksum.
+    Frame(Vec<u8>),
+    /// Random bytes, for the guest asked for some.
+    Entropy(Vec<u8>),
+}
+
+/// What the machine can take from outside now. More than this is not lost where it is a matter of
+/// bytes typed, and is lost where it is a frame.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Room {
+    /// Bytes typed at the serial console.
+    pub console: usize,
+    /// Bytes typed at the virtio console.
+    pub virtio_console: usize,
+    /// Frames.
+    pub frames: usize,
+    /// Random bytes that the guest has asked for and not got.
+    pub entropy: usize,
+}
+
+/// Something that leaves the machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Output {
+    /// Bytes from the serial console.
+    Console(Vec<u8>),
+    /// Bytes from the virtio console.
+    VirtioConsole(Vec<u8>),
+    /// A frame that the network card sends.
+    Frame(Vec<u8>),
 }
 
 /// Why the machine went through a reset.

@@ -2,7 +2,7 @@
 //!
 //! A port access wider than a byte is what it is on an ISA bus, one access per byte at
 //! neighbouring ports, low byte first. Where nobody answers the bus floats: reads are all
-//! ones, writes go nowhere. That holds for all memory-mapped accesses, and for the PCI
+//! ones, writes go nowhere. That holds for what is in memory and no device's, and for the PCI
 //! configuration ports, which is how a guest learns that there is no PCI bus.
 
 use serde::{Deserialize, Serialize};
@@ -14,7 +14,8 @@ use crate::pit::{Irq0, Pit};
 use crate::restore::RestoreError;
 use crate::rtc::Rtc;
 use crate::uart::{Uart, UartState};
-use crate::{Access, Input, Nanos, Reply, Reset, Width};
+use crate::virtio::{Bus, Devices};
+use crate::{Access, Around, Input, Nanos, Output, Ram, Reply, Reset, Room, StorageError, Width};
 
 const IRQ_TIMER: u8 = 0;
 const IRQ_CONSOLE: u8 = 4;
@@ -38,6 +39,7 @@ pub struct Board {
     uart: Uart,
     chipset: Chipset,
     msrs: Msrs,
+    virtio: Bus,
 }
 
 /// Everything a [`Board`] is, as one value.
@@ -52,18 +54,13 @@ pub struct BoardState {
     uart: UartState,
     chipset: Chipset,
     msrs: Msrs,
-}
-
-impl Default for Board {
-    fn default() -> Board {
-        Board::new()
-    }
+    virtio: Bus,
 }
 
 impl Board {
-    /// The board at power-on, at guest time 0. Its clock shows 1970 until
+    /// The board at power-on, at guest time 0, with these virtio devices. Its clock shows 1970 until
     /// [`Input::WallClock`] arrives.
-    pub fn new() -> Board {
+    pub fn new(devices: &Devices) -> Board {
         Board {
             now: 0,
             due: Nanos::MAX,
@@ -73,28 +70,45 @@ impl Board {
             uart: Uart::new(),
             chipset: Chipset::new(),
             msrs: Msrs::new(),
+            virtio: Bus::new(devices),
         }
     }
 
     /// Answers one access of the guest, at the time last told by
     /// [`advance`](Board::advance).
-    pub fn access(&mut self, access: Access) -> Reply {
-        match access {
+    ///
+    /// # Errors
+    ///
+    /// The host failed a disk. The access is half done: the run cannot go on.
+    pub fn access(
+        &mut self,
+        access: Access,
+        around: &mut Around<'_>,
+    ) -> Result<Reply, StorageError> {
+        Ok(match access {
             Access::PortRead { port, width } => Reply::Value(self.read_ports(port, width)),
             Access::PortWrite { port, width, value } => {
                 self.write_ports(port, width, value);
                 Reply::Done
             }
-            Access::MemoryRead { width, .. } => Reply::floating(width),
-            Access::MemoryWrite { .. } => Reply::Done,
+            Access::MemoryRead { gpa, width } => self
+                .virtio
+                .read(gpa, width)
+                .unwrap_or(Reply::floating(width)),
+            Access::MemoryWrite { gpa, width, value } => {
+                if self.virtio.write(gpa, width, value, around)? {
+                    self.wire_virtio();
+                }
+                Reply::Done
+            }
             Access::MsrRead { index } => self.msrs.read(index, self.now),
             Access::MsrWrite { index, value } => self.msrs.write(index, value, self.now),
-        }
+        })
     }
 
     /// Something reaches the machine from outside. [`Input::Stop`] concerns whoever runs the
     /// board, not the board.
-    pub fn accept(&mut self, input: Input) {
+    pub fn accept(&mut self, input: Input, ram: &Ram) {
         match input {
             Input::WallClock { unix_seconds } => {
                 self.rtc.set_wall_clock(unix_seconds, self.now);
@@ -105,6 +119,13 @@ impl Board {
                 self.wire_console();
             }
             Input::Stop => {}
+            Input::VirtioConsole(_)
+            | Input::Resize { .. }
+            | Input::Frame(_)
+            | Input::Entropy(_) => {
+                self.virtio.accept(&input, ram);
+                self.wire_virtio();
+            }
         }
     }
 
@@ -156,14 +177,25 @@ impl Board {
         self.pic.acknowledge()
     }
 
-    /// Console bytes that the guest has transmitted since the last call.
-    pub fn take_output(&mut self) -> Vec<u8> {
-        self.uart.take_output()
+    /// What has left the machine since the last call.
+    pub fn take_outputs(&mut self) -> Vec<Output> {
+        let mut outputs = Vec::new();
+        let serial = self.uart.take_output();
+        if !serial.is_empty() {
+            outputs.push(Output::Console(serial));
+        }
+        self.virtio.take_outputs(&mut outputs);
+        outputs
     }
 
-    /// How many more typed bytes are sensible to accept now. More are not lost, only queued.
-    pub fn console_room(&self) -> usize {
-        self.uart.room()
+    /// What it is sensible to send in now.
+    pub fn room(&self, ram: &Ram) -> Room {
+        let mut room = Room {
+            console: self.uart.room(),
+            ..Room::default()
+        };
+        self.virtio.room(ram, &mut room);
+        room
     }
 
     /// The first reset the guest asked for. The board itself goes on.
@@ -197,6 +229,7 @@ impl Board {
             uart: self.uart.save(),
             chipset: self.chipset.clone(),
             msrs: self.msrs.clone(),
+            virtio: self.virtio.clone(),
         }
     }
 
@@ -216,6 +249,7 @@ impl Board {
         state.pit.check(state.now)?;
         state.rtc.check(state.now)?;
         state.chipset.check()?;
+        state.virtio.check()?;
         let mut board = Board {
             now: state.now,
             due: Nanos::MAX,
@@ -225,6 +259,7 @@ impl Board {
             uart: Uart::restore(state.uart)?,
             chipset: state.chipset,
             msrs: state.msrs,
+            virtio: state.virtio,
         };
         board.find_due();
         Ok(board)
@@ -309,6 +344,15 @@ impl Board {
     fn wire_console(&mut self) {
         self.pic.set_line(IRQ_CONSOLE, self.uart.interrupt_line());
     }
+
+    fn wire_virtio(&mut self) {
+        for slot in 0..self.virtio.count() {
+            let (gsi, high) = self.virtio.line(slot);
+            self.set_gsi(gsi, high);
+        }
+    }
+
+    fn set_gsi(&mut self, _gsi: u8, _high: bool) {}
 
     fn find_due(&mut self) {
         let timers = [self.pit.next_rise(), self.rtc.next_interrupt()];

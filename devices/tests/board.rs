@@ -1,23 +1,43 @@
 //! What the whole board promises, told from the guest's side.
 
-use hindsight_devices::{Access, Board, Input, Nanos, PvPanic, Reply, Reset, RestoreError, Width};
+use hindsight_devices::{
+    Access, Around, Board, Devices, Input, Nanos, NoDisks, Output, PvPanic, Ram, Reply, Reset,
+    RestoreError, Width,
+};
+
+/// One access to a board without disks and without memory.
+fn access(board: &mut Board, access: Access) -> Reply {
+    let mut around = Around {
+        ram: &Ram::new(),
+        storage: &mut NoDisks,
+    };
+    board
+        .access(access, &mut around)
+        .expect("there is no disk to fail")
+}
 
 const MILLISECOND: Nanos = 1_000_000;
 
 fn outb(board: &mut Board, port: u16, value: u8) {
-    let reply = board.access(Access::PortWrite {
-        port,
-        width: Width::Byte,
-        value: u32::from(value),
-    });
+    let reply = access(
+        board,
+        Access::PortWrite {
+            port,
+            width: Width::Byte,
+            value: u32::from(value),
+        },
+    );
     assert_eq!(reply, Reply::Done);
 }
 
 fn inb(board: &mut Board, port: u16) -> u8 {
-    match board.access(Access::PortRead {
-        port,
-        width: Width::Byte,
-    }) {
+    match access(
+        board,
+        Access::PortRead {
+            port,
+            width: Width::Byte,
+        },
+    ) {
         Reply::Value(value) => u8::try_from(value).expect("a byte was read"),
         other => panic!("IN answered {other:?}"),
     }
@@ -25,7 +45,7 @@ fn inb(board: &mut Board, port: u16) -> u8 {
 
 /// A board whose interrupt controllers are set up as Linux does, with everything unmasked.
 fn booted() -> Board {
-    let mut board = Board::new();
+    let mut board = Board::new(&Devices::default());
     for (port, base, wiring) in [(0x20, 0x30, 4), (0xa0, 0x38, 2)] {
         for (port, value) in [
             (port, 0x11),
@@ -49,7 +69,7 @@ fn start_timer(board: &mut Board, mode: u8, count: u16) {
 
 #[test]
 fn a_fresh_board_wants_nothing() {
-    let board = Board::new();
+    let board = Board::new(&Devices::default());
     assert_eq!(board.deadline(), None);
     assert!(!board.interrupt_pending());
     assert_eq!(board.reset_requested(), None);
@@ -157,9 +177,12 @@ fn linux_measures_the_time_stamp_counter_against_counter_2() {
 #[test]
 fn the_clock_interrupts_through_the_second_controller() {
     let mut board = booted();
-    board.accept(Input::WallClock {
-        unix_seconds: 1_700_000_000,
-    });
+    board.accept(
+        Input::WallClock {
+            unix_seconds: 1_700_000_000,
+        },
+        &Ram::new(),
+    );
     outb(&mut board, 0x70, 0x0b);
     outb(&mut board, 0x71, 0x12); // update interrupts
     assert_eq!(board.deadline(), Some(1_000_000_000));
@@ -184,7 +207,7 @@ fn a_typed_byte_interrupts_a_driver_that_listens() {
     let mut board = booted();
     outb(&mut board, 0x3fc, 0x0b);
     outb(&mut board, 0x3f9, 0x01);
-    board.accept(Input::Console(b"a".to_vec()));
+    board.accept(Input::Console(b"a".to_vec()), &Ram::new());
     assert_eq!(board.acknowledge(), 0x34);
     assert_eq!(inb(&mut board, 0x3fa), 0xc4);
     assert_eq!(inb(&mut board, 0x3f8), b'a');
@@ -195,13 +218,13 @@ fn a_typed_byte_interrupts_a_driver_that_listens() {
 #[test]
 fn bytes_typed_too_early_wait_for_the_driver() {
     let mut board = booted();
-    board.accept(Input::Console(b"early".to_vec()));
-    assert_eq!(board.console_room(), 4096 - 5);
+    board.accept(Input::Console(b"early".to_vec()), &Ram::new());
+    assert_eq!(board.room(&Ram::new()).console, 4096 - 5);
     outb(&mut board, 0x3f9, 0x01);
     assert!(!board.interrupt_pending());
     outb(&mut board, 0x3fc, 0x0b);
     assert!(board.interrupt_pending());
-    assert_eq!(board.console_room(), 4096);
+    assert_eq!(board.room(&Ram::new()).console, 4096);
 }
 
 #[test]
@@ -210,8 +233,11 @@ fn what_the_guest_prints_is_taken_once() {
     for &byte in b"Linux version" {
         outb(&mut board, 0x3f8, byte);
     }
-    assert_eq!(board.take_output(), b"Linux version");
-    assert_eq!(board.take_output(), b"");
+    assert_eq!(
+        board.take_outputs(),
+        [Output::Console(b"Linux version".to_vec())]
+    );
+    assert_eq!(board.take_outputs(), []);
 }
 
 #[test]
@@ -229,15 +255,21 @@ fn linux_finds_no_pci_bus_and_does_not_reset_looking_for_it() {
     let mut board = booted();
     outb(&mut board, 0xcfb, 0x01);
     let value = 0x8000_0600;
-    board.access(Access::PortWrite {
-        port: 0xcf8,
-        width: Width::Dword,
-        value,
-    });
-    let reply = board.access(Access::PortRead {
-        port: 0xcf8,
-        width: Width::Dword,
-    });
+    access(
+        &mut board,
+        Access::PortWrite {
+            port: 0xcf8,
+            width: Width::Dword,
+            value,
+        },
+    );
+    let reply = access(
+        &mut board,
+        Access::PortRead {
+            port: 0xcf8,
+            width: Width::Dword,
+        },
+    );
     assert_eq!(reply, Reply::Value(0xffff_ffff));
     assert_eq!(board.reset_requested(), None);
 }
@@ -246,52 +278,70 @@ fn linux_finds_no_pci_bus_and_does_not_reset_looking_for_it() {
 fn where_nobody_answers_the_bus_floats() {
     let mut board = booted();
     for width in [Width::Byte, Width::Word, Width::Dword] {
-        let reply = board.access(Access::PortRead {
-            port: 0x1234,
-            width,
-        });
+        let reply = access(
+            &mut board,
+            Access::PortRead {
+                port: 0x1234,
+                width,
+            },
+        );
         assert_eq!(reply, Reply::floating(width));
-        board.access(Access::PortWrite {
-            port: 0x80,
-            width: Width::Byte,
-            value: 0x55,
-        });
+        access(
+            &mut board,
+            Access::PortWrite {
+                port: 0x80,
+                width: Width::Byte,
+                value: 0x55,
+            },
+        );
     }
-    let reply = board.access(Access::MemoryRead {
-        gpa: 0xfee0_0000,
-        width: Width::Qword,
-    });
+    let reply = access(
+        &mut board,
+        Access::MemoryRead {
+            gpa: 0xfee0_0000,
+            width: Width::Qword,
+        },
+    );
     assert_eq!(reply, Reply::Value(u64::MAX));
-    assert_eq!(board.access(Access::MsrRead { index: 0x6e0 }), Reply::Fault);
+    assert_eq!(
+        access(&mut board, Access::MsrRead { index: 0x6e0 }),
+        Reply::Fault
+    );
 }
 
 #[test]
 fn a_wide_access_reaches_neighbouring_ports_low_byte_first() {
     let mut board = booted();
-    board.access(Access::PortWrite {
-        port: 0x70,
-        width: Width::Word,
-        value: 0x5a40,
-    });
+    access(
+        &mut board,
+        Access::PortWrite {
+            port: 0x70,
+            width: Width::Word,
+            value: 0x5a40,
+        },
+    );
     assert_eq!(inb(&mut board, 0x71), 0x5a);
-    let reply = board.access(Access::PortRead {
-        port: 0x70,
-        width: Width::Word,
-    });
+    let reply = access(
+        &mut board,
+        Access::PortRead {
+            port: 0x70,
+            width: Width::Word,
+        },
+    );
     assert_eq!(reply, Reply::Value(0x5a40));
 }
 
 #[test]
 #[should_panic(expected = "time ran backwards")]
 fn time_does_not_run_backwards() {
-    let mut board = Board::new();
+    let mut board = Board::new(&Devices::default());
     board.advance(10);
     board.advance(9);
 }
 
 #[test]
 fn a_save_of_another_version_is_refused() {
-    let mut state = Board::new().save();
+    let mut state = Board::new(&Devices::default()).save();
     state.version += 1;
     let found = state.version;
     let error = Board::restore(state).expect_err("an unknown version");

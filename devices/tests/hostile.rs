@@ -1,6 +1,9 @@
 //! Whatever a guest does: it does not panic the board, and a save changes nothing.
 
-use hindsight_devices::{Access, Board, BoardState, Input, Nanos, Reply, Width};
+use hindsight_devices::{
+    Access, Around, Board, BoardState, Devices, Input, Nanos, NoDisks, Output, Ram, Reply, Room,
+    Width,
+};
 use proptest::prelude::*;
 
 #[derive(Clone, Debug)]
@@ -18,29 +21,37 @@ enum Step {
 struct Seen {
     reply: Option<Reply>,
     vector: Option<u8>,
-    output: Vec<u8>,
+    output: Vec<Output>,
     pending: bool,
     deadline: Option<Nanos>,
     time_stamp: u64,
-    room: usize,
+    room: Room,
 }
 
 fn take(board: &mut Board, step: &Step) -> Seen {
     let (mut reply, mut vector, mut output) = (None, None, Vec::new());
+    let ram = Ram::new();
+    let mut around = Around {
+        ram: &ram,
+        storage: &mut NoDisks,
+    };
     match step {
-        Step::Access(access) => reply = Some(board.access(*access)),
-        Step::Accept(input) => board.accept(input.clone()),
+        Step::Access(access) => {
+            let answer = board.access(*access, &mut around);
+            reply = Some(answer.expect("there is no disk to fail"));
+        }
+        Step::Accept(input) => board.accept(input.clone(), &ram),
         Step::Wait(ns) => board.advance(board.now().saturating_add(*ns)),
         Step::ToDeadline => board.advance(board.deadline().unwrap_or(board.now())),
         Step::Acknowledge => vector = Some(board.acknowledge()),
-        Step::TakeOutput => output = board.take_output(),
+        Step::TakeOutput => output = board.take_outputs(),
     }
     let (pending, deadline) = (board.interrupt_pending(), board.deadline());
     assert!(
         deadline.is_none_or(|deadline| deadline > board.now()),
         "a deadline has passed"
     );
-    let (time_stamp, room) = (board.time_stamp(), board.console_room());
+    let (time_stamp, room) = (board.time_stamp(), board.room(&ram));
     Seen {
         reply,
         vector,
@@ -132,7 +143,7 @@ proptest! {
 
     #[test]
     fn a_hostile_guest_never_panics_the_board(steps in steps()) {
-        let mut board = Board::new();
+        let mut board = Board::new(&Devices::default());
         for step in &steps {
             take(&mut board, step);
         }
@@ -143,7 +154,7 @@ proptest! {
         before in steps(),
         after in steps(),
     ) {
-        let mut board = Board::new();
+        let mut board = Board::new(&Devices::default());
         for step in &before {
             take(&mut board, step);
         }
@@ -159,7 +170,7 @@ proptest! {
 
     #[test]
     fn a_clone_is_the_same_board(before in steps(), after in steps()) {
-        let mut board = Board::new();
+        let mut board = Board::new(&Devices::default());
         for step in &before {
             take(&mut board, step);
         }
@@ -172,7 +183,7 @@ proptest! {
     /// Waiting for a deadline in one jump or in many small ones is the same.
     #[test]
     fn no_interrupt_comes_before_the_deadline(before in steps(), cuts in 1..50u64) {
-        let mut board = Board::new();
+        let mut board = Board::new(&Devices::default());
         for step in &before {
             take(&mut board, step);
         }
@@ -195,7 +206,7 @@ proptest! {
         after in steps(),
         damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
     ) {
-        let mut board = Board::new();
+        let mut board = Board::new(&Devices::default());
         for step in &before {
             take(&mut board, step);
         }

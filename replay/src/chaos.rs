@@ -126,7 +126,7 @@ mod tests {
             rule: 0,
             deadline,
             halted: false,
-            room: 0,
+            room: hindsight_devices::Room::default(),
             preempted: None,
             site,
         }

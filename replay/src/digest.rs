@@ -52,6 +52,11 @@ impl Digest {
         ]);
     }
 
+    /// Chains a frame that the machine has sent.
+    pub fn absorb_frame(&mut self, frame: &[u8]) {
+        self.0 = xxh3_64_with_seed(frame, self.0);
+    }
+
     fn chain(&mut self, words: &[u64]) {
         let mut bytes = [0u8; TURN_BYTES];
         for (slot, word) in bytes.chunks_exact_mut(8).zip(words) {

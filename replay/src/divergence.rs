@@ -61,6 +61,19 @@ pub enum Difference {
         /// What the replay came to.
         found: String,
     },
+    /// The image of a disk is not the one that was recorded.
+    Image {
+        /// Number of the disk.
+        disk: usize,
+        /// Where the blocks begin that were read here for the first time, in bytes.
+        offset: u64,
+        /// How many bytes they are; not all need lie in one piece.
+        bytes: u64,
+        /// What the recording says of them.
+        expected: String,
+        /// What was found.
+        found: String,
+    },
     /// The journal says something that no machine can do.
     Impossible {
         /// What.
@@ -108,6 +121,17 @@ impl fmt::Display for Divergence {
                  ..{:02x}{:02x}\n  replayed: ..{:02x}{:02x}\n  to see which exit it was, record \
                  with --detail full",
                 expected[1], expected[0], found[1], found[0]
+            )?,
+            Difference::Image {
+                disk,
+                offset,
+                bytes,
+                expected,
+                found,
+            } => write!(
+                f,
+                "the image of disk {disk} differs in what the guest reads here for the first time: \
+                 {bytes} bytes, the first at {offset}\n  recorded: {expected}\n  replayed: {found}"
             )?,
             Difference::Interrupt { expected, found } => {
                 write!(

@@ -74,11 +74,16 @@ pub enum Event {
     End(Box<End>),
     /// The guest was preempted at this place behind the exit before, which made it an exit.
     Preempted(Place),
+    /// The guest read blocks of a disk's image for the first time.
+    FirstReads {
+        /// XXH3-64 over them.
+        check: u64,
+    },
 }
 
 impl Event {
     /// Number of kinds that [`Event::kind`] tells apart.
-    pub const KINDS: usize = 8;
+    pub const KINDS: usize = 9;
     /// Their names, in order.
     pub const KIND_NAMES: [&'static str; Event::KINDS] = [
         "turns",
@@ -89,6 +94,7 @@ impl Event {
         "memory digests",
         "end",
         "preemptions",
+        "first reads",
     ];
 
     /// Index into [`Event::KIND_NAMES`].
@@ -102,6 +108,7 @@ impl Event {
             Event::Memory { .. } => 5,
             Event::End(_) => 6,
             Event::Preempted(_) => 7,
+            Event::FirstReads { .. } => 8,
         }
     }
 }
@@ -150,6 +157,9 @@ enum Wire {
         number: u64,
         rip_delta: i64,
     },
+    FirstReads {
+        check: [u8; 8],
+    },
 }
 
 /// What the differences of a frame refer to.
@@ -196,6 +206,9 @@ impl Codec {
                 unit: place.unit,
                 number: place.number,
                 rip_delta: self.rip_delta(place.rip),
+            },
+            Event::FirstReads { check } => Wire::FirstReads {
+                check: check.to_le_bytes(),
             },
         };
         postcard::to_extend(&(delta, wire), frame).expect("a Vec takes everything")
@@ -250,6 +263,9 @@ impl Codec {
             Wire::Witness { check } => Event::Witness { check },
             Wire::Memory { digest } => Event::Memory { digest },
             Wire::End(end) => Event::End(end),
+            Wire::FirstReads { check } => Event::FirstReads {
+                check: u64::from_le_bytes(check),
+            },
             Wire::Preempted {
                 unit,
                 number,

@@ -1,5 +1,6 @@
 //! The head of a journal: which machine this is a recording of.
 
+use hindsight_devices::Devices;
 use serde::{Deserialize, Serialize};
 
 use crate::cpuid::CpuidTable;
@@ -32,6 +33,16 @@ impl Content {
             .map(|byte| format!("{byte:02x}"))
             .collect()
     }
+}
+
+/// The image of a disk. What the guest reads of it is named in the events; this is enough to refuse another
+/// image at once, without reading it all.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Image {
+    /// Length in bytes.
+    pub bytes: u64,
+    /// BLAKE3 of a sample of its blocks: see docs/journal-format.md.
+    pub sample: [u8; 32],
 }
 
 /// How many instructions of each kind were rewritten into trap ports.
@@ -74,6 +85,10 @@ pub struct Machine {
     pub ns_per_exit: u64,
     /// What is counted where the guest is preempted between two exits; `None`: it never is.
     pub preemption: Option<Unit>,
+    /// Its virtio devices.
+    pub devices: Devices,
+    /// The images of its disks, in the order of the disks.
+    pub images: Vec<Image>,
 }
 
 /// The branch counter of the host that recorded, as it was measured there.

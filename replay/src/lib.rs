@@ -31,7 +31,7 @@ pub use divergence::{Difference, Divergence, first_difference};
 pub use event::{End, Ending, Entry, Event};
 pub use exit::{Answer, Exit, Mode, Registers, TimeInstruction, Turn};
 pub use header::{
-    Content, CounterFacts, Detail, Header, Host, Machine as MachineDescription, TrapCounts,
+    Content, CounterFacts, Detail, Header, Host, Image, Machine as MachineDescription, TrapCounts,
 };
 pub use journal::{
     FRAME_HEAD_BYTES, FRAME_MAGIC, Frame, FrameHead, IndexEntry, JournalError, JournalReader,

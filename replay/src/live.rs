@@ -1,7 +1,7 @@
 //! The live world behind the door: when guest time follows the host and when it follows the rule,
 //! and how long what is due may wait for the guest to exit.
 
-use hindsight_devices::{Input, Nanos};
+use hindsight_devices::{FirstReads, Input, Nanos, Room};
 
 use crate::chaos::Chaos;
 use crate::digest::Digest;
@@ -153,7 +153,7 @@ impl<W: World> Outside for Live<W> {
             chaos.meddle(query, self.world.now());
         }
         let until = deadline.map(|due| self.unseen(due));
-        if halted && !self.world.sleep(until, room) {
+        if halted && !self.world.sleep(until, &room) {
             return Err(Closed::End(Ending::Halted));
         }
         let host = self.now();
@@ -170,8 +170,16 @@ impl<W: World> Outside for Live<W> {
         self.chaos.is_some()
     }
 
-    fn arrival(&mut self, _exits: u64, room: usize) -> Result<Option<Input>, Closed> {
+    fn arrival(&mut self, _exits: u64, room: &Room) -> Result<Option<Input>, Closed> {
         Ok(self.world.poll(room))
+    }
+
+    fn first_reads(&mut self, _exits: u64, _reads: &FirstReads) -> Result<(), Closed> {
+        Ok(())
+    }
+
+    fn send(&mut self, frame: &[u8]) {
+        self.world.send(frame);
     }
 
     fn turn(&mut self, _exits: u64, _turn: &Turn, _digest: Digest) -> Result<(), Closed> {
@@ -211,7 +219,7 @@ impl<W: World> Outside for Live<W> {
         }
         let late = self.alarm_at(standing).is_some_and(|at| at <= self.now());
         let preempts = self.patience != Patience::Endless;
-        if late || (preempts && self.world.input_waits(standing.room)) {
+        if late || (preempts && self.world.input_waits(&standing.room)) {
             self.overdue = self.overdue.or(Some(self.world.now()));
         }
         Ok(())
@@ -251,10 +259,10 @@ mod tests {
         fn now(&mut self) -> Nanos {
             self.now
         }
-        fn poll(&mut self, _room: usize) -> Option<Input> {
+        fn poll(&mut self, _room: &Room) -> Option<Input> {
             None
         }
-        fn sleep(&mut self, _until: Option<Nanos>, _room: usize) -> bool {
+        fn sleep(&mut self, _until: Option<Nanos>, _room: &Room) -> bool {
             false
         }
         fn gives_up(&mut self) -> bool {
@@ -263,7 +271,7 @@ mod tests {
         fn alarm(&mut self, at: Option<Nanos>) {
             self.alarm = at;
         }
-        fn input_waits(&mut self, _room: usize) -> bool {
+        fn input_waits(&mut self, _room: &Room) -> bool {
             false
         }
     }
@@ -280,7 +288,7 @@ mod tests {
                 rip: 0,
                 now: due,
                 deadline: Some(due),
-                room: 0,
+                room: Room::default(),
                 pending: false,
             };
             assert_eq!(live.horizon(&standing).unwrap(), Horizon::Exit);
@@ -305,7 +313,7 @@ mod tests {
                 rule: due,
                 deadline: Some(due),
                 halted: false,
-                room: 0,
+                room: Room::default(),
                 preempted: Some(place),
                 site: None,
             };

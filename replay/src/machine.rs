@@ -3,7 +3,9 @@
 //! Recording, replaying and running bare are this loop over different doors. Nothing in it asks
 //! which.
 
-use hindsight_devices::{Board, Input, Nanos, Reply};
+use hindsight_devices::{
+    Around, Board, Devices, Input, Nanos, Output, Ram, Reply, Room, Storage, StorageError,
+};
 use thiserror::Error;
 
 use crate::cpuid::CpuidTable;
@@ -51,14 +53,18 @@ pub trait Cpu {
     fn site(&mut self) -> Option<u64> {
         None
     }
+    /// Guest memory, for devices that move data by themselves.
+    fn ram(&self) -> &Ram;
     /// The digest of all of memory.
     fn memory_digest(&mut self) -> Result<u64, Self::Error>;
 }
 
 /// Sees what the machine does; cannot change it.
 pub trait Observer {
-    /// The guest wrote to its console.
-    fn output(&mut self, _exits: u64, _now: Nanos, _bytes: &[u8]) {}
+    /// Something left the machine.
+    fn output(&mut self, _exits: u64, _now: Nanos, _output: &Output) {}
+    /// Something reached it from outside.
+    fn input(&mut self, _exits: u64, _now: Nanos, _input: &Input) {}
     /// A turn has happened.
     fn turn(&mut self, _exits: u64, _turn: &Turn) {}
     /// An interrupt was delivered.
@@ -84,6 +90,15 @@ pub enum RunError<E: std::error::Error> {
         #[source]
         source: E,
     },
+    /// The host failed a disk.
+    #[error("at exit {exits}: {source}")]
+    Storage {
+        /// The exit that wanted something of it.
+        exits: u64,
+        /// What happened.
+        #[source]
+        source: StorageError,
+    },
     /// The door closed.
     #[error("{0}")]
     Closed(Closed),
@@ -106,13 +121,20 @@ pub struct Tally {
 #[derive(Debug)]
 pub struct Machine {
     board: Board,
+    storage: Box<dyn Storage>,
     cpuid: CpuidTable,
     ns_per_exit: u64,
     now: Nanos,
+    /// Guest time at the exit before.
+    last: Nanos,
     at: Moment,
     digest: Digest,
     halted: bool,
+    /// What the board had room for when it was last asked.
+    room: Room,
     panic: PanicWatch,
+    /// The same for the virtio console.
+    virtio_panic: PanicWatch,
     tally: Tally,
 }
 
@@ -123,17 +145,26 @@ enum Next {
 }
 
 impl Machine {
-    /// A machine at power-on.
-    pub fn new(cpuid: CpuidTable, ns_per_exit: u64) -> Machine {
+    /// A machine at power-on, with these devices; `storage` has the bytes of its disks.
+    pub fn new(
+        devices: &Devices,
+        storage: Box<dyn Storage>,
+        cpuid: CpuidTable,
+        ns_per_exit: u64,
+    ) -> Machine {
         Machine {
-            board: Board::new(),
+            board: Board::new(devices),
+            storage,
             cpuid,
             ns_per_exit,
             now: 0,
+            last: 0,
             at: Moment::START,
             digest: Digest::default(),
             halted: false,
+            room: Room::default(),
             panic: PanicWatch::default(),
+            virtio_panic: PanicWatch::default(),
             tally: Tally::default(),
         }
     }
@@ -160,7 +191,12 @@ impl Machine {
 
     /// What the guest said if it panicked.
     pub fn panic(&self) -> Option<String> {
-        self.panic.message()
+        self.panic.message().or_else(|| self.virtio_panic.message())
+    }
+
+    /// Its disks.
+    pub fn into_storage(self) -> Box<dyn Storage> {
+        self.storage
     }
 
     /// Runs until the run ends or the door closes.
@@ -177,10 +213,13 @@ impl Machine {
             },
             Err(failure) => failure,
         };
-        if matches!(failure, RunError::Cpu { .. }) {
-            outside
-                .abandon(self.at.exits, self.now)
-                .map_err(RunError::Closed)?;
+        let complete = match failure {
+            RunError::Cpu { .. } => Some((self.at.exits, self.now)),
+            RunError::Storage { exits, .. } => Some((exits - 1, self.last)),
+            RunError::Closed(_) => None,
+        };
+        if let Some((exits, now)) = complete {
+            outside.abandon(exits, now).map_err(RunError::Closed)?;
         }
         Err(failure)
     }
@@ -248,16 +287,24 @@ impl Machine {
         } else {
             None
         };
+        self.room = self.board.room(cpu.ram());
         self.pass_time(&exit, site, outside)?;
         let mut stopped = false;
         while let Some(input) = outside
-            .arrival(exits, self.board.console_room())
+            .arrival(exits, &self.room)
             .map_err(RunError::Closed)?
         {
             stopped |= input == Input::Stop;
-            self.board.accept(input);
+            observer.input(exits, self.now, &input);
+            self.board.accept(input, cpu.ram());
+            self.room = self.board.room(cpu.ram());
         }
-        let answer = self.answer(&exit);
+        let answer = self.answer(&exit, cpu.ram())?;
+        if let Some(reads) = self.storage.take_first_reads() {
+            outside
+                .first_reads(exits, &reads)
+                .map_err(RunError::Closed)?;
+        }
         let turn = Turn {
             exit,
             answer,
@@ -272,7 +319,8 @@ impl Machine {
         if exit.wants_answer() {
             self.cpu(cpu.answer(&exit, &answer))?;
         }
-        self.pass_output(observer);
+        self.pass_output(outside, observer);
+        self.room = self.board.room(cpu.ram());
         if outside.wants_memory(exits) {
             self.cpu(cpu.settle())?;
             let digest = self.cpu(cpu.memory_digest())?;
@@ -300,7 +348,7 @@ impl Machine {
             rip: self.at.rip,
             now: self.now,
             deadline: self.board.deadline(),
-            room: self.board.console_room(),
+            room: self.room,
             pending: self.board.interrupt_pending(),
         }
     }
@@ -323,7 +371,7 @@ impl Machine {
             rule,
             deadline,
             halted: self.halted,
-            room: self.board.console_room(),
+            room: self.room,
             preempted: match exit {
                 Exit::Preempted(place) => Some(*place),
                 _ => None,
@@ -336,18 +384,31 @@ impl Machine {
             "time ran backwards: {now} after {}",
             self.now
         );
+        self.last = self.now;
         self.now = now;
         self.board.advance(now);
         Ok(())
     }
 
-    fn answer(&mut self, exit: &Exit) -> Answer {
-        match *exit {
-            Exit::Access(access) => match self.board.access(access) {
-                Reply::Value(value) => Answer::Value(value),
-                Reply::Done => Answer::Done,
-                Reply::Fault => Answer::Fault,
-            },
+    fn answer<E: std::error::Error>(
+        &mut self,
+        exit: &Exit,
+        ram: &Ram,
+    ) -> Result<Answer, RunError<E>> {
+        Ok(match *exit {
+            Exit::Access(access) => {
+                let mut around = Around {
+                    ram,
+                    storage: &mut *self.storage,
+                };
+                let exits = self.at.exits;
+                let failed = |source| RunError::Storage { exits, source };
+                match self.board.access(access, &mut around).map_err(failed)? {
+                    Reply::Value(value) => Answer::Value(value),
+                    Reply::Done => Answer::Done,
+                    Reply::Fault => Answer::Fault,
+                }
+            }
             Exit::TimeRead { instruction, .. } => Answer::Time {
                 tsc: self.board.time_stamp(),
                 aux: match instruction {
@@ -367,7 +428,7 @@ impl Machine {
             | Exit::Shutdown
             | Exit::Pause
             | Exit::Preempted(_) => Answer::Done,
-        }
+        })
     }
 
     fn ending(&self, exit: &Exit, stopped: bool) -> Option<Ending> {
@@ -382,10 +443,16 @@ impl Machine {
         }
     }
 
-    fn pass_output(&mut self, observer: &mut dyn Observer) {
-        let output = self.board.take_output();
-        if !output.is_empty() {
-            self.panic.watch(&output);
+    fn pass_output<O: Outside + ?Sized>(&mut self, outside: &mut O, observer: &mut dyn Observer) {
+        for output in self.board.take_outputs() {
+            match &output {
+                Output::Console(bytes) => self.panic.watch(bytes),
+                Output::VirtioConsole(bytes) => self.virtio_panic.watch(bytes),
+                Output::Frame(frame) => {
+                    self.digest.absorb_frame(frame);
+                    outside.send(frame);
+                }
+            }
             observer.output(self.at.exits, self.now, &output);
         }
     }
@@ -435,8 +502,7 @@ impl Machine {
         let end = End {
             ending,
             panic: self
-                .panic
-                .message()
+                .panic()
                 .or_else(|| self.board.guest_panicked().map(|p| format!("{p:?}"))),
             now: self.now,
             digest: self.digest.value(),

@@ -4,7 +4,7 @@
 //! [`crate::Live`] asks the world; [`crate::Recorder`] writes down what another door answered;
 //! [`crate::Replayer`] reads the answers and refuses to go on where the machine differs.
 
-use hindsight_devices::{Input, Nanos};
+use hindsight_devices::{FirstReads, Input, Nanos, Room};
 use thiserror::Error;
 
 use crate::digest::Digest;
@@ -28,8 +28,8 @@ pub struct TimeQuery {
     pub deadline: Option<Nanos>,
     /// The machine is halted: nothing passes but time. `rule` is then the deadline, if any.
     pub halted: bool,
-    /// How many typed bytes the machine has room for.
-    pub room: usize,
+    /// What the machine has room for.
+    pub room: Room,
     /// The guest was preempted at this place; else it exited by itself.
     pub preempted: Option<Place>,
     /// What the guest is doing there, as far as [`Outside::wants_sites`] asked for it: the same
@@ -48,8 +48,8 @@ pub struct Standing {
     pub now: Nanos,
     /// When the board's next timer is due.
     pub deadline: Option<Nanos>,
-    /// How many typed bytes the machine has room for.
-    pub room: usize,
+    /// What the machine has room for.
+    pub room: Room,
     /// An interrupt waits for the guest to take it.
     pub pending: bool,
 }
@@ -84,9 +84,15 @@ pub trait Outside {
         false
     }
 
-    /// The next input that reaches the machine at this exit, if there is one. `room` is how many
-    /// typed bytes the machine has room for.
-    fn arrival(&mut self, exits: u64, room: usize) -> Result<Option<Input>, Closed>;
+    /// The next input that reaches the machine at this exit, if there is one. `room` is what the
+    /// machine has room for.
+    fn arrival(&mut self, exits: u64, room: &Room) -> Result<Option<Input>, Closed>;
+
+    /// The guest read blocks of a disk's image for the first time.
+    fn first_reads(&mut self, exits: u64, reads: &FirstReads) -> Result<(), Closed>;
+
+    /// The machine's network card has sent a frame. A world that is not there does not get it.
+    fn send(&mut self, _frame: &[u8]) {}
 
     /// This turn has happened; `digest` covers it.
     fn turn(&mut self, exits: u64, turn: &Turn, digest: Digest) -> Result<(), Closed>;
@@ -109,7 +115,8 @@ pub trait Outside {
     /// The run is over.
     fn end(&mut self, exits: u64, end: &End) -> Result<(), Closed>;
 
-    /// The run cannot go on, for a reason of the host's; keep what there is through `exits`.
+    /// The run cannot go on, for a reason of the host's; keep what there is through `exits`, and drop what
+    /// has been said of a later exit.
     fn abandon(&mut self, exits: u64, now: Nanos) -> Result<(), Closed>;
 }
 
@@ -117,15 +124,17 @@ pub trait Outside {
 pub trait World {
     /// Nanoseconds since the machine was switched on. Never runs backwards.
     fn now(&mut self) -> Nanos;
-    /// The next input that is there already; at most `room` typed bytes.
-    fn poll(&mut self, room: usize) -> Option<Input>;
+    /// The next input that is there already and that `room` has a place for.
+    fn poll(&mut self, room: &Room) -> Option<Input>;
     /// Sleeps until `until`, or less if an input comes that `room` has a place for. `false` if
     /// neither can ever happen.
-    fn sleep(&mut self, until: Option<Nanos>, room: usize) -> bool;
+    fn sleep(&mut self, until: Option<Nanos>, room: &Room) -> bool;
+    /// A frame that the machine sends.
+    fn send(&mut self, _frame: &[u8]) {}
     /// The operator asked to stop, the guest has not exited since, and patience is at an end.
     fn gives_up(&mut self) -> bool;
     /// Sees to it that the vCPU is kicked at this time or before; `None`: no more.
     fn alarm(&mut self, at: Option<Nanos>);
     /// Whether an input is there that `room` has a place for.
-    fn input_waits(&mut self, room: usize) -> bool;
+    fn input_waits(&mut self, room: &Room) -> bool;
 }

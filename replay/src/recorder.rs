@@ -5,7 +5,7 @@
 
 use std::io::Write;
 
-use hindsight_devices::{Input, Nanos};
+use hindsight_devices::{FirstReads, Input, Nanos, Room};
 
 use crate::digest::Digest;
 use crate::event::{End, Event};
@@ -27,6 +27,8 @@ pub struct Recorder<O: Outside, W: Write> {
     journal: JournalWriter<W>,
     detail: Detail,
     counts: [u64; Event::KINDS],
+    /// What belongs to an exit whose turn has not come yet: it is written when the turn is.
+    pending: Vec<Event>,
 }
 
 impl<O: Outside, W: Write> Recorder<O, W> {
@@ -38,6 +40,7 @@ impl<O: Outside, W: Write> Recorder<O, W> {
             journal,
             detail: header.detail,
             counts: [0; Event::KINDS],
+            pending: Vec::new(),
         })
     }
 
@@ -65,6 +68,13 @@ impl<O: Outside, W: Write> Recorder<O, W> {
         self.counts[event.kind()] += 1;
         self.journal.append(exits, event);
     }
+
+    /// Writes what was said before the turn at `exits`, or before an end without one.
+    fn append_pending(&mut self, exits: u64) {
+        for event in std::mem::take(&mut self.pending) {
+            self.append(exits, event);
+        }
+    }
 }
 
 impl<O: Outside, W: Write> Outside for Recorder<O, W> {
@@ -75,14 +85,14 @@ impl<O: Outside, W: Write> Outside for Recorder<O, W> {
         let now = self.inner.time(query)?;
         // First of all that belongs to its exit: a replay must know it before the guest runs there.
         if let Some(place) = query.preempted {
-            self.append(query.exits, Event::Preempted(place));
+            self.pending.push(Event::Preempted(place));
         }
         let ahead_ns = now.wrapping_sub(query.rule).cast_signed();
         // A halted machine without a deadline is woken by the world alone: without an event here,
         // replay would take it for one that nothing can wake.
         let woken_by_world = query.halted && query.deadline.is_none();
         if ahead_ns != 0 || woken_by_world {
-            self.append(query.exits, Event::Time { ahead_ns });
+            self.pending.push(Event::Time { ahead_ns });
         }
         Ok(now)
     }
@@ -91,15 +101,24 @@ impl<O: Outside, W: Write> Outside for Recorder<O, W> {
         self.inner.wants_sites()
     }
 
-    fn arrival(&mut self, exits: u64, room: usize) -> Result<Option<Input>, Closed> {
+    fn arrival(&mut self, exits: u64, room: &Room) -> Result<Option<Input>, Closed> {
         let input = self.inner.arrival(exits, room)?;
-        if let Some(input) = &input {
-            self.append(exits, Event::Input(input.clone()));
-        }
+        self.pending.extend(input.clone().map(Event::Input));
         Ok(input)
     }
 
+    fn first_reads(&mut self, exits: u64, reads: &FirstReads) -> Result<(), Closed> {
+        let check = reads.check;
+        self.pending.push(Event::FirstReads { check });
+        self.inner.first_reads(exits, reads)
+    }
+
+    fn send(&mut self, frame: &[u8]) {
+        self.inner.send(frame);
+    }
+
     fn turn(&mut self, exits: u64, turn: &Turn, digest: Digest) -> Result<(), Closed> {
+        self.append_pending(exits);
         if self.detail == Detail::Full {
             self.append(exits, Event::Turn(Box::new(*turn)));
         }
@@ -138,12 +157,15 @@ impl<O: Outside, W: Write> Outside for Recorder<O, W> {
 
     fn end(&mut self, exits: u64, end: &End) -> Result<(), Closed> {
         self.inner.end(exits, end)?;
+        self.append_pending(exits);
         self.append(exits, Event::End(Box::new(end.clone())));
         self.journal.close_frame(exits, end.now)?;
         Ok(())
     }
 
     fn abandon(&mut self, exits: u64, now: Nanos) -> Result<(), Closed> {
+        // Of a later exit, whose turn will not come.
+        self.pending.clear();
         self.journal.close_frame(exits, now)?;
         self.inner.abandon(exits, now)
     }

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::io::Read;
 
-use hindsight_devices::{Input, Nanos};
+use hindsight_devices::{FirstReads, Input, Nanos, Room};
 
 use crate::digest::Digest;
 use crate::divergence::{Difference, Divergence, first_difference};
@@ -199,18 +199,44 @@ impl<R: Read> Outside for Replayer<R> {
         }
     }
 
-    fn arrival(&mut self, exits: u64, room: usize) -> Result<Option<Input>, Closed> {
+    fn arrival(&mut self, exits: u64, room: &Room) -> Result<Option<Input>, Closed> {
         let input = self.take(exits, |event| match event {
             Event::Input(input) => Some(input.clone()),
             _ => None,
         })?;
-        if let Some(Input::Console(bytes)) = &input
-            && bytes.len() > room
-        {
-            let what = format!("{} bytes typed where there is room for {room}", bytes.len());
+        let (what, found, room) = match &input {
+            Some(Input::Console(bytes)) => ("bytes typed", bytes.len(), room.console),
+            Some(Input::VirtioConsole(bytes)) => ("bytes typed", bytes.len(), room.virtio_console),
+            Some(Input::Entropy(bytes)) => ("random bytes", bytes.len(), room.entropy),
+            Some(Input::Frame(_)) => ("frames", 1, room.frames),
+            _ => return Ok(input),
+        };
+        if found > room {
+            let what = format!("{found} {what} where there is room for {room}");
             return Err(self.diverged(self.last_moment(exits), Difference::Impossible { what }));
         }
         Ok(input)
+    }
+
+    fn first_reads(&mut self, exits: u64, reads: &FirstReads) -> Result<(), Closed> {
+        let expected = self.take(exits, |event| match event {
+            Event::FirstReads { check } => Some(*check),
+            _ => None,
+        })?;
+        if expected == Some(reads.check) {
+            return Ok(());
+        }
+        if self.peek()?.is_none() {
+            self.cut_short(exits - 1)?;
+        }
+        let difference = Difference::Image {
+            disk: reads.disk,
+            offset: reads.offset,
+            bytes: reads.bytes,
+            expected: expected.map_or("nothing is read".into(), |check| format!("{check:016x}")),
+            found: format!("{:016x}", reads.check),
+        };
+        Err(self.diverged(self.last_moment(exits), difference))
     }
 
     fn turn(&mut self, exits: u64, turn: &Turn, digest: Digest) -> Result<(), Closed> {
@@ -469,6 +495,7 @@ fn describe(entry: &Entry) -> String {
         Event::Memory { .. } => format!("exit {exits}: a digest of memory"),
         Event::End(end) => format!("exit {exits}: the end ({:?})", end.ending),
         Event::Preempted(place) => format!("exit {exits}: preempted {place}"),
+        Event::FirstReads { .. } => format!("exit {exits}: blocks of a disk's image are read"),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use hindsight_devices::Nanos;
+use hindsight_devices::{Devices, FirstReads, Nanos, NoDisks, Output, Room};
 use hindsight_replay::{
     Chaos, Closed, Content, CpuidEntry, CpuidTable, Detail, Divergence, End, Entry, Event, Header,
     Horizon, Host, JournalError, JournalReader, JournalWriter, Live, Machine, MachineDescription,
@@ -75,6 +75,8 @@ impl Scenario {
                 seed: [3; 32],
                 ns_per_exit: self.ns_per_exit,
                 preemption: self.patience_ns.map(|_| Unit::Branches),
+                devices: Devices::default(),
+                images: Vec::new(),
             },
             host: Host {
                 recorder: "simulation".into(),
@@ -201,8 +203,10 @@ impl Trace {
 }
 
 impl Observer for Trace {
-    fn output(&mut self, exits: u64, _now: Nanos, bytes: &[u8]) {
-        self.output.push((exits, bytes.to_vec()));
+    fn output(&mut self, exits: u64, _now: Nanos, output: &Output) {
+        if let Output::Console(bytes) = output {
+            self.output.push((exits, bytes.clone()));
+        }
     }
 
     fn turn(&mut self, exits: u64, turn: &Turn) {
@@ -257,7 +261,7 @@ pub fn replay(journal: &[u8], cpu: ToyCpu, until: Option<u64>) -> Replayed {
         .ok()
         .map(|reader| machine_of(reader.header()));
     replay_on(
-        machine.unwrap_or_else(|| Machine::new(CpuidTable::default(), 0)),
+        machine.unwrap_or_else(|| bare_machine(CpuidTable::default(), 0)),
         journal,
         cpu,
         until,
@@ -322,12 +326,20 @@ fn verdict(result: Result<End, RunError<Broken>>) -> Verdict {
         Err(RunError::Closed(Closed::Journal(error))) => Verdict::Refused(error),
         Err(RunError::Closed(Closed::End(ending))) => panic!("an ending escaped: {ending:?}"),
         Err(RunError::Cpu { source, .. }) => Verdict::Failed(source),
+        Err(RunError::Storage { source, .. }) => {
+            panic!("a disk that is not there failed: {source}")
+        }
     }
+}
+
+/// A machine without virtio devices.
+pub fn bare_machine(cpuid: CpuidTable, ns_per_exit: u64) -> Machine {
+    Machine::new(&Devices::default(), Box::new(NoDisks), cpuid, ns_per_exit)
 }
 
 /// A machine as the head of a journal describes it.
 pub fn machine_of(header: &Header) -> Machine {
-    Machine::new(header.machine.cpuid.clone(), header.machine.ns_per_exit)
+    bare_machine(header.machine.cpuid.clone(), header.machine.ns_per_exit)
 }
 
 /// The CPUID table of every toy.
@@ -443,13 +455,17 @@ impl Outside for Unchecked {
     fn arrival(
         &mut self,
         exits: u64,
-        room: usize,
+        room: &Room,
     ) -> Result<Option<hindsight_devices::Input>, Closed> {
         let input = self.inputs.get_mut(&exits).and_then(Vec::pop);
         Ok(input.filter(|input| match input {
-            hindsight_devices::Input::Console(bytes) => bytes.len() <= room,
+            hindsight_devices::Input::Console(bytes) => bytes.len() <= room.console,
             _ => true,
         }))
+    }
+
+    fn first_reads(&mut self, _: u64, _: &FirstReads) -> Result<(), Closed> {
+        Ok(())
     }
 
     fn turn(&mut self, _: u64, _: &Turn, _: hindsight_replay::Digest) -> Result<(), Closed> {

@@ -1,6 +1,6 @@
 //! A world made of a seed: host time, typed bytes, the wall clock, and an operator who stops it.
 
-use hindsight_devices::{Input, Nanos};
+use hindsight_devices::{Input, Nanos, Room};
 use hindsight_replay::World;
 
 use hindsight_replay::rng::Rng;
@@ -77,7 +77,7 @@ impl World for SimWorld {
         self.now
     }
 
-    fn poll(&mut self, room: usize) -> Option<Input> {
+    fn poll(&mut self, room: &Room) -> Option<Input> {
         self.kicks = 0;
         if let Some(unix_seconds) = self.wall_clock.take() {
             return Some(Input::WallClock { unix_seconds });
@@ -89,8 +89,8 @@ impl World for SimWorld {
         if self.to_type > 0 && self.rng.one_in(12) {
             self.types_something();
         }
-        if room > 0 && !self.typed.is_empty() {
-            let count = self.typed.len().min(room);
+        if room.console > 0 && !self.typed.is_empty() {
+            let count = self.typed.len().min(room.console);
             return Some(Input::Console(self.typed.drain(..count).collect()));
         }
         // The loop asks until there is nothing more, once at each exit.
@@ -98,7 +98,7 @@ impl World for SimWorld {
         None
     }
 
-    fn sleep(&mut self, until: Option<Nanos>, room: usize) -> bool {
+    fn sleep(&mut self, until: Option<Nanos>, room: &Room) -> bool {
         let early = self.rng.one_in(8);
         let left_ns = until.map(|until| until.saturating_sub(self.now));
         if early && left_ns != Some(0) {
@@ -106,7 +106,7 @@ impl World for SimWorld {
             self.now += self
                 .rng
                 .below(left_ns.unwrap_or(50_000_000).clamp(1, 50_000_000));
-            if self.to_type > 0 && room > 0 {
+            if self.to_type > 0 && room.console > 0 {
                 self.types_something();
             }
             return true;
@@ -116,7 +116,7 @@ impl World for SimWorld {
                 self.now += left_ns;
                 true
             }
-            None if self.to_type > 0 && room > 0 => {
+            None if self.to_type > 0 && room.console > 0 => {
                 self.types_something();
                 true
             }
@@ -130,8 +130,8 @@ impl World for SimWorld {
 
     fn alarm(&mut self, _at: Option<Nanos>) {}
 
-    fn input_waits(&mut self, room: usize) -> bool {
-        room > 0 && !self.typed.is_empty()
+    fn input_waits(&mut self, room: &Room) -> bool {
+        room.console > 0 && !self.typed.is_empty()
     }
 
     fn gives_up(&mut self) -> bool {

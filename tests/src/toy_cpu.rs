@@ -8,7 +8,7 @@
 use std::convert::Infallible;
 use std::fmt;
 
-use hindsight_devices::Access;
+use hindsight_devices::{Access, Ram};
 use hindsight_replay::{
     Ahead, Answer, Back, Cpu, Exit, Horizon, Lander, MemoryDigest, Overshoot, PAGE_BYTES,
     Registers, Walk, Went,
@@ -94,6 +94,8 @@ pub struct ToyCpu {
     program: Program,
     registers: Registers,
     memory: Vec<u8>,
+    /// What devices would work on, if it had any.
+    ram: Ram,
     /// Interrupts wait for the instruction behind STI.
     shadow: bool,
     /// The window was asked for.
@@ -122,6 +124,7 @@ impl ToyCpu {
             program: Program::new(seed),
             registers,
             memory: vec![0; MEMORY_BYTES],
+            ram: Ram::new(),
             shadow: false,
             window: false,
             unfinished: None,
@@ -215,6 +218,7 @@ impl ToyCpu {
             program: self.program.clone(),
             registers: self.registers,
             memory: self.memory.clone(),
+            ram: Ram::new(),
             shadow: self.shadow,
             window: self.window,
             unfinished: self.unfinished,
@@ -444,6 +448,10 @@ impl Cpu for ToyCpu {
 
     fn site(&mut self) -> Option<u64> {
         Some(self.registers.rip())
+    }
+
+    fn ram(&self) -> &Ram {
+        &self.ram
     }
 
     fn memory_digest(&mut self) -> Result<u64, Broken> {

@@ -15,7 +15,7 @@ use hindsight::boot::traps::{
 use hindsight::boot::{BootPlan, GuestRam, SiteKind};
 use hindsight::kvm::probe::{Stuck, bounded};
 use hindsight::kvm::{GuestMemory, KernelText, KvmCpu, KvmError, VcpuCounts};
-use hindsight_devices::{Access, Input, Reset, Width};
+use hindsight_devices::{Access, Input, Output, Reset, Width};
 use hindsight_guest_images::layout::{
     CODE, DATA, DESCRIPTORS, GDT, IDT, KERNEL_CS, KERNEL_SS, MMIO, PML4, PORT_FAULT, RAM_BYTES,
     STACK0,
@@ -242,8 +242,8 @@ struct Watch {
 }
 
 impl Observer for Watch {
-    fn output(&mut self, exits: u64, now: u64, bytes: &[u8]) {
-        self.trace.output(exits, now, bytes);
+    fn output(&mut self, exits: u64, now: u64, output: &Output) {
+        self.trace.output(exits, now, output);
     }
     fn turn(&mut self, exits: u64, turn: &Turn) {
         self.trace.turn(exits, turn);

@@ -3,15 +3,15 @@
 //! `HINDSIGHT_SIM_SEEDS` says how many seeds (default 5,000), `HINDSIGHT_SIM_SEED` picks one. A
 //! failure names its seed and how to run it alone.
 
-use hindsight_devices::{Access, Input, Nanos, Width};
+use hindsight_devices::{Access, Input, Nanos, Ram, Room, Width};
 use hindsight_replay::rng::{Rng, mix};
 use hindsight_replay::{
     Answer, Back, Cpu, Detail, Difference, Ending, Entry, Event, Exit, Horizon, JournalReader,
     Machine, Registers, WITNESS_EVERY, World,
 };
 use hindsight_tests::sim::{
-    Recording, Replayed, Scenario, Unchecked, Verdict, cpuid_table, entries_of, machine_of, relog,
-    replay, replay_on, write_entries,
+    Recording, Replayed, Scenario, Unchecked, Verdict, bare_machine, cpuid_table, entries_of,
+    machine_of, relog, replay, replay_on, write_entries,
 };
 use hindsight_tests::sim_world::SimWorld;
 use hindsight_tests::toy_cpu::{Broken, Fault, FaultKind, MEMORY_BYTES, ToyCpu};
@@ -311,7 +311,7 @@ fn notices_from_the_first_exit(wrong: impl Fn(&Scenario) -> Machine) {
 
 #[test]
 fn another_time_rule_diverges() {
-    notices_from_the_first_exit(|scenario| Machine::new(cpuid_table(), scenario.ns_per_exit + 1));
+    notices_from_the_first_exit(|scenario| bare_machine(cpuid_table(), scenario.ns_per_exit + 1));
 }
 
 #[test]
@@ -320,7 +320,7 @@ fn another_cpu_diverges() {
     notices_from_the_first_exit(|scenario| {
         let mut table = cpuid_table();
         table.entries[0].values[2] ^= 1 << 9;
-        Machine::new(table, scenario.ns_per_exit)
+        bare_machine(table, scenario.ns_per_exit)
     });
 }
 
@@ -354,6 +354,7 @@ fn tampered(entry: &Entry, rng: &mut Rng) -> Option<Entry> {
             _ => at.rcx ^= 1 << rng.below(64),
         },
         Event::Witness { check } => check[rng.below(2) as usize] ^= 1 << rng.below(8),
+        Event::FirstReads { check } => *check ^= 1 << rng.below(64),
         Event::Memory { digest } => *digest ^= 1 << rng.below(64),
         Event::End(end) => match rng.below(4) {
             0 => end.digest ^= 1 << rng.below(64),
@@ -471,7 +472,7 @@ fn the_seeds_reach_what_they_are_meant_to_reach() {
 }
 
 /// Says that it is ready to receive, then reads the UART's line status, for ever.
-struct Poller(u64);
+struct Poller(u64, Ram);
 
 impl Cpu for Poller {
     type Error = Broken;
@@ -505,6 +506,9 @@ impl Cpu for Poller {
         unreachable!("it never takes one")
     }
     fn request_window(&mut self, _: bool) {}
+    fn ram(&self) -> &Ram {
+        &self.1
+    }
     fn memory_digest(&mut self) -> Result<u64, Broken> {
         Ok(0)
     }
@@ -521,7 +525,7 @@ impl World for OneByte {
     fn now(&mut self) -> Nanos {
         0
     }
-    fn poll(&mut self, _: usize) -> Option<Input> {
+    fn poll(&mut self, _: &Room) -> Option<Input> {
         if self.exit == self.typed_at {
             self.typed_at = 0;
             return Some(Input::Console(b"x".to_vec()));
@@ -533,14 +537,14 @@ impl World for OneByte {
         self.exit += 1;
         None
     }
-    fn sleep(&mut self, _: Option<Nanos>, _: usize) -> bool {
+    fn sleep(&mut self, _: Option<Nanos>, _: &Room) -> bool {
         false
     }
     fn gives_up(&mut self) -> bool {
         false
     }
     fn alarm(&mut self, _: Option<Nanos>) {}
-    fn input_waits(&mut self, _: usize) -> bool {
+    fn input_waits(&mut self, _: &Room) -> bool {
         false
     }
 }
@@ -569,12 +573,12 @@ fn a_byte_typed_at_a_moment_arrives_at_that_moment() {
         let mut door = Recorder::create(Live::new(world, None), &mut journal, &header).unwrap();
         let mut seen = [Trace::default(), Trace::default()];
         machine_of(&header)
-            .run(&mut Poller(0), &mut door, &mut seen[0])
+            .run(&mut Poller(0, Ram::new()), &mut door, &mut seen[0])
             .unwrap();
         let reader = JournalReader::open(journal.as_slice()).unwrap();
         let mut door = Replayer::new(reader, None, None);
         machine_of(&header)
-            .run(&mut Poller(0), &mut door, &mut seen[1])
+            .run(&mut Poller(0, Ram::new()), &mut door, &mut seen[1])
             .unwrap();
         for trace in seen {
             let ready = trace.turns.iter().position(|turn| {

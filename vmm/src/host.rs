@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use hindsight_devices::{Input, Nanos};
+use hindsight_devices::{Input, Nanos, Room};
 use hindsight_replay::World;
 use vmm_sys_util::terminal::Terminal;
 
@@ -39,6 +39,10 @@ pub struct HostWorld {
     input_is_open: bool,
     stop_asked: Option<Instant>,
     stop_given: bool,
+    /// Where random bytes come from.
+    random: File,
+    /// Why the world cannot go on, if it cannot: the machine is stopped then.
+    failure: Option<String>,
     /// Whether there is a vCPU to be kicked.
     kicks: Arc<AtomicBool>,
     alarm: Alarm,
@@ -76,6 +80,8 @@ impl HostWorld {
             input_is_open: true,
             stop_asked: None,
             stop_given: false,
+            random: File::open("/dev/urandom")?,
+            failure: None,
             kicks,
             alarm,
             alarm_at: None,
@@ -97,6 +103,17 @@ impl HostWorld {
         self
     }
 
+    /// The world cannot go on: the machine is to be stopped as if the operator had asked for it.
+    fn fail(&mut self, why: String) {
+        self.failure = self.failure.take().or(Some(why));
+        self.stop_asked = self.stop_asked.or(Some(Instant::now()));
+    }
+
+    /// Why the world could not go on.
+    pub fn failure(&self) -> Option<&str> {
+        self.failure.as_deref()
+    }
+
     fn take(&mut self, news: News) {
         match news {
             News::Typed(bytes) => self.typed.extend(bytes),
@@ -105,13 +122,13 @@ impl HostWorld {
         }
     }
 
-    fn sleep_until(&mut self, until: Option<Nanos>, room: usize) -> bool {
+    fn sleep_until(&mut self, until: Option<Nanos>, room: &Room) -> bool {
         while !self.input_waits(room) {
             let now = self.now();
             let news = match until {
                 Some(until) if until <= now => return true,
                 Some(until) => self.news.recv_timeout(Duration::from_nanos(until - now)),
-                None if !self.input_is_open && (room == 0 || self.typed.is_empty()) => {
+                None if !self.input_is_open && (room.console == 0 || self.typed.is_empty()) => {
                     return false;
                 }
                 None => self.news.recv().map_err(|_| RecvTimeoutError::Disconnected),
@@ -131,8 +148,10 @@ impl HostWorld {
         self.alarm_at = self.alarm_at.filter(|at| *at > now);
     }
 
-    fn input_waits(&self, room: usize) -> bool {
-        (room > 0 && !self.typed.is_empty()) || (self.stop_asked.is_some() && !self.stop_given)
+    fn input_waits(&self, room: &Room) -> bool {
+        (room.console > 0 && !self.typed.is_empty())
+            || room.entropy > 0
+            || (self.stop_asked.is_some() && !self.stop_given)
     }
 }
 
@@ -141,7 +160,7 @@ impl World for HostWorld {
         u64::try_from(self.start.elapsed().as_nanos()).expect("584 years have not passed")
     }
 
-    fn poll(&mut self, room: usize) -> Option<Input> {
+    fn poll(&mut self, room: &Room) -> Option<Input> {
         if let Some(unix_seconds) = self.wall_clock.take() {
             return Some(Input::WallClock { unix_seconds });
         }
@@ -154,14 +173,21 @@ impl World for HostWorld {
             self.stop_given = true;
             return Some(Input::Stop);
         }
-        if self.typed.is_empty() || room == 0 {
-            return None;
+        if !self.typed.is_empty() && room.console > 0 {
+            let count = self.typed.len().min(room.console);
+            return Some(Input::Console(self.typed.drain(..count).collect()));
         }
-        let count = self.typed.len().min(room);
-        Some(Input::Console(self.typed.drain(..count).collect()))
+        if room.entropy > 0 {
+            let mut bytes = vec![0; room.entropy];
+            match self.random.read_exact(&mut bytes) {
+                Ok(()) => return Some(Input::Entropy(bytes)),
+                Err(error) => self.fail(format!("cannot read random bytes: {error}")),
+            }
+        }
+        None
     }
 
-    fn sleep(&mut self, until: Option<Nanos>, room: usize) -> bool {
+    fn sleep(&mut self, until: Option<Nanos>, room: &Room) -> bool {
         let woken = self.sleep_until(until, room);
         self.forget_past_alarm();
         woken
@@ -178,7 +204,7 @@ impl World for HostWorld {
         self.alarm_at = Some(at);
     }
 
-    fn input_waits(&mut self, room: usize) -> bool {
+    fn input_waits(&mut self, room: &Room) -> bool {
         HostWorld::input_waits(self, room)
     }
 

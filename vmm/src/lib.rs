@@ -3,6 +3,7 @@
 pub mod boot;
 pub mod cli;
 pub mod counting;
+pub mod disk;
 pub mod doctor;
 pub mod host;
 mod kernel_cache;

@@ -2,7 +2,8 @@
 
 use std::io::Read;
 
-use hindsight_replay::{Content, CpuidTable, Host, Machine, MachineDescription, Unit};
+use hindsight_devices::{Devices, Storage};
+use hindsight_replay::{Content, CpuidTable, Host, Image, Machine, MachineDescription, Unit};
 use kvm_ioctls::Kvm;
 use thiserror::Error;
 
@@ -88,6 +89,7 @@ pub fn describe(
     initrd: &[u8],
     cmdline: String,
     memory_bytes: u64,
+    (devices, images): (Devices, Vec<Image>),
 ) -> Result<MachineDescription, MachineError> {
     Ok(MachineDescription {
         memory_bytes,
@@ -100,6 +102,8 @@ pub fn describe(
         seed: random_bytes()?,
         ns_per_exit: exit_cost::measure(kvm)?,
         preemption: None,
+        devices,
+        images,
     })
 }
 
@@ -120,12 +124,13 @@ pub fn random_number() -> Result<u64, MachineError> {
     Ok(u64::from_le_bytes(first))
 }
 
-/// Builds the machine that `description` describes.
+/// Builds the machine that `description` describes; `storage` has the bytes of its disks.
 pub fn build(
     kvm: &Kvm,
     description: &MachineDescription,
     kernel: &LoadedKernel,
     initrd: &[u8],
+    storage: Box<dyn Storage>,
 ) -> Result<(KvmCpu, Machine), MachineError> {
     let Prepared { kernel, sites, .. } = &kernel.0;
     let found = sites.counts();
@@ -151,10 +156,14 @@ pub fn build(
         text.caves = None;
     }
     cpu.boot(&plan, text)?;
-    Ok((
-        cpu,
-        Machine::new(description.cpuid.clone(), description.ns_per_exit),
-    ))
+    let cpuid = description.cpuid.clone();
+    let machine = Machine::new(
+        &description.devices,
+        storage,
+        cpuid,
+        description.ns_per_exit,
+    );
+    Ok((cpu, machine))
 }
 
 /// The command line for a machine, from what the operator adds to it.

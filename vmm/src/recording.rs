@@ -1,15 +1,20 @@
 //! A recording on disk: a directory that can be copied.
 //!
-//! `journal`, the `kernel` and the `initrd` it ran, and an `index` that can be rebuilt.
+//! `journal`, the `kernel` and the `initrd` it ran, and an `index` that can be rebuilt. The images of its disks
+//! are not copied, for they are large: `disk0`, `disk1`, ... are links to them, and may be replaced by
+//! the images themselves.
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufReader, Write};
 use std::path::{Path, PathBuf};
 
+use hindsight_devices::Devices;
 use hindsight_replay::{Content, Header, IndexEntry, JournalError, JournalReader};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use xxhash_rust::xxh3::xxh3_64;
+
+use crate::disk::{DiskError, OpenImage};
 
 /// Why a recording cannot be made or used.
 #[derive(Debug, Error)]
@@ -82,7 +87,12 @@ pub fn content(bytes: &[u8]) -> Content {
 }
 
 /// The files of a recording.
-const FILES: [&str; 4] = ["journal", "kernel", "initrd", "index"];
+const FILES: [&str; 9] = [
+    "journal", "kernel", "initrd", "index", "disk0", "disk1", "disk2", "disk3", "disk4",
+];
+/// The first of its disks among them.
+const FIRST_DISK: usize = 4;
+const _: () = assert!(FIRST_DISK + Devices::DISKS_MAX == FILES.len());
 
 /// A directory that holds a recording.
 #[derive(Clone, Debug)]
@@ -158,6 +168,40 @@ impl Recording {
     pub fn write(&self, name: &str, bytes: &[u8]) -> Result<(), RecordingError> {
         let path = self.path(name);
         std::fs::write(&path, bytes).map_err(|source| RecordingError::Write { path, source })
+    }
+
+    /// Links to the images of its disks, by their absolute paths.
+    pub fn link_disks(&self, images: &[OpenImage]) -> Result<(), RecordingError> {
+        for (image, name) in images.iter().zip(&FILES[FIRST_DISK..]) {
+            let path = self.path(name);
+            let target = std::path::absolute(image.path());
+            target
+                .and_then(|target| std::os::unix::fs::symlink(target, &path))
+                .map_err(|source| RecordingError::Write { path, source })?;
+        }
+        Ok(())
+    }
+
+    /// The images of its disks, or `instead` of them; refused if they cannot be the recorded ones.
+    pub fn disks(&self, header: &Header, instead: &[PathBuf]) -> Result<Vec<OpenImage>, DiskError> {
+        let recorded = &header.machine.images;
+        if !instead.is_empty() && instead.len() != recorded.len() {
+            return Err(DiskError::Count {
+                found: instead.len(),
+                expected: recorded.len(),
+            });
+        }
+        let paths = recorded.iter().zip(&FILES[FIRST_DISK..]).enumerate();
+        let opened = paths.map(|(disk, (image, name))| {
+            let path = instead
+                .get(disk)
+                .cloned()
+                .unwrap_or_else(|| self.path(name));
+            let opened = OpenImage::open(&path)?;
+            opened.check(disk, image)?;
+            Ok(opened)
+        });
+        opened.collect()
     }
 
     /// Opens the journal for writing.

@@ -14,7 +14,7 @@ use hindsight::boot::{BootPlan, GuestRam};
 use hindsight::counting::{Counting, Preempt};
 use hindsight::kvm::{GuestMemory, KernelText, KvmCpu, cpuid};
 use hindsight::machine::{host_facts, open_kvm};
-use hindsight_devices::{Input, Nanos};
+use hindsight_devices::{Devices, FirstReads, Input, Nanos, Room};
 use hindsight_guest_images::layout::{
     CODE, DATA, DESCRIPTORS, GDT, KERNEL_CS, KERNEL_SS, PML4, RAM_BYTES, STACK0,
 };
@@ -22,9 +22,10 @@ use hindsight_guest_images::micro::{self, Reach, Torture, Tortured};
 use hindsight_replay::rng::Rng;
 use hindsight_replay::{
     Closed, Content, CpuidTable, Detail, Digest, End, Exit, Header, Horizon, JournalReader, Live,
-    Machine, MachineDescription, Moment, Observer, Outside, Recorder, Replayer, Standing,
-    TimeQuery, TrapCounts, Turn, World,
+    MachineDescription, Moment, Observer, Outside, Recorder, Replayer, Standing, TimeQuery,
+    TrapCounts, Turn, World,
 };
+use hindsight_tests::sim::bare_machine;
 use kvm_ioctls::Kvm;
 
 /// Guest time passes by so much at each exit, and the timer ticks every second or third.
@@ -170,7 +171,7 @@ impl Bench {
         };
         cpu.boot(&plan, KernelText::default())?;
         self.counting.give_to(&mut cpu)?;
-        let mut machine = Machine::new(self.table.clone(), NS_PER_EXIT);
+        let mut machine = bare_machine(self.table.clone(), NS_PER_EXIT);
         let mut count = Count(0);
         let end = machine.run(&mut cpu, outside, &mut count)?;
         let mut data = [0; Tortured::BYTES];
@@ -200,6 +201,8 @@ impl Bench {
                 seed: [0; 32],
                 ns_per_exit: NS_PER_EXIT,
                 preemption: self.counting.unit(),
+                devices: Devices::default(),
+                images: Vec::new(),
             },
             host: self.host.clone(),
         }
@@ -228,10 +231,10 @@ impl World for TortureWorld {
         self.now += NS_PER_EXIT;
         self.now
     }
-    fn poll(&mut self, _room: usize) -> Option<Input> {
+    fn poll(&mut self, _room: &Room) -> Option<Input> {
         std::mem::take(&mut self.halted).then_some(Input::Stop)
     }
-    fn sleep(&mut self, _until: Option<Nanos>, _room: usize) -> bool {
+    fn sleep(&mut self, _until: Option<Nanos>, _room: &Room) -> bool {
         self.halted = true;
         true
     }
@@ -239,7 +242,7 @@ impl World for TortureWorld {
         false
     }
     fn alarm(&mut self, _at: Option<Nanos>) {}
-    fn input_waits(&mut self, _room: usize) -> bool {
+    fn input_waits(&mut self, _room: &Room) -> bool {
         false
     }
 }
@@ -267,8 +270,12 @@ impl<O: Outside> Outside for Poke<O> {
     fn time(&mut self, query: &TimeQuery) -> Result<Nanos, Closed> {
         self.inner.time(query)
     }
-    fn arrival(&mut self, exits: u64, room: usize) -> Result<Option<Input>, Closed> {
+    fn arrival(&mut self, exits: u64, room: &Room) -> Result<Option<Input>, Closed> {
         self.inner.arrival(exits, room)
+    }
+
+    fn first_reads(&mut self, exits: u64, reads: &FirstReads) -> Result<(), Closed> {
+        self.inner.first_reads(exits, reads)
     }
     fn turn(&mut self, exits: u64, turn: &Turn, digest: Digest) -> Result<(), Closed> {
         self.inner.turn(exits, turn, digest)

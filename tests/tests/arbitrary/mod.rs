@@ -147,5 +147,6 @@ pub fn event() -> impl Strategy<Value = Event> {
         interrupt(),
         any::<[u8; 2]>().prop_map(|check| Event::Witness { check }),
         any::<u64>().prop_map(|digest| Event::Memory { digest }),
+        any::<u64>().prop_map(|check| Event::FirstReads { check }),
     ]
 }

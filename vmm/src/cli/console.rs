@@ -3,7 +3,7 @@
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
-use hindsight_devices::Nanos;
+use hindsight_devices::{Nanos, Output};
 use hindsight_replay::{Exit, Observer, Turn};
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -61,7 +61,10 @@ impl Console {
 }
 
 impl Observer for Console {
-    fn output(&mut self, _exits: u64, now: Nanos, bytes: &[u8]) {
+    fn output(&mut self, _exits: u64, now: Nanos, output: &Output) {
+        let Output::Console(bytes) = output else {
+            return;
+        };
         if let Some(start) = self.pace {
             let due = start + Duration::from_nanos(now);
             std::thread::sleep(due.saturating_duration_since(Instant::now()));

@@ -136,6 +136,10 @@ fn list(mut journal: JournalReader<impl Read>, options: &Options) -> anyhow::Res
                     || format!("{exits:>9} preempted {place}"),
                     || json!({"exit": exits, "preempted": place}),
                 ),
+                Event::FirstReads { check } => listing.line(
+                    || format!("{exits:>9} first reads of a disk's image {check:016x}"),
+                    || json!({"exit": exits, "first_reads": format!("{check:016x}")}),
+                ),
                 Event::Witness { check } => listing.line(
                     || format!("{exits:>9} witness {:02x}{:02x}", check[1], check[0]),
                     || json!({"exit": exits, "witness": u16::from_le_bytes(*check)}),

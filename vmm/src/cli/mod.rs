@@ -18,6 +18,7 @@ use std::process::ExitCode;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use crate::counting::CountingError;
+use crate::disk::{DiskError, DiskOption, parse_disk};
 use crate::kvm::KvmError;
 use crate::machine::MachineError;
 use crate::recording::RecordingError;
@@ -109,6 +110,11 @@ pub struct MachineOptions {
     /// RAM, with K, M or G.
     #[arg(long, short, value_name = "SIZE", default_value = "256M", value_parser = format::parse_size)]
     pub memory: u64,
+    /// A disk, from a raw image that is never written: what the guest writes is forgotten when it ends.
+    /// May be repeated; the guest sees vda, vdb, ... With `ro` its writes are refused; `serial` is
+    /// what it is told as the disk's serial number.
+    #[arg(long = "disk", value_name = "IMG[,ro][,serial=S]", value_parser = parse_disk)]
+    pub disks: Vec<DiskOption>,
 }
 
 /// Parses the arguments and does what they say.
@@ -167,6 +173,9 @@ fn outcome_of(error: &anyhow::Error) -> Outcome {
     }
     if let Some(CountingError::Counter(_) | CountingError::Inexact { .. }) = error.downcast_ref() {
         return Outcome::Unfit;
+    }
+    if let Some(DiskError::Overlay { .. }) = error.downcast_ref() {
+        return Outcome::HostFailed;
     }
     let kvm = match error.downcast_ref::<MachineError>() {
         Some(MachineError::Unfit(_)) => return Outcome::Unfit,

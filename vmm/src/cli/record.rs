@@ -16,7 +16,7 @@ use super::summary::Summary;
 use super::{Failure, MachineOptions, Outcome};
 use crate::counting::{Counting, Preempt};
 use crate::host::{HostWorld, RawTerminal};
-use crate::machine::{build, cmdline, describe, host_facts, open_kvm, random_number};
+use crate::machine::{cmdline, host_facts, open_kvm, random_number};
 use crate::recording::Recording;
 use crate::tell::tell;
 
@@ -106,13 +106,7 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
         options.event.as_deref(),
         options.margin,
     )?;
-    let mut machine = describe(
-        &kvm,
-        &images.kernel,
-        &images.initrd,
-        words,
-        options.machine.memory,
-    )?;
+    let mut machine = images.describe(&kvm, words, options.machine.memory)?;
     machine.preemption = counting.unit();
     let chaos = match options.chaos {
         None => None,
@@ -138,6 +132,7 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     if !session.images.initrd.is_empty() {
         session.recording.write("initrd", &session.images.initrd)?;
     }
+    session.recording.link_disks(&session.images.disks)?;
     let raw = RawTerminal::enter();
     let result = match options.until_crash {
         None => session.record(chaos).map(|(summary, _)| Some(summary)),
@@ -171,8 +166,7 @@ impl Session<'_> {
         let options = self.options;
         self.header.host.chaos = chaos;
         self.header.host.counter = self.counting.facts();
-        let Images { kernel, initrd, .. } = &self.images;
-        let (mut cpu, mut machine) = build(&self.kvm, &self.header.machine, kernel, initrd)?;
+        let (mut cpu, mut machine) = self.images.build(&self.kvm, &self.header.machine)?;
         self.counting.give_to(&mut cpu)?;
 
         let unit = self.header.machine.preemption;

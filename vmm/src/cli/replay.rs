@@ -18,6 +18,7 @@ use super::run::host_failure;
 use super::summary::{Summary, describe_end};
 use super::{Failure, Outcome};
 use crate::counting::Counting;
+use crate::disk::{Disks, OpenImage};
 use crate::kvm::{KvmCpu, KvmError};
 use crate::machine::{LoadedKernel, build, check_cpu, open_kvm};
 use crate::recording::{Recording, check, content};
@@ -75,6 +76,10 @@ pub struct Options {
     /// Take the initrd from here instead of from the recording; it must be the same.
     #[arg(long, value_name = "FILE")]
     initrd: Option<PathBuf>,
+    /// Take the image of a disk from here instead of from where it was; it must be the same. Once for
+    /// each disk, in their order.
+    #[arg(long = "disk", value_name = "FILE")]
+    disks: Vec<PathBuf>,
     /// Refuse unless the recorded machine has this much RAM.
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     memory: Option<u64>,
@@ -110,7 +115,7 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
         refuse_same_place(&options.recording, relog)?;
     }
     let (kernel, initrd) = (options.kernel.as_deref(), options.initrd.as_deref());
-    let images = RecordedImages::open(&recording, &header, kernel, initrd)?;
+    let images = RecordedImages::open(&recording, &header, kernel, initrd, &options.disks)?;
     let forced = (options.event.as_deref(), options.margin);
     let (mut cpu, mut machine) = images.machine(&header, forced)?;
     let last_exit = recording
@@ -190,6 +195,7 @@ pub struct RecordedImages {
     image: Vec<u8>,
     kernel: LoadedKernel,
     initrd: Vec<u8>,
+    disks: Vec<OpenImage>,
 }
 
 impl RecordedImages {
@@ -199,6 +205,7 @@ impl RecordedImages {
         header: &Header,
         kernel: Option<&Path>,
         initrd: Option<&Path>,
+        disks: &[PathBuf],
     ) -> anyhow::Result<RecordedImages> {
         let initrd = recording.initrd(header, initrd)?;
         let (path, image) = recording.kernel(kernel)?;
@@ -213,6 +220,7 @@ impl RecordedImages {
             image,
             kernel: opened?,
             initrd,
+            disks: recording.disks(header, disks)?,
         })
     }
 
@@ -226,7 +234,8 @@ impl RecordedImages {
         let (kvm, _) = open_kvm()?;
         check_cpu(&kvm, &header.machine.cpuid)?;
         let counting = Counting::for_unit(&kvm, header.machine.preemption, event, margin)?;
-        let (mut cpu, machine) = build(&kvm, &header.machine, &self.kernel, &self.initrd)?;
+        let disks = Box::new(Disks::new(self.disks.clone())?);
+        let (mut cpu, machine) = build(&kvm, &header.machine, &self.kernel, &self.initrd, disks)?;
         counting.give_to(&mut cpu)?;
         Ok((cpu, machine))
     }
@@ -241,7 +250,7 @@ pub fn watch<O: Observer>(
     finish: impl FnOnce(O) -> anyhow::Result<()>,
 ) -> anyhow::Result<Outcome> {
     let header = journal.header().clone();
-    let images = RecordedImages::open(recording, &header, None, None)?;
+    let images = RecordedImages::open(recording, &header, None, None, &[])?;
     let (mut cpu, mut machine) = images.machine(&header, (None, None))?;
     let mut replayer = Replayer::new(journal, None, None);
     let result = machine.run(&mut cpu, &mut replayer, &mut observer);

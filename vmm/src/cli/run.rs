@@ -3,14 +3,17 @@
 use std::time::Instant;
 
 use clap::{Args, ValueEnum};
-use hindsight_replay::{Live, Patience, RunError, Unit};
+use hindsight_devices::Devices;
+use hindsight_replay::{Live, Machine, MachineDescription, Patience, RunError, Unit};
+use kvm_ioctls::Kvm;
 
 use super::console::Console;
 use super::summary::Summary;
 use super::{Failure, MachineOptions, Outcome};
 use crate::counting::Counting;
+use crate::disk::{DiskError, Disks, OpenImage};
 use crate::host::{HostWorld, RawTerminal};
-use crate::kvm::{KvmError, Preemption};
+use crate::kvm::{KvmCpu, KvmError, Preemption};
 use crate::machine::{LoadedKernel, build, cmdline, describe, open_kvm};
 use crate::recording::read;
 
@@ -43,22 +46,18 @@ pub enum RunPreempt {
 
 pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     let start = Instant::now();
-    let Images {
-        kernel,
-        image,
-        initrd,
-    } = Images::read(&options.machine)?;
+    let images = Images::read(&options.machine)?;
     let (kvm, _) = open_kvm()?;
     let words = cmdline(&options.machine.cmdline, options.machine.cmdline_exact);
     let unit = Counting::likely_unit();
-    let mut description = describe(&kvm, &kernel, &initrd, words, options.machine.memory)?;
+    let mut description = images.describe(&kvm, words, options.machine.memory)?;
     description.preemption = Some(unit);
-    let (mut cpu, mut machine) = build(&kvm, &description, &kernel, &initrd)?;
+    let (mut cpu, mut machine) = images.build(&kvm, &description)?;
     cpu.preempt_by(match (options.preempt, unit) {
         (RunPreempt::AsRecorded, Unit::Entries) => Preemption::Entries,
         _ => Preemption::Anywhere,
     });
-    drop((image, kernel, initrd));
+    drop(images);
 
     let raw = RawTerminal::enter();
     let mut door = Live::new(HostWorld::start()?, None).with_patience(patience(options.patience));
@@ -78,14 +77,17 @@ pub fn patience(us: Option<u64>) -> Patience {
     })
 }
 
-/// The files a machine is made of, read and taken apart.
+/// The files a machine is made of, read and taken apart, and what it has beside them.
 pub struct Images {
     /// The kernel taken apart.
-    pub kernel: LoadedKernel,
+    kernel: LoadedKernel,
     /// The kernel's file.
     pub image: Vec<u8>,
     /// The initrd's file, empty if there is none.
     pub initrd: Vec<u8>,
+    /// The images of its disks.
+    pub disks: Vec<OpenImage>,
+    devices: Devices,
 }
 
 impl Images {
@@ -98,12 +100,63 @@ impl Images {
             .map(read)
             .transpose()?
             .unwrap_or_default();
+        let found = options.disks.len();
+        if found > Devices::DISKS_MAX {
+            let expected = Devices::DISKS_MAX;
+            return Err(DiskError::Count { found, expected }.into());
+        }
+        let disks = options.disks.iter().map(|disk| OpenImage::open(&disk.path));
+        let disks = disks.collect::<Result<Vec<_>, _>>()?;
+        let specs = options.disks.iter().zip(&disks);
+        let devices = Devices {
+            console: true,
+            entropy: true,
+            net: None,
+            disks: specs.map(|(disk, image)| disk.spec(image)).collect(),
+        };
         let kernel = LoadedKernel::open(&image)?;
         Ok(Images {
             kernel,
             image,
             initrd,
+            disks,
+            devices,
         })
+    }
+
+    /// Describes a new machine made of them.
+    pub fn describe(
+        &self,
+        kvm: &Kvm,
+        words: String,
+        memory_bytes: u64,
+    ) -> anyhow::Result<MachineDescription> {
+        let images = self.disks.iter().map(|disk| disk.image.clone()).collect();
+        let devices = (self.devices.clone(), images);
+        Ok(describe(
+            kvm,
+            &self.kernel,
+            &self.initrd,
+            words,
+            memory_bytes,
+            devices,
+        )?)
+    }
+
+    /// The machine that `description` describes.
+    pub fn build(
+        &self,
+        kvm: &Kvm,
+        description: &MachineDescription,
+    ) -> anyhow::Result<(KvmCpu, Machine)> {
+        let disks = Disks::new(self.disks.clone())?;
+        Ok(build(
+            kvm,
+            description,
+            &self.kernel,
+            &self.initrd,
+            Box::new(disks),
+        )?)
     }
 }
 

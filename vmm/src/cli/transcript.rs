@@ -121,7 +121,10 @@ impl Transcript {
 }
 
 impl Observer for Transcript {
-    fn output(&mut self, _exits: u64, now: Nanos, bytes: &[u8]) {
+    fn output(&mut self, _exits: u64, now: Nanos, output: &hindsight_devices::Output) {
+        let hindsight_devices::Output::Console(bytes) = output else {
+            return;
+        };
         match self.form {
             Form::Lines => self.lines(now, bytes),
             Form::Cast => self.event(now, bytes),

@@ -4,7 +4,9 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
 
+use hindsight_devices::Ram;
 use hindsight_replay::{MemoryDigest, PAGE_BYTES};
+use vm_memory::{GuestAddress, GuestRegionMmap, MmapRegion};
 
 use super::error::KvmError;
 use crate::boot::layout::{LOW_RAM_END, RAM_ABOVE_HOLE};
@@ -20,6 +22,8 @@ pub struct GuestMemory {
     bytes: usize,
     /// The whole mapping: longer than the RAM, so that the RAM can begin at a huge page.
     mapping: (NonNull<u8>, usize),
+    /// The same RAM, as devices see it.
+    ram: Ram,
 }
 
 /// A stretch of RAM that is contiguous for the guest.
@@ -73,27 +77,18 @@ impl GuestMemory {
             base,
             bytes: length,
             mapping,
+            ram: view(&regions(base, length)),
         })
+    }
+
+    /// RAM, as devices see it.
+    pub fn ram(&self) -> &Ram {
+        &self.ram
     }
 
     /// The stretches of RAM, in ascending order of address.
     pub fn regions(&self) -> Vec<Region> {
-        let bytes = self.bytes as u64;
-        let host = self.base.as_ptr() as u64;
-        let low = bytes.min(LOW_RAM_END);
-        let mut regions = vec![Region {
-            gpa: 0,
-            bytes: low,
-            host,
-        }];
-        if bytes > low {
-            regions.push(Region {
-                gpa: RAM_ABOVE_HOLE,
-                bytes: bytes - low,
-                host: host + low,
-            });
-        }
-        regions
+        regions(self.base, self.bytes)
     }
 
     /// Offset into the mapping of `bytes` at `gpa`, if they are all RAM.
@@ -162,6 +157,40 @@ impl GuestMemory {
         // writes while the slice lives.
         unsafe { std::slice::from_raw_parts(self.base.as_ptr().add(offset), PAGE_BYTES) }
     }
+}
+
+/// How RAM of `bytes` bytes at `base` lies in the guest.
+fn regions(base: NonNull<u8>, bytes: usize) -> Vec<Region> {
+    let bytes = bytes as u64;
+    let host = base.as_ptr() as u64;
+    let low = bytes.min(LOW_RAM_END);
+    let mut regions = vec![Region {
+        gpa: 0,
+        bytes: low,
+        host,
+    }];
+    if bytes > low {
+        regions.push(Region {
+            gpa: RAM_ABOVE_HOLE,
+            bytes: bytes - low,
+            host: host + low,
+        });
+    }
+    regions
+}
+
+/// vm-memory's view of these regions, which does not own them.
+fn view(regions: &[Region]) -> Ram {
+    let regions = regions.iter().map(|region| {
+        let (address, bytes) = (region.host as *mut u8, region.bytes as usize);
+        let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE);
+        // SAFETY: the range is part of the mapping that `GuestMemory` owns, and the view is a field of
+        // the same value: it is never used after the mapping is gone, and does not unmap it.
+        let mapped = unsafe { MmapRegion::build_raw(address, bytes, prot, flags) };
+        let mapped = mapped.expect("a mapping that begins at a page can be looked at");
+        GuestRegionMmap::new(mapped, GuestAddress(region.gpa)).expect("RAM ends below 2^64")
+    });
+    Ram::from_regions(regions.collect()).expect("the regions are apart and in order")
 }
 
 impl GuestRam for GuestMemory {

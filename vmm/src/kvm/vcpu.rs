@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use hindsight_devices::{Access, Width};
+use hindsight_devices::{Access, Ram, Width};
 use hindsight_replay::{Answer, Back, Cpu, CpuidTable, Exit, Horizon, Registers};
 use kvm_bindings::{
     KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_CAP_PMU_CAPABILITY, KVM_EXIT_HLT, KVM_EXIT_IO,
@@ -503,6 +503,10 @@ impl Cpu for KvmCpu {
 
     fn site(&mut self) -> Option<u64> {
         self.user_site()
+    }
+
+    fn ram(&self) -> &Ram {
+        self.memory.ram()
     }
 
     fn memory_digest(&mut self) -> Result<u64, KvmError> {

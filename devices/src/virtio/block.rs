@@ -1,0 +1,238 @@
+//! virtio block (virtio 1.3, 5.2): a disk.
+//!
+//! A request is done when the notification that announced it is over, by way of [`Storage`]; the disk's
+//! bytes are not here. What is discarded reads as zeroes, so that it reads the same every time.
+//!
+//! [`Storage`]: crate::Storage
+
+use std::io::{Read, Write};
+
+use serde::{Deserialize, Serialize};
+use virtio_queue::{Reader, Writer};
+
+use super::ring::Ring;
+use super::{Device, DiskSpec, Stop};
+use crate::around::{Around, Storage};
+
+const QUEUES: [u16; 1] = [256];
+const SECTOR_BYTES: u64 = 512;
+/// Data of one request: much more than Linux ever puts into one.
+const REQUEST_BYTES_MAX: usize = 8 << 20;
+/// Moved at once.
+const PIECE_BYTES: usize = 128 << 10;
+/// Segments of one request; the ring has room for them and for header and status.
+const SEGMENTS_MAX: u32 = 254;
+/// Sectors of one discard: 2 GiB, so that the range fits 32 bits by far.
+const CLEAR_SECTORS_MAX: u32 = 4 << 20;
+/// Ranges of one discard.
+const CLEAR_SEGMENTS_MAX: u32 = 64;
+/// The size that writes are best a multiple of: that of a guest's page.
+const BLOCK_SECTORS: u32 = 8;
+
+/// VIRTIO_BLK_F_* (5.2.3).
+const SEG_MAX: u64 = 1 << 2;
+const READ_ONLY: u64 = 1 << 5;
+const BLK_SIZE: u64 = 1 << 6;
+const FLUSH: u64 = 1 << 9;
+const DISCARD: u64 = 1 << 13;
+const WRITE_ZEROES: u64 = 1 << 14;
+
+/// VIRTIO_BLK_S_* (5.2.6).
+const OK: u8 = 0;
+const IO_ERROR: u8 = 1;
+const UNSUPPORTED: u8 = 2;
+
+/// `struct virtio_blk_req` up to its data, and `struct virtio_blk_discard_write_zeroes`, are both 16 bytes.
+type Words = [u8; 16];
+
+fn word(words: &Words, at: usize) -> u32 {
+    let [a, b, c, d] = [0, 1, 2, 3].map(|i| words[at + i]);
+    u32::from_le_bytes([a, b, c, d])
+}
+
+fn long(words: &Words, at: usize) -> u64 {
+    u64::from(word(words, at)) | u64::from(word(words, at + 4)) << 32
+}
+
+/// The device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Block {
+    number: usize,
+    sectors: u64,
+    read_only: bool,
+    serial: [u8; 20],
+}
+
+impl Block {
+    /// Disk number `number` of the machine.
+    pub fn new(number: usize, spec: &DiskSpec) -> Block {
+        let mut serial = [0; 20];
+        for (to, from) in serial.iter_mut().zip(spec.serial.bytes()) {
+            *to = from;
+        }
+        Block {
+            number,
+            sectors: spec.bytes / SECTOR_BYTES,
+            read_only: spec.read_only,
+            serial,
+        }
+    }
+
+    /// Does one request; the status and how many bytes were written for the guest.
+    fn request(
+        &self,
+        reader: &mut Reader<'_>,
+        writer: &mut Writer<'_>,
+        storage: &mut dyn Storage,
+    ) -> Result<(u8, u32), Stop> {
+        let mut header = Words::default();
+        reader
+            .read_exact(&mut header)
+            .map_err(|_| Stop::Broken("a request without a header"))?;
+        let sector = long(&header, 8);
+        match word(&header, 0) {
+            0 => self.read(sector, writer, storage),
+            1 => self
+                .write(sector, reader, storage)
+                .map(|status| (status, 0)),
+            // What was written is as durable as a recording is: there is nothing to wait for.
+            4 => Ok((OK, 0)),
+            8 => {
+                let count = writer.available_bytes().min(self.serial.len());
+                writer.write_all(&self.serial[..count])?;
+                Ok((OK, count as u32))
+            }
+            11 | 13 => self.clear(reader, storage).map(|status| (status, 0)),
+            _ => Ok((UNSUPPORTED, 0)),
+        }
+    }
+
+    /// Byte offset of a range, if it is all on the disk.
+    fn place(&self, sector: u64, bytes: usize) -> Option<u64> {
+        let whole = bytes > 0 && bytes <= REQUEST_BYTES_MAX && bytes as u64 % SECTOR_BYTES == 0;
+        let end = sector.checked_add(bytes as u64 / SECTOR_BYTES)?;
+        (whole && end <= self.sectors).then_some(sector * SECTOR_BYTES)
+    }
+
+    fn read(
+        &self,
+        sector: u64,
+        writer: &mut Writer<'_>,
+        storage: &mut dyn Storage,
+    ) -> Result<(u8, u32), Stop> {
+        let bytes = writer.available_bytes();
+        let Some(start) = self.place(sector, bytes) else {
+            return Ok((IO_ERROR, 0));
+        };
+        let mut piece = vec![0; bytes.min(PIECE_BYTES)];
+        for done in (0..bytes).step_by(PIECE_BYTES) {
+            let piece = &mut piece[..(bytes - done).min(PIECE_BYTES)];
+            storage.read(self.number, start + done as u64, piece)?;
+            writer.write_all(piece)?;
+        }
+        Ok((OK, bytes as u32))
+    }
+
+    fn write(
+        &self,
+        sector: u64,
+        reader: &mut Reader<'_>,
+        storage: &mut dyn Storage,
+    ) -> Result<u8, Stop> {
+        let bytes = reader.available_bytes();
+        let place = self.place(sector, bytes).filter(|_| !self.read_only);
+        let Some(start) = place else {
+            return Ok(IO_ERROR);
+        };
+        let mut piece = vec![0; bytes.min(PIECE_BYTES)];
+        for done in (0..bytes).step_by(PIECE_BYTES) {
+            let piece = &mut piece[..(bytes - done).min(PIECE_BYTES)];
+            reader.read_exact(piece)?;
+            storage.write(self.number, start + done as u64, piece)?;
+        }
+        Ok(OK)
+    }
+
+    /// Discards, or writes zeroes: the same here.
+    fn clear(&self, reader: &mut Reader<'_>, storage: &mut dyn Storage) -> Result<u8, Stop> {
+        let bytes = reader.available_bytes();
+        let each = size_of::<Words>();
+        if self.read_only || bytes % each != 0 || bytes / each > CLEAR_SEGMENTS_MAX as usize {
+            return Ok(IO_ERROR);
+        }
+        for _ in 0..bytes / each {
+            let mut range = Words::default();
+            reader.read_exact(&mut range)?;
+            let (sector, sectors) = (long(&range, 0), word(&range, 8));
+            let end = sector.checked_add(sectors.into());
+            if sectors > CLEAR_SECTORS_MAX || end.is_none_or(|end| end > self.sectors) {
+                return Ok(IO_ERROR);
+            }
+            let (start, bytes) = (sector * SECTOR_BYTES, u64::from(sectors) * SECTOR_BYTES);
+            storage.clear(self.number, start, bytes)?;
+        }
+        Ok(OK)
+    }
+}
+
+impl Device for Block {
+    fn id(&self) -> u32 {
+        2
+    }
+
+    fn features(&self) -> u64 {
+        let write = if self.read_only {
+            READ_ONLY
+        } else {
+            FLUSH | DISCARD | WRITE_ZEROES
+        };
+        SEG_MAX | BLK_SIZE | write
+    }
+
+    fn queues(&self) -> &'static [u16] {
+        &QUEUES
+    }
+
+    /// `struct virtio_blk_config` (5.2.4).
+    fn config(&self) -> Vec<u8> {
+        let mut config = vec![0; 60];
+        let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
+        put(0, &self.sectors.to_le_bytes());
+        put(12, &SEGMENTS_MAX.to_le_bytes());
+        put(20, &(SECTOR_BYTES as u32).to_le_bytes());
+        put(36, &CLEAR_SECTORS_MAX.to_le_bytes());
+        put(40, &CLEAR_SEGMENTS_MAX.to_le_bytes());
+        put(44, &BLOCK_SECTORS.to_le_bytes());
+        put(48, &CLEAR_SECTORS_MAX.to_le_bytes());
+        put(52, &CLEAR_SEGMENTS_MAX.to_le_bytes());
+        put(56, &[1]);
+        config
+    }
+
+    fn notified(
+        &mut self,
+        queue: usize,
+        rings: &mut [Ring],
+        around: &mut Around<'_>,
+    ) -> Result<bool, Stop> {
+        let storage = &mut *around.storage;
+        rings[queue].serve(
+            around.ram,
+            usize::from(QUEUES[0]),
+            |mut reader, mut writer| {
+                let room = writer.available_bytes();
+                let last = room
+                    .checked_sub(1)
+                    .ok_or(Stop::Broken("a request without room for its status"))?;
+                let mut status_writer = writer
+                    .split_at(last)
+                    .map_err(|_| Stop::Broken("a request without room for its status"))?;
+                let (status, bytes) = self.request(&mut reader, &mut writer, storage)?;
+                status_writer.write_all(&[status])?;
+                Ok(bytes + 1)
+            },
+        )
+    }
+
+    fn reset(&mut self) {}
+}

@@ -1,0 +1,285 @@
+//! The machine's virtio devices, each behind registers in memory (virtio 1.3, 4.2).
+//!
+//! A device works in the exit by which the driver notifies it, or when something reaches it from
+//! outside, and is done when that exit is over: nothing goes on by itself. Which devices there are and
+//! where they stand follows from [`Devices`], by one rule ([`Devices::slots`]).
+
+mod block;
+mod console;
+mod entropy;
+mod net;
+mod ring;
+mod transport;
+
+use serde::{Deserialize, Serialize};
+
+use crate::access::{Output, Room};
+use crate::around::{Around, Ram, StorageError};
+use crate::restore::{RestoreError, ensure};
+use crate::{Input, Reply, Width};
+use block::Block;
+use console::Console;
+use entropy::Entropy;
+use net::Net;
+use ring::Ring;
+use transport::Transport;
+
+/// Where the first device's registers stand: above all RAM below 4 GiB.
+const FIRST_WINDOW: u64 = 0xd000_0000;
+/// From one device's registers to the next's: a page.
+const WINDOW_BYTES: u64 = 0x1000;
+/// The first device's interrupt: the I/O APIC's inputs behind those of the ISA bus.
+const FIRST_GSI: u8 = 16;
+/// One for each input that is left.
+const SLOTS_MAX: usize = 8;
+
+/// Which virtio devices a machine has.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Devices {
+    /// A console (hvc0).
+    pub console: bool,
+    /// A source of random bytes.
+    pub entropy: bool,
+    /// A network card.
+    pub net: Option<NetSpec>,
+    /// Disks, in order: vda, vdb, ...
+    pub disks: Vec<DiskSpec>,
+}
+
+/// A network card.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetSpec {
+    /// Its address.
+    pub mac: [u8; 6],
+}
+
+/// A disk, as the guest sees it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskSpec {
+    /// Length in bytes: a multiple of 512.
+    pub bytes: u64,
+    /// Whether writes are refused.
+    pub read_only: bool,
+    /// What it says when asked for its serial number; at most 20 bytes count.
+    pub serial: String,
+}
+
+/// Where a device stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Slot {
+    /// Guest-physical address of its registers.
+    pub gpa: u64,
+    /// How many bytes they take.
+    pub bytes: u64,
+    /// Its interrupt: an input of the I/O APIC, level-triggered, active high.
+    pub gsi: u8,
+}
+
+impl Devices {
+    /// How many disks there may be beside the other devices.
+    pub const DISKS_MAX: usize = SLOTS_MAX - 3;
+
+    /// Where the devices stand: console, entropy, network card and disks, as many as there are.
+    pub fn slots(&self) -> Vec<Slot> {
+        (0..self.count())
+            .map(|index| Slot {
+                gpa: FIRST_WINDOW + index as u64 * WINDOW_BYTES,
+                bytes: WINDOW_BYTES,
+                gsi: FIRST_GSI + index as u8,
+            })
+            .collect()
+    }
+
+    /// Whether a machine can have these.
+    pub fn are_possible(&self) -> bool {
+        let whole = |disk: &DiskSpec| disk.bytes > 0 && disk.bytes.is_multiple_of(512);
+        self.count() <= SLOTS_MAX && self.disks.iter().all(whole)
+    }
+
+    fn count(&self) -> usize {
+        usize::from(self.console)
+            + usize::from(self.entropy)
+            + usize::from(self.net.is_some())
+            + self.disks.len()
+    }
+}
+
+/// What a device does behind its registers.
+pub(crate) trait Device {
+    /// Its type (virtio 1.3, 5).
+    fn id(&self) -> u32;
+    /// The features of its type that it offers.
+    fn features(&self) -> u64;
+    /// The greatest size of each of its queues.
+    fn queues(&self) -> &'static [u16];
+    /// Its own registers.
+    fn config(&self) -> Vec<u8>;
+    /// The driver writes to them.
+    fn write_config(&mut self, _offset: u64, _bytes: &[u8]) {}
+    /// The driver has made chains available in `queue`. Returns whether it wants an interrupt for
+    /// what was given back.
+    fn notified(
+        &mut self,
+        queue: usize,
+        rings: &mut [Ring],
+        around: &mut Around<'_>,
+    ) -> Result<bool, Stop>;
+    /// The driver starts afresh.
+    fn reset(&mut self);
+    /// Takes what comes from outside, if it is for this device; then tells whether the driver wants an
+    /// interrupt. A ring that is not set up serves nothing.
+    fn accept(
+        &mut self,
+        _input: &Input,
+        _rings: &mut [Ring],
+        _ram: &Ram,
+    ) -> Option<Result<bool, Stop>> {
+        None
+    }
+    /// Adds what it can take from outside now to `room`.
+    fn room(&self, _rings: &[Ring], _ram: &Ram, _room: &mut Room) {}
+    /// Moves what it has for the outside to `outputs`.
+    fn take_output(&mut self, _outputs: &mut Vec<Output>) {}
+}
+
+/// Why a device stops working.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Stop {
+    /// The guest broke the rules, in words: the device needs a reset.
+    Broken(&'static str),
+    /// The host failed.
+    Storage(StorageError),
+}
+
+impl From<StorageError> for Stop {
+    fn from(error: StorageError) -> Stop {
+        Stop::Storage(error)
+    }
+}
+
+/// Guest memory that the chain was checked against cannot be copied: the guest lied about it.
+impl From<std::io::Error> for Stop {
+    fn from(_: std::io::Error) -> Stop {
+        Stop::Broken("a buffer that is not what it was said to be")
+    }
+}
+
+/// One device of any type.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Kind {
+    Console(Console),
+    Entropy(Entropy),
+    Net(Net),
+    Block(Block),
+}
+
+impl Kind {
+    fn device(&self) -> &dyn Device {
+        match self {
+            Kind::Console(device) => device,
+            Kind::Entropy(device) => device,
+            Kind::Net(device) => device,
+            Kind::Block(device) => device,
+        }
+    }
+
+    fn device_mut(&mut self) -> &mut dyn Device {
+        match self {
+            Kind::Console(device) => device,
+            Kind::Entropy(device) => device,
+            Kind::Net(device) => device,
+            Kind::Block(device) => device,
+        }
+    }
+}
+
+/// All of a machine's virtio devices.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Bus {
+    slots: Vec<Transport>,
+}
+
+impl Bus {
+    /// The devices at power-on.
+    pub fn new(devices: &Devices) -> Bus {
+        assert!(
+            devices.are_possible(),
+            "a machine has no room for {devices:?}"
+        );
+        let console = devices.console.then(|| Kind::Console(Console::new()));
+        let entropy = devices.entropy.then(|| Kind::Entropy(Entropy::new()));
+        let net = devices.net.as_ref().map(|spec| Kind::Net(Net::new(spec)));
+        let disks = devices.disks.iter().enumerate();
+        let disks = disks.map(|(number, spec)| Kind::Block(Block::new(number, spec)));
+        let kinds = console.into_iter().chain(entropy).chain(net).chain(disks);
+        Bus {
+            slots: kinds.map(Transport::new).collect(),
+        }
+    }
+
+    /// The device that answers at `gpa`, and where in its registers that is.
+    fn find(&self, gpa: u64) -> Option<(usize, u64)> {
+        let offset = gpa.checked_sub(FIRST_WINDOW)?;
+        let slot = usize::try_from(offset / WINDOW_BYTES).ok()?;
+        (slot < self.slots.len()).then_some((slot, offset % WINDOW_BYTES))
+    }
+
+    /// A load; `None` if no device is there.
+    pub fn read(&self, gpa: u64, width: Width) -> Option<Reply> {
+        let (slot, offset) = self.find(gpa)?;
+        Some(self.slots[slot].read(offset, width))
+    }
+
+    /// A store; whether a device is there.
+    pub fn write(
+        &mut self,
+        gpa: u64,
+        width: Width,
+        value: u64,
+        around: &mut Around<'_>,
+    ) -> Result<bool, StorageError> {
+        let Some((slot, offset)) = self.find(gpa) else {
+            return Ok(false);
+        };
+        self.slots[slot].write(offset, width, value, around)?;
+        Ok(true)
+    }
+
+    /// How many devices there are.
+    pub fn count(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// The interrupt of device `slot`, and its line.
+    pub fn line(&self, slot: usize) -> (u8, bool) {
+        (FIRST_GSI + slot as u8, self.slots[slot].line())
+    }
+
+    /// Something comes from outside. Nobody has a use for it: then it is lost.
+    pub fn accept(&mut self, input: &Input, ram: &Ram) {
+        for slot in &mut self.slots {
+            slot.accept(input, ram);
+        }
+    }
+
+    /// Adds what the devices can take from outside now to `room`.
+    pub fn room(&self, ram: &Ram, room: &mut Room) {
+        for slot in &self.slots {
+            slot.room(ram, room);
+        }
+    }
+
+    /// Moves what the devices have for the outside to `outputs`.
+    pub fn take_outputs(&mut self, outputs: &mut Vec<Output>) {
+        for slot in &mut self.slots {
+            slot.take_output(outputs);
+        }
+    }
+
+    /// Refuses a saved state that could not have been.
+    pub fn check(&self) -> Result<(), RestoreError> {
+        let possible =
+            self.slots.len() <= SLOTS_MAX && self.slots.iter().all(Transport::is_possible);
+        ensure("a virtio device", possible)
+    }
+}

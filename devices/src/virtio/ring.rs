@@ -1,0 +1,158 @@
+//! One virtqueue: a split ring in guest memory, read by the crate virtio-queue.
+//!
+//! A ring is plain values here, so that it can be saved; virtio-queue's own `Queue` exists only
+//! while the ring is served. A guest that breaks the rules of rings breaks its device until it resets it
+//! (virtio 1.3, 2.1.2), and nothing else.
+
+use serde::{Deserialize, Serialize};
+use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT, Reader, Writer};
+use vm_memory::{Bytes, GuestAddress};
+
+use super::Stop;
+use crate::around::Ram;
+
+/// More descriptors than this in one chain are a guest's mistake: none of our devices has a use for
+/// them (virtio 1.3, 2.7.5.3.1 lets a device set such a limit by its queue's size).
+const CHAIN_MAX: usize = 1024;
+
+/// A virtqueue's registers and how far it has been served.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Ring {
+    max_size: u16,
+    pub size: u16,
+    pub ready: bool,
+    pub descriptors: u64,
+    pub available: u64,
+    pub used: u64,
+    next_available: u16,
+    next_used: u16,
+    event_index: bool,
+}
+
+impl Ring {
+    /// A ring that the driver has not set up, of at most `max_size` descriptors.
+    pub fn new(max_size: u16) -> Ring {
+        assert!(
+            max_size.is_power_of_two(),
+            "a ring's size is a power of two, not {max_size}"
+        );
+        Ring {
+            max_size,
+            size: max_size,
+            ready: false,
+            descriptors: 0,
+            available: 0,
+            used: 0,
+            next_available: 0,
+            next_used: 0,
+            event_index: false,
+        }
+    }
+
+    /// How many descriptors it may have.
+    pub fn max_size(&self) -> u16 {
+        self.max_size
+    }
+
+    /// The driver has set it up (`ready`), or takes it away.
+    pub fn set_ready(&mut self, ready: bool, event_index: bool) {
+        if !ready {
+            *self = Ring::new(self.max_size);
+            return;
+        }
+        (self.ready, self.event_index) = (true, event_index);
+    }
+
+    /// How many chains the driver has made available and nobody has taken; 0 for a ring that is broken.
+    pub fn waiting(&self, ram: &Ram) -> u16 {
+        if !self.ready {
+            return 0;
+        }
+        let index = self.available.checked_add(2).map(GuestAddress);
+        let index: Option<u16> = index.and_then(|index| ram.read_obj(index).ok());
+        let waiting = index.map(|index| u16::from_le(index).wrapping_sub(self.next_available));
+        waiting.filter(|waiting| *waiting <= self.size).unwrap_or(0)
+    }
+
+    /// Hands each available chain to `serve`, at most `most`, and gives it back with so many bytes written
+    /// to it as that returns. Returns whether the driver
+    /// wants an interrupt for that.
+    pub fn serve(
+        &mut self,
+        ram: &Ram,
+        most: usize,
+        mut serve: impl FnMut(Reader<'_>, Writer<'_>) -> Result<u32, Stop>,
+    ) -> Result<bool, Stop> {
+        let Some(mut queue) = self.open(ram)? else {
+            return Ok(false);
+        };
+        let mut given_back = false;
+        for _ in 0..most {
+            let next = queue
+                .iter(ram)
+                .map_err(|_| Stop::Broken("an available ring that ran too far"))?
+                .next();
+            let Some(chain) = next else { break };
+            let head = chain.head_index();
+            if chain.clone().take(CHAIN_MAX + 1).count() > CHAIN_MAX {
+                return Err(Stop::Broken("a chain without end"));
+            }
+            let outside = |_| Stop::Broken("a chain that leads out of memory");
+            let reader = chain.clone().reader(ram).map_err(outside)?;
+            let writer = chain.writer(ram).map_err(outside)?;
+            let bytes = serve(reader, writer)?;
+            queue
+                .add_used(ram, head, bytes)
+                .map_err(|_| Stop::Broken("a descriptor that does not exist"))?;
+            given_back = true;
+        }
+        let lost = |_| Stop::Broken("a ring outside memory");
+        queue.enable_notification(ram).map_err(lost)?;
+        let wanted = given_back && self.wants_interrupt(&mut queue, ram)?;
+        (self.next_available, self.next_used) = (queue.next_avail(), queue.next_used());
+        Ok(wanted)
+    }
+
+    /// Whether the driver wants to hear of what was given back (virtio 1.3, 2.7.7.2). Without event
+    /// indexes the driver says so in a flag, which virtio-queue does not look at.
+    fn wants_interrupt(&self, queue: &mut Queue, ram: &Ram) -> Result<bool, Stop> {
+        const NO_INTERRUPT: u16 = 1;
+        let lost = |_| Stop::Broken("a ring outside memory");
+        if self.event_index {
+            return queue.needs_notification(ram).map_err(lost);
+        }
+        let flags: u16 = ram
+            .read_obj(GuestAddress(self.available))
+            .map_err(|_| Stop::Broken("a ring outside memory"))?;
+        Ok(u16::from_le(flags) & NO_INTERRUPT == 0)
+    }
+
+    /// The ring as virtio-queue wants it; `None` if the driver has not set it up.
+    fn open(&self, ram: &Ram) -> Result<Option<Queue>, Stop> {
+        if !self.ready {
+            return Ok(None);
+        }
+        let state = QueueState {
+            max_size: self.max_size,
+            next_avail: self.next_available,
+            next_used: self.next_used,
+            event_idx_enabled: self.event_index,
+            size: self.size,
+            ready: true,
+            desc_table: self.descriptors,
+            avail_ring: self.available,
+            used_ring: self.used,
+        };
+        match Queue::try_from(state) {
+            Ok(queue) if queue.is_valid(ram) => Ok(Some(queue)),
+            _ => Err(Stop::Broken(
+                "a ring outside memory, or of no size that is allowed",
+            )),
+        }
+    }
+
+    /// Whether a saved ring is one that a driver could have made.
+    pub fn is_possible(&self, max_size: u16) -> bool {
+        self.max_size == max_size && self.size <= max_size
+    }
+}
