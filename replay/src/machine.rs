@@ -130,7 +130,7 @@ pub struct Machine {
     at: Moment,
     digest: Digest,
     halted: bool,
-    /// What the board had room for when it was last asked.
+    /// What the board had room for at this exit, before it was answered.
     room: Room,
     panic: PanicWatch,
     /// The same for the virtio console.
@@ -320,7 +320,6 @@ impl Machine {
             self.cpu(cpu.answer(&exit, &answer))?;
         }
         self.pass_output(outside, observer);
-        self.room = self.board.room(cpu.ram());
         if outside.wants_memory(exits) {
             self.cpu(cpu.settle())?;
             let digest = self.cpu(cpu.memory_digest())?;
