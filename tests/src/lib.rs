@@ -8,4 +8,6 @@ pub mod sim;
 pub mod sim_world;
 pub mod toy_counter;
 pub mod toy_cpu;
+pub mod toy_disks;
+pub mod toy_driver;
 pub mod toy_program;

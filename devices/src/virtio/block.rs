@@ -109,7 +109,8 @@ impl Block {
 
     /// Byte offset of a range, if it is all on the disk.
     fn place(&self, sector: u64, bytes: usize) -> Option<u64> {
-        let whole = bytes > 0 && bytes <= REQUEST_BYTES_MAX && (bytes as u64).is_multiple_of(SECTOR_BYTES);
+        let whole =
+            bytes > 0 && bytes <= REQUEST_BYTES_MAX && (bytes as u64).is_multiple_of(SECTOR_BYTES);
         let end = sector.checked_add(bytes as u64 / SECTOR_BYTES)?;
         (whole && end <= self.sectors).then_some(sector * SECTOR_BYTES)
     }
@@ -157,7 +158,10 @@ impl Block {
     fn clear(&self, reader: &mut Reader<'_>, storage: &mut dyn Storage) -> Result<u8, Stop> {
         let bytes = reader.available_bytes();
         let each = size_of::<Words>();
-        if self.read_only || !bytes.is_multiple_of(each) || bytes / each > CLEAR_SEGMENTS_MAX as usize {
+        if self.read_only
+            || !bytes.is_multiple_of(each)
+            || bytes / each > CLEAR_SEGMENTS_MAX as usize
+        {
             return Ok(IO_ERROR);
         }
         for _ in 0..bytes / each {

@@ -1,0 +1,108 @@
+//! Disks made of a seed, for machines without a host.
+
+use std::collections::BTreeMap;
+
+use hindsight_devices::{FirstReads, Storage, StorageError};
+use hindsight_replay::rng::mix;
+
+/// Sector size in bytes; the toy's blocks are sectors.
+const SECTOR: u64 = 512;
+
+/// One disk whose image is a function of a seed.
+#[derive(Clone, Debug, Default)]
+pub struct ToyDisks {
+    seed: u64,
+    /// One sector of the image that is not what the seed says.
+    altered: Option<u64>,
+    /// Fails at this call.
+    fails_at: Option<u64>,
+    calls: u64,
+    written: BTreeMap<u64, Vec<u8>>,
+    seen: BTreeMap<u64, ()>,
+    first_reads: Option<FirstReads>,
+}
+
+impl ToyDisks {
+    /// A disk.
+    pub fn new(seed: u64) -> ToyDisks {
+        ToyDisks {
+            seed,
+            ..ToyDisks::default()
+        }
+    }
+
+    /// The same, with another byte in this sector.
+    pub fn altered(self, sector: u64) -> ToyDisks {
+        ToyDisks {
+            altered: Some(sector),
+            ..self
+        }
+    }
+
+    /// The same, but the host fails at its call number `call`, from 1.
+    pub fn failing(self, call: u64) -> ToyDisks {
+        ToyDisks {
+            fails_at: Some(call),
+            ..self
+        }
+    }
+
+    fn sector(&mut self, sector: u64) -> Vec<u8> {
+        if let Some(data) = self.written.get(&sector) {
+            return data.clone();
+        }
+        let mut data = vec![mix(self.seed ^ sector) as u8; SECTOR as usize];
+        if self.altered == Some(sector) {
+            data[77] ^= 1;
+        }
+        if self.seen.insert(sector, ()).is_none() {
+            let reads = self.first_reads.get_or_insert(FirstReads {
+                disk: 0,
+                offset: sector * SECTOR,
+                bytes: 0,
+                check: 0,
+            });
+            reads.bytes += SECTOR;
+            reads.check = data
+                .iter()
+                .fold(reads.check, |check, byte| mix(check ^ u64::from(*byte)));
+        }
+        data
+    }
+
+    fn call(&mut self) -> Result<(), StorageError> {
+        self.calls += 1;
+        if self.fails_at == Some(self.calls) {
+            let what = "it failed, as the test ordered".into();
+            return Err(StorageError { disk: 0, what });
+        }
+        Ok(())
+    }
+}
+
+impl Storage for ToyDisks {
+    fn read(&mut self, _: usize, offset: u64, into: &mut [u8]) -> Result<(), StorageError> {
+        self.call()?;
+        for (sector, into) in (offset / SECTOR..).zip(into.chunks_mut(SECTOR as usize)) {
+            let data = self.sector(sector);
+            into.copy_from_slice(&data[..into.len()]);
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, _: usize, offset: u64, from: &[u8]) -> Result<(), StorageError> {
+        self.call()?;
+        for (sector, from) in (offset / SECTOR..).zip(from.chunks(SECTOR as usize)) {
+            self.written.insert(sector, from.to_vec());
+        }
+        Ok(())
+    }
+
+    fn clear(&mut self, disk: usize, offset: u64, bytes: u64) -> Result<(), StorageError> {
+        self.write(disk, offset, &vec![0; bytes as usize])
+    }
+
+    fn take_first_reads(&mut self) -> Option<FirstReads> {
+        self.first_reads.take()
+    }
+}
