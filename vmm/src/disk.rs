@@ -437,6 +437,8 @@ pub struct DiskOption {
     pub read_only: bool,
     /// Its serial number.
     pub serial: String,
+    /// All of that as it was said.
+    pub text: String,
 }
 
 /// Parses `IMG[,ro][,serial=S]`. A comma in a name is written twice.
@@ -448,6 +450,7 @@ pub fn parse_disk(text: &str) -> Result<DiskOption, String> {
         path: path.ok_or("expected IMG[,ro][,serial=S]")?.into(),
         read_only: false,
         serial: String::new(),
+        text: text.into(),
     };
     for word in words {
         match word.split_once('=') {

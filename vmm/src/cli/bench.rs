@@ -22,7 +22,9 @@ use crate::tell::{out, tell};
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Each round runs the machine bare, records it, and replays the recording; with --against-qemu it is
-also recorded by `qemu-system-x86_64 -icount shift=7,rr=record`. The guest must end by itself.")]
+also recorded by `qemu-system-x86_64 -icount shift=7,rr=record`, and with --against-kvm run by
+`qemu-system-x86_64 -accel kvm,kernel-irqchip=off -M q35` with virtio disks. The guest must end by
+itself.")]
 pub struct Options {
     #[command(flatten)]
     machine: MachineOptions,
@@ -32,6 +34,10 @@ pub struct Options {
     /// Also measure QEMU's own record/replay, in the same rounds, this many times in all.
     #[arg(long, value_name = "TIMES", num_args = 0..=1, default_missing_value = "1")]
     against_qemu: Option<usize>,
+    /// Also run the machine in QEMU under KVM, with its devices in QEMU as ours are here, in the same
+    /// rounds, this many times in all.
+    #[arg(long, value_name = "TIMES", num_args = 0..=1, default_missing_value = "1000000")]
+    against_kvm: Option<usize>,
     /// Where the machine that is not recorded is preempted, if its guest does not exit.
     #[arg(long, value_enum, default_value_t)]
     run_preempt: RunPreempt,
@@ -72,9 +78,12 @@ struct Report {
     record: Side,
     replay: Side,
     qemu: Side,
+    kvm: Side,
     record_over_run: f64,
     replay_over_record: f64,
     qemu_over_record: Option<f64>,
+    run_over_kvm: Option<f64>,
+    record_over_kvm: Option<f64>,
 }
 
 pub fn main(options: &Options) -> anyhow::Result<Outcome> {
@@ -94,7 +103,7 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
 }
 
 fn measure(options: &Options, directory: &Path) -> anyhow::Result<Report> {
-    let [mut run, mut record, mut replay, mut qemu] = [(); 4].map(|()| Side::default());
+    let [mut run, mut record, mut replay, mut qemu, mut kvm] = [(); 5].map(|()| Side::default());
     let recording = directory.join("recording");
     let run_preempt = options.run_preempt.to_possible_value();
     let run_preempt = run_preempt.expect("each value can be given");
@@ -126,16 +135,23 @@ fn measure(options: &Options, directory: &Path) -> anyhow::Result<Report> {
             let log = std::fs::metadata(directory.join("qemu.rr"))?;
             qemu.journal_bytes = log.len();
         }
+        if options.against_kvm.is_some_and(|times| round <= times) {
+            kvm.seconds.push(time(&mut qemu_kvm(&options.machine)?)?.0);
+        }
     }
     let record_s = record.median();
     Ok(Report {
         record_over_run: paired_ratio(&record.seconds, &run.seconds),
         replay_over_record: paired_ratio(&replay.seconds, &record.seconds),
         qemu_over_record: (!qemu.seconds.is_empty()).then(|| qemu.median() / record_s),
+        run_over_kvm: (!kvm.seconds.is_empty()).then(|| paired_ratio(&run.seconds, &kvm.seconds)),
+        record_over_kvm: (!kvm.seconds.is_empty())
+            .then(|| paired_ratio(&record.seconds, &kvm.seconds)),
         run,
         record,
         replay,
         qemu,
+        kvm,
     })
 }
 
@@ -155,6 +171,9 @@ fn machine_arguments(machine: &MachineOptions) -> Vec<std::ffi::OsString> {
     if machine.cmdline_exact {
         arguments.push("--cmdline-exact".into());
     }
+    for disk in &machine.disks {
+        arguments.extend(["--disk".into(), disk.text.clone().into()]);
+    }
     arguments
 }
 
@@ -162,6 +181,32 @@ fn machine_arguments(machine: &MachineOptions) -> Vec<std::ffi::OsString> {
 fn qemu_record(machine: &MachineOptions, directory: &Path) -> anyhow::Result<Command> {
     let mut log = std::ffi::OsString::from("shift=7,rr=record,rrfile=");
     log.push(directory.join("qemu.rr"));
+    let mut process = qemu(machine);
+    process.args(["-accel", "tcg", "-icount"]).arg(log);
+    Ok(process)
+}
+
+/// The same machine in QEMU under KVM, its interrupt controllers in QEMU too.
+fn qemu_kvm(machine: &MachineOptions) -> anyhow::Result<Command> {
+    let mut process = qemu(machine);
+    process.args([
+        "-accel",
+        "kvm,kernel-irqchip=off",
+        "-M",
+        "q35",
+        "-cpu",
+        "host",
+    ]);
+    for disk in &machine.disks {
+        let mut drive = std::ffi::OsString::from("format=raw,if=virtio,snapshot=on,file=");
+        drive.push(&disk.path);
+        process.arg("-drive").arg(drive);
+    }
+    Ok(process)
+}
+
+/// QEMU with this kernel and what belongs to it.
+fn qemu(machine: &MachineOptions) -> Command {
     // QEMU's machine has its own clocks and controllers: only the console and the reboot are ours.
     let words = match cmdline(&machine.cmdline, machine.cmdline_exact) {
         words if machine.cmdline_exact => words,
@@ -169,24 +214,21 @@ fn qemu_record(machine: &MachineOptions, directory: &Path) -> anyhow::Result<Com
     };
     let mut process = Command::new("qemu-system-x86_64");
     process.args([
-        "-accel",
-        "tcg",
         "-display",
         "none",
         "-serial",
         "stdio",
         "-no-reboot",
+        "-net",
+        "none",
     ]);
-    process.args(["-net", "none", "-icount"]).arg(log).arg("-m");
-    process
-        .arg(format!("{}M", machine.memory >> 20))
-        .arg("-kernel")
-        .arg(&machine.kernel);
+    process.arg("-m").arg(format!("{}M", machine.memory >> 20));
+    process.arg("-kernel").arg(&machine.kernel);
     if let Some(initrd) = &machine.initrd {
         process.arg("-initrd").arg(initrd);
     }
     process.arg("-append").arg(words);
-    Ok(process)
+    process
 }
 
 fn one(side: &mut Side, command: &mut Command) -> anyhow::Result<()> {
@@ -273,6 +315,12 @@ fn print(report: &Report) {
             "qemu rr=record   median {:.3} s, log {}: {ratio:.2} times as long",
             report.qemu.median(),
             bytes(report.qemu.journal_bytes)
+        );
+    }
+    if let (Some(run), Some(record)) = (report.run_over_kvm, report.record_over_kvm) {
+        out!(
+            "qemu kvm         median {:.3} s; run / that {run:.3}, record / that {record:.3}",
+            report.kvm.median()
         );
     }
 }
