@@ -85,6 +85,8 @@ pub enum Input {
     Console(Vec<u8>),
     /// The operator asks the machine to stop here.
     Stop,
+    /// The power button is pressed.
+    PowerButton,
 }
 
 /// Why the machine went through a reset.

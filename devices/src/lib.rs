@@ -7,8 +7,11 @@
 #![forbid(unsafe_code)]
 
 mod access;
+pub mod acpi;
 mod board;
 mod chipset;
+mod ioapic;
+mod lapic;
 mod msr;
 mod pic;
 mod pit;
