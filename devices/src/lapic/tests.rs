@@ -105,9 +105,15 @@ fn the_highest_vector_is_taken_first_and_holds_back_its_class() {
         assert!(bench.receive(vector));
     }
     assert_eq!(bench.lapic.acknowledge(), 0x52);
-    assert!(!bench.lapic.interrupt_pending(), "0x51 is of the same class");
+    assert!(
+        !bench.lapic.interrupt_pending(),
+        "0x51 is of the same class"
+    );
     assert_eq!(bench.read(PPR), 0x50);
-    assert_eq!((bench.read(ISR + 0x20), bench.read(IRR + 0x20)), (1 << 18, 1 << 17));
+    assert_eq!(
+        (bench.read(ISR + 0x20), bench.read(IRR + 0x20)),
+        (1 << 18, 1 << 17)
+    );
     bench.receive(0x61);
     assert_eq!(bench.lapic.acknowledge(), 0x61, "a higher class nests");
     for (expected, left) in [(None, 0x50), (None, 0x00)] {
@@ -115,7 +121,11 @@ fn the_highest_vector_is_taken_first_and_holds_back_its_class() {
         assert_eq!(bench.read(PPR), left);
     }
     assert_eq!(bench.lapic.acknowledge(), 0x51);
-    assert_eq!(bench.lapic.acknowledge(), 0xff, "0x31 waits: the spurious vector");
+    assert_eq!(
+        bench.lapic.acknowledge(),
+        0xff,
+        "0x31 waits: the spurious vector"
+    );
     bench.write(EOI, 0);
     assert_eq!(bench.lapic.acknowledge(), 0x31);
 }
@@ -187,8 +197,8 @@ fn an_ipi_to_oneself_arrives_by_any_name_and_others_go_nowhere() {
         (0x0000_0000, 0x0000_00f6, true),
         (0xff00_0000, 0x0000_00f6, true),
         (0x0100_0000, 0x0000_00f6, false),
-        (0x0100_0000, 0x0004_00f6, true), // self
-        (0x0000_0000, 0x0008_00f6, true), // all
+        (0x0100_0000, 0x0004_00f6, true),  // self
+        (0x0000_0000, 0x0008_00f6, true),  // all
         (0x0000_0000, 0x000c_00f6, false), // all but oneself
         (0x0000_0000, 0x0000_04f6, false), // NMI
         (0x0000_0000, 0x0000_4500, false), // INIT
@@ -196,7 +206,11 @@ fn an_ipi_to_oneself_arrives_by_any_name_and_others_go_nowhere() {
         let mut bench = Bench::new();
         bench.write(ICR_HIGH, high);
         bench.write(ICR, low);
-        assert_eq!(bench.lapic.interrupt_pending(), arrives, "{high:#x} {low:#x}");
+        assert_eq!(
+            bench.lapic.interrupt_pending(),
+            arrives,
+            "{high:#x} {low:#x}"
+        );
         assert_eq!(bench.read(ICR), low, "and is not busy");
     }
 }
@@ -226,7 +240,11 @@ fn turned_off_by_software_it_accepts_nothing_and_masks_its_own() {
     bench.write(SVR, 0xff);
     assert_eq!(bench.read(LVT_TIMER), 0x1_0030);
     bench.write(LVT_TIMER, 0x31);
-    assert_eq!(bench.read(LVT_TIMER), 0x1_0031, "the mask cannot be cleared");
+    assert_eq!(
+        bench.read(LVT_TIMER),
+        0x1_0031,
+        "the mask cannot be cleared"
+    );
     assert!(!bench.receive(0x41) && !bench.lapic.passes_extint());
     assert_eq!(bench.lapic.acknowledge(), 0x40, "what was accepted stands");
 }
@@ -282,7 +300,16 @@ fn a_periodic_timer_keeps_its_pace_over_a_long_absence() {
 
 #[test]
 fn every_divider_divides_by_what_the_manual_says() {
-    let dividers = [(0, 2), (1, 4), (2, 8), (3, 16), (8, 32), (9, 64), (10, 128), (11, 1)];
+    let dividers = [
+        (0, 2),
+        (1, 4),
+        (2, 8),
+        (3, 16),
+        (8, 32),
+        (9, 64),
+        (10, 128),
+        (11, 1),
+    ];
     for (value, divider) in dividers {
         let mut bench = Bench::new();
         bench.write(DIVIDE, value);
@@ -302,13 +329,30 @@ fn the_deadline_fires_when_the_time_stamp_has_come_to_it() {
     assert_eq!(bench.rdmsr(0x6e0), Reply::Value(5_000));
     assert_eq!(bench.lapic.next_interrupt(), Some(4_500));
     bench.write(INITIAL, 7);
-    assert_eq!((bench.read(INITIAL), bench.read(CURRENT)), (0, 0), "no counting");
+    assert_eq!(
+        (bench.read(INITIAL), bench.read(CURRENT)),
+        (0, 0),
+        "no counting"
+    );
     bench.wait(3_500);
     assert_eq!(bench.lapic.acknowledge(), 0x30);
     assert_eq!(bench.rdmsr(0x6e0), Reply::Value(0), "disarmed");
     bench.wrmsr(0x6e0, 1);
     bench.write(EOI, 0);
-    assert_eq!(bench.lapic.acknowledge(), 0x30, "one that has passed fires at once");
+    assert_eq!(
+        bench.lapic.acknowledge(),
+        0x30,
+        "one that has passed fires at once"
+    );
+}
+
+#[test]
+fn a_deadline_in_300_years_never_comes() {
+    let mut bench = Bench::new();
+    bench.write(LVT_TIMER, DEADLINE | 0x30);
+    bench.wrmsr(0x6e0, 9_460_800_000_000_000_000);
+    assert_eq!(bench.lapic.next_interrupt(), None);
+    assert_eq!(bench.rdmsr(0x6e0), Reply::Value(9_460_800_000_000_000_000));
 }
 
 #[test]
@@ -356,8 +400,16 @@ fn an_x2apic_has_the_same_registers_by_msr_and_forgives_nothing() {
     bench.to_x2apic();
     assert!(!bench.lapic.answers(0xfee0_0000));
     assert_eq!(bench.rdmsr(0x802), Reply::Value(0));
-    assert_eq!(bench.rdmsr(0x80d), Reply::Value(1), "the logical ID follows from the ID");
-    assert_eq!(bench.rdmsr(0x822), Reply::Value(1), "what was requested stands");
+    assert_eq!(
+        bench.rdmsr(0x80d),
+        Reply::Value(1),
+        "the logical ID follows from the ID"
+    );
+    assert_eq!(
+        bench.rdmsr(0x822),
+        Reply::Value(1),
+        "what was requested stands"
+    );
     assert_eq!(bench.lapic.acknowledge(), 0x40);
     for (index, value, reply) in [
         (0x808, 0x100, Reply::Fault), // reserved bits
@@ -387,8 +439,16 @@ fn illegal_transitions_of_the_base_fault() {
         assert_eq!(bench.wrmsr(0x1b, value), Reply::Fault, "{value:#x}");
     }
     bench.to_x2apic();
-    assert_eq!(bench.wrmsr(0x1b, 0xfee0_0900), Reply::Fault, "x2APIC to xAPIC");
+    assert_eq!(
+        bench.wrmsr(0x1b, 0xfee0_0900),
+        Reply::Fault,
+        "x2APIC to xAPIC"
+    );
     assert_eq!(bench.wrmsr(0x1b, 0xfee0_0100), Reply::Done);
-    assert_eq!(bench.wrmsr(0x1b, 0xfee0_0d00), Reply::Fault, "off to x2APIC");
+    assert_eq!(
+        bench.wrmsr(0x1b, 0xfee0_0d00),
+        Reply::Fault,
+        "off to x2APIC"
+    );
     assert_eq!(bench.wrmsr(0x1b, 0xfee0_0900), Reply::Done);
 }
