@@ -2,12 +2,12 @@
 
 use std::io::Read;
 
-use hindsight_replay::{Content, CpuidTable, Host, Machine, MachineDescription, Unit};
+use hindsight_replay::{Content, CpuidTable, Host, Machine, MachineDescription, QuickReads, Unit};
 use kvm_ioctls::Kvm;
 use thiserror::Error;
 
 use crate::boot::caves::isolates_page_tables;
-use crate::boot::{self, BootError, Elf};
+use crate::boot::{self, BootError, Elf, QuickPlan};
 use crate::doctor;
 use crate::kernel_cache::{self, Prepared};
 use crate::kvm::{GuestMemory, KernelText, KvmCpu, KvmError, cpuid, exit_cost};
@@ -52,6 +52,16 @@ pub enum MachineError {
         /// Then.
         expected: hindsight_replay::TrapCounts,
     },
+    /// Replay would rewrite the kernel's time reads otherwise than the recorder did.
+    #[error(
+        "this kernel's time reads would become {found:x?}, recorded were {expected:x?}; another version of Hindsight recorded it"
+    )]
+    QuickReads {
+        /// Now.
+        found: Option<QuickReads>,
+        /// Then.
+        expected: QuickReads,
+    },
 }
 
 /// A kernel taken apart.
@@ -65,11 +75,12 @@ impl LoadedKernel {
             return Ok(LoadedKernel(prepared));
         }
         let kernel = boot::unpack(image)?;
-        let sites = boot::traps::find(&Elf::parse(&kernel.elf)?)?;
+        let (sites, windows) = boot::find_sites(&Elf::parse(&kernel.elf)?)?;
         let prepared = Prepared {
             content: content(image),
             kernel,
             sites,
+            windows,
         };
         kernel_cache::keep(image, &prepared);
         Ok(LoadedKernel(prepared))
@@ -79,16 +90,28 @@ impl LoadedKernel {
     pub fn content(&self) -> &Content {
         &self.0.content
     }
+
+    /// What lets it read the time without exits; `None` if nothing does.
+    fn quick_plan(&self, elf: &Elf<'_>) -> Option<QuickPlan> {
+        QuickPlan::new(elf, &self.0.windows, &boot::caves::find(elf)?.quick?)
+    }
 }
 
-/// Describes a new machine to record.
+/// Describes a new machine to record, whose kernel reads the time without exits, as far as it can, if
+/// `quick` says so.
 pub fn describe(
     kvm: &Kvm,
     kernel: &LoadedKernel,
     initrd: &[u8],
     cmdline: String,
     memory_bytes: u64,
+    quick: bool,
 ) -> Result<MachineDescription, MachineError> {
+    let ns_per_exit = exit_cost::measure(kvm)?;
+    let plan = match quick {
+        true => kernel.quick_plan(&Elf::parse(&kernel.0.kernel.elf)?),
+        false => None,
+    };
     Ok(MachineDescription {
         memory_bytes,
         cmdline,
@@ -98,8 +121,9 @@ pub fn describe(
         traps: kernel.0.sites.counts(),
         cpuid: cpuid::for_host(kvm)?,
         seed: random_bytes()?,
-        ns_per_exit: exit_cost::measure(kvm)?,
+        ns_per_exit,
         preemption: None,
+        quick_reads: plan.map(|plan| plan.describe(ns_per_exit)),
     })
 }
 
@@ -127,7 +151,11 @@ pub fn build(
     kernel: &LoadedKernel,
     initrd: &[u8],
 ) -> Result<(KvmCpu, Machine), MachineError> {
-    let Prepared { kernel, sites, .. } = &kernel.0;
+    let Prepared {
+        kernel: image,
+        sites,
+        ..
+    } = &kernel.0;
     let found = sites.counts();
     if found != description.traps {
         return Err(MachineError::Traps {
@@ -142,10 +170,24 @@ pub fn build(
         seed: &description.seed,
         regions: &boot::e820(description.memory_bytes),
     };
-    let elf = Elf::parse(&kernel.elf)?;
-    let plan = boot::load(&mut memory, kernel, &elf, sites, &given)?;
-    let mut cpu = KvmCpu::new(kvm, memory, &description.cpuid)?;
+    let elf = Elf::parse(&image.elf)?;
+    let plan = boot::load(&mut memory, image, &elf, sites, &given)?;
     let mut text = KernelText::new(&elf, sites);
+    if let Some(recorded) = &description.quick_reads {
+        let quick = kernel.quick_plan(&elf);
+        let found = quick.as_ref().map(|q| q.describe(description.ns_per_exit));
+        let same =
+            |found: &QuickReads| (found.sites, found.check) == (recorded.sites, recorded.check);
+        let Some(quick) = quick.filter(|_| found.as_ref().is_some_and(same)) else {
+            return Err(MachineError::QuickReads {
+                found,
+                expected: *recorded,
+            });
+        };
+        quick.install(&mut memory).map_err(BootError::from)?;
+        text.clock = Some(quick.clock().clone());
+    }
+    let mut cpu = KvmCpu::new(kvm, memory, &description.cpuid)?;
     let counts_entries = description.preemption == Some(Unit::Entries);
     if !counts_entries || isolates_page_tables(&description.cmdline, &description.cpuid.vendor()) {
         text.caves = None;
@@ -153,7 +195,8 @@ pub fn build(
     cpu.boot(&plan, text)?;
     Ok((
         cpu,
-        Machine::new(description.cpuid.clone(), description.ns_per_exit),
+        Machine::new(description.cpuid.clone(), description.ns_per_exit)
+            .with_quick_reads(description.quick_reads),
     ))
 }
 

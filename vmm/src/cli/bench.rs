@@ -155,6 +155,10 @@ fn machine_arguments(machine: &MachineOptions) -> Vec<std::ffi::OsString> {
     if machine.cmdline_exact {
         arguments.push("--cmdline-exact".into());
     }
+    if let Some(how) = machine.time_reads {
+        let how = how.to_possible_value().expect("each value can be given");
+        arguments.push(format!("--time-reads={}", how.get_name()).into());
+    }
     arguments
 }
 

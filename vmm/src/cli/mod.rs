@@ -15,7 +15,7 @@ mod transcript;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, CommandFactory, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
 use crate::counting::CountingError;
 use crate::kvm::KvmError;
@@ -109,6 +109,19 @@ pub struct MachineOptions {
     /// RAM, with K, M or G.
     #[arg(long, short, value_name = "SIZE", default_value = "256M", value_parser = format::parse_size)]
     pub memory: u64,
+    /// How the guest's kernel reads the time. Without it: quick, but exit with --chaos, which meddles
+    /// with the time at exits.
+    #[arg(long, value_enum)]
+    pub time_reads: Option<TimeReads>,
+}
+
+/// How the guest's kernel reads the time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum TimeReads {
+    /// From its own memory, where it can, and by an exit at least every 33rd time.
+    Quick,
+    /// By an exit each time.
+    Exit,
 }
 
 /// Parses the arguments and does what they say.
@@ -172,7 +185,9 @@ fn outcome_of(error: &anyhow::Error) -> Outcome {
         Some(MachineError::Unfit(_)) => return Outcome::Unfit,
         Some(MachineError::Random(_)) => return Outcome::HostFailed,
         Some(MachineError::Kvm(error)) => Some(error),
-        Some(MachineError::Boot(_) | MachineError::Traps { .. }) => None,
+        Some(
+            MachineError::Boot(_) | MachineError::Traps { .. } | MachineError::QuickReads { .. },
+        ) => None,
         None => error.downcast_ref::<KvmError>(),
     };
     match kvm {

@@ -13,7 +13,7 @@ use super::console::Console;
 use super::replay::{Verify, parse_verify};
 use super::run::{Images, host_failure, patience};
 use super::summary::Summary;
-use super::{Failure, MachineOptions, Outcome};
+use super::{Failure, MachineOptions, Outcome, TimeReads};
 use crate::counting::{Counting, Preempt};
 use crate::host::{HostWorld, RawTerminal};
 use crate::machine::{build, cmdline, describe, host_facts, open_kvm, random_number};
@@ -112,6 +112,10 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
         &images.initrd,
         words,
         options.machine.memory,
+        match options.machine.time_reads {
+            None => options.chaos.is_none(),
+            Some(how) => how == TimeReads::Quick,
+        },
     )?;
     machine.preemption = counting.unit();
     let chaos = match options.chaos {

@@ -7,7 +7,7 @@ use hindsight_replay::{Live, Patience, RunError, Unit};
 
 use super::console::Console;
 use super::summary::Summary;
-use super::{Failure, MachineOptions, Outcome};
+use super::{Failure, MachineOptions, Outcome, TimeReads};
 use crate::counting::Counting;
 use crate::host::{HostWorld, RawTerminal};
 use crate::kvm::{KvmError, Preemption};
@@ -51,7 +51,9 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     let (kvm, _) = open_kvm()?;
     let words = cmdline(&options.machine.cmdline, options.machine.cmdline_exact);
     let unit = Counting::likely_unit();
-    let mut description = describe(&kvm, &kernel, &initrd, words, options.machine.memory)?;
+    let quick = options.machine.time_reads != Some(TimeReads::Exit);
+    let memory = options.machine.memory;
+    let mut description = describe(&kvm, &kernel, &initrd, words, memory, quick)?;
     description.preemption = Some(unit);
     let (mut cpu, mut machine) = build(&kvm, &description, &kernel, &initrd)?;
     cpu.preempt_by(match (options.preempt, unit) {
