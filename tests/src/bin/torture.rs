@@ -200,6 +200,7 @@ impl Bench {
                 seed: [0; 32],
                 ns_per_exit: NS_PER_EXIT,
                 preemption: self.counting.unit(),
+                quick_reads: None,
             },
             host: self.host.clone(),
         }
