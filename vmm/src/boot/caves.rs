@@ -1,6 +1,6 @@
 //! Finds room in a kernel for what counts its entries and reads its time: some code, and some words of data.
 //!
-//! The stubs (see `kvm::entry_stub` and [`super::quick_stub`]) must be mapped executable for as long as the guest runs, the
+//! The stubs (see `kvm::entry_stub` and `quick_stub`) must be mapped executable for as long as the guest runs, the
 //! word writable, and neither may be anybody else's. Linux has both to spare. It aligns its entry text to
 //! 2 MiB, so `.text` holds runs of up to 2 MiB of INT3 that no symbol covers and nobody jumps to;
 //! shorter runs are passed by, since some belong to code that is copied as a whole (kexec's).
