@@ -12,6 +12,8 @@ use hindsight_replay::rng::{Rng, mix};
 pub enum Op {
     /// One that exits.
     Exit(Exit),
+    /// Reads the time without an exit: this one. The program itself never says so.
+    Read(u64),
     /// Loads a word of memory into a register.
     Load,
     /// Stores a register into memory.

@@ -342,8 +342,10 @@ fn a_full_file_system_ends_the_recording_and_loses_nothing_written() {
     let (debian, dir) = (Debian::from_env(), scratch());
     let small = dir.path().join("small");
     std::fs::create_dir(&small).expect("it can be made");
-    let kernel_bytes = std::fs::metadata(debian.kernel()).expect("a kernel").len();
-    let size = format!("size={}", kernel_bytes + (1 << 20));
+    let bytes = |path: &Path| std::fs::metadata(path).expect("it is there").len();
+    let images = bytes(debian.kernel()) + bytes(&debian.image("hello"));
+    // Room for some frames of the journal, and not for all of it.
+    let size = format!("size={}", images + (100 << 10));
     let mount = |arguments: &[&str]| {
         let status = std::process::Command::new("mount")
             .args(arguments)

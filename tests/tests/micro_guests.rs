@@ -274,6 +274,7 @@ fn record(kvm: &Kvm, guest: &Guest, how: How) -> Ran {
         memory_every: how.memory_every,
         patience_ns: None,
         chaos: None,
+        quick: false,
     };
     let mut header = scenario.header(how.detail);
     header.machine.memory_bytes = RAM_BYTES;

@@ -3,12 +3,14 @@
 use std::io::Read;
 
 use hindsight_devices::{Devices, Storage};
-use hindsight_replay::{Content, CpuidTable, Host, Image, Machine, MachineDescription, Unit};
+use hindsight_replay::{
+    Content, CpuidTable, Host, Image, Machine, MachineDescription, QuickReads, Unit,
+};
 use kvm_ioctls::Kvm;
 use thiserror::Error;
 
 use crate::boot::caves::isolates_page_tables;
-use crate::boot::{self, BootError, Elf};
+use crate::boot::{self, BootError, Elf, QuickPlan};
 use crate::doctor;
 use crate::kernel_cache::{self, Prepared};
 use crate::kvm::{GuestMemory, KernelText, KvmCpu, KvmError, cpuid, exit_cost};
@@ -55,6 +57,16 @@ pub enum MachineError {
         /// Then.
         expected: hindsight_replay::TrapCounts,
     },
+    /// Replay would rewrite the kernel's time reads otherwise than the recorder did.
+    #[error(
+        "this kernel's time reads would become {found:x?}, recorded were {expected:x?}; another version of Hindsight recorded it"
+    )]
+    QuickReads {
+        /// Now.
+        found: Option<QuickReads>,
+        /// Then.
+        expected: QuickReads,
+    },
 }
 
 /// A kernel taken apart.
@@ -68,11 +80,12 @@ impl LoadedKernel {
             return Ok(LoadedKernel(prepared));
         }
         let kernel = boot::unpack(image)?;
-        let sites = boot::traps::find(&Elf::parse(&kernel.elf)?)?;
+        let (sites, windows) = boot::find_sites(&Elf::parse(&kernel.elf)?)?;
         let prepared = Prepared {
             content: content(image),
             kernel,
             sites,
+            windows,
         };
         kernel_cache::keep(image, &prepared);
         Ok(LoadedKernel(prepared))
@@ -82,9 +95,15 @@ impl LoadedKernel {
     pub fn content(&self) -> &Content {
         &self.0.content
     }
+
+    /// What lets it read the time without exits; `None` if nothing does.
+    fn quick_plan(&self, elf: &Elf<'_>) -> Option<QuickPlan> {
+        QuickPlan::new(elf, &self.0.windows, &boot::caves::find(elf)?.quick?)
+    }
 }
 
-/// Describes a new machine to record.
+/// Describes a new machine to record, whose kernel reads the time without exits, as far as it can, if
+/// `quick` says so.
 pub fn describe(
     kvm: &Kvm,
     kernel: &LoadedKernel,
@@ -92,7 +111,13 @@ pub fn describe(
     cmdline: String,
     memory_bytes: u64,
     (devices, images): (Devices, Vec<Image>),
+    quick: bool,
 ) -> Result<MachineDescription, MachineError> {
+    let ns_per_exit = exit_cost::measure(kvm)?;
+    let plan = match quick {
+        true => kernel.quick_plan(&Elf::parse(&kernel.0.kernel.elf)?),
+        false => None,
+    };
     Ok(MachineDescription {
         memory_bytes,
         cmdline,
@@ -102,8 +127,9 @@ pub fn describe(
         traps: kernel.0.sites.counts(),
         cpuid: cpuid::for_host(kvm)?,
         seed: random_bytes()?,
-        ns_per_exit: exit_cost::measure(kvm)?,
+        ns_per_exit,
         preemption: None,
+        quick_reads: plan.map(|plan| plan.describe(ns_per_exit)),
         devices,
         images,
     })
@@ -134,7 +160,11 @@ pub fn build(
     initrd: &[u8],
     storage: Box<dyn Storage>,
 ) -> Result<(KvmCpu, Machine), MachineError> {
-    let Prepared { kernel, sites, .. } = &kernel.0;
+    let Prepared {
+        kernel: image,
+        sites,
+        ..
+    } = &kernel.0;
     let found = sites.counts();
     if found != description.traps {
         return Err(MachineError::Traps {
@@ -150,10 +180,24 @@ pub fn build(
         regions: &boot::e820(description.memory_bytes),
         slots: &description.devices.slots(),
     };
-    let elf = Elf::parse(&kernel.elf)?;
-    let plan = boot::load(&mut memory, kernel, &elf, sites, &given)?;
-    let mut cpu = KvmCpu::new(kvm, memory, &description.cpuid)?;
+    let elf = Elf::parse(&image.elf)?;
+    let plan = boot::load(&mut memory, image, &elf, sites, &given)?;
     let mut text = KernelText::new(&elf, sites);
+    if let Some(recorded) = &description.quick_reads {
+        let quick = kernel.quick_plan(&elf);
+        let found = quick.as_ref().map(|q| q.describe(description.ns_per_exit));
+        let same =
+            |found: &QuickReads| (found.sites, found.check) == (recorded.sites, recorded.check);
+        let Some(quick) = quick.filter(|_| found.as_ref().is_some_and(same)) else {
+            return Err(MachineError::QuickReads {
+                found,
+                expected: *recorded,
+            });
+        };
+        quick.install(&mut memory).map_err(BootError::from)?;
+        text.clock = Some(quick.clock().clone());
+    }
+    let mut cpu = KvmCpu::new(kvm, memory, &description.cpuid)?;
     let counts_entries = description.preemption == Some(Unit::Entries);
     if !counts_entries || isolates_page_tables(&description.cmdline, &description.cpuid.vendor()) {
         text.caves = None;
@@ -166,7 +210,7 @@ pub fn build(
         cpuid,
         description.ns_per_exit,
     );
-    Ok((cpu, machine))
+    Ok((cpu, machine.with_quick_reads(description.quick_reads)))
 }
 
 /// The command line for a machine, from what the operator adds to it.

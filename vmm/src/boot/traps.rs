@@ -181,9 +181,21 @@ impl Sites {
 ///
 /// A kernel without any RDTSC, or one with a site that no trap fits.
 pub fn find(elf: &Elf<'_>) -> Result<Sites, BootError> {
+    find_and_show(elf, &mut |_| {})
+}
+
+/// The same, and shows each decoded instruction to `see`.
+///
+/// # Errors
+///
+/// As [`find`].
+pub fn find_and_show(
+    elf: &Elf<'_>,
+    see: &mut impl FnMut(&Instruction),
+) -> Result<Sites, BootError> {
     let mut sites = Vec::new();
     for code in &elf.code {
-        sweep(elf, code, &mut sites)?;
+        sweep(elf, code, &mut sites, see)?;
     }
     // Sections come in the file's order, and damaged files may name one twice.
     sites.sort_by_key(|site| site.address);
@@ -232,7 +244,12 @@ fn decoder(bytes: &[u8], address: u64) -> Decoder<'_> {
 }
 
 /// Decodes one section from its first byte to its last.
-fn sweep(elf: &Elf<'_>, code: &Code, sites: &mut Vec<Site>) -> Result<(), BootError> {
+fn sweep(
+    elf: &Elf<'_>,
+    code: &Code,
+    sites: &mut Vec<Site>,
+    see: &mut impl FnMut(&Instruction),
+) -> Result<(), BootError> {
     let bytes = elf.bytes(&code.file);
     let mut decoder = decoder(bytes, code.address);
     let mut instruction = Instruction::default();
@@ -247,6 +264,7 @@ fn sweep(elf: &Elf<'_>, code: &Code, sites: &mut Vec<Site>) -> Result<(), BootEr
             decoder.set_ip(code.address + start as u64 + 1);
             continue;
         }
+        see(&instruction);
         if let Some(kind) = SiteKind::of(&instruction) {
             sites.extend(site(elf, code, kind, instruction.ip(), instruction.len())?);
         }

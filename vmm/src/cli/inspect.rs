@@ -303,6 +303,15 @@ fn print_header(header: &Header) {
         traps.cr4_reads,
         traps.pause
     );
+    match &machine.quick_reads {
+        Some(quick) => out!(
+            "time reads  quick at {} places: up to {} between two exits, {} ns each",
+            quick.sites,
+            quick.reads,
+            quick.step_ns
+        ),
+        None => out!("time reads  each exits"),
+    }
 }
 
 fn print_census(census: &Census) {

@@ -15,7 +15,7 @@ mod transcript;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, CommandFactory, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
 use crate::counting::CountingError;
 use crate::disk::{DiskError, DiskOption, parse_disk};
@@ -115,6 +115,19 @@ pub struct MachineOptions {
     /// what it is told as the disk's serial number.
     #[arg(long = "disk", value_name = "IMG[,ro][,serial=S]", value_parser = parse_disk)]
     pub disks: Vec<DiskOption>,
+    /// How the guest's kernel reads the time. Without it: quick, but exit with --chaos, which meddles
+    /// with the time at exits.
+    #[arg(long, value_enum)]
+    pub time_reads: Option<TimeReads>,
+}
+
+/// How the guest's kernel reads the time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum TimeReads {
+    /// From its own memory, where it can, and by an exit at least every 33rd time.
+    Quick,
+    /// By an exit each time.
+    Exit,
 }
 
 /// Parses the arguments and does what they say.
@@ -181,7 +194,9 @@ fn outcome_of(error: &anyhow::Error) -> Outcome {
         Some(MachineError::Unfit(_)) => return Outcome::Unfit,
         Some(MachineError::Random(_)) => return Outcome::HostFailed,
         Some(MachineError::Kvm(error)) => Some(error),
-        Some(MachineError::Boot(_) | MachineError::Traps { .. }) => None,
+        Some(
+            MachineError::Boot(_) | MachineError::Traps { .. } | MachineError::QuickReads { .. },
+        ) => None,
         None => error.downcast_ref::<KvmError>(),
     };
     match kvm {

@@ -9,7 +9,7 @@ use kvm_ioctls::Kvm;
 
 use super::console::Console;
 use super::summary::Summary;
-use super::{Failure, MachineOptions, Outcome};
+use super::{Failure, MachineOptions, Outcome, TimeReads};
 use crate::counting::Counting;
 use crate::disk::{DiskError, Disks, OpenImage};
 use crate::host::{HostWorld, RawTerminal};
@@ -50,7 +50,8 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     let (kvm, _) = open_kvm()?;
     let words = cmdline(&options.machine.cmdline, options.machine.cmdline_exact);
     let unit = Counting::likely_unit();
-    let mut description = images.describe(&kvm, words, options.machine.memory)?;
+    let quick = options.machine.time_reads != Some(TimeReads::Exit);
+    let mut description = images.describe(&kvm, words, options.machine.memory, quick)?;
     description.preemption = Some(unit);
     let (mut cpu, mut machine) = images.build(&kvm, &description)?;
     cpu.preempt_by(match (options.preempt, unit) {
@@ -130,6 +131,7 @@ impl Images {
         kvm: &Kvm,
         words: String,
         memory_bytes: u64,
+        quick: bool,
     ) -> anyhow::Result<MachineDescription> {
         let images = self.disks.iter().map(|disk| disk.image.clone()).collect();
         let devices = (self.devices.clone(), images);
@@ -140,6 +142,7 @@ impl Images {
             words,
             memory_bytes,
             devices,
+            quick,
         )?)
     }
 

@@ -1,5 +1,6 @@
 //! The machine's CPU and memory, on stock KVM. With `perf`, the only place of unsafe code.
 
+mod clock;
 pub mod cpuid;
 pub mod entries;
 mod entry_stub;

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 
 use hindsight_devices::{Access, Ram, Width};
-use hindsight_replay::{Answer, Back, Cpu, CpuidTable, Exit, Horizon, Registers};
+use hindsight_replay::{Answer, Back, Cpu, CpuidTable, Exit, Horizon, Registers, ShownClock};
 use kvm_bindings::{
     KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_CAP_PMU_CAPABILITY, KVM_EXIT_HLT, KVM_EXIT_IO,
     KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVM_PMU_CAP_DISABLE,
@@ -26,7 +26,7 @@ use super::preemption::Preemption;
 use super::run_page::{PortExit, RunPage};
 use super::traps::TrapState;
 use super::{cpuid, msr, signals};
-use crate::boot::{BootPlan, Elf, EntryCaves, Site, SiteKind, Sites, caves};
+use crate::boot::{BootPlan, Elf, EntryCaves, QuickClock, Site, SiteKind, Sites, caves};
 
 /// IA32_APIC_BASE at power-on: the usual address, enabled, the boot processor's.
 const APIC_ENABLED: u64 = 0xfee0_0000 | 1 << 11 | 1 << 8;
@@ -47,6 +47,8 @@ pub struct KernelText {
     pub init: Option<(u64, u64)>,
     /// Where there is room for what counts kernel entries; `None` if they are not to be counted.
     pub caves: Option<EntryCaves>,
+    /// The clock that is read without exits; `None` if each read exits.
+    pub clock: Option<QuickClock>,
 }
 
 impl KernelText {
@@ -68,6 +70,7 @@ impl KernelText {
                 .collect(),
             init: init.map(|code| (code.address, code.address + code.file.len() as u64)),
             caves: caves::find(elf),
+            clock: None,
         }
     }
 
@@ -504,6 +507,10 @@ impl Cpu for KvmCpu {
 
     fn request_window(&mut self, wanted: bool) {
         self.page().request_window(wanted);
+    }
+
+    fn show_clock(&mut self, clock: ShownClock) {
+        self.write_clock(clock);
     }
 
     fn site(&mut self) -> Option<u64> {
