@@ -366,7 +366,8 @@ impl Machine {
             | Exit::Woken
             | Exit::Shutdown
             | Exit::Pause
-            | Exit::Preempted(_) => Answer::Done,
+            | Exit::Preempted(_)
+            | Exit::Module { .. } => Answer::Done,
         }
     }
 

@@ -65,11 +65,14 @@ impl LoadedKernel {
             return Ok(LoadedKernel(prepared));
         }
         let kernel = boot::unpack(image)?;
-        let sites = boot::traps::find(&Elf::parse(&kernel.elf)?)?;
+        let elf = Elf::parse(&kernel.elf)?;
+        let modules = boot::modules::find(&elf);
+        let sites = boot::traps::find(&elf, modules.loads())?;
         let prepared = Prepared {
             content: content(image),
             kernel,
             sites,
+            modules,
         };
         kernel_cache::keep(image, &prepared);
         Ok(LoadedKernel(prepared))
@@ -78,6 +81,12 @@ impl LoadedKernel {
     /// The content of the file it came from.
     pub fn content(&self) -> &Content {
         &self.0.content
+    }
+
+    /// What of the world the guest may see because this kernel is as it is, in words.
+    pub fn holes(&self) -> Vec<String> {
+        let calls = self.0.sites.counts().module_loads;
+        self.0.modules.hole(calls).into_iter().collect()
     }
 }
 
@@ -127,7 +136,12 @@ pub fn build(
     kernel: &LoadedKernel,
     initrd: &[u8],
 ) -> Result<(KvmCpu, Machine), MachineError> {
-    let Prepared { kernel, sites, .. } = &kernel.0;
+    let Prepared {
+        kernel,
+        sites,
+        modules,
+        ..
+    } = &kernel.0;
     let found = sites.counts();
     if found != description.traps {
         return Err(MachineError::Traps {
@@ -145,7 +159,7 @@ pub fn build(
     let elf = Elf::parse(&kernel.elf)?;
     let plan = boot::load(&mut memory, kernel, &elf, sites, &given)?;
     let mut cpu = KvmCpu::new(kvm, memory, &description.cpuid)?;
-    let mut text = KernelText::new(&elf, sites);
+    let mut text = KernelText::new(&elf, sites, modules);
     let counts_entries = description.preemption == Some(Unit::Entries);
     if !counts_entries || isolates_page_tables(&description.cmdline, &description.cpuid.vendor()) {
         text.caves = None;

@@ -6,13 +6,16 @@
 //! Nothing here touches KVM or the host: bytes go in, bytes and addresses come out, so the same
 //! kernel file gives the same machine every time.
 
+pub mod btf;
 mod bzimage;
 pub mod caves;
 mod elf;
 mod error;
+pub mod kallsyms;
 pub mod layout;
 mod load;
 mod lzo;
+pub mod modules;
 mod payload;
 #[cfg(test)]
 mod testing;
@@ -23,5 +26,7 @@ pub use bzimage::{Kernel, unpack};
 pub use caves::{Cave, EntryCaves};
 pub use elf::{Code, Elf, Segment};
 pub use error::{BootError, OutOfRam};
+pub use kallsyms::Symbols;
 pub use load::{BootPlan, E820Entry, Given, GuestRam, Seed, e820, load};
+pub use modules::{ModuleLayout, Modules};
 pub use traps::{Site, SiteKind, Sites};

@@ -5,7 +5,7 @@ use super::*;
 
 fn kinds(code: &[u8]) -> Vec<(u64, u8, SiteKind)> {
     let file = tiny_elf(code);
-    let sites = find(&Elf::parse(&file).unwrap()).unwrap();
+    let sites = find(&Elf::parse(&file).unwrap(), &[]).unwrap();
     sites
         .sites
         .iter()
@@ -65,7 +65,7 @@ fn data_is_not_searched() {
         &[(".text", 0, 2), (".rodata", 2, 2)],
     );
     assert_eq!(
-        find(&Elf::parse(&file).unwrap()).unwrap().counts(),
+        find(&Elf::parse(&file).unwrap(), &[]).unwrap().counts(),
         TrapCounts {
             rdtsc: 1,
             ..TrapCounts::default()
@@ -80,7 +80,7 @@ fn cr4_in_the_first_page_of_text_is_left_alone_and_time_there_is_not() {
     code[..5].copy_from_slice(&[0x0f, 0x22, 0xe0, 0x0f, 0x31]);
     code[page - 3..].copy_from_slice(&[0x0f, 0x20, 0xe0, 0x0f, 0x22, 0xe0]);
     let file = tiny_elf_with(&code, &[(".text", 0, code.len())]);
-    let sites = find(&Elf::parse(&file).unwrap()).unwrap();
+    let sites = find(&Elf::parse(&file).unwrap(), &[]).unwrap();
     assert_eq!(
         sites.counts(),
         TrapCounts {
@@ -92,7 +92,7 @@ fn cr4_in_the_first_page_of_text_is_left_alone_and_time_there_is_not() {
     assert!(sites.at(TINY_VIRTUAL + EARLY_BYTES).is_some());
 
     let file = tiny_elf_with(&[0x0f, 0x22, 0xe0, 0x0f, 0x31], &[(".head.text", 0, 5)]);
-    let sites = find(&Elf::parse(&file).unwrap()).unwrap();
+    let sites = find(&Elf::parse(&file).unwrap(), &[]).unwrap();
     assert_eq!(
         sites.counts(),
         TrapCounts {
@@ -106,7 +106,7 @@ fn cr4_in_the_first_page_of_text_is_left_alone_and_time_there_is_not() {
 fn a_kernel_without_time_reads_is_refused() {
     let file = tiny_elf(&[0x0f, 0x01, 0xf9, 0x0f, 0xa2]);
     assert_eq!(
-        find(&Elf::parse(&file).unwrap()),
+        find(&Elf::parse(&file).unwrap(), &[]),
         Err(BootError::NoTimeReads { code_bytes: 5 })
     );
 }
@@ -114,7 +114,7 @@ fn a_kernel_without_time_reads_is_refused() {
 #[test]
 fn a_site_behind_piled_up_prefixes_is_refused() {
     let file = tiny_elf(&[0x66, 0x66, 0x66, 0x0f, 0x31]);
-    let error = find(&Elf::parse(&file).unwrap()).unwrap_err();
+    let error = find(&Elf::parse(&file).unwrap(), &[]).unwrap_err();
     assert_eq!(
         error,
         BootError::OddSite {
@@ -137,12 +137,7 @@ fn a_trap_is_as_long_as_what_it_replaces_and_decodes_to_an_out_and_nops() {
         ),
         (SiteKind::ReadCr4 { target: 0 }, 3, &[0xe6, 0xf5, 0x90]),
     ] {
-        let (trap, trap_length) = rewrite(&Site {
-            address: 0,
-            physical: 0,
-            length,
-            kind,
-        });
+        let (trap, trap_length) = rewrite(kind, length);
         assert_eq!(&trap[..trap_length], bytes);
         let decoded: Vec<_> = Decoder::new(64, bytes, DecoderOptions::NONE)
             .iter()
@@ -200,7 +195,8 @@ fn debians_kernels_have_the_sites_that_objdump_shows() {
         let kernel = super::super::unpack(&image).unwrap();
         let elf = Elf::parse(&kernel.elf).unwrap();
         let started = std::time::Instant::now();
-        let sites = find(&elf).unwrap();
+        let modules = super::super::modules::find(&elf);
+        let sites = find(&elf, modules.loads()).unwrap();
         let counts = sites.counts();
         eprintln!("{path}: {counts:?}, {:?}", started.elapsed());
         let caves = crate::boot::caves::find(&elf);
