@@ -17,6 +17,7 @@ int main(void)
         load("/lib/tsc.ko", "early=1");
         must(syscall(SYS_delete_module, "tsc", 0), "delete_module");
     }
+    load("/lib/sha3_generic.ko", "");
     load("/lib/jitterentropy_rng.ko", "");
     load("/lib/zstd_compress.ko", "");
     puts("module: ok");

@@ -138,12 +138,15 @@ impl Exit {
             Exit::Shutdown => 12,
             Exit::Pause => 13,
             Exit::Preempted(_) => Exit::PREEMPTED,
-            Exit::Module { .. } => 15,
+            Exit::Module { .. } => Exit::MODULE,
         }
     }
 
     /// The kind of a preemption.
     pub const PREEMPTED: usize = 14;
+
+    /// The kind of a loaded module.
+    pub const MODULE: usize = 15;
 
     /// Names of the kinds.
     pub const KIND_NAMES: [&'static str; Exit::KINDS] = [

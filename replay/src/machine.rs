@@ -100,6 +100,8 @@ pub struct Tally {
     pub windows: u64,
     /// How many were delivered where the guest had been preempted for them.
     pub preempted: u64,
+    /// Instructions rewritten in loaded modules.
+    pub module_sites: u64,
 }
 
 /// The machine: everything that decides what happens next, except the guest's own memory and CPU.
@@ -242,6 +244,9 @@ impl Machine {
         };
         let exits = self.at.exits;
         self.tally.exits[exit.kind()] += 1;
+        if let Exit::Module { sites, .. } = exit {
+            self.tally.module_sites += u64::from(sites);
+        }
 
         let site = if outside.wants_sites() {
             cpu.site()

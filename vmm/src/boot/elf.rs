@@ -139,7 +139,15 @@ impl<'a> Elf<'a> {
         let (offset, count) = (u64_in(header, 40), u16_in(header, 60));
         let entry_bytes = u16_in(header, 58);
         let what = "the section headers";
-        let table = table(self.file, what, offset, count, entry_bytes, SECTION_HEADER_BYTES).ok()?;
+        let table = table(
+            self.file,
+            what,
+            offset,
+            count,
+            entry_bytes,
+            SECTION_HEADER_BYTES,
+        )
+        .ok()?;
         let names = names(self.file, table, u16_in(header, 62)).ok()?;
         let entry = table
             .chunks_exact(SECTION_HEADER_BYTES)

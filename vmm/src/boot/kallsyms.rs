@@ -28,7 +28,7 @@ const DIGITS: &[u8] = b"0\x001\x002\x003\x004\x005\x006\x007\x008\x009\0";
 const TOKENS_BEFORE_DIGITS_BYTES: usize = 4096;
 /// Fewer symbols than this is no kernel, but an accident of bytes.
 const FEWEST: usize = 16;
-/// How many steps the search may take before it is given up: real kernels take a fiftieth.
+/// How many steps the search may take before it is given up: real kernels take less than a hundredth.
 const PATIENCE: usize = 100_000_000;
 /// Kernel addresses begin here.
 const KERNEL_HALF: u64 = 1 << 63;
@@ -258,7 +258,9 @@ fn counted_names<'a>(
 fn packed_name(packed: &[u8], at: usize) -> Option<Range<usize>> {
     let (start, length) = match *packed.get(at..)? {
         [short @ 1..0x80, ..] => (at + 1, usize::from(short)),
-        [long @ 0x80..=0xff, high, ..] => (at + 2, usize::from(long & 0x7f) | usize::from(high) << 7),
+        [long @ 0x80..=0xff, high, ..] => {
+            (at + 2, usize::from(long & 0x7f) | usize::from(high) << 7)
+        }
         _ => return None,
     };
     (start + length <= packed.len()).then_some(start..start + length)
@@ -277,8 +279,11 @@ fn addresses<'a>(image: &'a [u8], names: &Names<'_>, index_end: usize) -> Option
             false => Addresses::Relative { offsets, base },
         })
     };
-    let whole =
-        |start: usize| Some(Addresses::Whole(image.get(start..start.checked_add(8 * count)?)?));
+    let whole = |start: usize| {
+        Some(Addresses::Whole(
+            image.get(start..start.checked_add(8 * count)?)?,
+        ))
+    };
     let behind = index_end.next_multiple_of(ALIGN);
     let before = |bytes: usize| number.checked_sub(bytes);
     [

@@ -72,26 +72,29 @@ pub enum Modules {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ModuleLayout {
     /// The text for good, and that of its beginning.
-    texts: [TextPlace; 2],
+    pub texts: [TextPlace; 2],
     /// Its symbols.
-    symbols: Option<SymbolPlace>,
+    pub symbols: Option<SymbolPlace>,
 }
 
 /// A pointer to a text, and its length in bytes, of 32 bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct TextPlace {
-    base: u32,
-    bytes: u32,
+pub struct TextPlace {
+    /// Where the pointer is.
+    pub base: u32,
+    /// Where the length is.
+    pub bytes: u32,
 }
 
 /// A pointer to a structure that has a pointer to a symbol table, and the number of its entries, of 32 bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct SymbolPlace {
-    pointer: u32,
-    /// In the structure pointed to.
-    table: u32,
-    /// In the structure pointed to.
-    count: u32,
+pub struct SymbolPlace {
+    /// Where the pointer to the structure is.
+    pub pointer: u32,
+    /// Where the pointer to the table is, in that structure.
+    pub table: u32,
+    /// Where the number of entries is, in that structure.
+    pub count: u32,
 }
 
 /// An instruction to trap in a module.
@@ -173,7 +176,9 @@ impl Modules {
         let why = match self {
             Modules::None => return None,
             Modules::Trapped { .. } if calls > 0 => return None,
-            Modules::Trapped { .. } => "the kernel makes no direct call to where modules are loaded",
+            Modules::Trapped { .. } => {
+                "the kernel makes no direct call to where modules are loaded"
+            }
             Modules::Untrapped(why) => why,
         };
         Some(format!(

@@ -225,7 +225,8 @@ pub fn find(elf: &Elf<'_>, loads: &[u64]) -> Result<Sites, BootError> {
     // Sections come in the file's order, and damaged files may name one twice.
     sites.sort_by_key(|site| site.address);
     sites.dedup_by_key(|site| site.address);
-    let leads_to = |site: &Site, to: u64| matches!(site.kind, SiteKind::Module { target, .. } if target == to);
+    let leads_to =
+        |site: &Site, to: u64| matches!(site.kind, SiteKind::Module { target, .. } if target == to);
     let best = loads
         .iter()
         .find(|&&load| sites.iter().any(|site| leads_to(site, load)));

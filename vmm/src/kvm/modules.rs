@@ -62,8 +62,6 @@ impl KvmCpu {
         operands.retain(|address, _| !text.ranges.iter().any(|range| range.contains(address)));
         let with_operands = text.sites.iter().filter(|site| site.kind.has_operands());
         operands.extend(with_operands.map(|site| (site.address, site.kind)));
-        self.counts.modules += 1;
-        self.counts.module_sites += text.sites.len() as u64;
         self.make_call(&loading);
     }
 

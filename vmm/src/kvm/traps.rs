@@ -13,8 +13,8 @@ use super::error::{KvmError, Named};
 use super::vcpu::KvmCpu;
 use crate::boot::GuestRam;
 use crate::boot::traps::{
-    SiteKind, TRAP_CPUID, TRAP_GP_ENTRY, TRAP_MODULE, TRAP_PAUSE, TRAP_RDTSC, TRAP_RDTSCP, TRAP_READ_CR4,
-    TRAP_WRITE_CR4,
+    SiteKind, TRAP_CPUID, TRAP_GP_ENTRY, TRAP_MODULE, TRAP_PAUSE, TRAP_RDTSC, TRAP_RDTSCP,
+    TRAP_READ_CR4, TRAP_WRITE_CR4,
 };
 
 /// CR4.TSD: RDTSC and RDTSCP are for ring 0 alone (Intel SDM vol. 3, 2.5).

@@ -27,9 +27,7 @@ use super::preemption::Preemption;
 use super::run_page::{PortExit, RunPage};
 use super::traps::TrapState;
 use super::{cpuid, msr, signals};
-use crate::boot::{
-    BootPlan, Elf, EntryCaves, ModuleLayout, Modules, Site, SiteKind, Sites, caves,
-};
+use crate::boot::{BootPlan, Elf, EntryCaves, ModuleLayout, Modules, Site, SiteKind, Sites, caves};
 
 ioctl_iow_nr!(KVM_INTERRUPT, KVMIO, 0x86, kvm_interrupt);
 
@@ -89,10 +87,6 @@ pub struct VcpuCounts {
     pub gp_entry: Option<u64>,
     /// How many of the kernel's entry points are counted.
     pub entry_points: u32,
-    /// How many modules were loaded.
-    pub modules: u64,
-    /// How many instructions were rewritten in them.
-    pub module_sites: u64,
 }
 
 /// A vCPU, its VM and its memory.

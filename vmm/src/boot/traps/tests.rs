@@ -152,6 +152,54 @@ fn a_trap_is_as_long_as_what_it_replaces_and_decodes_to_an_out_and_nops() {
 }
 
 #[test]
+fn calls_of_the_first_function_that_is_called_are_sites_and_written_back_as_they_were() {
+    let at = |offset: u64| TINY_VIRTUAL + offset;
+    // 0: rdtsc; 2: call 17; 7: jmp 17; 12: call 18; 17: ret; 18: ret
+    let code = [
+        &[0x0f, 0x31][..],
+        &[0xe8, 10, 0, 0, 0],
+        &[0xe9, 5, 0, 0, 0],
+        &[0xe8, 1, 0, 0, 0],
+        &[0xc3, 0xc3],
+    ];
+    let file = tiny_elf(&code.concat());
+    let elf = Elf::parse(&file).unwrap();
+    let calls = |loads: &[u64]| -> Vec<Site> {
+        let sites = find(&elf, loads).unwrap().sites;
+        let call = |site: &Site| site.kind.port() == TRAP_MODULE;
+        sites.into_iter().filter(call).collect()
+    };
+    let found = calls(&[at(1), at(17), at(18)]);
+    let expected = [(at(2), true), (at(7), false)];
+    assert_eq!(found.len(), 2);
+    for (site, (address, returns)) in found.iter().zip(expected) {
+        let target = at(17);
+        assert_eq!(site.address, address);
+        assert_eq!(site.kind, SiteKind::Module { target, returns });
+        assert_eq!(check(&elf, site), Ok(()));
+        assert_eq!(rewrite(site.kind, 5).0[..5], [0xe6, 0xf9, 0x90, 0x90, 0x90]);
+        let other = SiteKind::Module {
+            target: target + 1,
+            returns,
+        };
+        assert!(
+            check(
+                &elf,
+                &Site {
+                    kind: other,
+                    ..*site
+                }
+            )
+            .is_err()
+        );
+    }
+    assert_eq!(call(at(2), at(17)), code[1]);
+    assert_eq!(call(at(12), at(2)), [0xe8, 0xf1, 0xff, 0xff, 0xff]);
+    assert_eq!(calls(&[at(18)]).len(), 1);
+    assert_eq!(calls(&[]), []);
+}
+
+#[test]
 fn sites_of_another_kernel_are_refused() {
     let file = tiny_elf(&[0x0f, 0x31, 0x90]);
     let elf = Elf::parse(&file).unwrap();
