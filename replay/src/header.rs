@@ -61,6 +61,8 @@ pub struct TrapCounts {
     pub cr4_reads: u32,
     /// PAUSE.
     pub pause: u32,
+    /// Calls with which the kernel makes a module executable; without one, modules are not looked at.
+    pub module_loads: u32,
 }
 
 /// The machine, as far as it decides what the guest computes.

@@ -119,6 +119,8 @@ pub struct Tally {
     pub windows: u64,
     /// How many were delivered where the guest had been preempted for them.
     pub preempted: u64,
+    /// Instructions rewritten in loaded modules.
+    pub module_sites: u64,
 }
 
 /// The machine: everything that decides what happens next, except the guest's own memory and CPU.
@@ -295,6 +297,9 @@ impl Machine {
         };
         let exits = self.at.exits;
         self.tally.exits[exit.kind()] += 1;
+        if let Exit::Module { sites, .. } = exit {
+            self.tally.module_sites += u64::from(sites);
+        }
 
         let site = if outside.wants_sites() {
             cpu.site()
@@ -451,7 +456,8 @@ impl Machine {
             | Exit::Woken
             | Exit::Shutdown
             | Exit::Pause
-            | Exit::Preempted(_) => Answer::Done,
+            | Exit::Preempted(_)
+            | Exit::Module { .. } => Answer::Done,
         })
     }
 

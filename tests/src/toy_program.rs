@@ -332,7 +332,11 @@ impl Program {
                 subleaf: u32::from(b & 1),
             }),
             178..180 => Op::Exit(Exit::WriteCr4 { value: wide }),
-            180..182 => Op::Exit(Exit::ReadCr4),
+            180 => Op::Exit(Exit::ReadCr4),
+            181 => Op::Exit(Exit::Module {
+                module: wide,
+                sites: b.into(),
+            }),
             182 => Op::Exit(Exit::ProtectionFault),
             183 => Op::Exit(Exit::Pause),
             184..192 => Op::Exit(Exit::Access(msr(a, wide))),

@@ -715,7 +715,7 @@ fn control_register_4_reads_back_as_it_was_written() {
     for (trap, kind) in sites {
         let at = guest.code.windows(2).position(|two| two == [0xe6, trap]);
         let at = CODE + at.expect("the guest has this trap") as u64;
-        guest.text.cr4_sites.insert(at, kind);
+        guest.text.operands.insert(at, kind);
     }
     for ran in proved(&guest) {
         assert_eq!(

@@ -80,12 +80,15 @@ impl LoadedKernel {
             return Ok(LoadedKernel(prepared));
         }
         let kernel = boot::unpack(image)?;
-        let (sites, windows) = boot::find_sites(&Elf::parse(&kernel.elf)?)?;
+        let elf = Elf::parse(&kernel.elf)?;
+        let modules = boot::modules::find(&elf);
+        let (sites, windows) = boot::find_sites(&elf, modules.loads())?;
         let prepared = Prepared {
             content: content(image),
             kernel,
             sites,
             windows,
+            modules,
         };
         kernel_cache::keep(image, &prepared);
         Ok(LoadedKernel(prepared))
@@ -99,6 +102,12 @@ impl LoadedKernel {
     /// What lets it read the time without exits; `None` if nothing does.
     fn quick_plan(&self, elf: &Elf<'_>) -> Option<QuickPlan> {
         QuickPlan::new(elf, &self.0.windows, &boot::caves::find(elf)?.quick?)
+    }
+
+    /// What of the world the guest may see because this kernel is as it is, in words.
+    pub fn holes(&self) -> Vec<String> {
+        let calls = self.0.sites.counts().module_loads;
+        self.0.modules.hole(calls).into_iter().collect()
     }
 }
 
@@ -163,6 +172,7 @@ pub fn build(
     let Prepared {
         kernel: image,
         sites,
+        modules,
         ..
     } = &kernel.0;
     let found = sites.counts();
@@ -182,7 +192,7 @@ pub fn build(
     };
     let elf = Elf::parse(&image.elf)?;
     let plan = boot::load(&mut memory, image, &elf, sites, &given)?;
-    let mut text = KernelText::new(&elf, sites);
+    let mut text = KernelText::new(&elf, sites, modules);
     if let Some(recorded) = &description.quick_reads {
         let quick = kernel.quick_plan(&elf);
         let found = quick.as_ref().map(|q| q.describe(description.ns_per_exit));

@@ -143,6 +143,34 @@ impl<'a> Elf<'a> {
         })
     }
 
+    /// The whole file.
+    pub fn file(&self) -> &'a [u8] {
+        self.file
+    }
+
+    /// The bytes of the first section of this name; `None` without one, or without section headers.
+    pub fn section(&self, wanted: &str) -> Option<&'a [u8]> {
+        let header = self.file.get(..HEADER_BYTES)?;
+        let (offset, count) = (u64_in(header, 40), u16_in(header, 60));
+        let entry_bytes = u16_in(header, 58);
+        let what = "the section headers";
+        let table = table(
+            self.file,
+            what,
+            offset,
+            count,
+            entry_bytes,
+            SECTION_HEADER_BYTES,
+        )
+        .ok()?;
+        let names = names(self.file, table, u16_in(header, 62)).ok()?;
+        let entry = table
+            .chunks_exact(SECTION_HEADER_BYTES)
+            .find(|entry| name(names, u32_in(entry, 0)) == wanted)?;
+        let place = range(self.file, "a section", u64_in(entry, 24), u64_in(entry, 32)).ok()?;
+        (u32_in(entry, 4) == SHT_PROGBITS).then(|| &self.file[place])
+    }
+
     /// The file's bytes at `range`, which is one of this value's own ranges.
     pub fn bytes(&self, range: &Range<usize>) -> &'a [u8] {
         &self.file[range.clone()]

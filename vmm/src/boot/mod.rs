@@ -8,13 +8,16 @@
 
 pub mod acpi;
 mod alternatives;
+pub mod btf;
 mod bzimage;
 pub mod caves;
 mod elf;
 mod error;
+pub mod kallsyms;
 pub mod layout;
 mod load;
 mod lzo;
+pub mod modules;
 mod named;
 mod payload;
 mod quick;
@@ -29,7 +32,9 @@ pub use bzimage::{Kernel, unpack};
 pub use caves::{Cave, EntryCaves, QuickCaves};
 pub use elf::{Code, Elf, Segment};
 pub use error::{BootError, OutOfRam};
+pub use kallsyms::Symbols;
 pub use load::{BootPlan, E820Entry, Given, GuestRam, Seed, e820, load};
+pub use modules::{ModuleLayout, Modules};
 pub use quick::{QuickClock, QuickPlan};
 pub use traps::{Site, SiteKind, Sites};
 pub use windows::Window;
@@ -40,9 +45,9 @@ pub use windows::Window;
 /// # Errors
 ///
 /// As [`traps::find`].
-pub fn find_sites(elf: &Elf<'_>) -> Result<(Sites, Vec<Window>), BootError> {
+pub fn find_sites(elf: &Elf<'_>, loads: &[u64]) -> Result<(Sites, Vec<Window>), BootError> {
     let mut named = named::Named::by_data(elf);
-    let sites = traps::find_and_show(elf, &mut |instruction| named.see(instruction))?;
+    let sites = traps::find_and_show(elf, loads, &mut |instruction| named.see(instruction))?;
     let windows = windows::find(elf, &sites, &named);
     Ok((sites, windows))
 }

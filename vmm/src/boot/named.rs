@@ -139,7 +139,7 @@ mod tests {
         let file = tiny_elf_with(&image, &sections);
         let elf = Elf::parse(&file).unwrap();
         let mut named = Named::by_data(&elf);
-        traps::find_and_show(&elf, &mut |instruction| named.see(instruction)).unwrap();
+        traps::find_and_show(&elf, &[], &mut |instruction| named.see(instruction)).unwrap();
         let offsets = 0..TEXT as u64;
         offsets
             .filter(|at| named.contains(TINY_VIRTUAL + at))

@@ -98,7 +98,8 @@ pub struct Options {
 pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     let start = Instant::now();
     let images = Images::read(&options.machine)?;
-    let (kvm, holes) = open_kvm()?;
+    let (kvm, mut holes) = open_kvm()?;
+    holes.extend(images.kernel.holes());
     let words = cmdline(&options.machine.cmdline, options.machine.cmdline_exact);
     let counting = Counting::choose(
         &kvm,

@@ -81,7 +81,7 @@ pub fn patience(us: Option<u64>) -> Patience {
 /// The files a machine is made of, read and taken apart, and what it has beside them.
 pub struct Images {
     /// The kernel taken apart.
-    kernel: LoadedKernel,
+    pub kernel: LoadedKernel,
     /// The kernel's file.
     pub image: Vec<u8>,
     /// The initrd's file, empty if there is none.

@@ -8,6 +8,7 @@ mod error;
 pub mod exit_cost;
 mod guest_text;
 mod memory;
+mod modules;
 pub mod msr;
 mod preemption;
 pub mod probe;

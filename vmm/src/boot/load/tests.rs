@@ -53,7 +53,7 @@ fn boot(
     cmdline: &str,
 ) -> Result<(Ram, BootPlan), BootError> {
     let elf = Elf::parse(&kernel.elf)?;
-    let sites = traps::find(&elf)?;
+    let sites = traps::find(&elf, &[])?;
     let mut ram = Ram(vec![0; ram_bytes]);
     let plan = load(
         &mut ram,

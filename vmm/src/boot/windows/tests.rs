@@ -18,7 +18,7 @@ fn first(image: &[u8], sections: &[(&str, usize, usize)]) -> Result<Window, Refu
     let file = tiny_elf_with(image, sections);
     let elf = Elf::parse(&file).unwrap();
     let mut named = Named::by_data(&elf);
-    let sites = traps::find_and_show(&elf, &mut |i| named.see(i)).unwrap();
+    let sites = traps::find_and_show(&elf, &[], &mut |i| named.see(i)).unwrap();
     let alternatives = alternatives::read(&elf).unwrap();
     window(&elf, &sites.sites[0], &sites, &named, &alternatives)
 }
@@ -237,7 +237,7 @@ fn most_time_reads_of_debians_kernels_are_windows() {
         let kernel = super::super::unpack(&image).unwrap();
         let elf = Elf::parse(&kernel.elf).unwrap();
         let mut named = Named::by_data(&elf);
-        let sites = traps::find_and_show(&elf, &mut |i| named.see(i)).unwrap();
+        let sites = traps::find_and_show(&elf, &[], &mut |i| named.see(i)).unwrap();
         let alternatives = alternatives::read(&elf).unwrap();
         let mut refused = BTreeMap::<Refusal, Vec<u64>>::new();
         let mut windows = 0;
