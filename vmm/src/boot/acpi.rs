@@ -160,7 +160,7 @@ fn dsdt(slots: &[VirtioSlot]) -> Sdt {
             &Name::new("_UID".into(), &1_u8),
             &Name::new(
                 "_CRS".into(),
-                &ResourceTemplate::new(vec![&IO::new(0x3f8, 0x3f8, 0, 8), &isa_interrupt(4)]),
+                &ResourceTemplate::new(vec![&IO::new(0x3f8, 0x3f8, 1, 8), &isa_interrupt(4)]),
             ),
         ],
     )
@@ -171,7 +171,7 @@ fn dsdt(slots: &[VirtioSlot]) -> Sdt {
             &Name::new("_HID".into(), &EISAName::new("PNP0B00")),
             &Name::new(
                 "_CRS".into(),
-                &ResourceTemplate::new(vec![&IO::new(0x70, 0x70, 0, 2), &isa_interrupt(8)]),
+                &ResourceTemplate::new(vec![&IO::new(0x70, 0x70, 1, 2), &isa_interrupt(8)]),
             ),
         ],
     )
