@@ -379,9 +379,12 @@ fn a_full_file_system_ends_the_recording_and_loses_nothing_written() {
 
 /// What Ctrl-C does.
 fn interrupt(child: &std::process::Child) {
-    let pid = child.id().to_string();
+    signal(child, "INT");
+}
+
+fn signal(child: &std::process::Child, name: &str) {
     let status = std::process::Command::new("kill")
-        .args(["-INT", &pid])
+        .args(["-s", name, &child.id().to_string()])
         .status();
     assert!(status.expect("kill starts").success());
 }
@@ -409,6 +412,82 @@ fn an_interrupted_recording_is_closed_and_replays_equal() {
         "{}",
         replayed.stderr
     );
+}
+
+#[test]
+#[ignore = "needs a KVM that can record"]
+fn a_guest_that_turns_itself_off_ends_its_recording_and_replays_equal() {
+    let (debian, dir) = (Debian::from_env(), scratch());
+    let recording = dir.path().join("r");
+    let recorded = debian.record(&recording, "off", &[], b"").expect(0);
+    assert!(
+        recorded.text().contains("off: good night") && recorded.stderr.contains("powered off"),
+        "{}",
+        recorded.stderr
+    );
+    let replayed = debian.replay(&recording, &["--quiet"]).expect(0);
+    assert!(
+        replayed.stderr.contains("replay equal: powered off"),
+        "{}",
+        replayed.stderr
+    );
+}
+
+#[test]
+#[ignore = "needs a KVM that can record, and the kernel's modules in /lib/modules"]
+fn the_power_button_turns_a_guest_off_that_listens() {
+    let (debian, dir) = (Debian::from_env(), scratch());
+    let (recording, initrd) = (dir.path().join("r"), dir.path().join("initrd"));
+    let kernel = debian.kernel().file_name().expect("a file");
+    let version = kernel
+        .to_str()
+        .expect("a plain name")
+        .trim_start_matches("vmlinuz-");
+    let module = format!("/lib/modules/{version}/kernel/drivers/acpi/button.ko");
+    let module = std::fs::read(&module).unwrap_or_else(|error| panic!("{module}: {error}"));
+    let mut archives = std::fs::read(debian.image("off")).expect("the image is built");
+    archives.extend(archive_of("button.ko", &module));
+    std::fs::write(&initrd, archives).expect("it can be written");
+
+    let mut command = debian.command(&["record", "-o", path(&recording)]);
+    command.arg("--kernel").arg(debian.kernel());
+    let mut child = command
+        .arg("--initrd")
+        .arg(&initrd)
+        .spawn()
+        .expect("it starts");
+    let mut console = child.stdout.take().expect("it is piped");
+    let mut shown = Vec::new();
+    read_until(&mut console, &mut shown, "waiting for the power button");
+    signal(&child, "PWR");
+    console.read_to_end(&mut shown).expect("it can be read");
+    let recorded = Ran::new(child.wait_with_output().expect("it ends")).expect(0);
+    let shown = String::from_utf8_lossy(&shown);
+    assert!(shown.contains("off: pressed"), "{shown}");
+    assert!(
+        recorded.stderr.contains("powered off"),
+        "{}",
+        recorded.stderr
+    );
+    let replayed = debian.replay(&recording, &[]).expect(0);
+    assert!(replayed.text() == shown, "{}", replayed.text());
+}
+
+/// An archive with one file, as the kernel unpacks it behind another (cpio's format `newc`; Linux,
+/// Documentation/driver-api/early-userspace/buffer-format.rst).
+fn archive_of(name: &str, content: &[u8]) -> Vec<u8> {
+    let mut archive = Vec::new();
+    for (name, mode, content) in [(name, 0o100_644, content), ("TRAILER!!!", 0, &[][..])] {
+        let size = content.len();
+        let fields = [1, mode, 0, 0, 1, 0, size, 0, 0, 0, 0, name.len() + 1, 0];
+        archive.extend(b"070701");
+        archive.extend(fields.map(|field| format!("{field:08x}")).concat().bytes());
+        for part in [&[name.as_bytes(), b"\0"].concat(), content] {
+            archive.extend(part);
+            archive.resize(archive.len().next_multiple_of(4), 0);
+        }
+    }
+    archive
 }
 
 #[test]

@@ -750,6 +750,72 @@ fn the_timer_wakes_a_halted_guest_through_the_interrupt_controller() {
     }
 }
 
+/// Writes a register that fits into EAX.
+fn write_msr(a: &mut CodeAssembler, index: u32, value: u32) -> Result<(), IcedError> {
+    a.mov(ecx, index)?;
+    a.mov(eax, value)?;
+    a.xor(edx, edx)?;
+    a.wrmsr()
+}
+
+#[test]
+fn the_local_apic_is_the_boards_and_its_deadline_wakes_a_halted_guest() {
+    // As an x2APIC: KVM lets no filter near its registers, and hands them on all the same.
+    let guest = Guest::new(|a| {
+        a.lidt(ptr(IDT_POINTER))?;
+        a.xor(ebx, ebx)?;
+        write_msr(a, 0x1b, 0xfee0_0d00)?;
+        write_msr(a, 0x832, 2 << 17 | u32::from(TIMER_VECTOR))?;
+        write_msr(a, 0x6e0, 3_000_000)?;
+        a.sti()?;
+        a.hlt()?;
+        write_msr(a, 0x80b, 0)?;
+        write_msr(a, 0x83f, TIMER_VECTOR.into())?;
+        a.nop()?;
+        a.mov(r8d, ebx)?;
+        a.mov(ecx, 0x803)?;
+        a.rdmsr()
+    });
+    for ran in proved(&guest) {
+        let vectors: Vec<u8> = ran.trace.interrupts.iter().map(|i| i.1).collect();
+        assert_eq!(
+            vectors, [TIMER_VECTOR; 2],
+            "the deadline and an IPI to itself"
+        );
+        assert_eq!(ran.registers()[R8], 2);
+        assert_eq!(ran.registers()[RAX], 0x0005_0014, "its version");
+        assert!(ran.exits().contains(&Exit::Woken) && ran.end().now >= 3_000_000);
+    }
+}
+
+#[test]
+fn a_guest_that_uses_cr8_goes_on() {
+    let guest = Guest::new(|a| {
+        a.mov(eax, 15)?;
+        a.mov(cr8, rax)?;
+        a.xor(eax, eax)?;
+        a.mov(cr8, rax)?;
+        out(a, NOBODY, 1)
+    });
+    for ran in proved(&guest) {
+        assert_eq!(
+            ran.exits(),
+            [port_write(NOBODY, Width::Byte, 1), Exit::Halt]
+        );
+    }
+}
+
+#[test]
+fn a_guest_can_turn_the_machine_off() {
+    let guest = Guest::new(|a| {
+        a.mov(edx, 0x605)?;
+        out_dx(a, 0x34)
+    });
+    for ran in proved(&guest) {
+        assert_eq!(ran.end().ending, Ending::PowerOff);
+    }
+}
+
 #[test]
 fn a_pending_interrupt_lands_behind_the_instruction_that_follows_sti() {
     let guest = Guest::new(|a| {
