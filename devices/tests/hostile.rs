@@ -117,7 +117,7 @@ fn gpa() -> impl Strategy<Value = u64> {
 /// What their registers hold: vectors, with modes and masks.
 fn memory_value() -> impl Strategy<Value = u64> {
     prop_oneof![
-        2 => (0..0x40u64),
+        2 => 0..0x40u64,
         3 => (any::<u8>(), 0..8u64, 0..8u64, any::<bool>()).prop_map(|(vector, low, high, level)| {
             u64::from(vector) | low << 8 | u64::from(level) << 15 | high << 16
         }),
