@@ -4,6 +4,8 @@
 //! while the ring is served. A guest that breaks the rules of rings breaks its device until it resets it
 //! (virtio 1.3, 2.1.2), and nothing else.
 
+use std::sync::atomic::Ordering;
+
 use serde::{Deserialize, Serialize};
 use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT, Reader, Writer};
 use vm_memory::{Bytes, GuestAddress};
@@ -94,8 +96,15 @@ impl Ring {
                 .next();
             let Some(chain) = next else { break };
             let head = chain.head_index();
-            if chain.clone().take(CHAIN_MAX + 1).count() > CHAIN_MAX {
-                return Err(Stop::Broken("a chain without end"));
+            let walk = chain.clone().take(CHAIN_MAX + 1).enumerate();
+            // virtio-queue ends a chain that breaks the rules where it breaks them.
+            let whole = walk
+                .last()
+                .is_some_and(|(index, last)| index < CHAIN_MAX && !last.has_next());
+            if !whole {
+                return Err(Stop::Broken(
+                    "a chain without end, or with a descriptor that is none",
+                ));
             }
             let outside = |_| Stop::Broken("a chain that leads out of memory");
             let reader = chain.clone().reader(ram).map_err(outside)?;
@@ -107,7 +116,13 @@ impl Ring {
             given_back = true;
         }
         let lost = |_| Stop::Broken("a ring outside memory");
-        queue.enable_notification(ram).map_err(lost)?;
+        // A driver that has given more than was wanted need not say that it gives even more.
+        let left = queue.avail_idx(ram, Ordering::Acquire).map_err(lost)?.0 != queue.next_avail();
+        if left {
+            queue.disable_notification(ram).map_err(lost)?;
+        } else {
+            queue.enable_notification(ram).map_err(lost)?;
+        }
         let wanted = given_back && self.wants_interrupt(&mut queue, ram)?;
         (self.next_available, self.next_used) = (queue.next_avail(), queue.next_used());
         Ok(wanted)
@@ -156,3 +171,6 @@ impl Ring {
         self.max_size == max_size && self.size <= max_size
     }
 }
+
+#[cfg(test)]
+mod tests;
