@@ -85,6 +85,8 @@ pub enum Input {
     Console(Vec<u8>),
     /// The operator asks the machine to stop here.
     Stop,
+    /// The power button is pressed.
+    PowerButton,
     /// Bytes typed at the virtio console (hvc0).
     VirtioConsole(Vec<u8>),
     /// The virtio console's window has this size now.

@@ -2,12 +2,20 @@
 //!
 //! A port access wider than a byte is what it is on an ISA bus, one access per byte at
 //! neighbouring ports, low byte first. Where nobody answers the bus floats: reads are all
-//! ones, writes go nowhere. That holds for what is in memory and no device's, and for the PCI
-//! configuration ports, which is how a guest learns that there is no PCI bus.
+//! ones, writes go nowhere. That holds for the PCI configuration ports too, which is how a guest
+//! learns that there is no PCI bus.
+//!
+//! A device's interrupt line has a number, its GSI (ACPI 6.5, 5.2.13). GSIs 0 to 15 lead to the
+//! 8259s and to the I/O APIC's pin of that number, except that the timer, IRQ0 of the 8259s, is GSI
+//! 2; GSIs 16 to 23 lead to the I/O APIC alone. The guest masks what it does not use. The 8259s
+//! interrupt the CPU by way of the local APIC's LINT0.
 
 use serde::{Deserialize, Serialize};
 
+use crate::acpi::{ACPI_END, Acpi, PM1_EVENT, SCI};
 use crate::chipset::{Chipset, PvPanic};
+use crate::ioapic::{IoApic, PINS};
+use crate::lapic::{IA32_APIC_BASE, IA32_TSC_DEADLINE, Lapic, Time, X2APIC_FIRST, X2APIC_LAST};
 use crate::msr::Msrs;
 use crate::pic::Pic;
 use crate::pit::{Irq0, Pit};
@@ -17,14 +25,19 @@ use crate::uart::{Uart, UartState};
 use crate::virtio::{Bus, Devices};
 use crate::{Access, Around, Input, Nanos, Output, Ram, Reply, Reset, Room, StorageError, Width};
 
+/// The timer's input of the 8259s.
 const IRQ_TIMER: u8 = 0;
-const IRQ_CONSOLE: u8 = 4;
-const IRQ_CLOCK: u8 = 8;
+/// The timer's pin of the I/O APIC; the 8259s have their cascade there.
+const GSI_TIMER: u8 = 2;
+const GSI_CONSOLE: u8 = 4;
+const GSI_CLOCK: u8 = 8;
+/// How many GSIs lead to the 8259s.
+const ISA_LINES: u8 = 16;
 
 const COM1: u16 = 0x3f8;
 
 /// The version of [`BoardState`] that this program writes and reads.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// The machine the guest sees, apart from its CPU and memory.
 #[derive(Clone, Debug)]
@@ -34,8 +47,11 @@ pub struct Board {
     /// [`advance`](Board::advance) only compares with it.
     due: Nanos,
     pic: Pic,
+    ioapic: IoApic,
+    lapic: Lapic,
     pit: Pit,
     rtc: Rtc,
+    acpi: Acpi,
     uart: Uart,
     chipset: Chipset,
     msrs: Msrs,
@@ -49,8 +65,11 @@ pub struct BoardState {
     pub version: u32,
     now: Nanos,
     pic: Pic,
+    ioapic: IoApic,
+    lapic: Lapic,
     pit: Pit,
     rtc: Rtc,
+    acpi: Acpi,
     uart: UartState,
     chipset: Chipset,
     msrs: Msrs,
@@ -65,8 +84,11 @@ impl Board {
             now: 0,
             due: Nanos::MAX,
             pic: Pic::new(),
+            ioapic: IoApic::new(),
+            lapic: Lapic::new(),
             pit: Pit::new(),
             rtc: Rtc::new(),
+            acpi: Acpi::new(),
             uart: Uart::new(),
             chipset: Chipset::new(),
             msrs: Msrs::new(),
@@ -94,15 +116,22 @@ impl Board {
             Access::MemoryRead { gpa, width } => self
                 .virtio
                 .read(gpa, width)
-                .unwrap_or(Reply::floating(width)),
+                .unwrap_or_else(|| Reply::Value(self.read_memory(gpa, width))),
             Access::MemoryWrite { gpa, width, value } => {
                 if self.virtio.write(gpa, width, value, around)? {
                     self.wire_virtio();
+                } else {
+                    self.write_memory(gpa, width, value);
                 }
                 Reply::Done
             }
-            Access::MsrRead { index } => self.msrs.read(index, self.now),
-            Access::MsrWrite { index, value } => self.msrs.write(index, value, self.now),
+            Access::MsrRead { index } => match index {
+                IA32_APIC_BASE | IA32_TSC_DEADLINE | X2APIC_FIRST..=X2APIC_LAST => {
+                    self.lapic.read_msr(index, self.now)
+                }
+                _ => self.msrs.read(index, self.now),
+            },
+            Access::MsrWrite { index, value } => self.write_msr(index, value),
         })
     }
 
@@ -117,6 +146,10 @@ impl Board {
             Input::Console(bytes) => {
                 self.uart.type_in(&bytes);
                 self.wire_console();
+            }
+            Input::PowerButton => {
+                self.acpi.press_power_button();
+                self.wire_acpi();
             }
             Input::Stop => {}
             Input::VirtioConsole(_)
@@ -144,6 +177,10 @@ impl Board {
         self.wire_timer(irq0);
         self.rtc.advance(now);
         self.wire_clock();
+        self.acpi.advance(now);
+        self.wire_acpi();
+        self.lapic.advance(self.time());
+        self.find_due();
     }
 
     /// Guest time.
@@ -155,26 +192,32 @@ impl Board {
     /// that the interrupt controllers' masks let through. Always later than
     /// [`now`](Board::now); any access can change it.
     pub fn deadline(&self) -> Option<Nanos> {
-        let timer = self
-            .pit
-            .next_rise()
-            .filter(|_| self.pic.unmasked(IRQ_TIMER));
-        let clock = self
-            .rtc
-            .next_interrupt()
-            .filter(|_| self.pic.unmasked(IRQ_CLOCK));
-        timer.into_iter().chain(clock).min()
+        let through_8259s = |irq| self.lapic.passes_extint() && self.pic.unmasked(irq);
+        let through_apic = |gsi| self.ioapic.unmasked(gsi, &self.lapic);
+        let reaches = |irq, gsi| through_8259s(irq) || through_apic(gsi);
+        let timer = self.pit.next_rise();
+        let timer = timer.filter(|_| reaches(IRQ_TIMER, GSI_TIMER));
+        let clock = self.rtc.next_interrupt();
+        let clock = clock.filter(|_| reaches(GSI_CLOCK, GSI_CLOCK));
+        let acpi = self.acpi.next_interrupt().filter(|_| reaches(SCI, SCI));
+        let own = self.lapic.next_interrupt();
+        [timer, clock, acpi, own].into_iter().flatten().min()
     }
 
-    /// The INTR line to the CPU.
+    /// Whether an interrupt waits for the CPU.
     pub fn interrupt_pending(&self) -> bool {
-        self.pic.interrupt_pending()
+        self.interrupt_of_8259s() || self.lapic.interrupt_pending()
     }
 
     /// The CPU's interrupt acknowledge cycle: the vector to deliver. Without a request, the
-    /// spurious one.
+    /// spurious one of the local APIC, or of the 8259s if that is turned off.
     pub fn acknowledge(&mut self) -> u8 {
-        self.pic.acknowledge()
+        // The 8259s' requests pass the local APIC without regard to its priorities, and first.
+        if self.interrupt_of_8259s() || self.lapic.is_off() {
+            self.pic.acknowledge()
+        } else {
+            self.lapic.acknowledge()
+        }
     }
 
     /// What has left the machine since the last call.
@@ -203,6 +246,11 @@ impl Board {
         self.chipset.reset()
     }
 
+    /// Whether the guest turned the machine off. The board itself goes on.
+    pub fn powered_off(&self) -> bool {
+        self.acpi.is_off()
+    }
+
     /// What the guest wrote to the pvpanic port.
     pub fn guest_panicked(&self) -> Option<PvPanic> {
         self.chipset.panic()
@@ -224,8 +272,11 @@ impl Board {
             version: VERSION,
             now: self.now,
             pic: self.pic.clone(),
+            ioapic: self.ioapic.clone(),
+            lapic: self.lapic.clone(),
             pit: self.pit.clone(),
             rtc: self.rtc.clone(),
+            acpi: self.acpi.clone(),
             uart: self.uart.save(),
             chipset: self.chipset.clone(),
             msrs: self.msrs.clone(),
@@ -246,16 +297,25 @@ impl Board {
             });
         }
         state.pic.check()?;
+        state.ioapic.check()?;
         state.pit.check(state.now)?;
         state.rtc.check(state.now)?;
+        state.acpi.check(state.now)?;
+        state.lapic.check(Time {
+            now: state.now,
+            tsc: state.msrs.time_stamp(state.now),
+        })?;
         state.chipset.check()?;
         state.virtio.check()?;
         let mut board = Board {
             now: state.now,
             due: Nanos::MAX,
             pic: state.pic,
+            ioapic: state.ioapic,
+            lapic: state.lapic,
             pit: state.pit,
             rtc: state.rtc,
+            acpi: state.acpi,
             uart: Uart::restore(state.uart)?,
             chipset: state.chipset,
             msrs: state.msrs,
@@ -263,6 +323,73 @@ impl Board {
         };
         board.find_due();
         Ok(board)
+    }
+
+    /// Drives the line of a device's interrupt. The one way by which devices interrupt, apart from
+    /// the timer.
+    fn set_gsi(&mut self, gsi: u8, high: bool) {
+        assert!(
+            gsi < PINS && gsi != IRQ_TIMER && gsi != GSI_TIMER,
+            "no device is wired to GSI {gsi}"
+        );
+        if gsi < ISA_LINES {
+            self.pic.set_line(gsi, high);
+        }
+        self.ioapic.set_line(gsi, high, &mut self.lapic);
+    }
+
+    fn interrupt_of_8259s(&self) -> bool {
+        self.pic.interrupt_pending() && self.lapic.passes_extint()
+    }
+
+    fn time(&self) -> Time {
+        Time {
+            now: self.now,
+            tsc: self.time_stamp(),
+        }
+    }
+
+    fn read_memory(&mut self, gpa: u64, width: Width) -> u64 {
+        if self.lapic.answers(gpa) && width == Width::Dword {
+            u64::from(self.lapic.read_memory(gpa as u16 & 0xfff, self.now))
+        } else if IoApic::answers(gpa) {
+            self.ioapic.read(gpa, width)
+        } else {
+            width.ones()
+        }
+    }
+
+    fn write_memory(&mut self, gpa: u64, width: Width, value: u64) {
+        if self.lapic.answers(gpa) && width == Width::Dword {
+            let time = self.time();
+            let ended = self
+                .lapic
+                .write_memory(gpa as u16 & 0xfff, value as u32, time);
+            self.wire_lapic(ended);
+        } else if IoApic::answers(gpa) {
+            self.ioapic.write(gpa, width, value, &mut self.lapic);
+        }
+    }
+
+    fn write_msr(&mut self, index: u32, value: u64) -> Reply {
+        match index {
+            IA32_APIC_BASE | IA32_TSC_DEADLINE | X2APIC_FIRST..=X2APIC_LAST => {
+                let time = self.time();
+                let (reply, ended) = self.lapic.write_msr(index, value, time);
+                self.wire_lapic(ended);
+                reply
+            }
+            _ => {
+                let before = self.time_stamp();
+                let reply = self.msrs.write(index, value, self.now);
+                if self.time_stamp() != before {
+                    let time = self.time();
+                    self.lapic.move_tsc(time);
+                    self.find_due();
+                }
+                reply
+            }
+        }
     }
 
     fn read_ports(&mut self, port: u16, width: Width) -> u64 {
@@ -303,6 +430,7 @@ impl Board {
                 self.wire_console();
                 Some(value)
             }
+            PM1_EVENT..ACPI_END => self.acpi.read(port, self.now),
             _ => self.chipset.read(port),
         };
         value.unwrap_or(0xff)
@@ -323,6 +451,10 @@ impl Board {
                 self.uart.write((port - COM1) as u8, value);
                 self.wire_console();
             }
+            PM1_EVENT..ACPI_END => {
+                self.acpi.write(port, value, self.now);
+                self.wire_acpi();
+            }
             _ => self.chipset.write(port, value),
         }
     }
@@ -330,19 +462,41 @@ impl Board {
     fn wire_timer(&mut self, irq0: Irq0) {
         match irq0 {
             Irq0::Unchanged => {}
-            Irq0::Rose => self.pic.pulse(IRQ_TIMER),
-            Irq0::Fell => self.pic.set_line(IRQ_TIMER, false),
+            Irq0::Rose => {
+                self.pic.pulse(IRQ_TIMER);
+                self.ioapic.set_line(GSI_TIMER, false, &mut self.lapic);
+                self.ioapic.set_line(GSI_TIMER, true, &mut self.lapic);
+            }
+            Irq0::Fell => {
+                self.pic.set_line(IRQ_TIMER, false);
+                self.ioapic.set_line(GSI_TIMER, false, &mut self.lapic);
+            }
         }
         self.find_due();
     }
 
     fn wire_clock(&mut self) {
-        self.pic.set_line(IRQ_CLOCK, self.rtc.interrupt_line());
+        self.set_gsi(GSI_CLOCK, self.rtc.interrupt_line());
         self.find_due();
     }
 
     fn wire_console(&mut self) {
-        self.pic.set_line(IRQ_CONSOLE, self.uart.interrupt_line());
+        self.set_gsi(GSI_CONSOLE, self.uart.interrupt_line());
+    }
+
+    fn wire_acpi(&mut self) {
+        self.set_gsi(SCI, self.acpi.interrupt_line());
+        self.find_due();
+    }
+
+    /// The guest has written to the local APIC, which may have ended an interrupt, or may now accept
+    /// what it did not.
+    fn wire_lapic(&mut self, ended: Option<u8>) {
+        match ended {
+            Some(vector) => self.ioapic.end_of_interrupt(vector, &mut self.lapic),
+            None => self.ioapic.send_levels(&mut self.lapic),
+        }
+        self.find_due();
     }
 
     fn wire_virtio(&mut self) {
@@ -352,10 +506,13 @@ impl Board {
         }
     }
 
-    fn set_gsi(&mut self, _gsi: u8, _high: bool) {}
-
     fn find_due(&mut self) {
-        let timers = [self.pit.next_rise(), self.rtc.next_interrupt()];
+        let timers = [
+            self.pit.next_rise(),
+            self.rtc.next_interrupt(),
+            self.acpi.next_interrupt(),
+            self.lapic.next_event(),
+        ];
         self.due = timers.into_iter().flatten().min().unwrap_or(Nanos::MAX);
     }
 }

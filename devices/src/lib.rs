@@ -7,9 +7,12 @@
 #![forbid(unsafe_code)]
 
 mod access;
+pub mod acpi;
 mod around;
 mod board;
 mod chipset;
+mod ioapic;
+mod lapic;
 mod msr;
 mod pic;
 mod pit;

@@ -57,7 +57,9 @@ const HARMLESS: [Harmless; 11] = [
     },
     Harmless {
         index: 0x8b, // IA32_BIOS_SIGN_ID, on AMD MSR_AMD64_PATCH_LEVEL
-        reads: Some(0),
+        // Intel's revision is the upper half. For a low one Linux takes the TSC deadline away, of
+        // which real CPUs had flaws. AMD's is the lower.
+        reads: Some(0x7fff_ffff << 32),
         write: OnWrite::Ignore,
         why: "Intel's protocol writes 0, runs CPUID, then reads the revision; AMD only reads",
     },

@@ -131,6 +131,7 @@ fn step() -> impl Strategy<Value = Step> {
             .prop_map(|bytes| Step::Accept(Input::Console(bytes))),
         1 => any::<u64>().prop_map(|unix_seconds| Step::Accept(Input::WallClock { unix_seconds })),
         1 => Just(Step::Accept(Input::Stop)),
+        1 => Just(Step::Accept(Input::PowerButton)),
     ]
 }
 

@@ -24,6 +24,8 @@ pub enum Ending {
     Stopped,
     /// The operator asked it to stop, and the guest did not exit any more.
     StoppedRunning,
+    /// The guest turned itself off.
+    PowerOff,
 }
 
 /// The last event of a whole recording.

@@ -433,6 +433,8 @@ impl Machine {
     fn ending(&self, exit: &Exit, stopped: bool) -> Option<Ending> {
         if let Some(reset) = self.board.reset_requested() {
             Some(Ending::Reset(reset))
+        } else if self.board.powered_off() {
+            Some(Ending::PowerOff)
         } else if *exit == Exit::Shutdown {
             Some(Ending::TripleFault)
         } else if stopped {

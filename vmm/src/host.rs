@@ -13,7 +13,7 @@ use hindsight_devices::{Input, Nanos, Room};
 use hindsight_replay::World;
 use vmm_sys_util::terminal::Terminal;
 
-use crate::kvm::{Alarm, Kicker, stop_requested};
+use crate::kvm::{Alarm, Kicker, stop_requested, take_power_button_presses};
 
 /// Ctrl-], as in telnet and virsh: leaves the guest's console.
 pub const ESCAPE: u8 = 0x1d;
@@ -27,6 +27,7 @@ enum News {
     Typed(Vec<u8>),
     EndOfInput,
     Stop,
+    PowerButton,
 }
 
 /// The host, as the machine's world.
@@ -43,6 +44,8 @@ pub struct HostWorld {
     random: File,
     /// Why the world cannot go on, if it cannot: the machine is stopped then.
     failure: Option<String>,
+    /// How often the power button was pressed and the guest was not told.
+    presses: u32,
     /// Whether there is a vCPU to be kicked.
     kicks: Arc<AtomicBool>,
     alarm: Alarm,
@@ -56,13 +59,14 @@ impl std::fmt::Debug for News {
             News::Typed(_) => "Typed",
             News::EndOfInput => "EndOfInput",
             News::Stop => "Stop",
+            News::PowerButton => "PowerButton",
         })
     }
 }
 
 impl HostWorld {
     /// The world from now on, for a vCPU on this thread, which must be the main one. Reads standard
-    /// input and watches for SIGINT and SIGTERM.
+    /// input and watches for SIGINT, SIGTERM and SIGPWR.
     pub fn start() -> std::io::Result<HostWorld> {
         let kicker = Kicker::for_this_thread()?;
         let alarm = Alarm::for_this_thread()?;
@@ -82,6 +86,7 @@ impl HostWorld {
             stop_given: false,
             random: File::open("/dev/urandom")?,
             failure: None,
+            presses: 0,
             kicks,
             alarm,
             alarm_at: None,
@@ -99,6 +104,7 @@ impl HostWorld {
         self.start = Instant::now();
         self.wall_clock = Some(wall_clock());
         self.alarm_at = None;
+        self.presses = 0;
         self.kicks.store(true, Ordering::Relaxed);
         self
     }
@@ -119,6 +125,7 @@ impl HostWorld {
             News::Typed(bytes) => self.typed.extend(bytes),
             News::EndOfInput => self.input_is_open = false,
             News::Stop => self.stop_asked = self.stop_asked.or(Some(Instant::now())),
+            News::PowerButton => self.presses += 1,
         }
     }
 
@@ -149,9 +156,9 @@ impl HostWorld {
     }
 
     fn input_waits(&self, room: &Room) -> bool {
-        (room.console > 0 && !self.typed.is_empty())
-            || room.entropy > 0
-            || (self.stop_asked.is_some() && !self.stop_given)
+        let stops = self.stop_asked.is_some() && !self.stop_given;
+        let types = room.console > 0 && !self.typed.is_empty();
+        stops || self.presses > 0 || types || room.entropy > 0
     }
 }
 
@@ -172,6 +179,10 @@ impl World for HostWorld {
         if self.stop_asked.is_some() && !self.stop_given {
             self.stop_given = true;
             return Some(Input::Stop);
+        }
+        if self.presses > 0 {
+            self.presses -= 1;
+            return Some(Input::PowerButton);
         }
         if !self.typed.is_empty() && room.console > 0 {
             let count = self.typed.len().min(room.console);
@@ -232,6 +243,11 @@ fn tick(kicker: Kicker, kicks: &AtomicBool, news: &Sender<News>) {
         if stop_requested() && !told {
             told = true;
             if news.send(News::Stop).is_err() {
+                return;
+            }
+        }
+        for _ in 0..take_power_button_presses() {
+            if news.send(News::PowerButton).is_err() {
                 return;
             }
         }

@@ -14,11 +14,12 @@ use crate::kernel_cache::{self, Prepared};
 use crate::kvm::{GuestMemory, KernelText, KvmCpu, KvmError, cpuid, exit_cost};
 use crate::recording::content;
 
-/// What the kernel must be told on this machine: there is no APIC, ACPI or PCI; the TSC counts
-/// nanoseconds and is read through traps, which the vDSO would go round. Page-table isolation would
-/// keep user space from the word that counts kernel entries.
-pub const MACHINE_CMDLINE: &str = "console=ttyS0 panic=-1 reboot=k noapic nolapic nokaslr \
-     tsc_early_khz=1000000 tsc=reliable vdso=0 random.trust_cpu=off random.trust_bootloader=on acpi=off pci=off nopti";
+/// What the kernel must be told on this machine: where its console is, and to end on a panic; the
+/// TSC counts nanoseconds and is read through traps, which the vDSO would go round; its random
+/// numbers begin with the seed it is given. Page-table isolation would keep user space from the word
+/// that counts kernel entries.
+pub const MACHINE_CMDLINE: &str = "console=ttyS0 panic=-1 tsc_early_khz=1000000 tsc=reliable vdso=0 \
+     random.trust_cpu=off random.trust_bootloader=on nopti";
 
 /// Opens KVM and asks whether it can carry a machine that replays. Returns what it cannot keep from
 /// the guest, in words.
@@ -146,6 +147,7 @@ pub fn build(
         cmdline: &description.cmdline,
         seed: &description.seed,
         regions: &boot::e820(description.memory_bytes),
+        slots: &description.devices.slots(),
     };
     let elf = Elf::parse(&kernel.elf)?;
     let plan = boot::load(&mut memory, kernel, &elf, sites, &given)?;

@@ -85,6 +85,7 @@ pub fn input() -> impl Strategy<Value = Input> {
         proptest::collection::vec(any::<u8>(), 0..20).prop_map(Input::Console),
         proptest::collection::vec(any::<u8>(), 5_000..5_010).prop_map(Input::Console),
         Just(Input::Stop),
+        Just(Input::PowerButton),
     ]
 }
 
@@ -118,6 +119,7 @@ pub fn end() -> impl Strategy<Value = Event> {
         Just(Ending::Halted),
         Just(Ending::Stopped),
         Just(Ending::StoppedRunning),
+        Just(Ending::PowerOff),
     ];
     let panic = proptest::option::of(".{0,20}");
     (

@@ -1,7 +1,7 @@
 //! Where everything stands in guest memory before the first instruction.
 //!
 //! One picture for all of it, since the pieces must not overlap. All of it lies below the first MiB,
-//! which Linux takes over once it has read the zero page:
+//! which, but for the tables, Linux takes over once it has read the zero page:
 //!
 //! ```text
 //! 0x00500  GDT: null, unused, 64-bit code, data
@@ -11,6 +11,7 @@
 //! 0x20000  command line
 //! 0x21000  setup data: the seed of the kernel's random numbers
 //! 0x9fc00  end of conventional memory (the EBDA begins here on a PC)
+//! 0xe0000  ACPI tables, RSDP first, up to 0x100000: reserved, and Linux's to read for good
 //! 0x100000 the lowest address a kernel segment may have
 //! ```
 
@@ -42,6 +43,10 @@ pub const COMMAND_LINE_BYTES: usize = 2048;
 pub const SETUP_DATA: u64 = 0x2_1000;
 /// End of conventional memory.
 pub const CONVENTIONAL_END: u64 = 0x9_fc00;
+/// The ACPI tables: the RSDP, and the others behind it.
+pub const ACPI_TABLES: u64 = 0xe_0000;
+/// Room for the ACPI tables, in bytes: where a kernel looks for the RSDP (ACPI 6.5, 5.2.5.1).
+pub const ACPI_TABLES_BYTES: u64 = 0x2_0000;
 /// Start of extended memory, and the lowest address of a kernel segment.
 pub const HIGH_MEMORY: u64 = 0x10_0000;
 /// RAM never reaches past this below 4 GiB: above it live PCI windows, IOAPIC and local APIC.
@@ -60,5 +65,6 @@ const _: () = {
     assert!(PML4 + 0x1000 <= PDPT && PDPT + 0x1000 <= PAGE_DIRECTORIES);
     assert!(PAGE_DIRECTORIES + IDENTITY_GIB * 0x1000 <= COMMAND_LINE);
     assert!(COMMAND_LINE + COMMAND_LINE_BYTES as u64 <= SETUP_DATA);
-    assert!(SETUP_DATA + 0x1000 <= CONVENTIONAL_END);
+    assert!(SETUP_DATA + 0x1000 <= CONVENTIONAL_END && CONVENTIONAL_END <= ACPI_TABLES);
+    assert!(ACPI_TABLES + ACPI_TABLES_BYTES <= HIGH_MEMORY);
 };

@@ -4,13 +4,16 @@
 //! boot protocol"): long mode with the first 4 GiB mapped one to one, RSI pointing to the
 //! zero page, flat segments. The addresses are those of [`super::layout`]; the registers are the caller's to load.
 
+use hindsight_devices::Slot;
+
+use super::acpi;
 use super::bzimage::Kernel;
 use super::elf::Elf;
 use super::error::{BootError, OutOfRam};
 use super::layout::{
-    CODE_SELECTOR, COMMAND_LINE, COMMAND_LINE_BYTES, CONVENTIONAL_END, DATA_SELECTOR, GDT,
-    GDT_LIMIT, HIGH_MEMORY, IDENTITY_GIB, INITRD_LIMIT, LOW_RAM_END, PAGE_DIRECTORIES, PDPT, PML4,
-    RAM_ABOVE_HOLE, SETUP_DATA, STACK_TOP, ZERO_PAGE,
+    ACPI_TABLES, ACPI_TABLES_BYTES, CODE_SELECTOR, COMMAND_LINE, COMMAND_LINE_BYTES,
+    CONVENTIONAL_END, DATA_SELECTOR, GDT, GDT_LIMIT, HIGH_MEMORY, IDENTITY_GIB, INITRD_LIMIT,
+    LOW_RAM_END, PAGE_DIRECTORIES, PDPT, PML4, RAM_ABOVE_HOLE, SETUP_DATA, STACK_TOP, ZERO_PAGE,
 };
 use super::traps::{self, Sites};
 use super::zero_page::{
@@ -20,6 +23,8 @@ use super::zero_page::{
 const PAGE: u64 = 4096;
 /// E820 type of usable memory.
 const E820_RAM: u32 = 1;
+/// E820 type of memory that is not to be used.
+const E820_RESERVED: u32 = 2;
 /// Page table entry: present and writable.
 const TABLE: u64 = 0x3;
 /// Page directory entry: present, writable, and a page of 2 MiB.
@@ -73,8 +78,8 @@ pub struct BootPlan {
     pub data_selector: u16,
 }
 
-/// The memory map of a machine with `ram_bytes` of RAM: conventional memory, the rest up to 3 GiB, and what is left
-/// from 4 GiB on. Between 3 and 4 GiB live devices.
+/// The memory map of a machine with `ram_bytes` of RAM: conventional memory, the ACPI tables, the rest up to 3 GiB, and
+/// what is left from 4 GiB on. Between 3 and 4 GiB live devices.
 pub fn e820(ram_bytes: u64) -> Vec<E820Entry> {
     let ram = |start: u64, end: u64| {
         (start < end).then(|| E820Entry {
@@ -83,9 +88,15 @@ pub fn e820(ram_bytes: u64) -> Vec<E820Entry> {
             kind: E820_RAM,
         })
     };
+    let tables = (ram_bytes >= ACPI_TABLES + ACPI_TABLES_BYTES).then_some(E820Entry {
+        address: ACPI_TABLES,
+        bytes: ACPI_TABLES_BYTES,
+        kind: E820_RESERVED,
+    });
     let above = ram_bytes.saturating_sub(LOW_RAM_END);
     [
         ram(0, ram_bytes.min(CONVENTIONAL_END)),
+        tables,
         ram(HIGH_MEMORY, ram_bytes.min(LOW_RAM_END)),
         ram(RAM_ABOVE_HOLE, RAM_ABOVE_HOLE.saturating_add(above)),
     ]
@@ -105,6 +116,8 @@ pub struct Given<'a> {
     pub seed: &'a Seed,
     /// The memory map.
     pub regions: &'a [E820Entry],
+    /// The virtio devices that ACPI shall tell of.
+    pub slots: &'a [Slot],
 }
 
 /// Makes guest memory ready for the first instruction, and says what the registers must hold.
@@ -127,6 +140,7 @@ pub fn load(
         cmdline,
         seed,
         regions,
+        slots,
     } = *given;
     let header = SetupHeader(kernel.setup_header.as_deref());
     check_command_line(cmdline, header)?;
@@ -158,6 +172,8 @@ pub fn load(
     }
     page.setup_data(SETUP_DATA);
     ram.write(SETUP_DATA, &seed_entry(seed))?;
+    page.acpi_rsdp(ACPI_TABLES);
+    ram.write(ACPI_TABLES, &acpi::tables(slots))?;
     ram.write(ZERO_PAGE, page.as_bytes())?;
     ram.write(COMMAND_LINE, cmdline.as_bytes())?;
     ram.write(COMMAND_LINE + cmdline.len() as u64, &[0])?;

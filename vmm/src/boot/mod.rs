@@ -6,6 +6,7 @@
 //! Nothing here touches KVM or the host: bytes go in, bytes and addresses come out, so the same
 //! kernel file gives the same machine every time.
 
+pub mod acpi;
 mod bzimage;
 pub mod caves;
 mod elf;

@@ -48,6 +48,8 @@ const SETUP_DATA: usize = 0x250;
 /// u32: memory that the kernel needs from its start on while it sets up (protocol 2.10).
 pub(super) const INIT_SIZE: usize = 0x260;
 
+/// u64: where the RSDP is (protocol 2.14).
+const ACPI_RSDP_ADDR: usize = 0x070;
 const EXT_RAMDISK_IMAGE: usize = 0x0c0;
 const EXT_RAMDISK_SIZE: usize = 0x0c4;
 const EXT_CMD_LINE_PTR: usize = 0x0c8;
@@ -129,6 +131,11 @@ impl ZeroPage {
                 u32::try_from(bytes).expect("checked against the room for it"),
             );
         }
+    }
+
+    /// Says where ACPI's RSDP is.
+    pub(super) fn acpi_rsdp(&mut self, gpa: u64) {
+        self.split(ACPI_RSDP_ADDR, ACPI_RSDP_ADDR + 4, gpa);
     }
 
     /// Says where the initrd is.

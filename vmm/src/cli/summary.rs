@@ -133,6 +133,7 @@ pub fn describe_end(end: &End) -> String {
         Ending::Halted => "halted for good",
         Ending::Stopped => "asked to stop",
         Ending::StoppedRunning => "asked to stop, between two exits",
+        Ending::PowerOff => "powered off",
     };
     match &end.panic {
         Some(panic) => format!("kernel panic ({panic}), then {ending}"),

@@ -19,5 +19,7 @@ mod vcpu;
 pub use error::KvmError;
 pub use memory::GuestMemory;
 pub use preemption::Preemption;
-pub use signals::{Alarm, Kicker, install_kick, kick_signal, stop_requested};
+pub use signals::{
+    Alarm, Kicker, install_kick, kick_signal, stop_requested, take_power_button_presses,
+};
 pub use vcpu::{KernelText, KvmCpu, VcpuCounts};

@@ -15,7 +15,6 @@ use super::error::{KvmError, Named};
 
 /// A run of MSRs that KVM keeps (first, how many), and why it may.
 pub const KEPT: &[(u32, u32, &str)] = &[
-    (0x001b, 1, "APIC_BASE: stored; no APIC stands behind it"),
     (0x00fe, 1, "MTRRcap: constant"),
     (0x0174, 3, "SYSENTER_CS, _ESP, _EIP: stored"),
     (0x0200, 0x70, "MTRRs: stored, without effect on the guest"),

@@ -1,4 +1,4 @@
-//! Signals: the kick that brings a vCPU back, and the operator's wish to stop.
+//! Signals: the kick that brings a vCPU back, the operator's wish to stop, and the power button.
 //!
 //! A kick interrupts `KVM_RUN`. One that comes just before `KVM_RUN` would interrupt nothing, and
 //! the guest would run on for as long as it likes. So the handler sets `immediate_exit` in the page
@@ -7,7 +7,7 @@
 //! kept for the next one. None is lost; two may be reported as one.
 
 use std::cell::Cell;
-use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering, compiler_fence};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, Ordering, compiler_fence};
 
 use kvm_bindings::KVM_EXIT_INTR;
 use kvm_ioctls::VcpuFd;
@@ -17,6 +17,7 @@ use super::error::{KvmError, Named};
 use super::run_page::RunPage;
 
 static STOP: AtomicBool = AtomicBool::new(false);
+static PRESSES: AtomicU32 = AtomicU32::new(0);
 
 // A kick is sent to the vCPU's thread, so its handler runs there, and these need no order but the
 // compiler's. Both are constants at first and have no destructor: a handler may touch them.
@@ -30,6 +31,11 @@ thread_local! {
 /// Whether SIGINT or SIGTERM has come.
 pub fn stop_requested() -> bool {
     STOP.load(Ordering::Relaxed)
+}
+
+/// How often the power button has been pressed, by SIGPWR, since this was last asked.
+pub fn take_power_button_presses() -> u32 {
+    PRESSES.swap(0, Ordering::Relaxed)
 }
 
 /// The signal that kicks.
@@ -50,6 +56,10 @@ extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_v
 
 extern "C" fn on_stop(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
     STOP.store(true, Ordering::Relaxed);
+}
+
+extern "C" fn on_power(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    PRESSES.fetch_add(1, Ordering::Relaxed);
 }
 
 /// Installs the handler of kicks, for all threads.
@@ -184,6 +194,7 @@ impl Kicker {
         for signal in [libc::SIGINT, libc::SIGTERM] {
             register_signal_handler(signal, on_stop).map_err(std::io::Error::from)?;
         }
+        register_signal_handler(libc::SIGPWR, on_power).map_err(std::io::Error::from)?;
         // SAFETY: pthread_self has no preconditions.
         let thread = unsafe { libc::pthread_self() };
         Ok(Kicker { thread })

@@ -28,6 +28,9 @@ use super::traps::TrapState;
 use super::{cpuid, msr, signals};
 use crate::boot::{BootPlan, Elf, EntryCaves, Site, SiteKind, Sites, caves};
 
+/// IA32_APIC_BASE at power-on: the usual address, enabled, the boot processor's.
+const APIC_ENABLED: u64 = 0xfee0_0000 | 1 << 11 | 1 << 8;
+
 ioctl_iow_nr!(KVM_INTERRUPT, KVMIO, 0x86, kvm_interrupt);
 
 /// Three pages below 4 GiB that Intel CPUs want for real mode; any hole will do.
@@ -193,6 +196,8 @@ impl KvmCpu {
         sregs.cr0 = 0x8005_0033;
         sregs.cr4 = 1 << 5;
         sregs.efer = 1 << 10 | 1 << 8;
+        // The board keeps IA32_APIC_BASE for the guest. By KVM's own, CPUID shows programs an APIC.
+        sregs.apic_base = APIC_ENABLED;
         self.fd.set_sregs(&sregs).named("KVM_SET_SREGS")?;
         let registers = kvm_regs {
             rip: plan.entry,

@@ -65,6 +65,7 @@ fn boot(
             cmdline,
             seed: &[0x5a; 32],
             regions: &e820(ram_bytes as u64),
+            slots: &[],
         },
     )?;
     Ok((ram, plan))

@@ -1,0 +1,202 @@
+//! The local APIC's timer (Intel SDM vol. 3, 11.5.4).
+//!
+//! It counts a bus clock of 1 GHz, so that one tick is one nanosecond of guest time before the
+//! divider; or it waits until the time stamp counter has come to a deadline. However often a period
+//! has passed since the last look, the timer has fired once.
+
+use serde::{Deserialize, Serialize};
+
+use crate::Nanos;
+use crate::restore::{RestoreError, ensure};
+
+/// Guest time and the time stamp counter at one instant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Time {
+    /// Nanoseconds since power-on.
+    pub now: Nanos,
+    /// What RDTSC reads then.
+    pub tsc: u64,
+}
+
+/// Bits 18:17 of the timer's LVT entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Mode {
+    OneShot,
+    Periodic,
+    Deadline,
+    Reserved,
+}
+
+impl Mode {
+    /// From the two bits.
+    pub fn from_bits(bits: u32) -> Mode {
+        match bits & 3 {
+            0 => Mode::OneShot,
+            1 => Mode::Periodic,
+            2 => Mode::Deadline,
+            _ => Mode::Reserved,
+        }
+    }
+
+    /// Whether the timer counts down.
+    pub fn counts(self) -> bool {
+        matches!(self, Mode::OneShot | Mode::Periodic)
+    }
+}
+
+/// The timer. At most one of the count and the deadline is armed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Timer {
+    /// The divide configuration register.
+    divide: u8,
+    /// The initial-count register.
+    initial: u32,
+    /// What the count was at `since`; 0 if it does not run.
+    loaded: u32,
+    since: Nanos,
+    /// IA32_TSC_DEADLINE; 0 if it is not armed.
+    deadline: u64,
+    /// When it fires. Derived, and kept because it is asked at every exit.
+    due: Option<Nanos>,
+}
+
+impl Timer {
+    pub fn new() -> Timer {
+        Timer {
+            divide: 0,
+            initial: 0,
+            loaded: 0,
+            since: 0,
+            deadline: 0,
+            due: None,
+        }
+    }
+
+    /// When it fires next: later than the time of the last call.
+    pub fn due(&self) -> Option<Nanos> {
+        self.due
+    }
+
+    /// Whether it has fired by `now`.
+    pub fn advance(&mut self, now: Nanos, mode: Mode) -> bool {
+        let Some(due) = self.due.filter(|due| *due <= now) else {
+            return false;
+        };
+        self.deadline = 0;
+        self.loaded = 0;
+        self.due = None;
+        if mode == Mode::Periodic && self.initial != 0 {
+            let period = u64::from(self.initial) << self.shift();
+            self.start(self.initial, due + (now - due) / period * period);
+        }
+        true
+    }
+
+    /// A write to the initial-count register: starts over, or stops.
+    pub fn load(&mut self, count: u32, now: Nanos) {
+        self.initial = count;
+        self.start(count, now);
+    }
+
+    /// A write to the divide configuration register. A count that runs goes on from where it is.
+    pub fn set_divide(&mut self, divide: u8, now: Nanos) {
+        let count = self.count(now);
+        self.divide = divide;
+        if count != 0 {
+            self.start(count, now);
+        }
+    }
+
+    /// Arms the deadline, or disarms it with 0. Whether it has passed already, which fires at once.
+    pub fn set_deadline(&mut self, deadline: u64, time: Time) -> bool {
+        self.deadline = deadline;
+        self.move_tsc(time)
+    }
+
+    /// The TSC has moved against guest time. Whether the deadline has passed by that.
+    pub fn move_tsc(&mut self, time: Time) -> bool {
+        self.due = None;
+        if self.deadline == 0 {
+            return false;
+        }
+        match self.deadline.checked_sub(time.tsc) {
+            None | Some(0) => {
+                self.deadline = 0;
+                true
+            }
+            Some(ns) => {
+                self.due = time.now.checked_add(ns);
+                false
+            }
+        }
+    }
+
+    /// Stops everything.
+    pub fn disarm(&mut self) {
+        *self = Timer {
+            divide: self.divide,
+            ..Timer::new()
+        };
+    }
+
+    /// The initial-count register.
+    pub fn initial(&self) -> u32 {
+        self.initial
+    }
+
+    /// The current-count register.
+    pub fn count(&self, now: Nanos) -> u32 {
+        let ticks = (now - self.since) >> self.shift();
+        // A count that has run down has fired, and was stopped or started again by that.
+        self.loaded
+            .saturating_sub(u32::try_from(ticks).unwrap_or(u32::MAX))
+    }
+
+    /// The divide configuration register.
+    pub fn divide(&self) -> u8 {
+        self.divide
+    }
+
+    /// IA32_TSC_DEADLINE.
+    pub fn deadline(&self) -> u64 {
+        self.deadline
+    }
+
+    /// Refuses a saved state that no sequence of accesses could have reached by `time`.
+    pub fn check(&self, time: Time, mode: Mode) -> Result<(), RestoreError> {
+        ensure("APIC timer divider", self.divide & !0xb == 0)?;
+        ensure("APIC timer start", self.since <= time.now)?;
+        ensure(
+            "APIC timer mode",
+            match mode {
+                Mode::OneShot | Mode::Periodic => self.deadline == 0,
+                Mode::Deadline => self.loaded == 0 && self.initial == 0,
+                Mode::Reserved => self.loaded == 0 && self.initial == 0 && self.deadline == 0,
+            },
+        )?;
+        let mut settled = self.clone();
+        if self.deadline == 0 {
+            settled.start(self.loaded, self.since);
+            settled.since = self.since;
+        } else {
+            settled.move_tsc(time);
+        }
+        let future = self.due.is_none_or(|due| due > time.now);
+        ensure("APIC timer deadline", future && settled == *self)
+    }
+
+    fn start(&mut self, count: u32, since: Nanos) {
+        self.loaded = count;
+        self.since = since;
+        self.due = match count {
+            0 => None,
+            _ => since.checked_add(u64::from(count) << self.shift()),
+        };
+    }
+
+    /// By which power of two the clock is divided: 000 is 2, 110 is 128, 111 is 1.
+    fn shift(&self) -> u32 {
+        let bits = self.divide & 3 | self.divide >> 1 & 4;
+        (u32::from(bits) + 1) & 7
+    }
+}
