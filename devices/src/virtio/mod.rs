@@ -123,6 +123,8 @@ pub(crate) trait Device {
     fn id(&self) -> u32;
     /// The features of its type that it offers.
     fn features(&self) -> u64;
+    /// The driver uses these of the features that were offered.
+    fn accepted(&mut self, _features: u64) {}
     /// The greatest size of each of its queues.
     fn queues(&self) -> &'static [u16];
     /// Its own registers.

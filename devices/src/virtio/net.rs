@@ -2,10 +2,13 @@
 //!
 //! No offload is offered: no checksum is left open and no segment is larger than a frame, so that what goes
 //! into the recording, and what the other end gets, is each frame as it is on the wire. A frame is sent in
-//! the exit that announces it. One that comes goes into the buffer that the driver has waiting; if there is
-//! none, or it is too small, the frame is lost, as frames are.
+//! the exit that announces it. One that comes goes into the buffers that the driver has waiting; if they are
+//! too few or too small, the frame is lost, as frames are.
+//!
+//! Merging receive buffers is no offload and is offered: what sends datagrams without regard to the size
+//! of an Ethernet frame, as passt does, gets them through.
 
-use std::io::{Read, Write};
+use std::io::Read;
 
 use serde::{Deserialize, Serialize};
 
@@ -21,14 +24,16 @@ const SEND: usize = 1;
 
 /// VIRTIO_NET_F_* (5.1.3).
 const MAC: u64 = 1 << 5;
+const MERGE: u64 = 1 << 15;
 const STATUS: u64 = 1 << 16;
 /// VIRTIO_NET_S_LINK_UP (5.1.4).
 const LINK_UP: u16 = 1;
 
-/// `struct virtio_net_hdr` of a device of virtio 1 (5.1.6), which is all zeroes without offloads, up to
-/// the number of buffers that a received frame takes.
+/// `struct virtio_net_hdr` of a device of virtio 1 (5.1.6). Without offloads it is all zeroes, but for the
+/// number of buffers that a received frame takes.
 const HEADER_BYTES: usize = 12;
-const RECEIVED_HEADER: [u8; HEADER_BYTES] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0];
+/// Where that stands.
+const BUFFERS_AT: usize = 10;
 
 /// A frame has two addresses and a type at least.
 pub const FRAME_BYTES_MIN: usize = 14;
@@ -39,6 +44,8 @@ pub const FRAME_BYTES_MAX: usize = 65_550;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Net {
     mac: [u8; 6],
+    /// The driver takes a frame in more than one buffer.
+    merges: bool,
     /// Frames that are on their way out: those of one notification at most, for they are taken at the end
     /// of each exit.
     sent: Vec<Vec<u8>>,
@@ -49,6 +56,7 @@ impl Net {
     pub fn new(spec: &NetSpec) -> Net {
         Net {
             mac: spec.mac,
+            merges: false,
             sent: Vec::new(),
         }
     }
@@ -60,7 +68,11 @@ impl Device for Net {
     }
 
     fn features(&self) -> u64 {
-        MAC | STATUS
+        MAC | MERGE | STATUS
+    }
+
+    fn accepted(&mut self, features: u64) {
+        self.merges = features & MERGE != 0;
     }
 
     fn queues(&self) -> &'static [u16] {
@@ -96,7 +108,9 @@ impl Device for Net {
         })
     }
 
-    fn reset(&mut self) {}
+    fn reset(&mut self) {
+        self.merges = false;
+    }
 
     fn accept(
         &mut self,
@@ -107,19 +121,18 @@ impl Device for Net {
         let Input::Frame(frame) = input else {
             return None;
         };
-        let bytes = HEADER_BYTES + frame.len();
-        let mut fits = true;
-        let served = rings[RECEIVE].serve(ram, 1, |_, mut writer| {
-            fits = writer.available_bytes() >= bytes;
-            if !fits {
-                // A ring that stops here is as it was: the buffer waits for a smaller frame.
-                return Err(Stop::Broken("a buffer that is too small"));
-            }
-            writer.write_all(&RECEIVED_HEADER)?;
-            writer.write_all(frame)?;
-            Ok(bytes as u32)
-        });
-        Some(if fits { served } else { Ok(false) })
+        let most = if self.merges {
+            usize::from(QUEUES[RECEIVE])
+        } else {
+            1
+        };
+        let content = |buffers: u16| {
+            let mut header = [0; HEADER_BYTES];
+            header[BUFFERS_AT..].copy_from_slice(&buffers.to_le_bytes());
+            [&header[..], frame].concat()
+        };
+        let filled = rings[RECEIVE].fill(ram, HEADER_BYTES + frame.len(), most, content);
+        Some(filled.map(|wanted| wanted.unwrap_or(false)))
     }
 
     fn room(&self, rings: &[Ring], ram: &Ram, room: &mut Room) {

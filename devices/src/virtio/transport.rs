@@ -224,6 +224,8 @@ impl Transport {
         if features_ok && !accepted {
             // The driver reads it back and gives up (3.1.1).
             value &= !STATUS_FEATURES_OK;
+        } else if features_ok {
+            self.kind.device_mut().accepted(self.driver_features);
         }
         self.status = value;
     }

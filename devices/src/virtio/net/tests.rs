@@ -27,7 +27,11 @@ fn sent(driver: &mut Driver) -> Vec<Vec<u8>> {
 #[test]
 fn a_card_says_its_address_and_that_the_link_is_up() {
     let mut driver = Driver::find(card());
-    assert_eq!(driver.features() & 0xff_ffff, MAC | STATUS, "no offloads");
+    assert_eq!(
+        driver.features() & 0xff_ffff,
+        MAC | MERGE | STATUS,
+        "no offloads"
+    );
     let byte = |at| driver.device.read(CONFIG + at, Width::Byte);
     let mac: Vec<Reply> = (0..6).map(byte).collect();
     let expected = NetSpec::default().mac.map(|byte| Reply::Value(byte.into()));
@@ -132,6 +136,39 @@ fn a_frame_without_a_buffer_that_it_fits_is_lost_and_the_buffer_is_not() {
         }]
     );
     assert_eq!(driver.get(place[0] + 12, 88), frame(88));
+}
+
+#[test]
+fn a_frame_longer_than_a_buffer_takes_several_if_the_driver_merges_them() {
+    let mut driver = Driver::start(card(), MERGE | F_EVENT_INDEX);
+    for _ in 0..3 {
+        driver.offer(RECEIVE, &[In(1000)]);
+    }
+    driver.accept(Input::Frame(frame(3000)));
+    assert!(driver.used(RECEIVE).is_empty() && !driver.interrupted());
+    assert_eq!(driver.room().frames, 3, "what does not fit takes nothing");
+    let first = driver.offer(RECEIVE, &[In(1000)]);
+    driver.accept(Input::Frame(frame(2500)));
+    assert!(driver.interrupted());
+    let used: Vec<u32> = driver.used(RECEIVE).iter().map(|used| used.bytes).collect();
+    assert_eq!(used, [1000, 1000, 512]);
+    // Buffers stand one behind the other in this memory, at multiples of 16.
+    let base = first[0] - 3 * 1008;
+    assert_eq!(driver.get(base, 12), [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 3, 0]);
+    let parts = [(base + 12, 988), (base + 1008, 1000), (base + 2016, 512)];
+    let read: Vec<u8> = parts
+        .into_iter()
+        .flat_map(|(at, bytes)| driver.get(at, bytes))
+        .collect();
+    assert!(read == frame(2500));
+    driver.accept(Input::Frame(frame(60)));
+    assert_eq!(driver.get(first[0] + 10, 2), [1, 0]);
+    // A driver that starts afresh may want none of it.
+    driver.set_up(0);
+    driver.offer(RECEIVE, &[In(1000)]);
+    driver.offer(RECEIVE, &[In(1000)]);
+    driver.accept(Input::Frame(frame(1200)));
+    assert!(driver.used(RECEIVE).is_empty());
 }
 
 #[test]
