@@ -60,6 +60,36 @@ fn booted() -> Board {
     board
 }
 
+fn store(board: &mut Board, gpa: u64, value: u32) {
+    let reply = access(
+        board,
+        Access::MemoryWrite {
+            gpa,
+            width: Width::Dword,
+            value: value.into(),
+        },
+    );
+    assert_eq!(reply, Reply::Done);
+}
+
+const LOCAL_APIC: u64 = 0xfee0_0000;
+const END_OF_INTERRUPT: u64 = LOCAL_APIC + 0xb0;
+
+/// Sets the low half of a pin's entry in the I/O APIC.
+fn set_pin(board: &mut Board, pin: u8, entry: u32) {
+    store(board, 0xfec0_0000, 0x10 + 2 * u32::from(pin));
+    store(board, 0xfec0_0010, entry);
+}
+
+/// A board as Linux leaves it in symmetric I/O mode: the 8259s masked, LINT0 too.
+fn symmetric() -> Board {
+    let mut board = booted();
+    outb(&mut board, 0x21, 0xff);
+    outb(&mut board, 0xa1, 0xff);
+    store(&mut board, LOCAL_APIC + 0x350, 0x1_0700);
+    board
+}
+
 /// Programs counter 0 for `count` ticks in `mode`.
 fn start_timer(board: &mut Board, mode: u8, count: u16) {
     outb(board, 0x43, 0x30 | mode << 1);
@@ -228,6 +258,159 @@ fn bytes_typed_too_early_wait_for_the_driver() {
 }
 
 #[test]
+fn a_typed_byte_interrupts_through_the_io_apic() {
+    let mut board = symmetric();
+    set_pin(&mut board, 4, 0x34);
+    outb(&mut board, 0x3fc, 0x0b);
+    outb(&mut board, 0x3f9, 0x01);
+    for byte in [b"a", b"b"] {
+        board.accept(Input::Console(byte.to_vec()), &Ram::new());
+        assert_eq!(board.acknowledge(), 0x34);
+        assert_eq!(inb(&mut board, 0x3fa), 0xc4);
+        assert_eq!(inb(&mut board, 0x3f8), byte[0]);
+        store(&mut board, END_OF_INTERRUPT, 0);
+        assert!(!board.interrupt_pending());
+    }
+}
+
+#[test]
+fn the_8254_is_pin_2_of_the_io_apic() {
+    let mut board = symmetric();
+    start_timer(&mut board, 2, 1193);
+    assert_eq!(board.deadline(), None, "masked at both");
+    set_pin(&mut board, 2, 0x30);
+    for _ in 0..3 {
+        let deadline = board.deadline().expect("the timer goes on");
+        board.advance(deadline);
+        assert_eq!(board.acknowledge(), 0x30);
+        store(&mut board, END_OF_INTERRUPT, 0);
+        assert!(!board.interrupt_pending());
+    }
+}
+
+#[test]
+fn the_clock_is_pin_8_of_the_io_apic() {
+    let mut board = symmetric();
+    set_pin(&mut board, 8, 0x38);
+    outb(&mut board, 0x70, 0x0b);
+    outb(&mut board, 0x71, 0x12);
+    assert_eq!(board.deadline(), Some(1_000_000_000));
+    board.advance(1_000_000_000);
+    assert_eq!(board.acknowledge(), 0x38);
+}
+
+#[test]
+fn the_8259s_interrupt_through_lint0_until_it_is_masked() {
+    let mut board = booted();
+    start_timer(&mut board, 0, 1193);
+    let deadline = board.deadline().expect("the timer is armed");
+    store(&mut board, LOCAL_APIC + 0x350, 0x1_0700);
+    assert_eq!(board.deadline(), None);
+    board.advance(deadline);
+    assert!(!board.interrupt_pending());
+    store(&mut board, LOCAL_APIC + 0x350, 0x0_0700);
+    // The task priority and what is in service hold back the APIC's own interrupts, not these.
+    store(&mut board, LOCAL_APIC + 0x80, 0xff);
+    assert!(board.interrupt_pending());
+    assert_eq!(board.acknowledge(), 0x30);
+}
+
+#[test]
+fn a_tsc_deadline_is_the_boards_deadline_and_follows_the_tsc() {
+    let mut board = symmetric();
+    store(&mut board, LOCAL_APIC + 0x320, 2 << 17 | 0xec);
+    let arm = |board: &mut Board, value| {
+        let reply = access(
+            board,
+            Access::MsrWrite {
+                index: 0x6e0,
+                value,
+            },
+        );
+        assert_eq!(reply, Reply::Done);
+    };
+    arm(&mut board, 5 * MILLISECOND);
+    assert_eq!(board.deadline(), Some(5 * MILLISECOND));
+    access(
+        &mut board,
+        Access::MsrWrite {
+            index: 0x3b,
+            value: 2 * MILLISECOND,
+        },
+    );
+    assert_eq!(board.deadline(), Some(3 * MILLISECOND));
+    board.advance(3 * MILLISECOND - 1);
+    assert!(!board.interrupt_pending());
+    board.advance(3 * MILLISECOND);
+    assert_eq!(board.acknowledge(), 0xec);
+    store(&mut board, END_OF_INTERRUPT, 0);
+    assert_eq!(board.deadline(), None);
+    arm(&mut board, 4 * MILLISECOND);
+    assert_eq!(
+        board.acknowledge(),
+        0xec,
+        "that has passed by the guest's TSC"
+    );
+}
+
+#[test]
+fn the_power_button_interrupts_until_it_is_taken_note_of() {
+    let mut board = symmetric();
+    set_pin(&mut board, 9, 0x8039);
+    outb(&mut board, 0x603, 0x01);
+    board.accept(Input::PowerButton, &Ram::new());
+    assert_eq!(board.acknowledge(), 0x39);
+    assert_eq!(inb(&mut board, 0x601), 0x01);
+    store(&mut board, END_OF_INTERRUPT, 0);
+    assert_eq!(board.acknowledge(), 0x39, "a level comes again");
+    outb(&mut board, 0x601, 0x01);
+    store(&mut board, END_OF_INTERRUPT, 0);
+    assert!(!board.interrupt_pending());
+}
+
+#[test]
+fn a_guest_turns_the_machine_off() {
+    let mut board = booted();
+    for (value, off) in [(5 << 10, false), (5 << 10 | 1 << 13, true)] {
+        access(
+            &mut board,
+            Access::PortWrite {
+                port: 0x604,
+                width: Width::Word,
+                value,
+            },
+        );
+        assert_eq!(board.powered_off(), off);
+    }
+    assert_eq!(board.reset_requested(), None);
+}
+
+#[test]
+fn a_guest_that_turns_the_apic_off_has_the_8259s() {
+    let mut board = booted();
+    store(&mut board, LOCAL_APIC + 0x350, 0x1_0700);
+    let reply = access(
+        &mut board,
+        Access::MsrWrite {
+            index: 0x1b,
+            value: 0xfee0_0100,
+        },
+    );
+    assert_eq!(reply, Reply::Done);
+    start_timer(&mut board, 0, 1193);
+    board.advance(board.deadline().expect("the timer is armed"));
+    assert_eq!(board.acknowledge(), 0x30);
+    let reply = access(
+        &mut board,
+        Access::MemoryRead {
+            gpa: LOCAL_APIC,
+            width: Width::Dword,
+        },
+    );
+    assert_eq!(reply, Reply::floating(Width::Dword));
+}
+
+#[test]
 fn what_the_guest_prints_is_taken_once() {
     let mut board = booted();
     for &byte in b"Linux version" {
@@ -298,13 +481,13 @@ fn where_nobody_answers_the_bus_floats() {
     let reply = access(
         &mut board,
         Access::MemoryRead {
-            gpa: 0xfee0_0000,
+            gpa: 0xfed0_0000,
             width: Width::Qword,
         },
     );
     assert_eq!(reply, Reply::Value(u64::MAX));
     assert_eq!(
-        access(&mut board, Access::MsrRead { index: 0x6e0 }),
+        access(&mut board, Access::MsrRead { index: 0x6e1 }),
         Reply::Fault
     );
 }

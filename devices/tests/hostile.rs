@@ -79,6 +79,7 @@ fn port() -> impl Strategy<Value = u16> {
         4 => 0x40..=0x43u16,
         4 => 0x70..=0x71u16,
         4 => 0x3f8..=0x3ffu16,
+        2 => 0x600..=0x60bu16,
         2 => prop::sample::select(vec![0x60, 0x61, 0x64, 0x92, 0x505, 0xcf8, 0xcf9, 0xcfc]),
         1 => any::<u16>(),
     ]
@@ -96,7 +97,48 @@ fn msr() -> impl Strategy<Value = u32> {
         0xc001_1029,
         0xc000_0103,
     ];
-    prop_oneof![4 => prop::sample::select(known), 1 => any::<u32>()]
+    prop_oneof![
+        4 => prop::sample::select(known),
+        2 => prop::sample::select(vec![0x1b, 0x6e0]),
+        4 => 0x800..=0x83fu32,
+        1 => any::<u32>(),
+    ]
+}
+
+/// A value for one of them: small ones, legal states of IA32_APIC_BASE, IPIs.
+fn msr_value() -> impl Strategy<Value = u64> {
+    prop_oneof![
+        2 => value().prop_map(u64::from),
+        1 => prop::sample::select(vec![0xfee0_0900u64, 0xfee0_0d00, 0xfee0_0100]),
+        1 => any::<u64>(),
+    ]
+}
+
+/// Mostly registers of the APICs.
+fn gpa() -> impl Strategy<Value = u64> {
+    prop_oneof![
+        8 => (0..0x40u64).prop_map(|index| 0xfee0_0000 + 16 * index),
+        2 => (0..8u64).prop_map(|lvt| 0xfee0_0320 + 16 * lvt),
+        6 => prop::sample::select(vec![0xfec0_0000, 0xfec0_0010]),
+        1 => 0xfee0_0000..0xfee0_1000u64,
+        1 => any::<u64>(),
+    ]
+}
+
+/// What their registers hold: vectors, with modes and masks.
+fn memory_value() -> impl Strategy<Value = u64> {
+    prop_oneof![
+        2 => 0..0x40u64,
+        3 => (any::<u8>(), 0..8u64, 0..8u64, any::<bool>()).prop_map(|(vector, low, high, level)| {
+            u64::from(vector) | low << 8 | u64::from(level) << 15 | high << 16
+        }),
+        1 => any::<u64>(),
+    ]
+}
+
+/// Doublewords, mostly.
+fn memory_width() -> impl Strategy<Value = Width> {
+    prop_oneof![8 => Just(Width::Dword), 1 => width()]
 }
 
 /// A value; small ones and the clock's registers come up often.
@@ -109,11 +151,11 @@ fn access() -> impl Strategy<Value = Access> {
         6 => (port(), width()).prop_map(|(port, width)| Access::PortRead { port, width }),
         12 => (port(), width(), value())
             .prop_map(|(port, width, value)| Access::PortWrite { port, width, value }),
-        1 => (any::<u64>(), width()).prop_map(|(gpa, width)| Access::MemoryRead { gpa, width }),
-        1 => (any::<u64>(), width(), any::<u64>())
+        2 => (gpa(), memory_width()).prop_map(|(gpa, width)| Access::MemoryRead { gpa, width }),
+        8 => (gpa(), memory_width(), memory_value())
             .prop_map(|(gpa, width, value)| Access::MemoryWrite { gpa, width, value }),
         1 => msr().prop_map(|index| Access::MsrRead { index }),
-        1 => (msr(), any::<u64>()).prop_map(|(index, value)| Access::MsrWrite { index, value }),
+        3 => (msr(), msr_value()).prop_map(|(index, value)| Access::MsrWrite { index, value }),
     ]
 }
 

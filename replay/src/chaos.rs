@@ -123,6 +123,7 @@ mod tests {
         TimeQuery {
             exits: 1,
             last: 0,
+            earliest: 0,
             rule: 0,
             deadline,
             halted: false,

@@ -83,6 +83,7 @@ fn exit_words(exit: &Exit) -> (u64, u64) {
         Exit::Cpuid { leaf, subleaf } => (u64::from(leaf), u64::from(subleaf)),
         Exit::WriteCr4 { value } => (value, 0),
         Exit::Preempted(place) => (place.number, place.rip),
+        Exit::Module { module, sites } => (module, u64::from(sites)),
         Exit::ReadCr4
         | Exit::ProtectionFault
         | Exit::Halt

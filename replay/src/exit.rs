@@ -98,6 +98,13 @@ pub enum Exit {
     Pause,
     /// It was stopped between two exits, at this place.
     Preempted(Place),
+    /// Its kernel is about to make a loaded module executable.
+    Module {
+        /// Address of the kernel's `struct module`.
+        module: u64,
+        /// How many instructions in its text are rewritten into trap ports before it runs.
+        sites: u32,
+    },
 }
 
 impl Exit {
@@ -107,7 +114,7 @@ impl Exit {
     }
 
     /// Number of kinds that [`Exit::kind`] tells apart.
-    pub const KINDS: usize = 15;
+    pub const KINDS: usize = 16;
 
     /// Index into [`Exit::KIND_NAMES`].
     pub fn kind(&self) -> usize {
@@ -131,11 +138,15 @@ impl Exit {
             Exit::Shutdown => 12,
             Exit::Pause => 13,
             Exit::Preempted(_) => Exit::PREEMPTED,
+            Exit::Module { .. } => Exit::MODULE,
         }
     }
 
     /// The kind of a preemption.
     pub const PREEMPTED: usize = 14;
+
+    /// The kind of a loaded module.
+    pub const MODULE: usize = 15;
 
     /// Names of the kinds.
     pub const KIND_NAMES: [&'static str; Exit::KINDS] = [
@@ -154,6 +165,7 @@ impl Exit {
         "shutdowns",
         "PAUSE",
         "preemptions",
+        "module loads",
     ];
 }
 
@@ -195,6 +207,7 @@ impl fmt::Display for Exit {
             Exit::Shutdown => f.write_str("shutdown"),
             Exit::Pause => f.write_str("pause"),
             Exit::Preempted(place) => write!(f, "preempted {place}"),
+            Exit::Module { module, sites } => write!(f, "module {module:#x}, {sites} trapped"),
         }
     }
 }

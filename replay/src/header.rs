@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::cpuid::CpuidTable;
 use crate::landing::Unit;
+use crate::quick::QuickReads;
 
 /// How much a journal says.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -60,6 +61,8 @@ pub struct TrapCounts {
     pub cr4_reads: u32,
     /// PAUSE.
     pub pause: u32,
+    /// Calls with which the kernel makes a module executable; without one, modules are not looked at.
+    pub module_loads: u32,
 }
 
 /// The machine, as far as it decides what the guest computes.
@@ -85,6 +88,8 @@ pub struct Machine {
     pub ns_per_exit: u64,
     /// What is counted where the guest is preempted between two exits; `None`: it never is.
     pub preemption: Option<Unit>,
+    /// How its kernel reads the time without exits; `None`: each read exits.
+    pub quick_reads: Option<QuickReads>,
     /// Its virtio devices.
     pub devices: Devices,
     /// The images of its disks, in the order of the disks.

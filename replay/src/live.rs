@@ -138,7 +138,7 @@ impl<W: World> Live<W> {
 impl<W: World> Outside for Live<W> {
     fn time(&mut self, query: &TimeQuery) -> Result<Nanos, Closed> {
         let TimeQuery {
-            last,
+            earliest,
             rule,
             deadline,
             halted,
@@ -163,7 +163,11 @@ impl<W: World> Outside for Live<W> {
         } else {
             !due && host.abs_diff(rule) <= TOLERANCE_NS
         };
-        Ok(if follows_rule { rule } else { host.max(last) })
+        Ok(if follows_rule {
+            rule
+        } else {
+            host.max(earliest)
+        })
     }
 
     fn wants_sites(&self) -> bool {
@@ -310,6 +314,7 @@ mod tests {
             let query = TimeQuery {
                 exits: exits + 1,
                 last: due,
+                earliest: due,
                 rule: due,
                 deadline: Some(due),
                 halted: false,

@@ -16,6 +16,7 @@ use crate::landing::{Horizon, Unit};
 use crate::moment::Moment;
 use crate::outside::{Closed, Outside, Standing, TimeQuery};
 use crate::panic_watch::PanicWatch;
+use crate::quick::{QuickReads, ShownClock};
 
 /// What brings a vCPU back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,6 +49,9 @@ pub trait Cpu {
     fn interrupt(&mut self, vector: u8) -> Result<(), Self::Error>;
     /// Asks for [`Back::Window`] as soon as the guest takes interrupts, or no more.
     fn request_window(&mut self, wanted: bool);
+    /// Sets the clock that the guest reads without an exit. Asked for at each counted exit, behind its
+    /// answer, of a machine with [`QuickReads`].
+    fn show_clock(&mut self, clock: ShownClock);
     /// A number for the place in its programs that the guest is at, or that its kernel works for, as
     /// far as that can be told. A hint: nothing that a replay does may depend on it.
     fn site(&mut self) -> Option<u64> {
@@ -115,6 +119,8 @@ pub struct Tally {
     pub windows: u64,
     /// How many were delivered where the guest had been preempted for them.
     pub preempted: u64,
+    /// Instructions rewritten in loaded modules.
+    pub module_sites: u64,
 }
 
 /// The machine: everything that decides what happens next, except the guest's own memory and CPU.
@@ -124,6 +130,7 @@ pub struct Machine {
     storage: Box<dyn Storage>,
     cpuid: CpuidTable,
     ns_per_exit: u64,
+    quick_reads: Option<QuickReads>,
     now: Nanos,
     /// Guest time at the exit before.
     last: Nanos,
@@ -157,6 +164,7 @@ impl Machine {
             storage,
             cpuid,
             ns_per_exit,
+            quick_reads: None,
             now: 0,
             last: 0,
             at: Moment::START,
@@ -166,6 +174,14 @@ impl Machine {
             panic: PanicWatch::default(),
             virtio_panic: PanicWatch::default(),
             tally: Tally::default(),
+        }
+    }
+
+    /// The same machine, whose kernel reads the time without exits if this says how.
+    pub fn with_quick_reads(self, quick_reads: Option<QuickReads>) -> Machine {
+        Machine {
+            quick_reads,
+            ..self
         }
     }
 
@@ -281,6 +297,9 @@ impl Machine {
         };
         let exits = self.at.exits;
         self.tally.exits[exit.kind()] += 1;
+        if let Exit::Module { sites, .. } = exit {
+            self.tally.module_sites += u64::from(sites);
+        }
 
         let site = if outside.wants_sites() {
             cpu.site()
@@ -318,6 +337,11 @@ impl Machine {
         observer.turn(exits, &turn);
         if exit.wants_answer() {
             self.cpu(cpu.answer(&exit, &answer))?;
+        }
+        if let Some(quick) = &self.quick_reads {
+            // Behind the answer, which may have moved the time stamp counter, and before anybody
+            // looks at memory.
+            cpu.show_clock(quick.shown(self.board.time_stamp()));
         }
         self.pass_output(outside, observer);
         if outside.wants_memory(exits) {
@@ -359,14 +383,20 @@ impl Machine {
         outside: &mut O,
     ) -> Result<(), RunError<E>> {
         let deadline = self.board.deadline();
+        // What a running guest may have been shown since the last exit lies below this.
+        let earliest = match &self.quick_reads {
+            Some(quick) if !self.halted => self.now.saturating_add(quick.span_ns()),
+            _ => self.now,
+        };
         let rule = match deadline {
             Some(deadline) if self.halted => deadline.max(self.now),
             None if self.halted => self.now,
-            _ => self.now.saturating_add(self.ns_per_exit),
+            _ => self.now.saturating_add(self.ns_per_exit).max(earliest),
         };
         let query = TimeQuery {
             exits: self.at.exits,
             last: self.now,
+            earliest,
             rule,
             deadline,
             halted: self.halted,
@@ -379,8 +409,8 @@ impl Machine {
         };
         let now = outside.time(&query).map_err(RunError::Closed)?;
         assert!(
-            now >= self.now,
-            "time ran backwards: {now} after {}",
+            now >= earliest,
+            "time ran backwards: {now} after {}, and what was shown since lies below {earliest}",
             self.now
         );
         self.last = self.now;
@@ -426,7 +456,8 @@ impl Machine {
             | Exit::Woken
             | Exit::Shutdown
             | Exit::Pause
-            | Exit::Preempted(_) => Answer::Done,
+            | Exit::Preempted(_)
+            | Exit::Module { .. } => Answer::Done,
         })
     }
 

@@ -22,6 +22,9 @@ pub struct TimeQuery {
     pub exits: u64,
     /// Guest time at the exit before.
     pub last: Nanos,
+    /// The earliest that this exit can be: that, or later if the guest may have read later times since
+    /// without an exit.
+    pub earliest: Nanos,
     /// What the rule gives for this exit.
     pub rule: Nanos,
     /// When the board's next timer is due.
@@ -76,7 +79,7 @@ pub enum Closed {
 
 /// The door.
 pub trait Outside {
-    /// Guest time at this exit; at least `query.last`. While the machine is halted this waits.
+    /// Guest time at this exit; at least `query.earliest`. While the machine is halted this waits.
     fn time(&mut self, query: &TimeQuery) -> Result<Nanos, Closed>;
 
     /// Whether [`TimeQuery::site`] is worth finding out.

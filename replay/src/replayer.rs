@@ -188,11 +188,11 @@ impl<R: Read> Outside for Replayer<R> {
             };
         };
         match query.rule.checked_add_signed(ahead_ns) {
-            Some(now) if now >= query.last => Ok(now),
+            Some(now) if now >= query.earliest => Ok(now),
             _ => {
                 let what = format!(
                     "a time correction by {ahead_ns} ns from {} ns would run backwards from {} ns",
-                    query.rule, query.last
+                    query.rule, query.earliest
                 );
                 Err(self.diverged(self.last_moment(exits), Difference::Impossible { what }))
             }

@@ -6,8 +6,8 @@ use hindsight_devices::{Devices, FirstReads, Nanos, NoDisks, Output, Room};
 use hindsight_replay::{
     Chaos, Closed, Content, CpuidEntry, CpuidTable, Detail, Divergence, End, Entry, Event, Header,
     Horizon, Host, JournalError, JournalReader, JournalWriter, Live, Machine, MachineDescription,
-    Moment, Observer, Outside, Patience, Place, Recorder, Replayer, RunError, Standing, Tail,
-    TrapCounts, Turn, Unit,
+    Moment, Observer, Outside, Patience, Place, QuickReads, Recorder, Replayer, RunError, Standing,
+    Tail, TrapCounts, Turn, Unit,
 };
 
 use crate::sim_world::SimWorld;
@@ -29,6 +29,8 @@ pub struct Scenario {
     pub patience_ns: Option<Nanos>,
     /// The seed of its chaos.
     pub chaos: Option<u64>,
+    /// Its kernel reads the time without exits.
+    pub quick: bool,
 }
 
 impl Scenario {
@@ -45,6 +47,7 @@ impl Scenario {
             memory_every,
             patience_ns: None,
             chaos: None,
+            quick: rng.one_in(2),
         }
     }
 
@@ -75,6 +78,11 @@ impl Scenario {
                 seed: [3; 32],
                 ns_per_exit: self.ns_per_exit,
                 preemption: self.patience_ns.map(|_| Unit::Branches),
+                quick_reads: self.quick.then(|| QuickReads {
+                    // So few that a toy gets to the end of them.
+                    reads: 1 + self.seed as u32 % 2,
+                    ..QuickReads::new(1, 2, self.ns_per_exit)
+                }),
                 devices: Devices::default(),
                 images: Vec::new(),
             },
@@ -340,6 +348,7 @@ pub fn bare_machine(cpuid: CpuidTable, ns_per_exit: u64) -> Machine {
 /// A machine as the head of a journal describes it.
 pub fn machine_of(header: &Header) -> Machine {
     bare_machine(header.machine.cpuid.clone(), header.machine.ns_per_exit)
+        .with_quick_reads(header.machine.quick_reads)
 }
 
 /// The CPUID table of every toy.
@@ -449,7 +458,10 @@ impl Unchecked {
 impl Outside for Unchecked {
     fn time(&mut self, query: &hindsight_replay::TimeQuery) -> Result<Nanos, Closed> {
         let ahead_ns = self.times.get(&query.exits).copied().unwrap_or(0);
-        Ok(query.rule.saturating_add_signed(ahead_ns).max(query.last))
+        Ok(query
+            .rule
+            .saturating_add_signed(ahead_ns)
+            .max(query.earliest))
     }
 
     fn arrival(

@@ -86,6 +86,9 @@ impl World for SimWorld {
             self.stopped = true;
             return Some(Input::Stop);
         }
+        if self.rng.one_in(400) {
+            return Some(Input::PowerButton);
+        }
         if self.to_type > 0 && self.rng.one_in(12) {
             self.types_something();
         }

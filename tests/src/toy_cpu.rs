@@ -10,16 +10,19 @@ use std::fmt;
 
 use hindsight_devices::{Access, Ram};
 use hindsight_replay::{
-    Ahead, Answer, Back, Cpu, Exit, Horizon, Lander, MemoryDigest, Overshoot, PAGE_BYTES,
-    Registers, Walk, Went,
+    Ahead, Answer, Back, Cpu, Exit, Horizon, Lander, MemoryDigest, Mode, Overshoot, PAGE_BYTES,
+    Registers, ShownClock, TimeInstruction, Walk, Went,
 };
 
 use crate::toy_counter::{Pmu, ToyCounter};
 use crate::toy_program::{Op, Program};
 use hindsight_replay::rng::{Rng, mix};
 
-/// Memory in bytes. The last page is the stack of the interrupt handlers.
-pub const MEMORY_BYTES: usize = 2 * PAGE_BYTES;
+/// Memory in bytes. The second page is the stack of the interrupt handlers, the last has the clock that
+/// is read without exits.
+pub const MEMORY_BYTES: usize = 3 * PAGE_BYTES;
+/// Where that clock is.
+const CLOCK: usize = 2 * PAGE_BYTES;
 /// IF, and the bit that is always one (Intel SDM vol. 1, 3.4.3).
 const FLAG_IF: u64 = 1 << 9;
 const FLAG_ONE: u64 = 1 << 1;
@@ -111,7 +114,12 @@ pub struct ToyCpu {
     /// What counts its branches; a ghost's are not counted.
     pmu: Option<Pmu>,
     lander: Option<Lander<ToyCounter>>,
+    /// The time that the program has seen last, unless it has set the time stamp counter since.
+    seen: Option<u64>,
 }
+
+/// Where the guest sets the time stamp counter.
+const TSC_MSRS: [u32; 2] = [0x10, 0x3b];
 
 impl ToyCpu {
     /// A CPU with the program of `seed`, on the host of `noise`.
@@ -136,6 +144,7 @@ impl ToyCpu {
             fault: None,
             pmu: None,
             lander: None,
+            seen: None,
         }
     }
 
@@ -174,7 +183,7 @@ impl ToyCpu {
     }
 
     fn word(&self, at: u64) -> (usize, u64) {
-        let at = at as usize % (MEMORY_BYTES / 8) * 8;
+        let at = at as usize % (CLOCK / 8) * 8;
         (
             at,
             u64::from_le_bytes(self.memory[at..at + 8].try_into().expect("8 bytes")),
@@ -209,7 +218,37 @@ impl ToyCpu {
         }
         let op = self.program.next(h, self.exits)?;
         self.instructions += 1;
-        Some(op)
+        Some(match op {
+            Op::Exit(exit) => self.read_clock(&exit).map_or(op, Op::Read),
+            op => op,
+        })
+    }
+
+    /// The kernel's RDTSC, as its stub does it: the time, if this read need not exit.
+    fn read_clock(&mut self, exit: &Exit) -> Option<u64> {
+        let kernel = matches!(
+            exit,
+            Exit::TimeRead {
+                instruction: TimeInstruction::Rdtsc,
+                mode: Mode::Kernel,
+            }
+        );
+        let words = self.memory[CLOCK..].first_chunk_mut::<{ ShownClock::BYTES }>();
+        let words = words.filter(|_| kernel)?;
+        let mut clock = ShownClock::from_bytes(*words);
+        let value = clock.read();
+        *words = clock.to_bytes();
+        value
+    }
+
+    /// The program sees this time, which is never less than what it saw before.
+    fn see_time(&mut self, tsc: u64) {
+        if let Some(seen) = self.seen.replace(tsc) {
+            assert!(tsc >= seen, "time ran backwards: {tsc} after {seen}");
+        }
+        let r = &mut self.registers.0;
+        r[0] = tsc & 0xffff_ffff;
+        r[3] = tsc >> 32;
     }
 
     /// A copy to look ahead with.
@@ -230,6 +269,7 @@ impl ToyCpu {
             fault: self.fault,
             pmu: None,
             lander: None,
+            seen: self.seen,
         }
     }
 
@@ -251,6 +291,7 @@ impl ToyCpu {
                 self.registers.0[16] = self.pop();
             }
             Op::Mix => self.registers.0[register] = self.registers.0[register].rotate_left(7) ^ h,
+            Op::Read(tsc) => self.see_time(tsc),
             Op::Exit(_) => unreachable!("an exit is not executed here"),
         }
         self.step(h);
@@ -274,16 +315,19 @@ impl ToyCpu {
         let Some((exit, answer)) = self.unfinished.take() else {
             return;
         };
+        if matches!(exit, Exit::Access(Access::MsrWrite { index, .. }) if TSC_MSRS.contains(&index))
+        {
+            self.seen = None;
+        }
+        if let Answer::Time { tsc, .. } = answer {
+            self.see_time(tsc);
+        }
         let r = &mut self.registers.0;
         match answer {
             Answer::Done => {}
             Answer::Value(value) => r[0] = value,
             Answer::Fault => r[3] ^= 0x6000_0000_0000_000d,
-            Answer::Time { tsc, aux } => {
-                r[0] = tsc & 0xffff_ffff;
-                r[3] = tsc >> 32;
-                r[2] = u64::from(aux);
-            }
+            Answer::Time { aux, .. } => r[2] = u64::from(aux),
             Answer::Cpuid(values) => {
                 for (register, value) in [0, 1, 2, 3].into_iter().zip(values) {
                     r[register] = u64::from(value);
@@ -444,6 +488,10 @@ impl Cpu for ToyCpu {
 
     fn request_window(&mut self, wanted: bool) {
         self.window = wanted;
+    }
+
+    fn show_clock(&mut self, clock: ShownClock) {
+        self.memory[CLOCK..CLOCK + ShownClock::BYTES].copy_from_slice(&clock.to_bytes());
     }
 
     fn site(&mut self) -> Option<u64> {

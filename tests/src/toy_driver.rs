@@ -9,7 +9,7 @@ use std::convert::Infallible;
 
 use hindsight_devices::{Access, Devices, Ram, Slot, Width};
 use hindsight_replay::rng::mix;
-use hindsight_replay::{Answer, Back, Cpu, Exit, Horizon, Registers};
+use hindsight_replay::{Answer, Back, Cpu, Exit, Horizon, Registers, ShownClock};
 use vm_memory::{Bytes, GuestAddress};
 
 /// Guest memory in bytes.
@@ -275,6 +275,8 @@ impl Cpu for ToyDriver {
     }
 
     fn request_window(&mut self, _: bool) {}
+
+    fn show_clock(&mut self, _: ShownClock) {}
 
     fn ram(&self) -> &Ram {
         &self.ram

@@ -12,6 +12,8 @@ use hindsight_replay::rng::{Rng, mix};
 pub enum Op {
     /// One that exits.
     Exit(Exit),
+    /// Reads the time without an exit: this one. The program itself never says so.
+    Read(u64),
     /// Loads a word of memory into a register.
     Load,
     /// Stores a register into memory.
@@ -34,6 +36,7 @@ enum Last {
     KeyboardReset,
     FastReset,
     ControlReset,
+    PowerOff,
     TripleFault,
     HaltForever,
     Panic,
@@ -51,9 +54,15 @@ pub struct Program {
     length: u64,
     last: Last,
     said_last: bool,
-    /// Vectors of the two interrupt controllers.
+    /// Vectors of the two 8259s.
     bases: [u8; 2],
+    /// Whether interrupts come by way of the I/O APIC, with the vectors below.
+    apic: bool,
 }
+
+/// Vectors of the local APIC's timer, and of the I/O APIC's pins: this plus the pin.
+const APIC_TIMER: u8 = 0xe0;
+const APIC_PINS: u8 = 0x60;
 
 const COM1: u16 = 0x3f8;
 
@@ -64,6 +73,18 @@ fn out(port: u16, value: u8) -> Op {
         width: Width::Byte,
         value,
     }))
+}
+
+fn store(gpa: u64, value: u32) -> Op {
+    Op::Exit(Exit::Access(Access::MemoryWrite {
+        gpa,
+        width: Width::Dword,
+        value: value.into(),
+    }))
+}
+
+fn local_apic(offset: u64, value: u32) -> Op {
+    store(0xfee0_0000 + offset, value)
 }
 
 fn input(port: u16) -> Op {
@@ -77,7 +98,8 @@ impl Program {
     /// The program of a seed.
     pub fn new(seed: u64) -> Program {
         let mut rng = Rng::new(seed, 1);
-        let last = match rng.below(9) {
+        let last = match rng.below(10) {
+            9 => Last::PowerOff,
             0 => Last::KeyboardReset,
             1 => Last::FastReset,
             2 => Last::ControlReset,
@@ -92,6 +114,7 @@ impl Program {
             [0x30, 0x38]
         };
         let length = 40 + rng.below(280);
+        let apic = rng.one_in(2);
         let mut program = Program {
             plan: VecDeque::new(),
             calm: 1,
@@ -99,6 +122,7 @@ impl Program {
             last,
             said_last: false,
             bases,
+            apic,
         };
         program.power_on(&mut rng);
         program
@@ -149,8 +173,38 @@ impl Program {
                 self.plan.push_back(out(port, value));
             }
         }
+        if self.apic {
+            self.switch_to_the_apics(rng);
+        }
         self.plan
             .push_back(if rng.one_in(2) { Op::Sti } else { Op::Popf });
+    }
+
+    /// Masks the 8259s, gives the I/O APIC's pins their vectors, and starts a timer.
+    fn switch_to_the_apics(&mut self, rng: &mut Rng) {
+        self.plan.extend([out(0x21, 0xff), out(0xa1, 0xff)]);
+        for pin in [2, 4, 8, 9] {
+            let level = if pin == 9 { 1 << 15 } else { 0 };
+            self.plan.extend([
+                store(0xfec0_0000, 0x10 + 2 * u32::from(pin)),
+                store(0xfec0_0010, u32::from(APIC_PINS + pin) | level),
+            ]);
+        }
+        let timer = u32::from(APIC_TIMER);
+        match rng.below(3) {
+            // One shot and periodic, at most 4 ms.
+            mode @ 0..2 => self.plan.extend([
+                local_apic(0x320, timer | (mode as u32) << 17),
+                local_apic(0x3e0, 0xb),
+                local_apic(0x380, 1_000 + rng.below(4_000_000) as u32),
+            ]),
+            _ => self.plan.extend([
+                local_apic(0x320, timer | 2 << 17),
+                deadline(rng.below(100_000_000)),
+            ]),
+        }
+        // The power button and the timer of ACPI.
+        self.plan.extend([out(0x602, 1), out(0x603, 1)]);
     }
 
     fn program_timer(&mut self, mode: u8, low: u8, high: u8) {
@@ -174,6 +228,7 @@ impl Program {
             Last::KeyboardReset => out(0x64, 0xfe),
             Last::FastReset => out(0x92, 0x01),
             Last::ControlReset => out(0xcf9, 0x06),
+            Last::PowerOff => out(0x605, 0x34),
             Last::TripleFault => Op::Exit(Exit::Shutdown),
             Last::HaltForever => self.then(Op::Cli, [Op::Exit(Exit::Halt)]),
             Last::Spin => return None,
@@ -189,6 +244,9 @@ impl Program {
 
     /// The CPU took an interrupt: the handler comes before what was decided on.
     pub fn enter_handler(&mut self, vector: u8, h: u64) {
+        if self.apic && vector >= APIC_PINS {
+            return self.enter_apic_handler(vector, h);
+        }
         let line = vector & 7;
         let second = vector & 0xf8 == self.bases[1] && self.bases[0] != self.bases[1];
         let mut handler = vec![Op::Store, Op::Load];
@@ -210,7 +268,30 @@ impl Program {
             }
         }
         handler.push(Op::Iret);
-        for op in handler.into_iter().rev() {
+        self.before_all_else(handler);
+    }
+
+    fn enter_apic_handler(&mut self, vector: u8, h: u64) {
+        let mut handler = vec![Op::Store, Op::Load];
+        match vector.wrapping_sub(APIC_PINS) {
+            4 => handler.extend([input(COM1 + 2), input(COM1 + 5), input(COM1), Op::Store]),
+            8 => handler.extend([out(0x70, 0x0c), input(0x71)]),
+            9 => handler.extend([out(0x600, 1), out(0x601, 1)]),
+            _ if vector == APIC_TIMER && h & 1 == 0 => handler.push(deadline(mix(h) >> 36)),
+            _ => {}
+        }
+        if h.is_multiple_of(16) {
+            handler.extend([Op::Sti, Op::Mix, Op::Mix, Op::Cli]);
+        }
+        if !h.is_multiple_of(61) {
+            handler.push(local_apic(0xb0, 0));
+        }
+        handler.push(Op::Iret);
+        self.before_all_else(handler);
+    }
+
+    fn before_all_else(&mut self, ops: Vec<Op>) {
+        for op in ops.into_iter().rev() {
             self.plan.push_front(op);
         }
     }
@@ -251,7 +332,11 @@ impl Program {
                 subleaf: u32::from(b & 1),
             }),
             178..180 => Op::Exit(Exit::WriteCr4 { value: wide }),
-            180..182 => Op::Exit(Exit::ReadCr4),
+            180 => Op::Exit(Exit::ReadCr4),
+            181 => Op::Exit(Exit::Module {
+                module: wide,
+                sites: b.into(),
+            }),
             182 => Op::Exit(Exit::ProtectionFault),
             183 => Op::Exit(Exit::Pause),
             184..192 => Op::Exit(Exit::Access(msr(a, wide))),
@@ -285,10 +370,18 @@ impl Program {
 }
 
 /// Ports that the program touches without a plan. Those that reset the machine are left out.
-const PORTS: [u16; 24] = [
+const PORTS: [u16; 28] = [
     0x20, 0xa0, 0x21, 0xa1, 0x40, 0x41, 0x42, 0x61, 0x60, 0x64, 0x70, 0x71, 0x80, 0x3f8, 0x3f8,
-    0x3f9, 0x3fa, 0x3fb, 0x3fc, 0x3fd, 0x3fd, 0x3fe, 0x3ff, 0xcf8,
+    0x3f9, 0x3fa, 0x3fb, 0x3fc, 0x3fd, 0x3fd, 0x3fe, 0x3ff, 0xcf8, 0x600, 0x601, 0x602, 0x608,
 ];
+
+/// Arms the local APIC's timer for this value of the TSC, if it is in that mode.
+fn deadline(tsc: u64) -> Op {
+    Op::Exit(Exit::Access(Access::MsrWrite {
+        index: 0x6e0,
+        value: tsc,
+    }))
+}
 
 fn mode_of(choice: u64) -> u8 {
     [2, 2, 2, 3, 0, 0, 4, 1][choice as usize % 8]
@@ -321,14 +414,15 @@ fn mmio(a: u8, wide: u64) -> Access {
 }
 
 fn msr(a: u8, wide: u64) -> Access {
+    let x2apic = 0x800 + (wide as u32 & 0x3f);
     let known = [
         0x10,
         0x3b,
         0x1b,
-        0xfe,
+        0x6e0,
         0x8b,
         0xc000_0103,
-        0xc001_0015,
+        x2apic,
         wide as u32,
     ];
     let index = known[usize::from(a & 7)];

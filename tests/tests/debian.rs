@@ -345,8 +345,10 @@ fn a_full_file_system_ends_the_recording_and_loses_nothing_written() {
     let (debian, dir) = (Debian::from_env(), scratch());
     let small = dir.path().join("small");
     std::fs::create_dir(&small).expect("it can be made");
-    let kernel_bytes = std::fs::metadata(debian.kernel()).expect("a kernel").len();
-    let size = format!("size={}", kernel_bytes + (1 << 20));
+    let bytes = |path: &Path| std::fs::metadata(path).expect("it is there").len();
+    let images = bytes(debian.kernel()) + bytes(&debian.image("hello"));
+    // Room for some frames of the journal, and not for all of it.
+    let size = format!("size={}", images + (100 << 10));
     let mount = |arguments: &[&str]| {
         let status = std::process::Command::new("mount")
             .args(arguments)
@@ -380,9 +382,12 @@ fn a_full_file_system_ends_the_recording_and_loses_nothing_written() {
 
 /// What Ctrl-C does.
 fn interrupt(child: &std::process::Child) {
-    let pid = child.id().to_string();
+    signal(child, "INT");
+}
+
+fn signal(child: &std::process::Child, name: &str) {
     let status = std::process::Command::new("kill")
-        .args(["-INT", &pid])
+        .args(["-s", name, &child.id().to_string()])
         .status();
     assert!(status.expect("kill starts").success());
 }
@@ -410,6 +415,82 @@ fn an_interrupted_recording_is_closed_and_replays_equal() {
         "{}",
         replayed.stderr
     );
+}
+
+#[test]
+#[ignore = "needs a KVM that can record"]
+fn a_guest_that_turns_itself_off_ends_its_recording_and_replays_equal() {
+    let (debian, dir) = (Debian::from_env(), scratch());
+    let recording = dir.path().join("r");
+    let recorded = debian.record(&recording, "off", &[], b"").expect(0);
+    assert!(
+        recorded.text().contains("off: good night") && recorded.stderr.contains("powered off"),
+        "{}",
+        recorded.stderr
+    );
+    let replayed = debian.replay(&recording, &["--quiet"]).expect(0);
+    assert!(
+        replayed.stderr.contains("replay equal: powered off"),
+        "{}",
+        replayed.stderr
+    );
+}
+
+#[test]
+#[ignore = "needs a KVM that can record, and the kernel's modules in /lib/modules"]
+fn the_power_button_turns_a_guest_off_that_listens() {
+    let (debian, dir) = (Debian::from_env(), scratch());
+    let (recording, initrd) = (dir.path().join("r"), dir.path().join("initrd"));
+    let kernel = debian.kernel().file_name().expect("a file");
+    let version = kernel
+        .to_str()
+        .expect("a plain name")
+        .trim_start_matches("vmlinuz-");
+    let module = format!("/lib/modules/{version}/kernel/drivers/acpi/button.ko");
+    let module = std::fs::read(&module).unwrap_or_else(|error| panic!("{module}: {error}"));
+    let mut archives = std::fs::read(debian.image("off")).expect("the image is built");
+    archives.extend(archive_of("button.ko", &module));
+    std::fs::write(&initrd, archives).expect("it can be written");
+
+    let mut command = debian.command(&["record", "-o", path(&recording)]);
+    command.arg("--kernel").arg(debian.kernel());
+    let mut child = command
+        .arg("--initrd")
+        .arg(&initrd)
+        .spawn()
+        .expect("it starts");
+    let mut console = child.stdout.take().expect("it is piped");
+    let mut shown = Vec::new();
+    read_until(&mut console, &mut shown, "waiting for the power button");
+    signal(&child, "PWR");
+    console.read_to_end(&mut shown).expect("it can be read");
+    let recorded = Ran::new(child.wait_with_output().expect("it ends")).expect(0);
+    let shown = String::from_utf8_lossy(&shown);
+    assert!(shown.contains("off: pressed"), "{shown}");
+    assert!(
+        recorded.stderr.contains("powered off"),
+        "{}",
+        recorded.stderr
+    );
+    let replayed = debian.replay(&recording, &[]).expect(0);
+    assert!(replayed.text() == shown, "{}", replayed.text());
+}
+
+/// An archive with one file, as the kernel unpacks it behind another (cpio's format `newc`; Linux,
+/// Documentation/driver-api/early-userspace/buffer-format.rst).
+fn archive_of(name: &str, content: &[u8]) -> Vec<u8> {
+    let mut archive = Vec::new();
+    for (name, mode, content) in [(name, 0o100_644, content), ("TRAILER!!!", 0, &[][..])] {
+        let size = content.len();
+        let fields = [1, mode, 0, 0, 1, 0, size, 0, 0, 0, 0, name.len() + 1, 0];
+        archive.extend(b"070701");
+        archive.extend(fields.map(|field| format!("{field:08x}")).concat().bytes());
+        for part in [&[name.as_bytes(), b"\0"].concat(), content] {
+            archive.extend(part);
+            archive.resize(archive.len().next_multiple_of(4), 0);
+        }
+    }
+    archive
 }
 
 #[test]
@@ -578,4 +659,53 @@ fn a_guest_that_cannot_be_preempted_is_told_about_and_can_be_stopped() {
     let recorded = Ran::new(output).expect(0);
     assert!(recorded.stderr.contains("--preempt"), "{}", recorded.stderr);
     debian.replay(&recording, &[]).expect(0);
+}
+
+#[test]
+#[ignore = "needs a KVM that can record"]
+fn a_module_that_reads_the_time_ten_thousand_times_replays_equal() {
+    let (debian, dir) = (Debian::from_env(), scratch());
+    let (recording, full) = (dir.path().join("r"), dir.path().join("full"));
+    let recorded = debian.record(&recording, "module", &[], b"").expect(0);
+    let console = recorded.text();
+    // Twice: the second stands where the first stood. The stock modules have their say as well.
+    for (line, times) in [
+        ("tsc: 10 reads before the beginning", 2),
+        ("tsc: 11112 reads, 0 went backwards", 2),
+        ("tsc: 11113 reads at the end", 2),
+        ("tsc: CR4.TSD is 0", 2),
+        ("module: /lib/zstd_compress.ko: loaded", 1),
+        ("module: ok", 1),
+    ] {
+        assert_eq!(console.matches(line).count(), times, "{line}:\n{console}");
+    }
+    for _ in 0..2 {
+        let replayed = debian.replay(&recording, &["--verify", "memory"]).expect(0);
+        assert!(
+            replayed.stdout == recorded.stdout,
+            "the console differs:\n{}",
+            replayed.text()
+        );
+    }
+    let relog = debian
+        .replay(&recording, &["--relog", path(&full), "--json"])
+        .expect(0)
+        .json();
+    let summary = &relog["summary"];
+    assert_eq!(summary["modules"], 5, "{summary}");
+    assert!(
+        summary["module_sites"].as_u64() >= Some(2 * 10 + 1 + 4),
+        "{summary}"
+    );
+    let exits = &summary["exits_by_kind"];
+    // Some thousand more are the kernel's own, and those of jitterentropy_rng.
+    assert!(
+        exits["kernel time reads"].as_u64() >= Some(2 * 11_113),
+        "{exits}"
+    );
+    let listed = debian.inspect(&full, &["--io"]).expect(0).text();
+    assert_eq!(listed.matches(" module 0x").count(), 5);
+    let inspected = debian.inspect(&recording, &[]).expect(0).text();
+    assert!(inspected.contains("1 module loads"), "{inspected}");
+    assert!(!inspected.contains("loadable modules"), "{inspected}");
 }

@@ -406,6 +406,7 @@ fn small_recording() -> (Scenario, Recording) {
             memory_every: Some(5),
             patience_ns: None,
             chaos: None,
+            quick: true,
         };
         (scenario, scenario.record(Detail::Default, 1))
     });

@@ -9,10 +9,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use hindsight::boot::modules::TextPlace;
 use hindsight::boot::traps::{
-    TRAP_CPUID, TRAP_PAUSE, TRAP_RDTSC, TRAP_RDTSCP, TRAP_READ_CR4, TRAP_WRITE_CR4,
+    TRAP_CPUID, TRAP_MODULE, TRAP_PAUSE, TRAP_RDTSC, TRAP_RDTSCP, TRAP_READ_CR4, TRAP_WRITE_CR4,
 };
-use hindsight::boot::{BootPlan, GuestRam, SiteKind};
+use hindsight::boot::{BootPlan, GuestRam, ModuleLayout, SiteKind};
 use hindsight::kvm::probe::{Stuck, bounded};
 use hindsight::kvm::{GuestMemory, KernelText, KvmCpu, KvmError, VcpuCounts};
 use hindsight_devices::{Access, Input, Output, Reset, Width};
@@ -62,7 +63,7 @@ const R8: usize = 8;
 struct Guest {
     code: Vec<u8>,
     data: &'static [u8],
-    /// Where the loader would have rewritten accesses of CR4.
+    /// What the loader would have rewritten or found out.
     text: KernelText,
 }
 
@@ -274,6 +275,7 @@ fn record(kvm: &Kvm, guest: &Guest, how: How) -> Ran {
         memory_every: how.memory_every,
         patience_ns: None,
         chaos: None,
+        quick: false,
     };
     let mut header = scenario.header(how.detail);
     header.machine.memory_bytes = RAM_BYTES;
@@ -714,7 +716,7 @@ fn control_register_4_reads_back_as_it_was_written() {
     for (trap, kind) in sites {
         let at = guest.code.windows(2).position(|two| two == [0xe6, trap]);
         let at = CODE + at.expect("the guest has this trap") as u64;
-        guest.text.cr4_sites.insert(at, kind);
+        guest.text.operands.insert(at, kind);
     }
     for ran in proved(&guest) {
         assert_eq!(
@@ -722,6 +724,90 @@ fn control_register_4_reads_back_as_it_was_written() {
             [Exit::WriteCr4 { value }, Exit::ReadCr4, Exit::Halt]
         );
         assert_eq!(ran.registers()[RSI], value);
+    }
+}
+
+/// A guest that "loads a module" of two functions, one across the edge of two pages, by a call or a jump that the loader
+/// has rewritten; `target` of it begins with the load of R8.
+fn module_guest(returns: bool) -> (Guest, u64) {
+    let mut guest = Guest::new(|a| {
+        let mut start = a.create_label();
+        let mut behind = a.create_label();
+        a.jmp(start)?;
+        a.mov(r8, qword_ptr(rsp))?;
+        for function in MODULE_TEXTS {
+            a.mov(rbx, function)?;
+            a.call(rbx)?;
+        }
+        if returns {
+            a.ret()?;
+        } else {
+            a.jmp(behind)?;
+        }
+        a.set_label(&mut start)?;
+        a.mov(rdi, MODULE)?;
+        for (place, (at, code)) in MODULE_TEXTS.into_iter().zip(MODULE_CODE).enumerate() {
+            a.mov(rax, u64::from_le_bytes(code.0))?;
+            a.mov(rbx, at)?;
+            a.mov(qword_ptr(rbx), rax)?;
+            a.mov(qword_ptr(rdi + 16 * place), rbx)?;
+            a.mov(dword_ptr(rdi + 16 * place + 8), code.1)?;
+        }
+        a.db(&[0xe6, TRAP_MODULE, 0x90, 0x90, 0x90])?;
+        a.set_label(&mut behind)?;
+        a.nop()
+    });
+    let find = |bytes: &[u8]| {
+        let at = guest.code.windows(bytes.len()).position(|at| at == bytes);
+        CODE + at.expect("the guest has this") as u64
+    };
+    let (call, target) = (find(&[0xe6, TRAP_MODULE]), find(&[0x4c, 0x8b, 0x04, 0x24]));
+    let kind = SiteKind::Module { target, returns };
+    guest.text.operands.insert(call, kind);
+    let place = |base| TextPlace {
+        base,
+        bytes: base + 8,
+    };
+    guest.text.modules = Some(ModuleLayout {
+        texts: [place(0), place(16)],
+        symbols: None,
+    });
+    (guest, call)
+}
+
+/// Where the guest's kernel keeps its `struct module`.
+const MODULE: u64 = 0x6_0000;
+const MODULE_TEXTS: [u64; 2] = [0x5_0fff, 0x5_2000];
+/// RDTSC and RDTSCP, each with a RET, and their lengths in bytes.
+const MODULE_CODE: [([u8; 8], u32); 2] = [
+    ([0x0f, 0x31, 0xc3, 0, 0, 0, 0, 0], 3),
+    ([0x0f, 0x01, 0xf9, 0xc3, 0, 0, 0, 0], 4),
+];
+
+#[test]
+fn a_module_is_rewritten_at_the_call_that_makes_it_executable_and_the_call_is_made() {
+    for returns in [true, false] {
+        let (guest, call) = module_guest(returns);
+        for ran in proved(&guest) {
+            let read = |instruction| Exit::TimeRead {
+                instruction,
+                mode: Mode::Kernel,
+            };
+            let loaded = Exit::Module {
+                module: MODULE,
+                sites: 2,
+            };
+            let [rdtsc, rdtscp] = [TimeInstruction::Rdtsc, TimeInstruction::Rdtscp].map(read);
+            assert_eq!(ran.exits(), [loaded, rdtsc, rdtscp, Exit::Halt]);
+            assert_eq!(ran.tally.module_sites, 2);
+            assert_eq!(ran.registers()[RSP], STACK0);
+            let text = |at: u64, bytes: usize| &ran.memory[at as usize..][..bytes];
+            assert_eq!(text(MODULE_TEXTS[0], 3), [0xe6, TRAP_RDTSC, 0xc3]);
+            assert_eq!(text(MODULE_TEXTS[1], 4), [0xe6, TRAP_RDTSCP, 0x90, 0xc3]);
+            if returns {
+                assert_eq!(ran.registers()[R8], call + 5, "what the call pushed");
+            }
+        }
     }
 }
 
@@ -746,6 +832,72 @@ fn the_timer_wakes_a_halted_guest_through_the_interrupt_controller() {
         assert_eq!(ran.tally.windows, 0, "a wake-up needs no window");
         let set = 200 * 1_000_000_000 / 1_193_182;
         assert!(ran.end().now >= set, "200 ticks are {set} ns");
+    }
+}
+
+/// Writes a register that fits into EAX.
+fn write_msr(a: &mut CodeAssembler, index: u32, value: u32) -> Result<(), IcedError> {
+    a.mov(ecx, index)?;
+    a.mov(eax, value)?;
+    a.xor(edx, edx)?;
+    a.wrmsr()
+}
+
+#[test]
+fn the_local_apic_is_the_boards_and_its_deadline_wakes_a_halted_guest() {
+    // As an x2APIC: KVM lets no filter near its registers, and hands them on all the same.
+    let guest = Guest::new(|a| {
+        a.lidt(ptr(IDT_POINTER))?;
+        a.xor(ebx, ebx)?;
+        write_msr(a, 0x1b, 0xfee0_0d00)?;
+        write_msr(a, 0x832, 2 << 17 | u32::from(TIMER_VECTOR))?;
+        write_msr(a, 0x6e0, 3_000_000)?;
+        a.sti()?;
+        a.hlt()?;
+        write_msr(a, 0x80b, 0)?;
+        write_msr(a, 0x83f, TIMER_VECTOR.into())?;
+        a.nop()?;
+        a.mov(r8d, ebx)?;
+        a.mov(ecx, 0x803)?;
+        a.rdmsr()
+    });
+    for ran in proved(&guest) {
+        let vectors: Vec<u8> = ran.trace.interrupts.iter().map(|i| i.1).collect();
+        assert_eq!(
+            vectors, [TIMER_VECTOR; 2],
+            "the deadline and an IPI to itself"
+        );
+        assert_eq!(ran.registers()[R8], 2);
+        assert_eq!(ran.registers()[RAX], 0x0005_0014, "its version");
+        assert!(ran.exits().contains(&Exit::Woken) && ran.end().now >= 3_000_000);
+    }
+}
+
+#[test]
+fn a_guest_that_uses_cr8_goes_on() {
+    let guest = Guest::new(|a| {
+        a.mov(eax, 15)?;
+        a.mov(cr8, rax)?;
+        a.xor(eax, eax)?;
+        a.mov(cr8, rax)?;
+        out(a, NOBODY, 1)
+    });
+    for ran in proved(&guest) {
+        assert_eq!(
+            ran.exits(),
+            [port_write(NOBODY, Width::Byte, 1), Exit::Halt]
+        );
+    }
+}
+
+#[test]
+fn a_guest_can_turn_the_machine_off() {
+    let guest = Guest::new(|a| {
+        a.mov(edx, 0x605)?;
+        out_dx(a, 0x34)
+    });
+    for ran in proved(&guest) {
+        assert_eq!(ran.end().ending, Ending::PowerOff);
     }
 }
 

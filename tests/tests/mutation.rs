@@ -39,6 +39,7 @@ impl Victim {
                     memory_every: Some(9),
                     patience_ns: None,
                     chaos: None,
+                    quick: true,
                 };
                 Victim::of(scenario, scenario.record(detail, 1))
             })

@@ -7,7 +7,7 @@ use hindsight_devices::{Access, Input, Nanos, Ram, Room, Width};
 use hindsight_replay::rng::{Rng, mix};
 use hindsight_replay::{
     Answer, Back, Cpu, Detail, Difference, Ending, Entry, Event, Exit, Horizon, JournalReader,
-    Machine, Registers, WITNESS_EVERY, World,
+    Machine, Mode, Registers, ShownClock, TimeInstruction, WITNESS_EVERY, World,
 };
 use hindsight_tests::sim::{
     Recording, Replayed, Scenario, Unchecked, Verdict, bare_machine, cpuid_table, entries_of,
@@ -74,6 +74,38 @@ fn every_seed_replays_bit_for_bit_on_another_host() {
             "every memory digest is compared"
         );
     });
+}
+
+/// The toy asserts at each read of the time that it did not run backwards; this is about how many of
+/// them there are, and that some come to the end of the clock.
+#[test]
+fn a_kernel_that_reads_the_time_from_memory_exits_less_for_it() {
+    let [mut quick, mut exit] = [0_u64; 2];
+    for seed in 0..500 {
+        for (count, is_quick) in [(&mut quick, true), (&mut exit, false)] {
+            let scenario = Scenario {
+                quick: is_quick,
+                ..Scenario::new(seed)
+            };
+            let recording = scenario.record(Detail::Default, seed);
+            let reads = recording.trace.turns.iter().filter(|turn| {
+                matches!(
+                    turn.exit,
+                    Exit::TimeRead {
+                        instruction: TimeInstruction::Rdtsc,
+                        mode: Mode::Kernel,
+                    }
+                )
+            });
+            *count += reads.count() as u64;
+            let replayed = replay(&recording.journal, ToyCpu::new(seed, seed + 1), None);
+            assert_equal(&recording, &replayed);
+        }
+    }
+    assert!(
+        0 < quick && quick < exit / 4,
+        "{quick} exits, {exit} without it"
+    );
 }
 
 #[test]
@@ -311,7 +343,12 @@ fn notices_from_the_first_exit(wrong: impl Fn(&Scenario) -> Machine) {
 
 #[test]
 fn another_time_rule_diverges() {
-    notices_from_the_first_exit(|scenario| bare_machine(cpuid_table(), scenario.ns_per_exit + 1));
+    notices_from_the_first_exit(|scenario| {
+        // Not much of the time passes by the rule where reads have their own.
+        let ns_per_exit = scenario.ns_per_exit + if scenario.quick { 100 } else { 1 };
+        let quick = scenario.header(Detail::Default).machine.quick_reads;
+        bare_machine(cpuid_table(), ns_per_exit).with_quick_reads(quick)
+    });
 }
 
 #[test]
@@ -320,7 +357,8 @@ fn another_cpu_diverges() {
     notices_from_the_first_exit(|scenario| {
         let mut table = cpuid_table();
         table.entries[0].values[2] ^= 1 << 9;
-        bare_machine(table, scenario.ns_per_exit)
+        let quick = scenario.header(Detail::Default).machine.quick_reads;
+        bare_machine(table, scenario.ns_per_exit).with_quick_reads(quick)
     });
 }
 
@@ -506,6 +544,7 @@ impl Cpu for Poller {
     fn interrupt(&mut self, _: u8) -> Result<(), Broken> {
         unreachable!("it never takes one")
     }
+    fn show_clock(&mut self, _clock: ShownClock) {}
     fn request_window(&mut self, _: bool) {}
     fn ram(&self) -> &Ram {
         &self.1
@@ -562,6 +601,7 @@ fn a_byte_typed_at_a_moment_arrives_at_that_moment() {
         memory_every: None,
         patience_ns: None,
         chaos: None,
+        quick: false,
     }
     .header(Detail::Default);
     for typed_at in [2, 7, 16, 17] {

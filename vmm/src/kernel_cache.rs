@@ -13,12 +13,12 @@ use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_128;
 use xxhash_rust::xxh64::xxh64;
 
-use crate::boot::{Kernel, Sites};
+use crate::boot::{Kernel, Modules, Sites, Window};
 
 /// Overrides where the cache is; empty: there is none.
 const DIRECTORY: &str = "HINDSIGHT_CACHE";
 /// Changes whenever what is kept, or how it is found, does.
-const FORMAT: u32 = 2;
+const FORMAT: u32 = 4;
 /// An entry begins with its checksum, the length of what serde writes, and that of the ELF file.
 const HEAD_BYTES: usize = 24;
 
@@ -31,6 +31,10 @@ pub struct Prepared {
     pub kernel: Kernel,
     /// What must be trapped in it.
     pub sites: Sites,
+    /// Which of its time reads need not exit.
+    pub windows: Vec<Window>,
+    /// What must be known to trap it in modules.
+    pub modules: Modules,
 }
 
 /// The kernel of this file, if it is in the cache.

@@ -3,12 +3,14 @@
 use std::io::Read;
 
 use hindsight_devices::{Devices, Storage};
-use hindsight_replay::{Content, CpuidTable, Host, Image, Machine, MachineDescription, Unit};
+use hindsight_replay::{
+    Content, CpuidTable, Host, Image, Machine, MachineDescription, QuickReads, Unit,
+};
 use kvm_ioctls::Kvm;
 use thiserror::Error;
 
 use crate::boot::caves::isolates_page_tables;
-use crate::boot::{self, BootError, Elf};
+use crate::boot::{self, BootError, Elf, QuickPlan};
 use crate::doctor;
 use crate::kernel_cache::{self, Prepared};
 use crate::kvm::{GuestMemory, KernelText, KvmCpu, KvmError, cpuid, exit_cost};
@@ -17,9 +19,10 @@ use crate::recording::content;
 /// What the kernel must be told on this machine: where its console is, and to end on a panic; the
 /// TSC counts nanoseconds and is read through traps, which the vDSO would go round; its random
 /// numbers begin with the seed it is given. Page-table isolation would keep user space from the word
-/// that counts kernel entries.
+/// that counts kernel entries. There is no PCI bus, and `pci=noearly` keeps the kernel from searching
+/// the 8,192 places of one, twice, for an AGP bridge, as it does on the AMD families that had them.
 pub const MACHINE_CMDLINE: &str = "console=ttyS0 panic=-1 tsc_early_khz=1000000 tsc=reliable vdso=0 \
-     random.trust_cpu=off random.trust_bootloader=on nopti";
+     random.trust_cpu=off random.trust_bootloader=on nopti pci=noearly";
 
 /// Opens KVM and asks whether it can carry a machine that replays. Returns what it cannot keep from
 /// the guest, in words.
@@ -54,6 +57,16 @@ pub enum MachineError {
         /// Then.
         expected: hindsight_replay::TrapCounts,
     },
+    /// Replay would rewrite the kernel's time reads otherwise than the recorder did.
+    #[error(
+        "this kernel's time reads would become {found:x?}, recorded were {expected:x?}; another version of Hindsight recorded it"
+    )]
+    QuickReads {
+        /// Now.
+        found: Option<QuickReads>,
+        /// Then.
+        expected: QuickReads,
+    },
 }
 
 /// A kernel taken apart.
@@ -67,11 +80,15 @@ impl LoadedKernel {
             return Ok(LoadedKernel(prepared));
         }
         let kernel = boot::unpack(image)?;
-        let sites = boot::traps::find(&Elf::parse(&kernel.elf)?)?;
+        let elf = Elf::parse(&kernel.elf)?;
+        let modules = boot::modules::find(&elf);
+        let (sites, windows) = boot::find_sites(&elf, modules.loads())?;
         let prepared = Prepared {
             content: content(image),
             kernel,
             sites,
+            windows,
+            modules,
         };
         kernel_cache::keep(image, &prepared);
         Ok(LoadedKernel(prepared))
@@ -81,9 +98,21 @@ impl LoadedKernel {
     pub fn content(&self) -> &Content {
         &self.0.content
     }
+
+    /// What lets it read the time without exits; `None` if nothing does.
+    fn quick_plan(&self, elf: &Elf<'_>) -> Option<QuickPlan> {
+        QuickPlan::new(elf, &self.0.windows, &boot::caves::find(elf)?.quick?)
+    }
+
+    /// What of the world the guest may see because this kernel is as it is, in words.
+    pub fn holes(&self) -> Vec<String> {
+        let calls = self.0.sites.counts().module_loads;
+        self.0.modules.hole(calls).into_iter().collect()
+    }
 }
 
-/// Describes a new machine to record.
+/// Describes a new machine to record, whose kernel reads the time without exits, as far as it can, if
+/// `quick` says so.
 pub fn describe(
     kvm: &Kvm,
     kernel: &LoadedKernel,
@@ -91,7 +120,13 @@ pub fn describe(
     cmdline: String,
     memory_bytes: u64,
     (devices, images): (Devices, Vec<Image>),
+    quick: bool,
 ) -> Result<MachineDescription, MachineError> {
+    let ns_per_exit = exit_cost::measure(kvm)?;
+    let plan = match quick {
+        true => kernel.quick_plan(&Elf::parse(&kernel.0.kernel.elf)?),
+        false => None,
+    };
     Ok(MachineDescription {
         memory_bytes,
         cmdline,
@@ -101,8 +136,9 @@ pub fn describe(
         traps: kernel.0.sites.counts(),
         cpuid: cpuid::for_host(kvm)?,
         seed: random_bytes()?,
-        ns_per_exit: exit_cost::measure(kvm)?,
+        ns_per_exit,
         preemption: None,
+        quick_reads: plan.map(|plan| plan.describe(ns_per_exit)),
         devices,
         images,
     })
@@ -133,7 +169,12 @@ pub fn build(
     initrd: &[u8],
     storage: Box<dyn Storage>,
 ) -> Result<(KvmCpu, Machine), MachineError> {
-    let Prepared { kernel, sites, .. } = &kernel.0;
+    let Prepared {
+        kernel: image,
+        sites,
+        modules,
+        ..
+    } = &kernel.0;
     let found = sites.counts();
     if found != description.traps {
         return Err(MachineError::Traps {
@@ -149,10 +190,24 @@ pub fn build(
         regions: &boot::e820(description.memory_bytes),
         slots: &description.devices.slots(),
     };
-    let elf = Elf::parse(&kernel.elf)?;
-    let plan = boot::load(&mut memory, kernel, &elf, sites, &given)?;
+    let elf = Elf::parse(&image.elf)?;
+    let plan = boot::load(&mut memory, image, &elf, sites, &given)?;
+    let mut text = KernelText::new(&elf, sites, modules);
+    if let Some(recorded) = &description.quick_reads {
+        let quick = kernel.quick_plan(&elf);
+        let found = quick.as_ref().map(|q| q.describe(description.ns_per_exit));
+        let same =
+            |found: &QuickReads| (found.sites, found.check) == (recorded.sites, recorded.check);
+        let Some(quick) = quick.filter(|_| found.as_ref().is_some_and(same)) else {
+            return Err(MachineError::QuickReads {
+                found,
+                expected: *recorded,
+            });
+        };
+        quick.install(&mut memory).map_err(BootError::from)?;
+        text.clock = Some(quick.clock().clone());
+    }
     let mut cpu = KvmCpu::new(kvm, memory, &description.cpuid)?;
-    let mut text = KernelText::new(&elf, sites);
     let counts_entries = description.preemption == Some(Unit::Entries);
     if !counts_entries || isolates_page_tables(&description.cmdline, &description.cpuid.vendor()) {
         text.caves = None;
@@ -165,7 +220,7 @@ pub fn build(
         cpuid,
         description.ns_per_exit,
     );
-    Ok((cpu, machine))
+    Ok((cpu, machine.with_quick_reads(description.quick_reads)))
 }
 
 /// The command line for a machine, from what the operator adds to it.

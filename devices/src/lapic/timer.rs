@@ -9,6 +9,10 @@ use serde::{Deserialize, Serialize};
 use crate::Nanos;
 use crate::restore::{RestoreError, ensure};
 
+/// A deadline later than this, 292 years, does not come. A halted machine waits for its deadline, and
+/// by how much it was woken earlier must fit a signed number in the journal.
+const NEVER: Nanos = i64::MAX as Nanos;
+
 /// Guest time and the time stamp counter at one instant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Time {
@@ -125,7 +129,7 @@ impl Timer {
                 true
             }
             Some(ns) => {
-                self.due = time.now.checked_add(ns);
+                self.due = time.now.checked_add(ns).filter(|due| *due <= NEVER);
                 false
             }
         }

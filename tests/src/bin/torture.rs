@@ -201,6 +201,7 @@ impl Bench {
                 seed: [0; 32],
                 ns_per_exit: NS_PER_EXIT,
                 preemption: self.counting.unit(),
+                quick_reads: None,
                 devices: Devices::default(),
                 images: Vec::new(),
             },

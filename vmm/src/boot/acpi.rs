@@ -150,7 +150,7 @@ fn dsdt(slots: &[Slot]) -> Sdt {
             &Name::new("_UID".into(), &1_u8),
             &Name::new(
                 "_CRS".into(),
-                &ResourceTemplate::new(vec![&IO::new(0x3f8, 0x3f8, 0, 8), &isa_interrupt(4)]),
+                &ResourceTemplate::new(vec![&IO::new(0x3f8, 0x3f8, 1, 8), &isa_interrupt(4)]),
             ),
         ],
     )
@@ -161,7 +161,7 @@ fn dsdt(slots: &[Slot]) -> Sdt {
             &Name::new("_HID".into(), &EISAName::new("PNP0B00")),
             &Name::new(
                 "_CRS".into(),
-                &ResourceTemplate::new(vec![&IO::new(0x70, 0x70, 0, 2), &isa_interrupt(8)]),
+                &ResourceTemplate::new(vec![&IO::new(0x70, 0x70, 1, 2), &isa_interrupt(8)]),
             ),
         ],
     )

@@ -1,6 +1,6 @@
-//! Finds room in a kernel for what counts its entries: a block of code, and a word of data.
+//! Finds room in a kernel for what counts its entries and reads its time: some code, and some words of data.
 //!
-//! The stubs (see `kvm::entry_stub`) must be mapped executable for as long as the guest runs, the
+//! The stubs (see `kvm::entry_stub` and `quick_stub`) must be mapped executable for as long as the guest runs, the
 //! word writable, and neither may be anybody else's. Linux has both to spare. It aligns its entry text to
 //! 2 MiB, so `.text` holds runs of up to 2 MiB of INT3 that no symbol covers and nobody jumps to;
 //! shorter runs are passed by, since some belong to code that is copied as a whole (kexec's).
@@ -37,12 +37,26 @@ pub struct EntryCaves {
     pub stubs: Cave,
     /// A zeroed cache line between two sections of writable data.
     pub word: Cave,
+    /// Room behind both of them.
+    pub quick: Option<QuickCaves>,
+}
+
+/// Room for quick time reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QuickCaves {
+    /// [`PADDING`] in `.text`.
+    pub stubs: Cave,
+    /// How much of it there is, in bytes.
+    pub stub_bytes: u64,
+    /// A zeroed cache line, for the clock.
+    pub clock: Cave,
 }
 
 /// The room in this kernel; `None` if it has not enough of either.
 pub fn find(elf: &Elf<'_>) -> Option<EntryCaves> {
     let text = elf.code.iter().find(|code| code.name == ".text")?;
-    let stubs = text.address + longest_padding(elf.bytes(&text.file), text.address)?;
+    let padding = longest_padding(elf.bytes(&text.file), text.address)?;
+    let stubs = text.address + padding.start;
     let word = elf
         .segments
         .iter()
@@ -53,14 +67,23 @@ pub fn find(elf: &Elf<'_>) -> Option<EntryCaves> {
         let physical = elf.physical(address)?;
         Some(Cave { address, physical })
     };
+    let quick = || {
+        let clock = word.start + LINE_BYTES;
+        Some(QuickCaves {
+            stubs: cave(stubs + BLOCK_BYTES)?,
+            stub_bytes: padding.end - padding.start - BLOCK_BYTES,
+            clock: cave(clock).filter(|_| clock + LINE_BYTES <= word.end)?,
+        })
+    };
     Some(EntryCaves {
         stubs: cave(stubs)?,
         word: cave(word.start)?,
+        quick: quick(),
     })
 }
 
-/// Offset of the first aligned block in the longest run of padding.
-fn longest_padding(text: &[u8], address: u64) -> Option<u64> {
+/// Offsets of the aligned blocks in the longest run of padding.
+fn longest_padding(text: &[u8], address: u64) -> Option<Range<u64>> {
     let first = address.next_multiple_of(BLOCK_BYTES) - address;
     let blocks = text
         .get(first as usize..)?
@@ -76,7 +99,8 @@ fn longest_padding(text: &[u8], address: u64) -> Option<u64> {
             longest = run.clone();
         }
     }
-    (longest.len() >= BLOCKS_MIN).then(|| first + longest.start as u64 * BLOCK_BYTES)
+    let offset = |block: usize| first + block as u64 * BLOCK_BYTES;
+    (longest.len() >= BLOCKS_MIN).then(|| offset(longest.start)..offset(longest.end))
 }
 
 /// What sections leave over in a segment, behind the end of one and on the same page: whole lines.
@@ -172,8 +196,9 @@ mod tests {
     #[test]
     fn stubs_go_to_the_first_aligned_block_of_the_longest_padding() {
         let text = text(&[(0x100, 40 << 10), (0x1_0001, 100 << 10)]);
-        assert_eq!(longest_padding(&text, BASE), Some(0x1_0200));
-        assert_eq!(longest_padding(&text, BASE + 0x1ff), Some(0x1_0001));
+        assert_eq!(longest_padding(&text, BASE), Some(0x1_0200..0x2_9000));
+        let odd = longest_padding(&text, BASE + 0x1ff);
+        assert_eq!(odd, Some(0x1_0001..0x2_9001));
     }
 
     #[test]
@@ -181,7 +206,8 @@ mod tests {
         assert_eq!(longest_padding(&text(&[(0x1000, 2083)]), BASE), None);
         assert_eq!(longest_padding(&[], BASE), None);
         let just = BLOCKS_MIN * BLOCK_BYTES as usize;
-        assert_eq!(longest_padding(&text(&[(0x200, just)]), BASE), Some(0x200));
+        let found = longest_padding(&text(&[(0x200, just)]), BASE);
+        assert_eq!(found, Some(0x200..0x200 + just as u64));
         assert_eq!(longest_padding(&text(&[(0x200, just - 1)]), BASE), None);
     }
 

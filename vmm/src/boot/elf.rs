@@ -53,7 +53,7 @@ impl Segment {
     }
 }
 
-/// A run of nothing but instructions: an executable section, or a segment where there are no sections.
+/// A section, or a segment where there are no sections; most often one of nothing but instructions.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Code {
     /// The section's name; empty for a segment.
@@ -74,9 +74,20 @@ pub struct Elf<'a> {
     pub segments: Vec<Segment>,
     /// What is code, in the file's order.
     pub code: Vec<Code>,
+    /// The sections that are loaded and are not code, in the file's order; empty where the file names no
+    /// sections.
+    pub data: Vec<Code>,
     /// The virtual addresses that sections take in memory, in the file's order; empty where the file
     /// names no sections.
     pub taken: Vec<Range<u64>>,
+}
+
+/// What the section headers say.
+#[derive(Default)]
+struct Sections {
+    code: Vec<Code>,
+    data: Vec<Code>,
+    taken: Vec<Range<u64>>,
 }
 
 impl<'a> Elf<'a> {
@@ -115,17 +126,49 @@ impl<'a> Elf<'a> {
         }
         let segments = segments(file, header)?;
         let entry = entry(&segments, u64_in(header, 24))?;
-        let (code, taken) = match sections(file, header, &segments)? {
+        let Sections { code, data, taken } = match sections(file, header, &segments)? {
             Some(found) => found,
-            None => (code_of_segments(&segments)?, Vec::new()),
+            None => Sections {
+                code: code_of_segments(&segments)?,
+                ..Sections::default()
+            },
         };
         Ok(Elf {
             file,
             entry,
             segments,
             code,
+            data,
             taken,
         })
+    }
+
+    /// The whole file.
+    pub fn file(&self) -> &'a [u8] {
+        self.file
+    }
+
+    /// The bytes of the first section of this name; `None` without one, or without section headers.
+    pub fn section(&self, wanted: &str) -> Option<&'a [u8]> {
+        let header = self.file.get(..HEADER_BYTES)?;
+        let (offset, count) = (u64_in(header, 40), u16_in(header, 60));
+        let entry_bytes = u16_in(header, 58);
+        let what = "the section headers";
+        let table = table(
+            self.file,
+            what,
+            offset,
+            count,
+            entry_bytes,
+            SECTION_HEADER_BYTES,
+        )
+        .ok()?;
+        let names = names(self.file, table, u16_in(header, 62)).ok()?;
+        let entry = table
+            .chunks_exact(SECTION_HEADER_BYTES)
+            .find(|entry| name(names, u32_in(entry, 0)) == wanted)?;
+        let place = range(self.file, "a section", u64_in(entry, 24), u64_in(entry, 32)).ok()?;
+        (u32_in(entry, 4) == SHT_PROGBITS).then(|| &self.file[place])
     }
 
     /// The file's bytes at `range`, which is one of this value's own ranges.
@@ -233,13 +276,12 @@ fn entry(segments: &[Segment], entry: u64) -> Result<u64, BootError> {
         })
 }
 
-/// The executable sections, and where all sections lie; `None` where the file has no section headers.
-#[expect(clippy::type_complexity, reason = "two lists, taken apart at once")]
+/// The sections; `None` where the file has no section headers.
 fn sections(
     file: &[u8],
     header: &[u8],
     segments: &[Segment],
-) -> Result<Option<(Vec<Code>, Vec<Range<u64>>)>, BootError> {
+) -> Result<Option<Sections>, BootError> {
     let (offset, count) = (u64_in(header, 40), u16_in(header, 60));
     if offset == 0 || count == 0 {
         return Ok(None);
@@ -253,18 +295,17 @@ fn sections(
         SECTION_HEADER_BYTES,
     )?;
     let names = names(file, table, u16_in(header, 62))?;
-    let (mut code, mut taken) = (Vec::new(), Vec::new());
+    let mut found = Sections::default();
     for entry in table.chunks_exact(SECTION_HEADER_BYTES) {
         let (flags, address, bytes) = (u64_in(entry, 8), u64_in(entry, 16), u64_in(entry, 32));
         if flags & SHF_ALLOC != 0 {
-            taken.push(address..address.saturating_add(bytes));
+            found.taken.push(address..address.saturating_add(bytes));
         }
-        let wanted = SHF_ALLOC | SHF_EXECINSTR;
-        if u32_in(entry, 4) != SHT_PROGBITS || flags & wanted != wanted || bytes == 0 {
+        if u32_in(entry, 4) != SHT_PROGBITS || flags & SHF_ALLOC == 0 || bytes == 0 {
             continue;
         }
-        let range = range(file, "a code section", u64_in(entry, 24), bytes)?;
-        // A trap is found through the section and written through the segment: they must mean the same bytes.
+        let range = range(file, "a section", u64_in(entry, 24), bytes)?;
+        // What is found through the section is written through the segment: they must mean the same bytes.
         let same = segments.iter().any(|segment| {
             segment.holds(address, bytes)
                 && segment.file.start as u64 + (address - segment.virtual_address)
@@ -273,18 +314,22 @@ fn sections(
         if !same {
             let expected = "one that a segment loads from the section's own bytes";
             return Err(BootError::BadElf {
-                what: "a code section's address",
+                what: "a section's address",
                 found: address,
                 expected,
             });
         }
-        code.push(Code {
+        let list = match flags & SHF_EXECINSTR {
+            0 => &mut found.data,
+            _ => &mut found.code,
+        };
+        list.push(Code {
             name: name(names, u32_in(entry, 0)),
             address,
             file: range,
         });
     }
-    Ok(Some((code, taken)))
+    Ok(Some(found))
 }
 
 /// The section names' string table; empty where the file names none.

@@ -159,7 +159,7 @@ pub fn load(
     }
     for site in &sites.sites {
         traps::check(elf, site)?;
-        let (trap, length) = traps::rewrite(site);
+        let (trap, length) = traps::rewrite(site.kind, site.length.into());
         ram.write(site.physical, &trap[..length])?;
     }
 

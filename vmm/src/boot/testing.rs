@@ -291,3 +291,81 @@ pub(super) fn debian_kernels() -> Vec<(String, Vec<u8>)> {
     }
     kernels
 }
+
+/// The types of a kernel to be. Types are numbered from 1.
+#[derive(Default)]
+pub(super) struct BtfBuilder {
+    types: Vec<u8>,
+    strings: Vec<u8>,
+    count: u32,
+}
+
+impl BtfBuilder {
+    fn name(&mut self, name: &str) -> u32 {
+        if self.strings.is_empty() {
+            self.strings.push(0);
+        }
+        if name.is_empty() {
+            return 0;
+        }
+        let at = self.strings.len() as u32;
+        self.strings.extend_from_slice(name.as_bytes());
+        self.strings.push(0);
+        at
+    }
+
+    fn add(&mut self, kind: u32, name: &str, count: usize, size_or_type: u32, rest: &[u32]) -> u32 {
+        let words = [self.name(name), kind << 24 | count as u32, size_or_type];
+        let bytes = words.iter().chain(rest).flat_map(|word| word.to_le_bytes());
+        self.types.extend(bytes);
+        self.count += 1;
+        self.count
+    }
+
+    pub(super) fn int(&mut self, name: &str, bytes: u32) -> u32 {
+        self.add(1, name, 0, bytes, &[8 * bytes])
+    }
+
+    /// A pointer, a typedef or a qualifier.
+    pub(super) fn derived(&mut self, kind: u32, name: &str, of: u32) -> u32 {
+        self.add(kind, name, 0, of, &[])
+    }
+
+    pub(super) fn array(&mut self, of: u32, index: u32, count: u32) -> u32 {
+        self.add(3, "", 0, 0, &[of, index, count])
+    }
+
+    /// Members are a name, a type and an offset in bytes.
+    pub(super) fn structure(
+        &mut self,
+        name: &str,
+        bytes: u32,
+        members: &[(&str, u32, u32)],
+    ) -> u32 {
+        let words: Vec<u32> = members
+            .iter()
+            .flat_map(|&(name, of, offset)| [self.name(name), of, 8 * offset])
+            .collect();
+        self.add(4, name, members.len(), bytes, &words)
+    }
+
+    pub(super) fn enumeration(&mut self, name: &str, constants: &[(&str, u32)]) -> u32 {
+        let words: Vec<u32> = constants
+            .iter()
+            .flat_map(|&(name, value)| [self.name(name), value])
+            .collect();
+        self.add(6, name, constants.len(), 4, &words)
+    }
+
+    pub(super) fn build(&self) -> Vec<u8> {
+        let mut btf = 0xeb9f_u16.to_le_bytes().to_vec();
+        btf.extend([1, 0]);
+        let (types, strings) = (self.types.len() as u32, self.strings.len() as u32);
+        for word in [24, 0, types, types, strings] {
+            btf.extend(word.to_le_bytes());
+        }
+        btf.extend(&self.types);
+        btf.extend(&self.strings);
+        btf
+    }
+}

@@ -38,14 +38,20 @@ pub const TRAP_GP_ENTRY: u8 = 0xf6;
 pub const TRAP_PAUSE: u8 = 0xf7;
 /// Port of the kernel entry that was waited for (see `kvm::entries`).
 pub const TRAP_ENTRY: u8 = 0xf8;
+/// Port of the call with which the kernel makes a loaded module's text executable (see [`super::modules`]).
+pub const TRAP_MODULE: u8 = 0xf9;
 
 /// `out %al, imm8`.
 const OUT: u8 = 0xe6;
 const NOP: u8 = 0x90;
 /// Shortest trap: OUT and its port.
 const SHORTEST: usize = 2;
-/// Longest trap: `mov %r8,%cr4` with its REX prefix.
-const LONGEST: usize = 4;
+/// Longest trap in the kernel: a call with its 32-bit displacement.
+const LONGEST: usize = 5;
+/// Longest trap that is not a call: `mov %r8,%cr4` with its REX prefix.
+const LONGEST_PLAIN: usize = 4;
+/// No instruction is longer (Intel SDM vol. 2, 2.3.11), so no trap in a module is.
+pub const LONGEST_INSTRUCTION: usize = 15;
 /// How much of `.text` runs before the kernel's own page tables stand (head_64.S).
 const EARLY_BYTES: u64 = 0x1000;
 
@@ -72,6 +78,13 @@ pub enum SiteKind {
     },
     /// A wait for somebody else.
     Pause,
+    /// A module is about to be made executable, by a direct call or a jump at a function's end.
+    Module {
+        /// Virtual address that it leads to.
+        target: u64,
+        /// Whether it pushes a return address.
+        returns: bool,
+    },
 }
 
 impl SiteKind {
@@ -84,6 +97,7 @@ impl SiteKind {
             SiteKind::WriteCr4 { .. } => TRAP_WRITE_CR4,
             SiteKind::ReadCr4 { .. } => TRAP_READ_CR4,
             SiteKind::Pause => TRAP_PAUSE,
+            SiteKind::Module { .. } => TRAP_MODULE,
         }
     }
 
@@ -96,10 +110,25 @@ impl SiteKind {
             SiteKind::WriteCr4 { .. } => "write of cr4",
             SiteKind::ReadCr4 { .. } => "read of cr4",
             SiteKind::Pause => "pause",
+            SiteKind::Module { .. } => "call that makes a module executable",
         }
     }
 
-    fn of(instruction: &Instruction) -> Option<Self> {
+    /// What of the kernel's own calls is a site: one that leads to one of `loads`.
+    fn of_call(instruction: &Instruction, loads: &[u64]) -> Option<Self> {
+        let target = instruction.near_branch_target();
+        let returns = match instruction.code() {
+            Opcode::Call_rel32_64 => true,
+            Opcode::Jmp_rel32_64 | Opcode::Jmp_rel8_64 => false,
+            _ => return None,
+        };
+        loads
+            .contains(&target)
+            .then_some(SiteKind::Module { target, returns })
+    }
+
+    /// What a single instruction is, wherever it stands.
+    pub(super) fn of(instruction: &Instruction) -> Option<Self> {
         match instruction.code() {
             Opcode::Rdtsc => Some(SiteKind::Rdtsc),
             Opcode::Rdtscp => Some(SiteKind::Rdtscp),
@@ -120,6 +149,11 @@ impl SiteKind {
         }
     }
 
+    /// Whether the vCPU must know more of a trap than its port says.
+    pub fn has_operands(self) -> bool {
+        self.is_cr4() || matches!(self, SiteKind::Module { .. })
+    }
+
     fn is_cr4(self) -> bool {
         matches!(self, SiteKind::WriteCr4 { .. } | SiteKind::ReadCr4 { .. })
     }
@@ -132,7 +166,7 @@ pub struct Site {
     pub address: u64,
     /// Its physical address.
     pub physical: u64,
-    /// Its length in bytes, 2 to 4.
+    /// Its length in bytes, 2 to 5.
     pub length: u8,
     /// What it did.
     pub kind: SiteKind,
@@ -167,6 +201,7 @@ impl Sites {
                 SiteKind::WriteCr4 { .. } => &mut counts.cr4_writes,
                 SiteKind::ReadCr4 { .. } => &mut counts.cr4_reads,
                 SiteKind::Pause => &mut counts.pause,
+                SiteKind::Module { .. } => &mut counts.module_loads,
             } += 1;
         }
         counts
@@ -175,19 +210,43 @@ impl Sites {
 
 /// Finds every site in a kernel's code.
 ///
-/// Reads and writes of CR4 in head_64.S, before the kernel's own tables stand, are left alone.
+/// `loads` are the addresses of the functions whose call says that a module is about to run, the best first: the calls of
+/// the first that is called directly become sites. Reads and writes of CR4 in head_64.S, before the kernel's own tables
+/// stand, are left alone.
 ///
 /// # Errors
 ///
 /// A kernel without any RDTSC, or one with a site that no trap fits.
-pub fn find(elf: &Elf<'_>) -> Result<Sites, BootError> {
+pub fn find(elf: &Elf<'_>, loads: &[u64]) -> Result<Sites, BootError> {
+    find_and_show(elf, loads, &mut |_| {})
+}
+
+/// The same, and shows each decoded instruction to `see`.
+///
+/// # Errors
+///
+/// As [`find`].
+pub fn find_and_show(
+    elf: &Elf<'_>,
+    loads: &[u64],
+    see: &mut impl FnMut(&Instruction),
+) -> Result<Sites, BootError> {
     let mut sites = Vec::new();
     for code in &elf.code {
-        sweep(elf, code, &mut sites)?;
+        sweep(elf, code, loads, &mut sites, see)?;
     }
     // Sections come in the file's order, and damaged files may name one twice.
     sites.sort_by_key(|site| site.address);
     sites.dedup_by_key(|site| site.address);
+    let leads_to =
+        |site: &Site, to: u64| matches!(site.kind, SiteKind::Module { target, .. } if target == to);
+    let best = loads
+        .iter()
+        .find(|&&load| sites.iter().any(|site| leads_to(site, load)));
+    sites.retain(|site| {
+        let is_call = matches!(site.kind, SiteKind::Module { .. });
+        !is_call || best.is_some_and(|&best| leads_to(site, best))
+    });
     let sites = Sites { sites };
     if sites.counts().rdtsc == 0 {
         return Err(BootError::NoTimeReads {
@@ -197,15 +256,26 @@ pub fn find(elf: &Elf<'_>) -> Result<Sites, BootError> {
     Ok(sites)
 }
 
-/// The bytes of a site's trap, and how many of them count: `out %al,PORT`, then NOPs to the instruction's length.
-pub fn rewrite(site: &Site) -> ([u8; LONGEST], usize) {
-    let length = usize::from(site.length);
+/// The bytes of a trap of `length` bytes: `out %al,PORT`, then NOPs to the instruction's length, which count.
+pub fn rewrite(kind: SiteKind, length: usize) -> ([u8; LONGEST_INSTRUCTION], usize) {
     assert!(
-        (SHORTEST..=LONGEST).contains(&length),
-        "site at {:#x} is {length} bytes long",
-        site.address
+        (SHORTEST..=LONGEST_INSTRUCTION).contains(&length),
+        "a {} is {length} bytes long",
+        kind.name()
     );
-    ([OUT, site.kind.port(), NOP, NOP], length)
+    let mut trap = [NOP; LONGEST_INSTRUCTION];
+    trap[..SHORTEST].copy_from_slice(&[OUT, kind.port()]);
+    (trap, length)
+}
+
+/// Length of a call with a 32-bit displacement.
+pub const CALL_BYTES: usize = 5;
+
+/// The call at `from` to `to` that was rewritten.
+pub fn call(from: u64, to: u64) -> [u8; CALL_BYTES] {
+    let displacement = to.wrapping_sub(from.wrapping_add(CALL_BYTES as u64)) as u32;
+    let [a, b, c, d] = displacement.to_le_bytes();
+    [0xe8, a, b, c, d]
 }
 
 /// Checks that this kernel has the instruction that `site` speaks of.
@@ -214,7 +284,11 @@ pub(super) fn check(elf: &Elf<'_>, site: &Site) -> Result<(), BootError> {
         .at(site.address, usize::from(site.length))
         .is_some_and(|bytes| {
             let instruction = decoder(bytes, site.address).decode();
-            SiteKind::of(&instruction) == Some(site.kind)
+            let kind = match site.kind {
+                SiteKind::Module { target, .. } => SiteKind::of_call(&instruction, &[target]),
+                _ => SiteKind::of(&instruction),
+            };
+            kind == Some(site.kind)
                 && instruction.len() == usize::from(site.length)
                 && (SHORTEST..=LONGEST).contains(&instruction.len())
         });
@@ -231,27 +305,57 @@ fn decoder(bytes: &[u8], address: u64) -> Decoder<'_> {
     Decoder::with_ip(64, bytes, address, DecoderOptions::NONE)
 }
 
-/// Decodes one section from its first byte to its last.
-fn sweep(elf: &Elf<'_>, code: &Code, sites: &mut Vec<Site>) -> Result<(), BootError> {
-    let bytes = elf.bytes(&code.file);
-    let mut decoder = decoder(bytes, code.address);
+/// Decodes code from its first byte to its last, and shows each instruction.
+///
+/// `starts` are addresses, in ascending order, at which an instruction is known to begin whatever the bytes before them
+/// look like: where one function or section ends in padding, the decoder must not take the next one's first bytes for
+/// the rest of it.
+pub(super) fn each_instruction<E>(
+    bytes: &[u8],
+    address: u64,
+    starts: &[u64],
+    mut show: impl FnMut(&Instruction) -> Result<(), E>,
+) -> Result<(), E> {
+    let mut decoder = decoder(bytes, address);
     let mut instruction = Instruction::default();
+    let mut starts = starts.iter().copied().peekable();
     while decoder.can_decode() {
-        let start = decoder.position();
+        let ip = decoder.ip();
         decoder.decode_out(&mut instruction);
-        if instruction.is_invalid() {
+        while starts.next_if(|&start| start <= ip).is_some() {}
+        let next = match starts.peek() {
+            Some(&start) if start < decoder.ip() => start,
             // Start again one byte on, as objdump does: the bad byte need not have cost us the good ones after it.
-            decoder
-                .set_position(start + 1)
-                .expect("the bad byte was inside");
-            decoder.set_ip(code.address + start as u64 + 1);
-            continue;
-        }
-        if let Some(kind) = SiteKind::of(&instruction) {
-            sites.extend(site(elf, code, kind, instruction.ip(), instruction.len())?);
-        }
+            _ if instruction.is_invalid() => ip + 1,
+            _ => {
+                show(&instruction)?;
+                continue;
+            }
+        };
+        decoder
+            .set_position((next - address) as usize)
+            .expect("what was decoded was inside");
+        decoder.set_ip(next);
     }
     Ok(())
+}
+
+/// Decodes one section.
+fn sweep(
+    elf: &Elf<'_>,
+    code: &Code,
+    loads: &[u64],
+    sites: &mut Vec<Site>,
+    see: &mut impl FnMut(&Instruction),
+) -> Result<(), BootError> {
+    each_instruction(elf.bytes(&code.file), code.address, &[], |instruction| {
+        see(instruction);
+        let kind = SiteKind::of(instruction).or_else(|| SiteKind::of_call(instruction, loads));
+        if let Some(kind) = kind {
+            sites.extend(site(elf, code, kind, instruction.ip(), instruction.len())?);
+        }
+        Ok(())
+    })
 }
 
 /// One found instruction as a site, unless it is one to be left alone.
@@ -269,7 +373,11 @@ fn site(
     if early && kind.is_cr4() {
         return Ok(None);
     }
-    if !(SHORTEST..=LONGEST).contains(&length) {
+    let longest = match kind {
+        SiteKind::Module { .. } => LONGEST,
+        _ => LONGEST_PLAIN,
+    };
+    if !(SHORTEST..=longest).contains(&length) {
         return Err(BootError::OddSite { address, length });
     }
     let physical = elf

@@ -162,6 +162,11 @@ fn header_differences(a: &Header, b: &Header) -> Vec<String> {
             x.ns_per_exit.to_string(),
             y.ns_per_exit.to_string(),
         ),
+        (
+            "time reads",
+            format!("{:?}", x.quick_reads),
+            format!("{:?}", y.quick_reads),
+        ),
     ];
     let differs = sides.into_iter().filter(|(_, a, b)| a != b);
     differs

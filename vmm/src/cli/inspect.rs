@@ -295,14 +295,24 @@ fn print_header(header: &Header) {
     );
     let traps = &machine.traps;
     out!(
-        "traps       {} rdtsc, {} rdtscp, {} cpuid, {} CR4 writes, {} CR4 reads, {} pause",
+        "traps       {} rdtsc, {} rdtscp, {} cpuid, {} CR4 writes, {} CR4 reads, {} pause, {} module loads",
         traps.rdtsc,
         traps.rdtscp,
         traps.cpuid,
         traps.cr4_writes,
         traps.cr4_reads,
-        traps.pause
+        traps.pause,
+        traps.module_loads
     );
+    match &machine.quick_reads {
+        Some(quick) => out!(
+            "time reads  quick at {} places: up to {} between two exits, {} ns each",
+            quick.sites,
+            quick.reads,
+            quick.step_ns
+        ),
+        None => out!("time reads  each exits"),
+    }
 }
 
 fn print_census(census: &Census) {

@@ -16,7 +16,7 @@ mod transcript;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, CommandFactory, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
 use crate::counting::CountingError;
 use crate::disk::{DiskError, DiskOption, parse_disk};
@@ -127,6 +127,10 @@ pub struct MachineOptions {
     /// ADDRESS only this host can reach it.
     #[arg(long, value_name = "[ADDRESS:]PORT:PORT[/udp]", value_parser = parse_publish)]
     pub publish: Vec<Publish>,
+    /// How the guest's kernel reads the time. Without it: quick, but exit with --chaos, which meddles
+    /// with the time at exits.
+    #[arg(long, value_enum)]
+    pub time_reads: Option<TimeReads>,
 }
 
 impl MachineOptions {
@@ -138,6 +142,15 @@ impl MachineOptions {
         }
         Ok(Network::from_options(&self.net, &self.publish))
     }
+}
+
+/// How the guest's kernel reads the time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum TimeReads {
+    /// From its own memory, where it can, and by an exit at least every 33rd time.
+    Quick,
+    /// By an exit each time.
+    Exit,
 }
 
 /// Parses the arguments and does what they say.
@@ -211,7 +224,9 @@ fn outcome_of(error: &anyhow::Error) -> Outcome {
         Some(MachineError::Unfit(_)) => return Outcome::Unfit,
         Some(MachineError::Random(_)) => return Outcome::HostFailed,
         Some(MachineError::Kvm(error)) => Some(error),
-        Some(MachineError::Boot(_) | MachineError::Traps { .. }) => None,
+        Some(
+            MachineError::Boot(_) | MachineError::Traps { .. } | MachineError::QuickReads { .. },
+        ) => None,
         None => error.downcast_ref::<KvmError>(),
     };
     match kvm {

@@ -13,7 +13,7 @@ use super::console::Console;
 use super::replay::{Verify, parse_verify};
 use super::run::{Images, host_failure, patience};
 use super::summary::Summary;
-use super::{Failure, MachineOptions, Outcome};
+use super::{Failure, MachineOptions, Outcome, TimeReads};
 use crate::counting::{Counting, Preempt};
 use crate::host::{HostWorld, RawTerminal};
 use crate::machine::{cmdline, host_facts, open_kvm, random_number};
@@ -99,7 +99,8 @@ pub struct Options {
 pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     let start = Instant::now();
     let images = Images::read(&options.machine)?;
-    let (kvm, holes) = open_kvm()?;
+    let (kvm, mut holes) = open_kvm()?;
+    holes.extend(images.kernel.holes());
     let words = cmdline(&options.machine.cmdline, options.machine.cmdline_exact);
     let counting = Counting::choose(
         &kvm,
@@ -107,7 +108,11 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
         options.event.as_deref(),
         options.margin,
     )?;
-    let mut machine = images.describe(&kvm, words, options.machine.memory)?;
+    let quick = match options.machine.time_reads {
+        None => options.chaos.is_none(),
+        Some(how) => how == TimeReads::Quick,
+    };
+    let mut machine = images.describe(&kvm, words, options.machine.memory, quick)?;
     machine.preemption = counting.unit();
     let chaos = match options.chaos {
         None => None,

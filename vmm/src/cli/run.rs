@@ -9,7 +9,7 @@ use kvm_ioctls::Kvm;
 
 use super::console::Console;
 use super::summary::Summary;
-use super::{Failure, MachineOptions, Outcome};
+use super::{Failure, MachineOptions, Outcome, TimeReads};
 use crate::counting::Counting;
 use crate::disk::{DiskError, Disks, OpenImage};
 use crate::host::{HostWorld, RawTerminal};
@@ -51,7 +51,8 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     let (kvm, _) = open_kvm()?;
     let words = cmdline(&options.machine.cmdline, options.machine.cmdline_exact);
     let unit = Counting::likely_unit();
-    let mut description = images.describe(&kvm, words, options.machine.memory)?;
+    let quick = options.machine.time_reads != Some(TimeReads::Exit);
+    let mut description = images.describe(&kvm, words, options.machine.memory, quick)?;
     description.preemption = Some(unit);
     let (mut cpu, mut machine) = images.build(&kvm, &description)?;
     cpu.preempt_by(match (options.preempt, unit) {
@@ -86,7 +87,7 @@ pub fn patience(us: Option<u64>) -> Patience {
 /// The files a machine is made of, read and taken apart, and what it has beside them.
 pub struct Images {
     /// The kernel taken apart.
-    kernel: LoadedKernel,
+    pub kernel: LoadedKernel,
     /// The kernel's file.
     pub image: Vec<u8>,
     /// The initrd's file, empty if there is none.
@@ -136,6 +137,7 @@ impl Images {
         kvm: &Kvm,
         words: String,
         memory_bytes: u64,
+        quick: bool,
     ) -> anyhow::Result<MachineDescription> {
         let images = self.disks.iter().map(|disk| disk.image.clone()).collect();
         let devices = (self.devices.clone(), images);
@@ -146,6 +148,7 @@ impl Images {
             words,
             memory_bytes,
             devices,
+            quick,
         )?)
     }
 

@@ -30,6 +30,10 @@ pub struct Summary {
     pub interrupts_at_preemptions: u64,
     /// How often the guest was preempted between two exits.
     pub preemptions: u64,
+    /// How many modules the guest's kernel loaded.
+    pub modules: u64,
+    /// How many instructions were rewritten in them.
+    pub module_sites: u64,
     /// Digest of all turns, in hexadecimal.
     pub digest: String,
     /// Digest of all of memory, in hexadecimal.
@@ -50,6 +54,7 @@ impl Summary {
             interrupts,
             windows,
             preempted,
+            module_sites,
         } = *machine.tally();
         let kinds = Exit::KIND_NAMES
             .into_iter()
@@ -67,6 +72,8 @@ impl Summary {
             interrupts_in_windows: windows,
             interrupts_at_preemptions: preempted,
             preemptions,
+            modules: exits[Exit::MODULE],
+            module_sites,
             digest: format!("{:016x}", end.digest),
             memory_digest: end.memory.map(|digest| format!("{digest:016x}")),
             journal_bytes,
@@ -102,6 +109,13 @@ impl Summary {
                 thousands(self.interrupts_at_preemptions),
                 thousands(self.interrupts_in_windows),
                 thousands(at_exits),
+            );
+        }
+        if self.modules > 0 {
+            tell!(
+                "  {} modules loaded, {} instructions in them trapped",
+                thousands(self.modules),
+                thousands(self.module_sites)
             );
         }
         if let Some(journal) = self.journal_bytes {

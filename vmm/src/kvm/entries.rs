@@ -269,6 +269,7 @@ mod tests {
         let mut state = EntryState::new(Some(EntryCaves {
             stubs: cave(0x2000),
             word: cave(WORD),
+            quick: None,
         }));
         state.behind[LSTAR_STUB] = Some(0xffff_ffff_8100_3000);
         state.behind[PAGE_FAULT_STUB] = Some(0xffff_ffff_8100_3040);

@@ -26,6 +26,18 @@ impl GuestView<'_> {
         (translation.valid != 0).then_some(translation.physical_address)
     }
 
+    /// Guest-physical addresses and lengths of `bytes` bytes, one piece a page; `None` if they are not all mapped.
+    pub fn pieces(&self, gva: u64, bytes: usize) -> Option<Vec<(u64, usize)>> {
+        let (mut pieces, mut done) = (Vec::new(), 0);
+        while done < bytes {
+            let at = gva.wrapping_add(done as u64);
+            let count = ((PAGE - at % PAGE) as usize).min(bytes - done);
+            pieces.push((self.translate(at)?, count));
+            done += count;
+        }
+        Some(pieces)
+    }
+
     /// Reads up to `buffer.len()` bytes; fewer where mapped RAM ends.
     pub fn read(&self, gva: u64, buffer: &mut [u8]) -> usize {
         let mut done = 0;

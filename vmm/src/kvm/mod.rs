@@ -1,5 +1,6 @@
 //! The machine's CPU and memory, on stock KVM. With `perf`, the only place of unsafe code.
 
+mod clock;
 pub mod cpuid;
 pub mod entries;
 mod entry_stub;
@@ -7,6 +8,7 @@ mod error;
 pub mod exit_cost;
 mod guest_text;
 mod memory;
+mod modules;
 pub mod msr;
 mod preemption;
 pub mod probe;

@@ -9,7 +9,7 @@
 use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, Ordering, compiler_fence};
 
-use kvm_bindings::KVM_EXIT_INTR;
+use kvm_bindings::{KVM_EXIT_INTR, KVM_EXIT_SET_TPR};
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
@@ -99,13 +99,17 @@ unsafe fn with_flag<T>(flag: *mut u8, enter: impl FnOnce() -> (T, bool)) -> T {
 
 /// `KVM_RUN`. Returns KVM's exit reason, or `None` if it came back without one.
 fn run(vcpu: &mut VcpuFd) -> Result<Option<u32>, KvmError> {
-    match vcpu.run().map(drop) {
-        Ok(()) => match RunPage::of(vcpu).exit_reason() {
-            KVM_EXIT_INTR => Ok(None),
-            reason => Ok(Some(reason)),
-        },
-        Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Ok(None),
-        Err(error) => Err(error).named("KVM_RUN"),
+    loop {
+        match vcpu.run().map(drop) {
+            Ok(()) => match RunPage::of(vcpu).exit_reason() {
+                KVM_EXIT_INTR => return Ok(None),
+                // A guest that has lowered CR8: done, and the board has no use for it.
+                KVM_EXIT_SET_TPR => {}
+                reason => return Ok(Some(reason)),
+            },
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => return Ok(None),
+            Err(error) => return Err(error).named("KVM_RUN"),
+        }
     }
 }
 

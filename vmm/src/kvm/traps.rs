@@ -13,8 +13,8 @@ use super::error::{KvmError, Named};
 use super::vcpu::KvmCpu;
 use crate::boot::GuestRam;
 use crate::boot::traps::{
-    SiteKind, TRAP_CPUID, TRAP_GP_ENTRY, TRAP_PAUSE, TRAP_RDTSC, TRAP_RDTSCP, TRAP_READ_CR4,
-    TRAP_WRITE_CR4,
+    SiteKind, TRAP_CPUID, TRAP_GP_ENTRY, TRAP_MODULE, TRAP_PAUSE, TRAP_RDTSC, TRAP_RDTSCP,
+    TRAP_READ_CR4, TRAP_WRITE_CR4,
 };
 
 /// CR4.TSD: RDTSC and RDTSCP are for ring 0 alone (Intel SDM vol. 3, 2.5).
@@ -80,31 +80,31 @@ impl KvmCpu {
                 leaf: registers.rax() as u32,
                 subleaf: registers.rcx() as u32,
             },
-            TRAP_WRITE_CR4 => match self.cr4_site()? {
+            TRAP_WRITE_CR4 => match self.operands_here()?.1 {
                 SiteKind::WriteCr4 { source } => Exit::WriteCr4 {
                     value: general(&registers.0, source),
                 },
                 _ => return None,
             },
-            TRAP_READ_CR4 => match self.cr4_site()? {
+            TRAP_READ_CR4 => match self.operands_here()?.1 {
                 SiteKind::ReadCr4 { .. } => Exit::ReadCr4,
                 _ => return None,
             },
             TRAP_PAUSE => Exit::Pause,
             TRAP_GP_ENTRY => self.gp_exit(),
+            TRAP_MODULE => self.module_exit()?,
             _ => return None,
         };
         Some(exit)
     }
 
-    /// The site of the OUT the guest stands at, or has just left where KVM emulates the OUT.
-    fn cr4_site(&mut self) -> Option<SiteKind> {
+    /// The site of the OUT the guest stands at, or has just left where KVM emulates the OUT: its address, and what it was,
+    /// if its port does not say all.
+    pub(super) fn operands_here(&mut self) -> Option<(u64, SiteKind)> {
         let rip = self.rip();
-        self.text
-            .cr4_sites
-            .get(&rip)
-            .or_else(|| self.text.cr4_sites.get(&(rip - 2)))
-            .copied()
+        [rip, rip.wrapping_sub(2)]
+            .into_iter()
+            .find_map(|at| Some((at, *self.text.operands.get(&at)?)))
     }
 
     /// Performs a write of CR4, with TSD kept set, and looks after the #GP entry.
@@ -128,7 +128,7 @@ impl KvmCpu {
     pub(super) fn read_cr4(&mut self) -> Result<(), KvmError> {
         let real = self.sregs()?.cr4;
         let value = self.traps.guest_cr4.unwrap_or(real);
-        if let Some(SiteKind::ReadCr4 { target }) = self.cr4_site() {
+        if let Some((_, SiteKind::ReadCr4 { target })) = self.operands_here() {
             self.page()
                 .change_registers(|registers| *general_mut(registers, target) = value);
         }

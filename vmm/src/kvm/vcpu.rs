@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 
 use hindsight_devices::{Access, Ram, Width};
-use hindsight_replay::{Answer, Back, Cpu, CpuidTable, Exit, Horizon, Registers};
+use hindsight_replay::{Answer, Back, Cpu, CpuidTable, Exit, Horizon, Registers, ShownClock};
 use kvm_bindings::{
     KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_CAP_PMU_CAPABILITY, KVM_EXIT_HLT, KVM_EXIT_IO,
     KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVM_PMU_CAP_DISABLE,
@@ -22,11 +22,14 @@ use super::entries::EntryState;
 use super::error::{KvmError, Named};
 use super::guest_text::GuestView;
 use super::memory::GuestMemory;
+use super::modules::LoadingModule;
 use super::preemption::Preemption;
 use super::run_page::{PortExit, RunPage};
 use super::traps::TrapState;
 use super::{cpuid, msr, signals};
-use crate::boot::{BootPlan, Elf, EntryCaves, Site, SiteKind, Sites, caves};
+use crate::boot::{
+    BootPlan, Elf, EntryCaves, ModuleLayout, Modules, QuickClock, Site, SiteKind, Sites, caves,
+};
 
 /// IA32_APIC_BASE at power-on: the usual address, enabled, the boot processor's.
 const APIC_ENABLED: u64 = 0xfee0_0000 | 1 << 11 | 1 << 8;
@@ -41,33 +44,34 @@ const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
 /// What the vCPU knows of the kernel's text.
 #[derive(Clone, Debug, Default)]
 pub struct KernelText {
-    /// The rewritten CR4 instructions by virtual address.
-    pub cr4_sites: BTreeMap<u64, SiteKind>,
+    /// The rewritten instructions of which the port does not say all, by virtual address.
+    pub operands: BTreeMap<u64, SiteKind>,
     /// Virtual addresses of `.init.text`, start and end.
     pub init: Option<(u64, u64)>,
     /// Where there is room for what counts kernel entries; `None` if they are not to be counted.
     pub caves: Option<EntryCaves>,
+    /// The clock that is read without exits; `None` if each read exits.
+    pub clock: Option<QuickClock>,
+    /// Where a loaded module's text is; `None` if modules are left alone.
+    pub modules: Option<ModuleLayout>,
 }
 
 impl KernelText {
     /// What of a kernel the vCPU needs.
-    pub fn new(elf: &Elf<'_>, sites: &Sites) -> KernelText {
-        let cr4 = |site: &&Site| {
-            matches!(
-                site.kind,
-                SiteKind::WriteCr4 { .. } | SiteKind::ReadCr4 { .. }
-            )
-        };
+    pub fn new(elf: &Elf<'_>, sites: &Sites, modules: &Modules) -> KernelText {
+        let with_operands = |site: &&Site| site.kind.has_operands();
         let init = elf.code.iter().find(|code| code.name == ".init.text");
         KernelText {
-            cr4_sites: sites
+            operands: sites
                 .sites
                 .iter()
-                .filter(cr4)
+                .filter(with_operands)
                 .map(|s| (s.address, s.kind))
                 .collect(),
             init: init.map(|code| (code.address, code.address + code.file.len() as u64)),
             caves: caves::find(elf),
+            clock: None,
+            modules: modules.layout().cloned(),
         }
     }
 
@@ -102,6 +106,8 @@ pub struct KvmCpu {
     pub(super) memory: GuestMemory,
     pub(super) text: KernelText,
     pub(super) traps: TrapState,
+    /// The module that is being loaded at this exit.
+    pub(super) loading: Option<LoadingModule>,
     pub(super) entries: EntryState,
     pub(super) counts: VcpuCounts,
     /// How it is stopped between two exits.
@@ -170,6 +176,7 @@ impl KvmCpu {
             memory,
             text: KernelText::default(),
             traps: TrapState::default(),
+            loading: None,
             entries: EntryState::default(),
             counts: VcpuCounts::default(),
             preemption: Preemption::default(),
@@ -432,6 +439,7 @@ impl Cpu for KvmCpu {
             (Exit::WriteCr4 { value }, _) => self.write_cr4(value)?,
             (Exit::ReadCr4, _) => self.read_cr4()?,
             (Exit::ProtectionFault, _) => self.finish_fault(),
+            (Exit::Module { .. }, _) => self.finish_module(),
             (_, Answer::Value(value)) => self.give(value),
             (_, Answer::Fault) => self.page().set_msr(None),
             (Exit::Access(Access::MsrWrite { index, value }), Answer::Done) => {
@@ -504,6 +512,10 @@ impl Cpu for KvmCpu {
 
     fn request_window(&mut self, wanted: bool) {
         self.page().request_window(wanted);
+    }
+
+    fn show_clock(&mut self, clock: ShownClock) {
+        self.write_clock(clock);
     }
 
     fn site(&mut self) -> Option<u64> {

@@ -90,7 +90,7 @@ fn a_section_that_no_segment_loads_is_refused() {
         matches!(
             error,
             BootError::BadElf {
-                what: "a code section's address",
+                what: "a section's address",
                 ..
             }
         ),

@@ -53,7 +53,7 @@ fn boot(
     cmdline: &str,
 ) -> Result<(Ram, BootPlan), BootError> {
     let elf = Elf::parse(&kernel.elf)?;
-    let sites = traps::find(&elf)?;
+    let sites = traps::find(&elf, &[])?;
     let mut ram = Ram(vec![0; ram_bytes]);
     let plan = load(
         &mut ram,
@@ -100,12 +100,14 @@ fn the_zero_page_says_where_everything_is() {
         ram.0[at as usize..][..5001],
         [vec![7; 5000], vec![0]].concat()
     );
-    assert_eq!(ram.0[page as usize + 0x1e8], 2);
-    assert_eq!(
-        (ram.u64(page + 0x2d0 + 20), ram.u64(page + 0x2d0 + 28)),
-        (0x10_0000, 31 << 20)
-    );
-    assert_eq!(ram.u32(page + 0x2d0 + 36), 1);
+    assert_eq!(ram.0[page as usize + 0x1e8], 3);
+    for (entry, address, bytes, kind) in [(1, 0xe_0000, 0x2_0000, 2), (2, 0x10_0000, 31 << 20, 1)] {
+        let at = page + 0x2d0 + 20 * entry;
+        assert_eq!((ram.u64(at), ram.u64(at + 8)), (address, bytes));
+        assert_eq!(ram.u32(at + 16), kind);
+    }
+    let rsdp = ram.u64(page + 0x70);
+    assert_eq!(&ram.0[rsdp as usize..][..8], b"RSD PTR ");
 }
 
 #[test]
@@ -224,22 +226,32 @@ fn the_initrd_stays_below_what_the_kernel_can_read() {
 }
 
 #[test]
-fn the_memory_map_leaves_the_device_hole_between_3_and_4_gib() {
+fn the_memory_map_leaves_out_the_acpi_tables_and_the_device_hole_between_3_and_4_gib() {
     let ram = |address, bytes| E820Entry {
         address,
         bytes,
         kind: 1,
     };
+    let tables = E820Entry {
+        address: 0xe_0000,
+        bytes: 0x2_0000,
+        kind: 2,
+    };
     assert_eq!(
         e820(256 << 20),
-        [ram(0, 0x9fc00), ram(0x10_0000, 255 << 20)]
+        [ram(0, 0x9fc00), tables, ram(0x10_0000, 255 << 20)]
     );
     assert_eq!(
         e820(3 << 30),
-        [ram(0, 0x9fc00), ram(0x10_0000, (3 << 30) - 0x10_0000)]
+        [
+            ram(0, 0x9fc00),
+            tables,
+            ram(0x10_0000, (3 << 30) - 0x10_0000)
+        ]
     );
     let five = [
         ram(0, 0x9fc00),
+        tables,
         ram(0x10_0000, (3 << 30) - 0x10_0000),
         ram(4 << 30, 2 << 30),
     ];

@@ -5,7 +5,7 @@ use super::*;
 
 fn kinds(code: &[u8]) -> Vec<(u64, u8, SiteKind)> {
     let file = tiny_elf(code);
-    let sites = find(&Elf::parse(&file).unwrap()).unwrap();
+    let sites = find(&Elf::parse(&file).unwrap(), &[]).unwrap();
     sites
         .sites
         .iter()
@@ -65,7 +65,7 @@ fn data_is_not_searched() {
         &[(".text", 0, 2), (".rodata", 2, 2)],
     );
     assert_eq!(
-        find(&Elf::parse(&file).unwrap()).unwrap().counts(),
+        find(&Elf::parse(&file).unwrap(), &[]).unwrap().counts(),
         TrapCounts {
             rdtsc: 1,
             ..TrapCounts::default()
@@ -80,7 +80,7 @@ fn cr4_in_the_first_page_of_text_is_left_alone_and_time_there_is_not() {
     code[..5].copy_from_slice(&[0x0f, 0x22, 0xe0, 0x0f, 0x31]);
     code[page - 3..].copy_from_slice(&[0x0f, 0x20, 0xe0, 0x0f, 0x22, 0xe0]);
     let file = tiny_elf_with(&code, &[(".text", 0, code.len())]);
-    let sites = find(&Elf::parse(&file).unwrap()).unwrap();
+    let sites = find(&Elf::parse(&file).unwrap(), &[]).unwrap();
     assert_eq!(
         sites.counts(),
         TrapCounts {
@@ -92,7 +92,7 @@ fn cr4_in_the_first_page_of_text_is_left_alone_and_time_there_is_not() {
     assert!(sites.at(TINY_VIRTUAL + EARLY_BYTES).is_some());
 
     let file = tiny_elf_with(&[0x0f, 0x22, 0xe0, 0x0f, 0x31], &[(".head.text", 0, 5)]);
-    let sites = find(&Elf::parse(&file).unwrap()).unwrap();
+    let sites = find(&Elf::parse(&file).unwrap(), &[]).unwrap();
     assert_eq!(
         sites.counts(),
         TrapCounts {
@@ -106,7 +106,7 @@ fn cr4_in_the_first_page_of_text_is_left_alone_and_time_there_is_not() {
 fn a_kernel_without_time_reads_is_refused() {
     let file = tiny_elf(&[0x0f, 0x01, 0xf9, 0x0f, 0xa2]);
     assert_eq!(
-        find(&Elf::parse(&file).unwrap()),
+        find(&Elf::parse(&file).unwrap(), &[]),
         Err(BootError::NoTimeReads { code_bytes: 5 })
     );
 }
@@ -114,7 +114,7 @@ fn a_kernel_without_time_reads_is_refused() {
 #[test]
 fn a_site_behind_piled_up_prefixes_is_refused() {
     let file = tiny_elf(&[0x66, 0x66, 0x66, 0x0f, 0x31]);
-    let error = find(&Elf::parse(&file).unwrap()).unwrap_err();
+    let error = find(&Elf::parse(&file).unwrap(), &[]).unwrap_err();
     assert_eq!(
         error,
         BootError::OddSite {
@@ -137,12 +137,7 @@ fn a_trap_is_as_long_as_what_it_replaces_and_decodes_to_an_out_and_nops() {
         ),
         (SiteKind::ReadCr4 { target: 0 }, 3, &[0xe6, 0xf5, 0x90]),
     ] {
-        let (trap, trap_length) = rewrite(&Site {
-            address: 0,
-            physical: 0,
-            length,
-            kind,
-        });
+        let (trap, trap_length) = rewrite(kind, length);
         assert_eq!(&trap[..trap_length], bytes);
         let decoded: Vec<_> = Decoder::new(64, bytes, DecoderOptions::NONE)
             .iter()
@@ -154,6 +149,54 @@ fn a_trap_is_as_long_as_what_it_replaces_and_decodes_to_an_out_and_nops() {
             "{decoded:?}"
         );
     }
+}
+
+#[test]
+fn calls_of_the_first_function_that_is_called_are_sites_and_written_back_as_they_were() {
+    let at = |offset: u64| TINY_VIRTUAL + offset;
+    // 0: rdtsc; 2: call 17; 7: jmp 17; 12: call 18; 17: ret; 18: ret
+    let code = [
+        &[0x0f, 0x31][..],
+        &[0xe8, 10, 0, 0, 0],
+        &[0xe9, 5, 0, 0, 0],
+        &[0xe8, 1, 0, 0, 0],
+        &[0xc3, 0xc3],
+    ];
+    let file = tiny_elf(&code.concat());
+    let elf = Elf::parse(&file).unwrap();
+    let calls = |loads: &[u64]| -> Vec<Site> {
+        let sites = find(&elf, loads).unwrap().sites;
+        let call = |site: &Site| site.kind.port() == TRAP_MODULE;
+        sites.into_iter().filter(call).collect()
+    };
+    let found = calls(&[at(1), at(17), at(18)]);
+    let expected = [(at(2), true), (at(7), false)];
+    assert_eq!(found.len(), 2);
+    for (site, (address, returns)) in found.iter().zip(expected) {
+        let target = at(17);
+        assert_eq!(site.address, address);
+        assert_eq!(site.kind, SiteKind::Module { target, returns });
+        assert_eq!(check(&elf, site), Ok(()));
+        assert_eq!(rewrite(site.kind, 5).0[..5], [0xe6, 0xf9, 0x90, 0x90, 0x90]);
+        let other = SiteKind::Module {
+            target: target + 1,
+            returns,
+        };
+        assert!(
+            check(
+                &elf,
+                &Site {
+                    kind: other,
+                    ..*site
+                }
+            )
+            .is_err()
+        );
+    }
+    assert_eq!(call(at(2), at(17)), code[1]);
+    assert_eq!(call(at(12), at(2)), [0xe8, 0xf1, 0xff, 0xff, 0xff]);
+    assert_eq!(calls(&[at(18)]).len(), 1);
+    assert_eq!(calls(&[]), []);
 }
 
 #[test]
@@ -200,7 +243,8 @@ fn debians_kernels_have_the_sites_that_objdump_shows() {
         let kernel = super::super::unpack(&image).unwrap();
         let elf = Elf::parse(&kernel.elf).unwrap();
         let started = std::time::Instant::now();
-        let sites = find(&elf).unwrap();
+        let modules = super::super::modules::find(&elf);
+        let sites = find(&elf, modules.loads()).unwrap();
         let counts = sites.counts();
         eprintln!("{path}: {counts:?}, {:?}", started.elapsed());
         let caves = crate::boot::caves::find(&elf);
