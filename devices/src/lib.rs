@@ -26,4 +26,4 @@ pub use around::{Around, FirstReads, NoDisks, Ram, Storage, StorageError};
 pub use board::{Board, BoardState};
 pub use chipset::PvPanic;
 pub use restore::RestoreError;
-pub use virtio::{Devices, DiskSpec, NetSpec, Slot};
+pub use virtio::{Devices, DiskSpec, FRAME_BYTES_MAX, FRAME_BYTES_MIN, NetSpec, Slot};

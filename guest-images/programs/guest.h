@@ -16,6 +16,7 @@
 #include <sys/reboot.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/utsname.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -60,6 +61,26 @@ static inline void mount_all(void)
         if (mount(kinds[i], path, kinds[i], 0, NULL) < 0 && errno != EBUSY)
             must(-1, path);
     }
+}
+
+/* Loads the modules that the image brings for the kernel that runs, in the order of their list. */
+static inline void load_modules(void)
+{
+    struct utsname kernel;
+    must(uname(&kernel), "uname");
+    char path[256], name[128];
+    snprintf(path, sizeof path, "/modules/%s/list", kernel.release);
+    FILE *list = fopen(path, "r");
+    if (!list)
+        must(-1, path);
+    while (fscanf(list, "%127s", name) == 1) {
+        snprintf(path, sizeof path, "/modules/%s/%s", kernel.release, name);
+        int fd = (int)must(open(path, O_RDONLY | O_CLOEXEC), path);
+        if (syscall(SYS_finit_module, fd, "", 0) < 0 && errno != EEXIST)
+            must(-1, path);
+        close(fd);
+    }
+    fclose(list);
 }
 
 /* Zeroed memory, all of it present, that children share with their parent. */

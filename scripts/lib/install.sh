@@ -7,7 +7,7 @@
 # What a stage of the work needs. The ordinary kernel runs the box (the cloud kernel has no 9p);
 # the cloud kernel is the guest that is recorded.
 packages_box=(linux-image-amd64 qemu-system-x86 busybox-static cpio kmod xz-utils)
-packages_images=(linux-image-cloud-amd64 cpio gcc libc6-dev)
+packages_images=(linux-image-cloud-amd64 cpio gcc kmod libc6-dev)
 packages_debian=(mmdebstrap e2fsprogs zstd)
 
 # missing_packages NAME...: prints those of the names that are not installed, one per line.

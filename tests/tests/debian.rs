@@ -10,6 +10,9 @@ use hindsight_replay::{Answer, Event, Exit, JournalReader, JournalWriter, VERSIO
 use hindsight_tests::debian::{Debian, Ran, copy};
 use tempfile::TempDir;
 
+#[path = "debian/network.rs"]
+mod network;
+
 fn scratch() -> TempDir {
     tempfile::tempdir().expect("a temporary directory can be made")
 }

@@ -14,6 +14,7 @@ use hindsight_replay::World;
 use vmm_sys_util::terminal::Terminal;
 
 use crate::kvm::{Alarm, Kicker, stop_requested, take_power_button_presses};
+use crate::net::{Attached, Link, NetError, Waker};
 
 /// Ctrl-], as in telnet and virsh: leaves the guest's console.
 pub const ESCAPE: u8 = 0x1d;
@@ -28,6 +29,35 @@ enum News {
     EndOfInput,
     Stop,
     PowerButton,
+    /// Frames are there.
+    Frames,
+    LinkLost(String),
+}
+
+/// Wakes the world for the network.
+#[derive(Clone, Debug)]
+struct NetWaker {
+    kicker: Kicker,
+    /// Whether there is a vCPU to be kicked.
+    kicks: Arc<AtomicBool>,
+    news: Sender<News>,
+}
+
+impl Waker for NetWaker {
+    fn frames_came(&self) {
+        // A world that is gone needs nothing more.
+        let _ = self.news.send(News::Frames);
+    }
+
+    fn kick(&self) {
+        if self.kicks.load(Ordering::Relaxed) {
+            self.kicker.kick();
+        }
+    }
+
+    fn link_lost(&self, seen: String) {
+        let _ = self.news.send(News::LinkLost(seen));
+    }
 }
 
 /// The host, as the machine's world.
@@ -46,8 +76,8 @@ pub struct HostWorld {
     failure: Option<String>,
     /// How often the power button was pressed and the guest was not told.
     presses: u32,
-    /// Whether there is a vCPU to be kicked.
-    kicks: Arc<AtomicBool>,
+    network: Option<Attached>,
+    waker: NetWaker,
     alarm: Alarm,
     /// When the alarm goes off, unless it has.
     alarm_at: Option<Nanos>,
@@ -60,22 +90,30 @@ impl std::fmt::Debug for News {
             News::EndOfInput => "EndOfInput",
             News::Stop => "Stop",
             News::PowerButton => "PowerButton",
+            News::Frames => "Frames",
+            News::LinkLost(_) => "LinkLost",
         })
     }
 }
 
 impl HostWorld {
     /// The world from now on, for a vCPU on this thread, which must be the main one. Reads standard
-    /// input and watches for SIGINT, SIGTERM and SIGPWR.
-    pub fn start() -> std::io::Result<HostWorld> {
+    /// input and watches for SIGINT, SIGTERM and SIGPWR. The machine's network is at the end of `link`.
+    pub fn start(link: Option<Link>) -> Result<HostWorld, NetError> {
         let kicker = Kicker::for_this_thread()?;
         let alarm = Alarm::for_this_thread()?;
         let (sender, news) = channel();
         let ticks = sender.clone();
         let kicks = Arc::new(AtomicBool::new(true));
-        let theirs = Arc::clone(&kicks);
+        let waker = NetWaker {
+            kicker,
+            kicks,
+            news: sender.clone(),
+        };
+        let theirs = Arc::clone(&waker.kicks);
         std::thread::spawn(move || tick(kicker, &theirs, &ticks));
         std::thread::spawn(move || read_input(&sender));
+        let network = link.map(|link| Attached::new(link, &waker)).transpose()?;
         Ok(HostWorld {
             start: Instant::now(),
             news,
@@ -87,26 +125,33 @@ impl HostWorld {
             random: File::open("/dev/urandom")?,
             failure: None,
             presses: 0,
-            kicks,
+            network,
+            waker,
             alarm,
             alarm_at: None,
         })
     }
 
-    /// The same world without kicks, until there is another machine.
-    pub fn rest(self) -> HostWorld {
-        self.kicks.store(false, Ordering::Relaxed);
+    /// The same world without kicks and network, until there is another machine.
+    pub fn rest(mut self) -> HostWorld {
+        self.waker.kicks.store(false, Ordering::Relaxed);
+        if let Some(network) = &mut self.network {
+            network.take_down();
+        }
         self
     }
 
     /// The world from now on again, for another machine.
-    pub fn restart(mut self) -> HostWorld {
+    pub fn restart(mut self) -> Result<HostWorld, NetError> {
+        if let Some(network) = &mut self.network {
+            network.put_up(&self.waker)?;
+        }
         self.start = Instant::now();
         self.wall_clock = Some(wall_clock());
         self.alarm_at = None;
         self.presses = 0;
-        self.kicks.store(true, Ordering::Relaxed);
-        self
+        self.waker.kicks.store(true, Ordering::Relaxed);
+        Ok(self)
     }
 
     /// The world cannot go on: the machine is to be stopped as if the operator had asked for it.
@@ -126,6 +171,14 @@ impl HostWorld {
             News::EndOfInput => self.input_is_open = false,
             News::Stop => self.stop_asked = self.stop_asked.or(Some(Instant::now())),
             News::PowerButton => self.presses += 1,
+            // They are looked for where they wait.
+            News::Frames => {}
+            News::LinkLost(seen) => {
+                let network = self.network.as_mut();
+                let network = network.expect("only a network that there is says this");
+                let why = network.post_mortem(&seen);
+                self.fail(why);
+            }
         }
     }
 
@@ -135,7 +188,10 @@ impl HostWorld {
             let news = match until {
                 Some(until) if until <= now => return true,
                 Some(until) => self.news.recv_timeout(Duration::from_nanos(until - now)),
-                None if !self.input_is_open && (room.console == 0 || self.typed.is_empty()) => {
+                None if !self.input_is_open
+                    && self.network.is_none()
+                    && (room.console == 0 || self.typed.is_empty()) =>
+                {
                     return false;
                 }
                 None => self.news.recv().map_err(|_| RecvTimeoutError::Disconnected),
@@ -188,6 +244,11 @@ impl World for HostWorld {
             let count = self.typed.len().min(room.console);
             return Some(Input::Console(self.typed.drain(..count).collect()));
         }
+        if let Some(network) = self.network.as_ref().filter(|_| room.frames > 0)
+            && let Some(frame) = network.receive()
+        {
+            return Some(Input::Frame(frame));
+        }
         if room.entropy > 0 {
             let mut bytes = vec![0; room.entropy];
             match self.random.read_exact(&mut bytes) {
@@ -199,9 +260,22 @@ impl World for HostWorld {
     }
 
     fn sleep(&mut self, until: Option<Nanos>, room: &Room) -> bool {
+        let network = |asleep, network: &Option<Attached>| {
+            if let Some(network) = network {
+                network.set_asleep(asleep);
+            }
+        };
+        network(true, &self.network);
         let woken = self.sleep_until(until, room);
+        network(false, &self.network);
         self.forget_past_alarm();
         woken
+    }
+
+    fn send(&mut self, frame: &[u8]) {
+        if let Some(network) = &mut self.network {
+            network.send(frame);
+        }
     }
 
     fn alarm(&mut self, at: Option<Nanos>) {

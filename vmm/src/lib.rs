@@ -11,6 +11,7 @@ mod kernel_cache;
 #[allow(unsafe_code)]
 pub mod kvm;
 pub mod machine;
+pub mod net;
 pub mod perf;
 pub mod recording;
 mod tell;

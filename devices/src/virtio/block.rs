@@ -240,3 +240,6 @@ impl Device for Block {
 
     fn reset(&mut self) {}
 }
+
+#[cfg(test)]
+mod tests;

@@ -79,3 +79,6 @@ impl Device for Entropy {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

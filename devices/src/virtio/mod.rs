@@ -9,6 +9,8 @@ mod console;
 mod entropy;
 mod net;
 mod ring;
+#[cfg(test)]
+mod testing;
 mod transport;
 
 use serde::{Deserialize, Serialize};
@@ -21,6 +23,7 @@ use block::Block;
 use console::Console;
 use entropy::Entropy;
 use net::Net;
+pub use net::{FRAME_BYTES_MAX, FRAME_BYTES_MIN};
 use ring::Ring;
 use transport::Transport;
 
@@ -51,6 +54,16 @@ pub struct Devices {
 pub struct NetSpec {
     /// Its address.
     pub mac: [u8; 6],
+}
+
+/// The card that a machine has if nothing more is said: always the same, so that the guest can be told
+/// what it is called. The address is a locally administered one (IEEE 802, bit 1 of the first byte).
+impl Default for NetSpec {
+    fn default() -> NetSpec {
+        NetSpec {
+            mac: [0x52, 0x54, 0x00, 0x68, 0x73, 0x01],
+        }
+    }
 }
 
 /// A disk, as the guest sees it.
@@ -110,6 +123,8 @@ pub(crate) trait Device {
     fn id(&self) -> u32;
     /// The features of its type that it offers.
     fn features(&self) -> u64;
+    /// The driver uses these of the features that were offered.
+    fn accepted(&mut self, _features: u64) {}
     /// The greatest size of each of its queues.
     fn queues(&self) -> &'static [u16];
     /// Its own registers.

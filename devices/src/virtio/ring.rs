@@ -4,6 +4,9 @@
 //! while the ring is served. A guest that breaks the rules of rings breaks its device until it resets it
 //! (virtio 1.3, 2.1.2), and nothing else.
 
+use std::io::Write;
+use std::sync::atomic::Ordering;
+
 use serde::{Deserialize, Serialize};
 use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT, Reader, Writer};
 use vm_memory::{Bytes, GuestAddress};
@@ -75,8 +78,7 @@ impl Ring {
     }
 
     /// Hands each available chain to `serve`, at most `most`, and gives it back with so many bytes written
-    /// to it as that returns. Returns whether the driver
-    /// wants an interrupt for that.
+    /// to it as that returns. Returns whether the driver wants an interrupt for that.
     pub fn serve(
         &mut self,
         ram: &Ram,
@@ -88,26 +90,65 @@ impl Ring {
         };
         let mut given_back = false;
         for _ in 0..most {
-            let next = queue
-                .iter(ram)
-                .map_err(|_| Stop::Broken("an available ring that ran too far"))?
-                .next();
-            let Some(chain) = next else { break };
-            let head = chain.head_index();
-            if chain.clone().take(CHAIN_MAX + 1).count() > CHAIN_MAX {
-                return Err(Stop::Broken("a chain without end"));
-            }
-            let outside = |_| Stop::Broken("a chain that leads out of memory");
-            let reader = chain.clone().reader(ram).map_err(outside)?;
-            let writer = chain.writer(ram).map_err(outside)?;
-            let bytes = serve(reader, writer)?;
-            queue
-                .add_used(ram, head, bytes)
-                .map_err(|_| Stop::Broken("a descriptor that does not exist"))?;
+            let Some(chain) = Chain::next(&mut queue, ram)? else {
+                break;
+            };
+            let bytes = serve(chain.reader, chain.writer)?;
+            give_back(&mut queue, ram, chain.head, bytes)?;
             given_back = true;
         }
+        self.close(queue, ram, given_back)
+    }
+
+    /// Takes as many chains as hold `bytes`, at most `most`, and gives them back one after the other full
+    /// of what `content` is for that many. Returns whether the driver wants an interrupt for that; `None` if
+    /// there are not enough, and then nothing has happened.
+    pub fn fill(
+        &mut self,
+        ram: &Ram,
+        bytes: usize,
+        most: usize,
+        content: impl FnOnce(u16) -> Vec<u8>,
+    ) -> Result<Option<bool>, Stop> {
+        let Some(mut queue) = self.open(ram)? else {
+            return Ok(None);
+        };
+        let (mut chains, mut room) = (Vec::new(), 0);
+        while room < bytes {
+            let next = if chains.len() < most {
+                Chain::next(&mut queue, ram)?
+            } else {
+                None
+            };
+            let Some(chain) = next else {
+                return Ok(None);
+            };
+            room += chain.writer.available_bytes();
+            chains.push(chain);
+        }
+        let content = content(chains.len() as u16);
+        assert_eq!(content.len(), bytes, "content is as long as was said");
+        let mut rest = &content[..];
+        for mut chain in chains {
+            let (now, later) = rest.split_at(rest.len().min(chain.writer.available_bytes()));
+            chain.writer.write_all(now)?;
+            give_back(&mut queue, ram, chain.head, now.len() as u32)?;
+            rest = later;
+        }
+        self.close(queue, ram, true).map(Some)
+    }
+
+    /// Keeps how far `queue` has come. Returns whether the driver wants an interrupt, if something was
+    /// given back.
+    fn close(&mut self, mut queue: Queue, ram: &Ram, given_back: bool) -> Result<bool, Stop> {
         let lost = |_| Stop::Broken("a ring outside memory");
-        queue.enable_notification(ram).map_err(lost)?;
+        // A driver that has given more than was wanted need not say that it gives even more.
+        let left = queue.avail_idx(ram, Ordering::Acquire).map_err(lost)?.0 != queue.next_avail();
+        if left {
+            queue.disable_notification(ram).map_err(lost)?;
+        } else {
+            queue.enable_notification(ram).map_err(lost)?;
+        }
         let wanted = given_back && self.wants_interrupt(&mut queue, ram)?;
         (self.next_available, self.next_used) = (queue.next_avail(), queue.next_used());
         Ok(wanted)
@@ -156,3 +197,49 @@ impl Ring {
         self.max_size == max_size && self.size <= max_size
     }
 }
+
+/// A chain that keeps to the rules.
+struct Chain<'a> {
+    head: u16,
+    reader: Reader<'a>,
+    writer: Writer<'a>,
+}
+
+impl<'a> Chain<'a> {
+    /// The next one that is available.
+    fn next(queue: &mut Queue, ram: &'a Ram) -> Result<Option<Chain<'a>>, Stop> {
+        let next = queue
+            .iter(ram)
+            .map_err(|_| Stop::Broken("an available ring that ran too far"))?
+            .next();
+        let Some(chain) = next else {
+            return Ok(None);
+        };
+        let walk = chain.clone().take(CHAIN_MAX + 1).enumerate();
+        // virtio-queue ends a chain that breaks the rules where it breaks them.
+        let whole = walk
+            .last()
+            .is_some_and(|(index, last)| index < CHAIN_MAX && !last.has_next());
+        if !whole {
+            return Err(Stop::Broken(
+                "a chain without end, or with a descriptor that is none",
+            ));
+        }
+        let outside = |_| Stop::Broken("a chain that leads out of memory");
+        Ok(Some(Chain {
+            head: chain.head_index(),
+            reader: chain.clone().reader(ram).map_err(outside)?,
+            writer: chain.writer(ram).map_err(outside)?,
+        }))
+    }
+}
+
+/// Puts a chain into the used ring, with how many bytes were written to it.
+fn give_back(queue: &mut Queue, ram: &Ram, head: u16, bytes: u32) -> Result<(), Stop> {
+    queue
+        .add_used(ram, head, bytes)
+        .map_err(|_| Stop::Broken("a descriptor that does not exist"))
+}
+
+#[cfg(test)]
+mod tests;

@@ -224,6 +224,8 @@ impl Transport {
         if features_ok && !accepted {
             // The driver reads it back and gives up (3.1.1).
             value &= !STATUS_FEATURES_OK;
+        } else if features_ok {
+            self.kind.device_mut().accepted(self.driver_features);
         }
         self.status = value;
     }
@@ -240,9 +242,16 @@ impl Transport {
         self.done(result)
     }
 
-    /// Something comes from outside.
+    /// Something comes from outside. A device that no driver uses has no rings for it.
     pub fn accept(&mut self, input: &Input, ram: &Ram) {
-        let Some(done) = self.kind.device_mut().accept(input, &mut self.rings, ram) else {
+        let mut none;
+        let rings = if self.is_live() {
+            &mut self.rings
+        } else {
+            none = fresh_rings(&self.kind);
+            &mut none
+        };
+        let Some(done) = self.kind.device_mut().accept(input, rings, ram) else {
             return;
         };
         let wanted = self.done(done).is_ok();
@@ -291,3 +300,6 @@ fn set_low(word: &mut u64, value: u32) {
 fn set_high(word: &mut u64, value: u32) {
     *word = *word & u64::from(u32::MAX) | u64::from(value) << 32;
 }
+
+#[cfg(test)]
+mod tests;

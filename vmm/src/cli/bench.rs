@@ -174,6 +174,10 @@ fn machine_arguments(machine: &MachineOptions) -> Vec<std::ffi::OsString> {
     for disk in &machine.disks {
         arguments.extend(["--disk".into(), disk.text.clone().into()]);
     }
+    arguments.extend(["--net".into(), machine.net.to_string().into()]);
+    for publish in &machine.publish {
+        arguments.extend(["--publish".into(), publish.to_string().into()]);
+    }
     if let Some(how) = machine.time_reads {
         let how = how.to_possible_value().expect("each value can be given");
         arguments.push(format!("--time-reads={}", how.get_name()).into());

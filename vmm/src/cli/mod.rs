@@ -6,6 +6,7 @@ mod diff;
 mod format;
 mod inspect;
 mod output;
+mod pcap;
 mod record;
 mod replay;
 mod run;
@@ -21,6 +22,7 @@ use crate::counting::CountingError;
 use crate::disk::{DiskError, DiskOption, parse_disk};
 use crate::kvm::KvmError;
 use crate::machine::MachineError;
+use crate::net::{NetError, NetOption, Network, Publish, parse_net, parse_publish};
 use crate::recording::RecordingError;
 use crate::tell::{out, tell};
 pub use summary::Summary;
@@ -38,7 +40,7 @@ pub enum Outcome {
     CutShort = 3,
     /// This host cannot do it.
     Unfit = 4,
-    /// The host failed on the way: disk full, KVM error.
+    /// The host failed on the way: disk full, KVM error, network lost.
     HostFailed = 5,
 }
 
@@ -49,7 +51,7 @@ Exit codes:
   2  bad arguments, a file that cannot be used, a recording that does not fit
   3  the recording was cut short or is damaged; what there is replays equal
   4  this host cannot record (see `hindsight doctor`)
-  5  the host failed on the way (disk full, KVM error)";
+  5  the host failed on the way (disk full, KVM error, network lost)";
 
 /// Records a whole Linux machine under stock KVM, and replays it bit for bit.
 #[derive(Debug, Parser)]
@@ -71,6 +73,8 @@ enum Command {
     Inspect(inspect::Options),
     /// Print what the guest wrote to its console, with times; or make an asciicast of it.
     Console(transcript::Options),
+    /// Write the frames that a machine sent and received as a pcapng, for Wireshark and the like.
+    Pcap(pcap::Options),
     /// Show the first difference between two recordings, and what led up to it.
     Diff(diff::Options),
     /// Probe this host's KVM with tiny guests: can it record, and what would be left open?
@@ -115,10 +119,29 @@ pub struct MachineOptions {
     /// what it is told as the disk's serial number.
     #[arg(long = "disk", value_name = "IMG[,ro][,serial=S]", value_parser = parse_disk)]
     pub disks: Vec<DiskOption>,
+    /// A network card, and what it is on: this host's network by way of passt, unprivileged (user); an
+    /// existing tap device (tap=NAME); or no card (none).
+    #[arg(long, value_name = "none|user|tap=NAME", default_value = "none", value_parser = parse_net)]
+    pub net: NetOption,
+    /// With --net user: lets a port of this host lead to one of the guest's. May be repeated. Without
+    /// ADDRESS only this host can reach it.
+    #[arg(long, value_name = "[ADDRESS:]PORT:PORT[/udp]", value_parser = parse_publish)]
+    pub publish: Vec<Publish>,
     /// How the guest's kernel reads the time. Without it: quick, but exit with --chaos, which meddles
     /// with the time at exits.
     #[arg(long, value_enum)]
     pub time_reads: Option<TimeReads>,
+}
+
+impl MachineOptions {
+    /// The network that the machine is to be on.
+    pub fn network(&self) -> Result<Option<Network>, Failure> {
+        if self.net != NetOption::User && !self.publish.is_empty() {
+            let message = "--publish needs --net user";
+            return Err(Failure::new(Outcome::BadInput, message));
+        }
+        Ok(Network::from_options(&self.net, &self.publish))
+    }
 }
 
 /// How the guest's kernel reads the time.
@@ -138,6 +161,7 @@ pub fn main() -> ExitCode {
         Command::Replay(options) => replay::main(&options),
         Command::Inspect(options) => inspect::main(&options),
         Command::Console(options) => transcript::main(&options),
+        Command::Pcap(options) => pcap::main(&options),
         Command::Diff(options) => diff::main(&options),
         Command::Doctor(options) => crate::doctor::main(&options),
         Command::Bench(options) => bench::main(&options),
@@ -186,6 +210,12 @@ fn outcome_of(error: &anyhow::Error) -> Outcome {
     }
     if let Some(CountingError::Counter(_) | CountingError::Inexact { .. }) = error.downcast_ref() {
         return Outcome::Unfit;
+    }
+    if let Some(NetError::NoPasst) = error.downcast_ref() {
+        return Outcome::Unfit;
+    }
+    if let Some(NetError::Passt(_) | NetError::Host(_)) = error.downcast_ref() {
+        return Outcome::HostFailed;
     }
     if let Some(DiskError::Overlay { .. }) = error.downcast_ref() {
         return Outcome::HostFailed;

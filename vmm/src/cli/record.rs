@@ -17,6 +17,7 @@ use super::{Failure, MachineOptions, Outcome, TimeReads};
 use crate::counting::{Counting, Preempt};
 use crate::host::{HostWorld, RawTerminal};
 use crate::machine::{cmdline, host_facts, open_kvm, random_number};
+use crate::net::Link;
 use crate::recording::Recording;
 use crate::tell::tell;
 
@@ -125,12 +126,15 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
         machine,
         host: host_facts(holes),
     };
+    let network = options.machine.network()?;
     let mut session = Session {
         options,
         kvm,
         images,
         header,
         counting,
+        // Before anything is written: most that can be wrong with a network is wrong from the start.
+        link: network.map(Link::open).transpose()?,
         world: None,
         recording: Recording::create(&options.output, options.force)?,
     };
@@ -161,6 +165,8 @@ struct Session<'a> {
     images: Images,
     header: Header,
     counting: Counting,
+    /// For the first recording.
+    link: Option<Link>,
     /// From the first recording on, and out on loan while a guest runs.
     world: Option<HostWorld>,
     recording: Recording,
@@ -184,8 +190,8 @@ impl Session<'_> {
         // Only now: nothing that was prepared is time to the guest, and its kicks would disturb KVM at
         // making a machine.
         let world = match self.world.take() {
-            Some(world) => world.restart(),
-            None => HostWorld::start()?,
+            Some(world) => world.restart()?,
+            None => HostWorld::start(self.link.take())?,
         };
         let live = Live::new(world, memory_every)
             .with_patience(patience)
@@ -212,7 +218,16 @@ impl Session<'_> {
         if let Err(error) = self.recording.write_index(recorder.index()) {
             tell!("hindsight: no index was written ({error}); it will be rebuilt when needed");
         }
-        self.world = Some(recorder.into_inner().into_world().rest());
+        let world = recorder.into_inner().into_world().rest();
+        if let Some(why) = world.failure() {
+            let message = format!(
+                "{why}\nthe machine was stopped at exit {}; the recording in {} is whole up to there",
+                machine.at().exits,
+                options.output.display()
+            );
+            return Err(Failure::new(Outcome::HostFailed, message).into());
+        }
+        self.world = Some(world);
         let mut summary = Summary::new(&machine, &end, 0, Some(bytes));
         summary.chaos_seed = chaos;
         Ok((summary, end))

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use clap::{Args, ValueEnum};
-use hindsight_devices::Devices;
+use hindsight_devices::{Devices, NetSpec};
 use hindsight_replay::{Live, Machine, MachineDescription, Patience, RunError, Unit};
 use kvm_ioctls::Kvm;
 
@@ -15,6 +15,7 @@ use crate::disk::{DiskError, Disks, OpenImage};
 use crate::host::{HostWorld, RawTerminal};
 use crate::kvm::{KvmCpu, KvmError, Preemption};
 use crate::machine::{LoadedKernel, build, cmdline, describe, open_kvm};
+use crate::net::Link;
 use crate::recording::read;
 
 /// Options of `run`.
@@ -63,15 +64,20 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     });
     drop(images);
 
+    let link = options.machine.network()?.map(Link::open).transpose()?;
     let raw = RawTerminal::enter();
-    let mut door = Live::new(HostWorld::start()?, None).with_patience(patience(options.patience));
+    let mut door =
+        Live::new(HostWorld::start(link)?, None).with_patience(patience(options.patience));
     let mut console = Console::new(options.json);
     let result = machine.run(&mut cpu, &mut door, &mut console);
     drop((console, raw));
     let end = result.map_err(host_failure)?;
     let host_ns = start.elapsed().as_nanos() as u64;
     Summary::new(&machine, &end, host_ns, None).print("the guest ended", options.json);
-    Ok(Outcome::Good)
+    match door.into_world().failure() {
+        None => Ok(Outcome::Good),
+        Some(why) => Err(Failure::new(Outcome::HostFailed, why).into()),
+    }
 }
 
 /// The patience that an operator who names so many microseconds, or none, wants.
@@ -115,7 +121,7 @@ impl Images {
         let devices = Devices {
             console: true,
             entropy: true,
-            net: None,
+            net: options.network()?.map(|_| NetSpec::default()),
             disks: specs.map(|(disk, image)| disk.spec(image)).collect(),
         };
         let kernel = LoadedKernel::open(&image)?;

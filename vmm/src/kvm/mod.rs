@@ -15,6 +15,7 @@ pub mod probe;
 mod run_page;
 mod shadow;
 mod signals;
+mod tap;
 mod traps;
 mod vcpu;
 
@@ -24,4 +25,5 @@ pub use preemption::Preemption;
 pub use signals::{
     Alarm, Kicker, install_kick, kick_signal, stop_requested, take_power_button_presses,
 };
+pub use tap::open_tap;
 pub use vcpu::{KernelText, KvmCpu, VcpuCounts};
