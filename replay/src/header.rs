@@ -1,6 +1,6 @@
 //! The head of a journal: which machine this is a recording of.
 
-use hindsight_devices::Devices;
+use hindsight_devices::{Devices, Output};
 use serde::{Deserialize, Serialize};
 
 use crate::cpuid::CpuidTable;
@@ -109,6 +109,28 @@ pub struct CounterFacts {
     pub margin: u64,
 }
 
+/// Which of the guest's consoles its operator sat at: what was typed went there, and what it says is
+/// what is shown.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum OperatorConsole {
+    /// COM1 (ttyS0).
+    #[default]
+    Serial,
+    /// The virtio console (hvc0).
+    Virtio,
+}
+
+impl OperatorConsole {
+    /// The bytes of an output, if it is this console's.
+    pub fn bytes(self, output: &Output) -> Option<&[u8]> {
+        match (self, output) {
+            (OperatorConsole::Serial, Output::Console(bytes))
+            | (OperatorConsole::Virtio, Output::VirtioConsole(bytes)) => Some(bytes),
+            _ => None,
+        }
+    }
+}
+
 /// Facts about the host that recorded: for a reader, and to refuse a CPU of another make.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Host {
@@ -126,6 +148,8 @@ pub struct Host {
     pub counter: Option<CounterFacts>,
     /// The seed of the chaos that was made there.
     pub chaos: Option<u64>,
+    /// The operator's console.
+    pub console: OperatorConsole,
 }
 
 /// Everything a journal says before its first event.

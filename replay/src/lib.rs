@@ -32,7 +32,8 @@ pub use divergence::{Difference, Divergence, first_difference};
 pub use event::{End, Ending, Entry, Event};
 pub use exit::{Answer, Exit, Mode, Registers, TimeInstruction, Turn};
 pub use header::{
-    Content, CounterFacts, Detail, Header, Host, Image, Machine as MachineDescription, TrapCounts,
+    Content, CounterFacts, Detail, Header, Host, Image, Machine as MachineDescription,
+    OperatorConsole, TrapCounts,
 };
 pub use journal::{
     FRAME_HEAD_BYTES, FRAME_MAGIC, Frame, FrameHead, IndexEntry, JournalError, JournalReader,

@@ -94,6 +94,7 @@ impl Scenario {
                 holes: Vec::new(),
                 counter: None,
                 chaos: None,
+                console: hindsight_replay::OperatorConsole::default(),
             },
         }
     }

@@ -10,7 +10,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel}
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use hindsight_devices::{Input, Nanos, Room};
-use hindsight_replay::World;
+use hindsight_replay::{OperatorConsole, World};
 use vmm_sys_util::terminal::Terminal;
 
 use crate::kvm::{Alarm, Kicker, stop_requested, take_power_button_presses};
@@ -26,6 +26,11 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// What other threads have to say.
 enum News {
     Typed(Vec<u8>),
+    /// The terminal has this size.
+    Resized {
+        columns: u16,
+        rows: u16,
+    },
     EndOfInput,
     Stop,
     PowerButton,
@@ -65,7 +70,11 @@ impl Waker for NetWaker {
 pub struct HostWorld {
     start: Instant,
     news: Receiver<News>,
+    /// Which of the guest's consoles is the operator's.
+    console: OperatorConsole,
     typed: VecDeque<u8>,
+    /// The size of the operator's terminal, if the guest has not been told.
+    size: Option<(u16, u16)>,
     wall_clock: Option<u64>,
     input_is_open: bool,
     stop_asked: Option<Instant>,
@@ -87,6 +96,7 @@ impl std::fmt::Debug for News {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             News::Typed(_) => "Typed",
+            News::Resized { .. } => "Resized",
             News::EndOfInput => "EndOfInput",
             News::Stop => "Stop",
             News::PowerButton => "PowerButton",
@@ -98,8 +108,9 @@ impl std::fmt::Debug for News {
 
 impl HostWorld {
     /// The world from now on, for a vCPU on this thread, which must be the main one. Reads standard
-    /// input and watches for SIGINT, SIGTERM and SIGPWR. The machine's network is at the end of `link`.
-    pub fn start(link: Option<Link>) -> Result<HostWorld, NetError> {
+    /// input, which goes to `console`, and watches for SIGINT, SIGTERM and SIGPWR. The machine's network
+    /// is at the end of `link`.
+    pub fn start(link: Option<Link>, console: OperatorConsole) -> Result<HostWorld, NetError> {
         let kicker = Kicker::for_this_thread()?;
         let alarm = Alarm::for_this_thread()?;
         let (sender, news) = channel();
@@ -111,13 +122,16 @@ impl HostWorld {
             news: sender.clone(),
         };
         let theirs = Arc::clone(&waker.kicks);
-        std::thread::spawn(move || tick(kicker, &theirs, &ticks));
+        let watches_size = console == OperatorConsole::Virtio;
+        std::thread::spawn(move || tick(kicker, &theirs, &ticks, watches_size));
         std::thread::spawn(move || read_input(&sender));
         let network = link.map(|link| Attached::new(link, &waker)).transpose()?;
         Ok(HostWorld {
             start: Instant::now(),
             news,
+            console,
             typed: VecDeque::new(),
+            size: terminal_size().filter(|_| watches_size),
             wall_clock: Some(wall_clock()),
             input_is_open: true,
             stop_asked: None,
@@ -148,6 +162,7 @@ impl HostWorld {
         }
         self.start = Instant::now();
         self.wall_clock = Some(wall_clock());
+        self.size = terminal_size().filter(|_| self.console == OperatorConsole::Virtio);
         self.alarm_at = None;
         self.presses = 0;
         self.waker.kicks.store(true, Ordering::Relaxed);
@@ -168,6 +183,7 @@ impl HostWorld {
     fn take(&mut self, news: News) {
         match news {
             News::Typed(bytes) => self.typed.extend(bytes),
+            News::Resized { columns, rows } => self.size = Some((columns, rows)),
             News::EndOfInput => self.input_is_open = false,
             News::Stop => self.stop_asked = self.stop_asked.or(Some(Instant::now())),
             News::PowerButton => self.presses += 1,
@@ -190,7 +206,7 @@ impl HostWorld {
                 Some(until) => self.news.recv_timeout(Duration::from_nanos(until - now)),
                 None if !self.input_is_open
                     && self.network.is_none()
-                    && (room.console == 0 || self.typed.is_empty()) =>
+                    && (self.room_to_type(room) == 0 || self.typed.is_empty()) =>
                 {
                     return false;
                 }
@@ -213,8 +229,18 @@ impl HostWorld {
 
     fn input_waits(&self, room: &Room) -> bool {
         let stops = self.stop_asked.is_some() && !self.stop_given;
-        let types = room.console > 0 && !self.typed.is_empty();
-        stops || self.presses > 0 || types || room.entropy > 0
+        let types = self.room_to_type(room) > 0 && !self.typed.is_empty();
+        let network = self.network.as_ref().filter(|_| room.frames > 0);
+        let receives = network.is_some_and(Attached::waits);
+        stops || self.presses > 0 || types || receives || room.entropy > 0
+    }
+
+    /// How many typed bytes the operator's console has room for.
+    fn room_to_type(&self, room: &Room) -> usize {
+        match self.console {
+            OperatorConsole::Serial => room.console,
+            OperatorConsole::Virtio => room.virtio_console,
+        }
     }
 }
 
@@ -240,9 +266,16 @@ impl World for HostWorld {
             self.presses -= 1;
             return Some(Input::PowerButton);
         }
-        if !self.typed.is_empty() && room.console > 0 {
-            let count = self.typed.len().min(room.console);
-            return Some(Input::Console(self.typed.drain(..count).collect()));
+        if let Some((columns, rows)) = self.size.take() {
+            return Some(Input::Resize { columns, rows });
+        }
+        let count = self.typed.len().min(self.room_to_type(room));
+        if count > 0 {
+            let bytes = self.typed.drain(..count).collect();
+            return Some(match self.console {
+                OperatorConsole::Serial => Input::Console(bytes),
+                OperatorConsole::Virtio => Input::VirtioConsole(bytes),
+            });
         }
         if let Some(network) = self.network.as_ref().filter(|_| room.frames > 0)
             && let Some(frame) = network.receive()
@@ -310,13 +343,28 @@ fn wall_clock() -> u64 {
         .map_or(0, |since| since.as_secs())
 }
 
-fn tick(kicker: Kicker, kicks: &AtomicBool, news: &Sender<News>) {
+/// Columns and rows of the terminal on standard output, if there is one.
+fn terminal_size() -> Option<(u16, u16)> {
+    let size = rustix::termios::tcgetwinsize(std::io::stdout()).ok()?;
+    Some((size.ws_col, size.ws_row))
+}
+
+fn tick(kicker: Kicker, kicks: &AtomicBool, news: &Sender<News>, watches_size: bool) {
     let mut told = false;
+    let mut size = terminal_size();
     loop {
         std::thread::sleep(TICK);
         if stop_requested() && !told {
             told = true;
             if news.send(News::Stop).is_err() {
+                return;
+            }
+        }
+        if watches_size && terminal_size() != size {
+            size = terminal_size();
+            if let Some((columns, rows)) = size
+                && news.send(News::Resized { columns, rows }).is_err()
+            {
                 return;
             }
         }

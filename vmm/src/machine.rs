@@ -4,7 +4,8 @@ use std::io::Read;
 
 use hindsight_devices::{Devices, Storage};
 use hindsight_replay::{
-    Content, CpuidTable, Host, Image, Machine, MachineDescription, QuickReads, Unit,
+    Content, CpuidTable, Host, Image, Machine, MachineDescription, OperatorConsole, QuickReads,
+    Unit,
 };
 use kvm_ioctls::Kvm;
 use thiserror::Error;
@@ -223,17 +224,22 @@ pub fn build(
     Ok((cpu, machine.with_quick_reads(description.quick_reads)))
 }
 
-/// The command line for a machine, from what the operator adds to it.
-pub fn cmdline(added: &str, exact: bool) -> String {
-    if exact || added.is_empty() {
-        return if exact {
-            added.into()
-        } else {
-            MACHINE_CMDLINE.into()
-        };
+/// The command line for a machine whose operator sits at `console`, from what the operator adds to it.
+pub fn cmdline(added: &str, exact: bool, console: OperatorConsole) -> String {
+    if exact {
+        return added.into();
     }
-    // What follows `--` goes to init, so the machine's own words stand first.
-    format!("{MACHINE_CMDLINE} {added}")
+    // Of several consoles the last is the one that /dev/console is. What follows `--` goes to init, so the
+    // machine's own words stand first.
+    let mut words = String::from(MACHINE_CMDLINE);
+    if console == OperatorConsole::Virtio {
+        words.push_str(" console=hvc0");
+    }
+    if !added.is_empty() {
+        words.push(' ');
+        words.push_str(added);
+    }
+    words
 }
 
 /// Refuses a host on which a recording would not replay.
@@ -263,5 +269,6 @@ pub fn host_facts(holes: Vec<String>) -> Host {
         holes,
         counter: None,
         chaos: None,
+        console: hindsight_replay::OperatorConsole::default(),
     }
 }

@@ -251,11 +251,18 @@ impl Transport {
             none = fresh_rings(&self.kind);
             &mut none
         };
+        let before = self.kind.device().config();
         let Some(done) = self.kind.device_mut().accept(input, rings, ram) else {
             return;
         };
         let wanted = self.done(done).is_ok();
         assert!(wanted, "no disk takes anything from outside");
+        if self.kind.device().config() != before {
+            self.generation = self.generation.wrapping_add(1);
+            if self.is_live() {
+                self.interrupts |= CONFIGURATION;
+            }
+        }
     }
 
     /// Adds what the device can take from outside now to `room`.

@@ -15,7 +15,7 @@ use serde_json::Value;
 use super::format::{bytes, thousands};
 use super::run::RunPreempt;
 use super::{Failure, MachineOptions, Outcome};
-use crate::machine::{MACHINE_CMDLINE, cmdline};
+use crate::machine::MACHINE_CMDLINE;
 use crate::tell::{out, tell};
 
 /// Options of `bench`.
@@ -171,6 +171,9 @@ fn machine_arguments(machine: &MachineOptions) -> Vec<std::ffi::OsString> {
     if machine.cmdline_exact {
         arguments.push("--cmdline-exact".into());
     }
+    let console = machine.console.to_possible_value();
+    let console = console.expect("each value can be given");
+    arguments.push(format!("--console={}", console.get_name()).into());
     for disk in &machine.disks {
         arguments.extend(["--disk".into(), disk.text.clone().into()]);
     }
@@ -216,7 +219,7 @@ fn qemu_kvm(machine: &MachineOptions) -> anyhow::Result<Command> {
 /// QEMU with this kernel and what belongs to it.
 fn qemu(machine: &MachineOptions) -> Command {
     // QEMU's machine has its own clocks and controllers: only the console and the reboot are ours.
-    let words = match cmdline(&machine.cmdline, machine.cmdline_exact) {
+    let words = match machine.words() {
         words if machine.cmdline_exact => words,
         words => words.replacen(MACHINE_CMDLINE, "console=ttyS0 panic=-1 reboot=k", 1),
     };

@@ -4,7 +4,7 @@ use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
 use hindsight_devices::{Nanos, Output};
-use hindsight_replay::{Exit, Observer, Turn};
+use hindsight_replay::{Exit, Observer, OperatorConsole, Turn};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::tell::tell;
@@ -16,6 +16,7 @@ const SILENCE: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub struct Console {
     quiet: bool,
+    console: OperatorConsole,
     pace: Option<Instant>,
     bar: Option<ProgressBar>,
     last_exit: (u64, Instant),
@@ -24,10 +25,11 @@ pub struct Console {
 }
 
 impl Console {
-    /// Shows output as it comes, unless `quiet`.
-    pub fn new(quiet: bool) -> Console {
+    /// Shows output of `console` as it comes, unless `quiet`.
+    pub fn new(quiet: bool, console: OperatorConsole) -> Console {
         Console {
             quiet,
+            console,
             pace: None,
             bar: None,
             last_exit: (0, Instant::now()),
@@ -62,7 +64,7 @@ impl Console {
 
 impl Observer for Console {
     fn output(&mut self, _exits: u64, now: Nanos, output: &Output) {
-        let Output::Console(bytes) = output else {
+        let Some(bytes) = self.console.bytes(output) else {
             return;
         };
         if let Some(start) = self.pace {

@@ -17,11 +17,12 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use hindsight_replay::OperatorConsole;
 
 use crate::counting::CountingError;
 use crate::disk::{DiskError, DiskOption, parse_disk};
 use crate::kvm::KvmError;
-use crate::machine::MachineError;
+use crate::machine::{MachineError, cmdline};
 use crate::net::{NetError, NetOption, Network, Publish, parse_net, parse_publish};
 use crate::recording::RecordingError;
 use crate::tell::{out, tell};
@@ -127,6 +128,12 @@ pub struct MachineOptions {
     /// ADDRESS only this host can reach it.
     #[arg(long, value_name = "[ADDRESS:]PORT:PORT[/udp]", value_parser = parse_publish)]
     pub publish: Vec<Publish>,
+    /// Which console of the guest's standard input and output are: the serial one, which speaks from the
+    /// first line of the kernel's on, or virtio's (hvc0), which is faster, follows the size of the
+    /// terminal, and says nothing until the guest has loaded its driver; then the kernel repeats there what
+    /// it has said.
+    #[arg(long, value_enum, default_value_t)]
+    pub console: ConsoleOption,
     /// How the guest's kernel reads the time. Without it: quick, but exit with --chaos, which meddles
     /// with the time at exits.
     #[arg(long, value_enum)]
@@ -141,6 +148,32 @@ impl MachineOptions {
             return Err(Failure::new(Outcome::BadInput, message));
         }
         Ok(Network::from_options(&self.net, &self.publish))
+    }
+}
+
+impl MachineOptions {
+    /// The whole command line.
+    pub fn words(&self) -> String {
+        cmdline(&self.cmdline, self.cmdline_exact, self.console.into())
+    }
+}
+
+/// Which of the guest's consoles is the operator's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum ConsoleOption {
+    /// The serial one (ttyS0).
+    #[default]
+    Serial,
+    /// virtio's (hvc0).
+    Virtio,
+}
+
+impl From<ConsoleOption> for OperatorConsole {
+    fn from(option: ConsoleOption) -> OperatorConsole {
+        match option {
+            ConsoleOption::Serial => OperatorConsole::Serial,
+            ConsoleOption::Virtio => OperatorConsole::Virtio,
+        }
     }
 }
 

@@ -16,7 +16,7 @@ use super::summary::Summary;
 use super::{Failure, MachineOptions, Outcome, TimeReads};
 use crate::counting::{Counting, Preempt};
 use crate::host::{HostWorld, RawTerminal};
-use crate::machine::{cmdline, host_facts, open_kvm, random_number};
+use crate::machine::{host_facts, open_kvm, random_number};
 use crate::net::Link;
 use crate::recording::Recording;
 use crate::tell::tell;
@@ -102,7 +102,7 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     let images = Images::read(&options.machine)?;
     let (kvm, mut holes) = open_kvm()?;
     holes.extend(images.kernel.holes());
-    let words = cmdline(&options.machine.cmdline, options.machine.cmdline_exact);
+    let words = options.machine.words();
     let counting = Counting::choose(
         &kvm,
         options.preempt,
@@ -178,6 +178,8 @@ impl Session<'_> {
         let options = self.options;
         self.header.host.chaos = chaos;
         self.header.host.counter = self.counting.facts();
+        let console = options.machine.console.into();
+        self.header.host.console = console;
         let (mut cpu, mut machine) = self.images.build(&self.kvm, &self.header.machine)?;
         self.counting.give_to(&mut cpu)?;
 
@@ -191,7 +193,7 @@ impl Session<'_> {
         // making a machine.
         let world = match self.world.take() {
             Some(world) => world.restart()?,
-            None => HostWorld::start(self.link.take())?,
+            None => HostWorld::start(self.link.take(), console)?,
         };
         let live = Live::new(world, memory_every)
             .with_patience(patience)
@@ -199,7 +201,7 @@ impl Session<'_> {
         let journal = self.recording.create_journal()?;
         let mut recorder = Recorder::create(live, journal, &self.header)
             .map_err(|error| Failure::new(Outcome::HostFailed, error))?;
-        let mut console = Console::new(options.quiet || options.json);
+        let mut console = Console::new(options.quiet || options.json, console);
         let result = machine.run(&mut cpu, &mut recorder, &mut console);
         drop(console);
 

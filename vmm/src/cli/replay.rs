@@ -123,7 +123,7 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
         .and_then(|index| index.last().map(|last| last.through));
 
     let quiet = options.quiet || options.json;
-    let mut console = Console::new(quiet);
+    let mut console = Console::new(quiet, header.host.console);
     if options.real_time {
         console = console.at_recorded_pace();
     }

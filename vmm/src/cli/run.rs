@@ -14,7 +14,7 @@ use crate::counting::Counting;
 use crate::disk::{DiskError, Disks, OpenImage};
 use crate::host::{HostWorld, RawTerminal};
 use crate::kvm::{KvmCpu, KvmError, Preemption};
-use crate::machine::{LoadedKernel, build, cmdline, describe, open_kvm};
+use crate::machine::{LoadedKernel, build, describe, open_kvm};
 use crate::net::Link;
 use crate::recording::read;
 
@@ -52,7 +52,7 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     let start = Instant::now();
     let images = Images::read(&options.machine)?;
     let (kvm, _) = open_kvm()?;
-    let words = cmdline(&options.machine.cmdline, options.machine.cmdline_exact);
+    let words = options.machine.words();
     let unit = Counting::likely_unit();
     let quick = options.machine.time_reads != Some(TimeReads::Exit);
     let mut description = images.describe(&kvm, words, options.machine.memory, quick)?;
@@ -66,9 +66,12 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
 
     let link = options.machine.network()?.map(Link::open).transpose()?;
     let raw = RawTerminal::enter();
-    let mut door =
-        Live::new(HostWorld::start(link)?, None).with_patience(patience(options.patience));
-    let mut console = Console::new(options.json);
+    let mut door = Live::new(
+        HostWorld::start(link, options.machine.console.into())?,
+        None,
+    )
+    .with_patience(patience(options.patience));
+    let mut console = Console::new(options.json, options.machine.console.into());
     let result = machine.run(&mut cpu, &mut door, &mut console);
     drop((console, raw));
     let end = result.map_err(host_failure)?;

@@ -4,13 +4,13 @@ use std::io::{BufWriter, Write};
 use std::path::PathBuf;
 
 use clap::Args;
-use hindsight_devices::Nanos;
-use hindsight_replay::Observer;
+use hindsight_devices::{Input, Nanos};
+use hindsight_replay::{Observer, OperatorConsole};
 use serde_json::json;
 
-use super::Outcome;
 use super::output::Output;
 use super::replay::watch;
+use super::{ConsoleOption, Outcome};
 use crate::recording::{Recording, RecordingError};
 
 /// Options of `console`.
@@ -21,6 +21,9 @@ switched on; a line has the time of its first byte.")]
 pub struct Options {
     /// The recording.
     recording: PathBuf,
+    /// Which of the guest's consoles; without it, the one that was the operator's.
+    #[arg(long = "console", value_enum, value_name = "WHICH")]
+    which: Option<ConsoleOption>,
     /// Write an asciicast (version 2), which asciinema plays, to FILE instead.
     #[arg(long, value_name = "FILE")]
     cast: Option<PathBuf>,
@@ -41,14 +44,18 @@ fn parse_size(text: &str) -> Result<(u16, u16), String> {
 pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     let recording = Recording::at(&options.recording);
     let journal = recording.journal()?;
+    let console = match options.which {
+        Some(which) => which.into(),
+        None => journal.header().host.console,
+    };
     let transcript = match &options.cast {
-        None => Transcript::new(Box::new(std::io::stdout()), Form::Lines),
+        None => Transcript::new(Box::new(std::io::stdout()), Form::Lines, console),
         Some(path) => {
             let file = std::fs::File::create(path).map_err(|source| RecordingError::Write {
                 path: path.clone(),
                 source,
             })?;
-            let mut transcript = Transcript::new(Box::new(file), Form::Cast);
+            let mut transcript = Transcript::new(Box::new(file), Form::Cast, console);
             transcript.begin_cast(options.size);
             transcript
         }
@@ -69,6 +76,7 @@ enum Form {
 struct Transcript {
     out: Output<BufWriter<Box<dyn Write>>>,
     form: Form,
+    console: OperatorConsole,
     /// A line has begun and not ended.
     in_line: bool,
     /// The beginning of a character whose end has not come yet.
@@ -76,10 +84,11 @@ struct Transcript {
 }
 
 impl Transcript {
-    fn new(out: Box<dyn Write>, form: Form) -> Transcript {
+    fn new(out: Box<dyn Write>, form: Form, console: OperatorConsole) -> Transcript {
         Transcript {
             out: Output::new(BufWriter::new(out)),
             form,
+            console,
             in_line: false,
             rest: Vec::new(),
         }
@@ -106,10 +115,15 @@ impl Transcript {
         let text = String::from_utf8_lossy(&self.rest[..whole]).into_owned();
         self.rest.drain(..whole);
         if !text.is_empty() {
-            let (seconds, micros) = split(now);
-            self.out
-                .write(format!("[{seconds}.{micros:06}, \"o\", {}]\n", json!(text)).as_bytes());
+            self.cast_event(now, "o", &text);
         }
+    }
+
+    /// One event of an asciicast: "o" for output, "r" for a new size.
+    fn cast_event(&mut self, now: Nanos, kind: &str, text: &str) {
+        let (seconds, micros) = split(now);
+        let line = format!("[{seconds}.{micros:06}, \"{kind}\", {}]\n", json!(text));
+        self.out.write(line.as_bytes());
     }
 
     fn finish(mut self) -> anyhow::Result<()> {
@@ -122,12 +136,18 @@ impl Transcript {
 
 impl Observer for Transcript {
     fn output(&mut self, _exits: u64, now: Nanos, output: &hindsight_devices::Output) {
-        let hindsight_devices::Output::Console(bytes) = output else {
+        let Some(bytes) = self.console.bytes(output) else {
             return;
         };
         match self.form {
             Form::Lines => self.lines(now, bytes),
             Form::Cast => self.event(now, bytes),
+        }
+    }
+
+    fn input(&mut self, _exits: u64, now: Nanos, input: &Input) {
+        if let (Form::Cast, Input::Resize { columns, rows }) = (self.form, input) {
+            self.cast_event(now, "r", &format!("{columns}x{rows}"));
         }
     }
 }
