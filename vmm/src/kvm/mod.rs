@@ -1,7 +1,8 @@
 //! The machine's CPU and memory, on stock KVM. With `perf`, the only place of unsafe code.
 
 pub mod cpuid;
-pub mod entries;
+mod deadline;
+mod entries;
 mod entry_stub;
 mod error;
 pub mod exit_cost;
@@ -10,6 +11,7 @@ mod memory;
 pub mod msr;
 mod preemption;
 pub mod probe;
+mod real_mode;
 mod run_page;
 mod shadow;
 mod signals;
