@@ -437,6 +437,25 @@ fn a_guest_that_turns_itself_off_ends_its_recording_and_replays_equal() {
 }
 
 #[test]
+#[ignore = "needs a KVM that can record"]
+fn a_kernel_that_is_told_to_do_without_replays_equal_too() {
+    let debian = Debian::from_env();
+    for words in [
+        "lapic=notscdeadline",
+        "noapic",
+        "noapic nolapic acpi=off reboot=k",
+    ] {
+        let dir = scratch();
+        let recording = dir.path().join("r");
+        let options = ["--cmdline", words, "--quiet"];
+        debian.record(&recording, "hello", &options, b"").expect(0);
+        let replayed = debian.replay(&recording, &[]).expect(0);
+        let told = replayed.text();
+        assert!(told.contains("hello from user space"), "{words}: {told}");
+    }
+}
+
+#[test]
 #[ignore = "needs a KVM that can record, and the kernel's modules in /lib/modules"]
 fn the_power_button_turns_a_guest_off_that_listens() {
     let (debian, dir) = (Debian::from_env(), scratch());

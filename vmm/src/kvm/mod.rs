@@ -2,7 +2,8 @@
 
 mod clock;
 pub mod cpuid;
-pub mod entries;
+mod deadline;
+mod entries;
 mod entry_stub;
 mod error;
 pub mod exit_cost;
@@ -12,6 +13,7 @@ mod modules;
 pub mod msr;
 mod preemption;
 pub mod probe;
+mod real_mode;
 mod run_page;
 mod shadow;
 mod signals;
