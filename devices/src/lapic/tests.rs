@@ -69,7 +69,7 @@ impl Bench {
         self.lapic.receive(fixed(vector))
     }
 
-    fn to_x2apic(&mut self) {
+    fn turn_x2apic_on(&mut self) {
         assert_eq!(self.wrmsr(0x1b, 0xfee0_0d00), Reply::Done);
     }
 }
@@ -397,7 +397,7 @@ fn an_x2apic_has_the_same_registers_by_msr_and_forgives_nothing() {
     let mut bench = Bench::new();
     assert_eq!(bench.rdmsr(0x802), Reply::Fault, "not yet");
     bench.receive(0x40);
-    bench.to_x2apic();
+    bench.turn_x2apic_on();
     assert!(!bench.lapic.answers(0xfee0_0000));
     assert_eq!(bench.rdmsr(0x802), Reply::Value(0));
     assert_eq!(
@@ -438,7 +438,7 @@ fn illegal_transitions_of_the_base_fault() {
     for value in [0xfee0_0901, 0xfee0_0500, 1 << 52 | 0x900] {
         assert_eq!(bench.wrmsr(0x1b, value), Reply::Fault, "{value:#x}");
     }
-    bench.to_x2apic();
+    bench.turn_x2apic_on();
     assert_eq!(
         bench.wrmsr(0x1b, 0xfee0_0900),
         Reply::Fault,

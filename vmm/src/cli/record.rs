@@ -44,7 +44,8 @@ impl From<DetailOption> for Detail {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 The guest's console is standard input and output; at a terminal, Ctrl-] ends the recording.
-Ctrl-C elsewhere (SIGINT, SIGTERM) closes it cleanly too. The summary goes to standard error.
+Ctrl-C elsewhere (SIGINT, SIGTERM) closes it cleanly too; SIGPWR presses the guest's power button,
+and a guest that turns itself off ends its recording. The summary goes to standard error.
 
 A timer or an input that is due waits --patience for the guest to exit by itself, then preempts it
 at a counted place, which the replay finds again. Chaos moves timers about to bring out races:

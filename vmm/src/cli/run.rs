@@ -20,6 +20,9 @@ use crate::recording::read;
 
 /// Options of `run`.
 #[derive(Debug, Args)]
+#[command(after_help = "\
+The guest's console is standard input and output; at a terminal, Ctrl-] ends the run, elsewhere
+SIGINT and SIGTERM do. SIGPWR presses the guest's power button.")]
 pub struct Options {
     #[command(flatten)]
     machine: MachineOptions,

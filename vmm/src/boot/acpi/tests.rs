@@ -6,7 +6,7 @@ struct Found {
 }
 
 impl Found {
-    fn new(slots: &[VirtioSlot]) -> Found {
+    fn new(slots: &[Slot]) -> Found {
         Found {
             area: tables(slots),
         }
@@ -96,17 +96,22 @@ fn the_madt_has_one_processor_one_io_apic_and_two_overrides() {
 
 #[test]
 fn each_virtio_slot_is_a_device_with_its_window_and_its_interrupt() {
-    let slots = [0, 1].map(|index| VirtioSlot {
+    let slots = [0, 1].map(|index| Slot {
         gpa: 0xd000_0000 + 0x1000 * index,
         bytes: 0x200,
-        gsi: 16 + index,
+        gsi: 16 + index as u8,
     });
     let found = Found::new(&slots);
     for (name, slot) in [b"VIO0", b"VIO1"].into_iter().zip(slots) {
         assert!(contains(found.dsdt(), name));
-        let window = [&[0x86, 9, 0, 1][..], &slot.gpa.to_le_bytes(), &[0, 2, 0, 0]].concat();
+        let window = [
+            &[0x86, 9, 0, 1][..],
+            &(slot.gpa as u32).to_le_bytes(),
+            &[0, 2, 0, 0],
+        ]
+        .concat();
         assert!(contains(found.dsdt(), &window));
-        let interrupt = [&[0x89, 6, 0, 1, 1][..], &slot.gsi.to_le_bytes()].concat();
+        let interrupt = [&[0x89, 6, 0, 1, 1][..], &u32::from(slot.gsi).to_le_bytes()].concat();
         assert!(contains(found.dsdt(), &interrupt), "level, active high");
     }
     assert!(!contains(Found::new(&[]).dsdt(), b"LNRO0005"));
