@@ -9,6 +9,8 @@
 packages_box=(linux-image-amd64 qemu-system-x86 busybox-static cpio kmod xz-utils)
 packages_images=(linux-image-cloud-amd64 cpio gcc kmod libc6-dev)
 packages_debian=(mmdebstrap e2fsprogs zstd)
+# What the tests of networks drive guests with, and read what `hindsight pcap` writes with.
+packages_network=(passt iproute2 tshark)
 
 # missing_packages NAME...: prints those of the names that are not installed, one per line.
 missing_packages() {
