@@ -11,3 +11,4 @@ pub mod toy_cpu;
 pub mod toy_disks;
 pub mod toy_driver;
 pub mod toy_program;
+pub mod whole;
