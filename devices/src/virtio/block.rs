@@ -276,11 +276,7 @@ impl Device for Block {
         Ok(true)
     }
 
-    fn acknowledged(
-        &mut self,
-        rings: &mut [Ring],
-        around: &mut Around<'_>,
-    ) -> Result<bool, Stop> {
+    fn acknowledged(&mut self, rings: &mut [Ring], around: &mut Around<'_>) -> Result<bool, Stop> {
         if self.unfinished {
             self.notified(0, rings, around)
         } else {

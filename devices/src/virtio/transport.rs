@@ -252,10 +252,7 @@ impl Transport {
         if !self.is_live() {
             return Ok(());
         }
-        let result = self
-            .kind
-            .device_mut()
-            .acknowledged(&mut self.rings, around);
+        let result = self.kind.device_mut().acknowledged(&mut self.rings, around);
         self.done(result)
     }
 

@@ -60,9 +60,8 @@ impl Storage for Disks {
         let sectors = self.sectors(disk, offset, into.len() as u64);
         self.work.moved_bytes += into.len() as u64;
         for (sector, into) in sectors.zip(into.chunks_mut(SECTOR_BYTES as usize)) {
-            let is_clear = |(other, range): &(usize, Range<u64>)| {
-                *other == disk && range.contains(&sector)
-            };
+            let is_clear =
+                |(other, range): &(usize, Range<u64>)| *other == disk && range.contains(&sector);
             if let Some(data) = self.written.get(&(disk, sector)) {
                 into.copy_from_slice(data);
             } else if self.cleared.iter().any(is_clear) {

@@ -63,9 +63,11 @@ impl Guest {
                 self.store(slot, 0x030, queue as u64),
                 self.store(slot, 0x044, bytes.int_in_range(0..=1)?),
             ]),
-            10 => Ok(vec![
-                self.store(slot, 0x070, bytes.arbitrary::<u8>()?.into()),
-            ]),
+            10 => Ok(vec![self.store(
+                slot,
+                0x070,
+                bytes.arbitrary::<u8>()?.into(),
+            )]),
             11 => Ok(vec![self.store(slot, 0x064, 3)]),
             12 => Ok(vec![self.raw_access(slot, bytes)?]),
             13 => {

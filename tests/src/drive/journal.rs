@@ -85,7 +85,10 @@ fn read_file(file: &[u8]) {
         );
         assert_eq!(frame.entries.len(), frame.sizes.len());
         for entry in frame.entries {
-            assert!(entry.exits <= frame.head.through, "an event behind its frame");
+            assert!(
+                entry.exits <= frame.head.through,
+                "an event behind its frame"
+            );
             if let Event::Input(input) = entry.event {
                 board.accept(input, &ram);
                 board.take_outputs();
