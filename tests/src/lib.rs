@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 pub mod debian;
+pub mod drive;
 pub mod measure;
 pub mod seeds;
 pub mod sim;
