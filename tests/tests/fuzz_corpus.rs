@@ -1,4 +1,4 @@
-//! The fuzz targets' corpus, and some thousand inputs made of seeds: they run as everything else does, with
+//! The fuzz targets' corpus, and some hundred inputs made of seeds: they run as everything else does, with
 //! nothing but cargo. `scripts/fuzz` looks for new ones.
 
 use std::path::PathBuf;
@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use hindsight_replay::rng::Rng;
 use hindsight_tests::drive::{Target, drive};
 
-const SEEDS: u64 = 2_000;
+const SEEDS: u64 = 500;
 
 fn corpus(target: Target) -> Vec<(PathBuf, Vec<u8>)> {
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR"))

@@ -2,7 +2,7 @@
 //!
 //! The bytes are decoded to steps against a board with one kind of device: accesses of any kind, drivers'
 //! work done properly but for one lie, input from outside, time, a save in the middle. Whatever the
-//! steps are, what [`world`] asserts after each of them holds. The target [`Target::Journal`] reads a journal
+//! steps are, what `world` asserts after each of them holds. The target [`Target::Journal`] reads a journal
 //! instead.
 //!
 //! This folder needs nothing of the rest of this crate: `tests/fuzz` builds it alone, with a sanitizer.

@@ -29,6 +29,13 @@ const SENT_BYTES_MAX: usize = 257 * FRAME_BYTES_MAX;
 const STATUS: u64 = 0x070;
 const NEEDS_RESET: u64 = 0x40;
 
+thread_local! {
+    /// Memory of both boards. Mapping it anew would take most of the time; each input finds it fresh.
+    static MEMORIES: [Ram; 2] = [(); 2].map(|()| {
+        Ram::from_ranges(&[(GuestAddress(0), RAM_BYTES)]).expect("64 KiB can be mapped")
+    });
+}
+
 /// A board and what is around it.
 #[derive(Debug)]
 struct Side {
@@ -52,13 +59,12 @@ struct Seen {
 }
 
 impl Side {
-    fn new(devices: &Devices) -> Side {
-        let ram = Ram::from_ranges(&[(GuestAddress(0), RAM_BYTES)]).expect("64 KiB can be mapped");
+    fn new(devices: &Devices, ram: Ram) -> Side {
+        let mut bytes = vec![0; RAM_BYTES];
         for guard in GUARDS {
-            let bytes = vec![GUARD_BYTE; (guard.end - guard.start) as usize];
-            ram.write_slice(&bytes, GuestAddress(guard.start))
-                .expect("it is RAM");
+            bytes[guard.start as usize..guard.end as usize].fill(GUARD_BYTE);
         }
+        ram.write_slice(&bytes, GuestAddress(0)).expect("it is RAM");
         Side {
             board: Board::new(devices),
             ram,
@@ -123,16 +129,11 @@ impl Side {
         }
     }
 
-    /// All of its memory; nothing of it on a board whose devices do not reach it.
-    fn memory(&self, slots: &[u64]) -> Vec<u8> {
-        if slots.is_empty() {
-            return Vec::new();
-        }
-        let mut bytes = vec![0; RAM_BYTES];
+    /// Reads all of its memory; nothing of it where nothing is to go.
+    fn read_memory(&self, into: &mut [u8]) {
         self.ram
-            .read_slice(&mut bytes, GuestAddress(0))
+            .read_slice(into, GuestAddress(0))
             .expect("it is RAM");
-        bytes
     }
 }
 
@@ -142,6 +143,11 @@ pub struct World {
     one: Side,
     other: Side,
     slots: Vec<u64>,
+    /// Memory before steps, after them, and that of the other side; empty on a board whose devices do not
+    /// reach it.
+    before: Vec<u8>,
+    after: Vec<u8>,
+    other_after: Vec<u8>,
     /// A driver put a used ring where a guard is, or near it.
     ring_at_guard: bool,
     guards_are_whole: bool,
@@ -150,9 +156,18 @@ pub struct World {
 impl World {
     /// Both boards at power-on.
     pub fn new(devices: &Devices) -> World {
+        let [one, other] = MEMORIES.with(Clone::clone);
+        let bytes = if devices.slots().is_empty() {
+            0
+        } else {
+            RAM_BYTES
+        };
         World {
-            one: Side::new(devices),
-            other: Side::new(devices),
+            before: vec![0; bytes],
+            after: vec![0; bytes],
+            other_after: vec![0; bytes],
+            one: Side::new(devices, one),
+            other: Side::new(devices, other),
             slots: devices.slots().iter().map(|slot| slot.gpa).collect(),
             ring_at_guard: false,
             guards_are_whole: true,
@@ -161,7 +176,8 @@ impl World {
 
     /// Takes steps that belong together.
     pub fn take(&mut self, steps: &[Step]) {
-        let mut before = self.one.memory(&self.slots);
+        let mut before = std::mem::take(&mut self.before);
+        self.one.read_memory(&mut before);
         let dead_before = self.dead();
         let mut resets = false;
         for step in steps {
@@ -175,17 +191,17 @@ impl World {
                 self.restore();
             }
         }
-        let after = self.one.memory(&self.slots);
-        assert!(
-            after == self.other.memory(&self.slots),
-            "the copy's memory is the same"
-        );
+        let mut after = std::mem::take(&mut self.after);
+        self.one.read_memory(&mut after);
+        self.other.read_memory(&mut self.other_after);
+        assert!(after == self.other_after, "the copy's memory is the same");
         if !dead_before.is_empty() && dead_before.iter().all(|dead| *dead) && !resets {
             assert!(after == before, "a dead device writes nothing");
         }
         if !self.slots.is_empty() {
             self.check_guards(&before, &after);
         }
+        (self.before, self.after) = (before, after);
         let state = self.one.board.save();
         assert!(
             state == self.other.board.save(),
