@@ -1,8 +1,8 @@
 //! The machine's CPU and memory, on stock KVM. With `perf`, the only place of unsafe code.
 
 pub mod cpuid;
-mod deadline;
-mod entries;
+pub mod deadline;
+pub mod entries;
 mod entry_stub;
 mod error;
 pub mod exit_cost;
