@@ -2,8 +2,8 @@
 
 mod clock;
 pub mod cpuid;
-mod deadline;
-mod entries;
+pub mod deadline;
+pub mod entries;
 mod entry_stub;
 mod error;
 pub mod exit_cost;
