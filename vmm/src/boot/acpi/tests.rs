@@ -104,7 +104,12 @@ fn each_virtio_slot_is_a_device_with_its_window_and_its_interrupt() {
     let found = Found::new(&slots);
     for (name, slot) in [b"VIO0", b"VIO1"].into_iter().zip(slots) {
         assert!(contains(found.dsdt(), name));
-        let window = [&[0x86, 9, 0, 1][..], &(slot.gpa as u32).to_le_bytes(), &[0, 2, 0, 0]].concat();
+        let window = [
+            &[0x86, 9, 0, 1][..],
+            &(slot.gpa as u32).to_le_bytes(),
+            &[0, 2, 0, 0],
+        ]
+        .concat();
         assert!(contains(found.dsdt(), &window));
         let interrupt = [&[0x89, 6, 0, 1, 1][..], &u32::from(slot.gsi).to_le_bytes()].concat();
         assert!(contains(found.dsdt(), &interrupt), "level, active high");
