@@ -10,6 +10,8 @@ use hindsight_replay::{Answer, Event, Exit, JournalReader, JournalWriter, VERSIO
 use hindsight_tests::debian::{Debian, Ran, copy};
 use tempfile::TempDir;
 
+#[path = "debian/disks.rs"]
+mod disks;
 #[path = "debian/network.rs"]
 mod network;
 
