@@ -13,13 +13,31 @@ fn a_whole_debian_with_a_session_typed_at_its_console_replays_equal() {
     let whole = Whole::new(&debian, "debian");
     let before = std::fs::metadata(whole.disk()).expect("the image is there");
     let recording = scratch.path().join("recording");
-    let recorded = whole.record_session(&recording, &["--net", "user"]).expect(0);
+    let recorded = whole
+        .record_session(&recording, &["--net", "user"])
+        .expect(0);
     let console = recorded.text();
-    for shown in ["Debian GNU/Linux 12", "/dev/vda", "eth0", "reboot: Power down"] {
-        assert!(console.contains(shown), "no {shown:?} on the console:\n{console}");
+    for shown in [
+        "Debian GNU/Linux 12",
+        "/dev/vda",
+        "eth0",
+        "reboot: Power down",
+    ] {
+        assert!(
+            console.contains(shown),
+            "no {shown:?} on the console:\n{console}"
+        );
     }
-    assert!(recorded.stderr.contains("powered off"), "{}", recorded.stderr);
-    assert!(recorded.stderr.contains("modules loaded"), "{}", recorded.stderr);
+    assert!(
+        recorded.stderr.contains("powered off"),
+        "{}",
+        recorded.stderr
+    );
+    assert!(
+        recorded.stderr.contains("modules loaded"),
+        "{}",
+        recorded.stderr
+    );
     let replayed = debian.replay(&recording, &["--verify", "memory"]).expect(0);
     assert_eq!(replayed.text(), console);
     let after = std::fs::metadata(whole.disk()).expect("the image is there");

@@ -116,7 +116,7 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     let last = recording
         .read_index()
         .and_then(|index| index.last().map(|last| last.through));
-    let mut console = Console::new(true);
+    let mut console = Console::new(true, header.host.console);
     if let Some(last) = exit.or(last) {
         console = console.with_progress(last);
     }
