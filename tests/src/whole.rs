@@ -14,6 +14,8 @@ use crate::debian::{Debian, Ran};
 
 /// How long one request may take on a slow host.
 const REQUEST_PATIENCE: Duration = Duration::from_secs(30);
+/// How long an operator takes to see that somebody asks.
+const BEFORE_TYPING: Duration = Duration::from_secs(1);
 /// Tries of one request before it is given up.
 const TRIES: u32 = 20;
 
@@ -78,6 +80,8 @@ impl<'a> Whole<'a> {
             let (behind, line) = steps.get(*next)?;
             if shown.ends_with(behind.as_bytes()) {
                 *next += 1;
+                // A login throws away what was typed before it asked, and asks a little after it says so.
+                std::thread::sleep(BEFORE_TYPING);
                 // A guest that is gone is the test's business.
                 let _ = input.write_all(line.as_bytes());
                 return Some(());
