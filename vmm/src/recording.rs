@@ -358,7 +358,7 @@ mod tests {
         std::fs::write(&image, [7; 512]).unwrap();
         let opened = OpenImage::open(&image).unwrap();
         let recording = Recording::create(&at, false).unwrap();
-        recording.link_disks(&[opened.clone()]).unwrap();
+        recording.link_disks(std::slice::from_ref(&opened)).unwrap();
         // By way of the link that is about to go.
         let through_link = OpenImage::open(&at.join("disk0")).unwrap();
         assert!(matches!(

@@ -57,7 +57,10 @@ fn touch(path: &Path, content: &str, seconds: u64) {
 
 #[test]
 fn files_that_were_added_removed_and_modified_are_told_and_no_others() {
-    for options in [&[][..], &["-O", "^has_journal,^extents,^64bit,^metadata_csum"]] {
+    for options in [
+        &[][..],
+        &["-O", "^has_journal,^extents,^64bit,^metadata_csum"],
+    ] {
         let dir = tempfile::tempdir().unwrap();
         let tree = dir.path().join("tree");
         let (before, now) = (dir.path().join("before"), dir.path().join("now"));
