@@ -6,8 +6,9 @@
 use hindsight_devices::{Access, Input, Nanos, Ram, Room, Width};
 use hindsight_replay::rng::{Rng, mix};
 use hindsight_replay::{
-    Answer, Back, Cpu, Detail, Difference, Ending, Entry, Event, Exit, Horizon, JournalReader,
-    Machine, Mode, Registers, ShownClock, TimeInstruction, WITNESS_EVERY, World,
+    Answer, Back, Closed, Cpu, Detail, Difference, Ending, Entry, Event, Exit, Horizon,
+    JournalReader, Machine, Mode, Registers, Replayer, RunError, ShownClock, TimeInstruction,
+    WITNESS_EVERY, World,
 };
 use hindsight_tests::sim::{
     Recording, Replayed, Scenario, Unchecked, Verdict, bare_machine, cpuid_table, entries_of,
@@ -190,6 +191,31 @@ fn a_replay_stops_at_exactly_the_exit_asked_for() {
             let before = recording.trace.through(until.saturating_sub(1)).interrupts;
             assert!(replayed.trace.interrupts.starts_with(&before));
         }
+    });
+}
+
+#[test]
+fn a_replay_stops_at_the_first_exit_at_the_guest_time_asked_for() {
+    for_seeds(8, |seed| {
+        let [here, there, _] = noises(seed);
+        let recording = Scenario::new(seed).record(Detail::Default, here);
+        let turns = &recording.trace.turns;
+        if turns.len() < 2 {
+            return;
+        }
+        // Not the last one: a run that has ended is not stopped.
+        let wanted = turns[mix(seed) as usize % (turns.len() - 1)].now;
+        let before = turns.iter().take_while(|turn| turn.now < wanted).count() as u64;
+        // It is 0 before the first exit.
+        let expected = if wanted == 0 { 0 } else { before + 1 };
+        let reader = JournalReader::open(recording.journal.as_slice()).expect("the head is whole");
+        let mut machine = machine_of(reader.header());
+        let mut replayer = Replayer::new(reader, None, None).until_time(wanted);
+        let result = machine.run(&mut ToyCpu::new(seed, there), &mut replayer, &mut ());
+        assert!(
+            matches!(result, Err(RunError::Closed(Closed::Reached(exits))) if exits == expected),
+            "asked for {wanted} ns at exit {expected}, came to {result:?}"
+        );
     });
 }
 

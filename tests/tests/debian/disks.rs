@@ -30,6 +30,7 @@ fn image(dir: &Path) -> PathBuf {
     let status = mke2fs
         .arg(&image)
         .arg(format!("{}k", LENGTH >> 10))
+        .stdout(Stdio::null())
         .status();
     assert!(status.expect("mke2fs is there").success());
     image

@@ -3,7 +3,7 @@
 use std::io::{BufWriter, IsTerminal};
 use std::path::{Path, PathBuf};
 
-use clap::Args;
+use clap::{ArgGroup, Args};
 use hindsight_devices::Nanos;
 use hindsight_replay::{Closed, ExitNumber, Machine, Replayer, RunError};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -51,6 +51,7 @@ fn parse_at(text: &str) -> Result<At, String> {
 
 /// Options of `disk`.
 #[derive(Debug, Args)]
+#[command(group(ArgGroup::new("wanted").args(["output", "changed"]).required(true).multiple(true)))]
 #[command(after_help = "\
 The recording is replayed, and checked as it runs, up to the moment. What the guest had not yet
 written to its disk, and had in its memory alone, is not there.
@@ -71,7 +72,7 @@ pub struct Options {
     #[arg(long, value_name = "MOMENT", value_parser = parse_at)]
     at: Option<At>,
     /// Write the disk to IMG, a raw image with holes.
-    #[arg(long, short, value_name = "IMG", required_unless_present = "changed")]
+    #[arg(long, short, value_name = "IMG")]
     output: Option<PathBuf>,
     /// With -o: replace a file that is there.
     #[arg(long, requires = "output")]
@@ -94,10 +95,14 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     let header = journal.header().clone();
     let count = header.machine.images.len();
     if options.disk >= count {
-        let message = format!(
-            "there is no disk {}: the recorded machine has {count}, which count from 0",
-            options.disk
-        );
+        let message = match count {
+            0 => "the recorded machine has no disks".into(),
+            _ => format!(
+                "there is no disk {}: the last one of the recorded machine is {}",
+                options.disk,
+                count - 1
+            ),
+        };
         return Err(Failure::new(Outcome::BadInput, message).into());
     }
     let images = RecordedImages::open(&recording, &header, None, None, &options.images)?;
