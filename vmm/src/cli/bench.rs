@@ -206,7 +206,8 @@ fn qemu_kvm(machine: &MachineOptions) -> anyhow::Result<Command> {
         "-M",
         "q35",
         "-cpu",
-        "host",
+        // QEMU sets the MSR of this feature, which KVM refuses without a local APIC of its own.
+        "host,kvm-asyncpf-int=off",
     ]);
     for disk in &machine.disks {
         let mut drive = std::ffi::OsString::from("format=raw,if=virtio,snapshot=on,file=");
