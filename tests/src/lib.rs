@@ -3,7 +3,9 @@
 
 pub mod debian;
 pub mod measure;
+pub mod requests;
 pub mod seeds;
+pub mod session;
 pub mod sim;
 pub mod sim_world;
 pub mod toy_counter;
