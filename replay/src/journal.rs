@@ -376,7 +376,13 @@ impl<R: Read> JournalReader<R> {
                 "its checksum is {seed:016x}, expected {check:016x}"
             )));
         }
-        let header = postcard::from_bytes(&body).map_err(|e| JournalError::Head(e.to_string()))?;
+        let header: Header =
+            postcard::from_bytes(&body).map_err(|e| JournalError::Head(e.to_string()))?;
+        if !header.machine.devices.are_possible() {
+            return Err(JournalError::Head(
+                "it describes devices that no machine has".into(),
+            ));
+        }
         let offset = 24 + length as u64;
         Ok(JournalReader {
             source,

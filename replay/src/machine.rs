@@ -210,11 +210,6 @@ impl Machine {
         self.panic.message().or_else(|| self.virtio_panic.message())
     }
 
-    /// Its disks.
-    pub fn into_storage(self) -> Box<dyn Storage> {
-        self.storage
-    }
-
     /// Runs until the run ends or the door closes.
     pub fn run<C: Cpu, O: Outside + ?Sized>(
         &mut self,

@@ -27,6 +27,8 @@ pub struct Replayer<R: Read> {
     ahead: VecDeque<Entry>,
     /// Stop here.
     until: Option<u64>,
+    /// Or behind the first exit at this time.
+    until_time: Option<Nanos>,
     memory_every: Option<u64>,
     history: VecDeque<(u64, Turn)>,
     equal_through: u64,
@@ -48,12 +50,21 @@ impl<R: Read> Replayer<R> {
             journal,
             ahead: VecDeque::new(),
             until,
+            until_time: None,
             memory_every,
             history: VecDeque::with_capacity(HISTORY + 1),
             equal_through: 0,
             memories_checked: 0,
             witnesses_checked: 0,
             failed: None,
+        }
+    }
+
+    /// The same door, closed behind the first exit at guest time `time` or later.
+    pub fn until_time(self, time: Nanos) -> Replayer<R> {
+        Replayer {
+            until_time: Some(time),
+            ..self
         }
     }
 
@@ -359,7 +370,8 @@ impl<R: Read> Outside for Replayer<R> {
 
     fn horizon(&mut self, standing: &Standing) -> Result<Horizon, Closed> {
         let exits = standing.exits;
-        if self.until.is_some_and(|until| exits >= until) {
+        let late = self.until_time.is_some_and(|time| standing.now >= time);
+        if late || self.until.is_some_and(|until| exits >= until) {
             return Err(Closed::Reached(exits));
         }
         let expected = match self.peek()? {

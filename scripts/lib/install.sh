@@ -8,9 +8,10 @@
 # the cloud kernel is the guest that is recorded.
 packages_box=(linux-image-amd64 qemu-system-x86 busybox-static cpio kmod xz-utils)
 packages_images=(linux-image-cloud-amd64 cpio gcc kmod libc6-dev)
-# A whole Debian as a guest, and a network for it.
+# What images of a whole Debian are built with.
 packages_debian=(mmdebstrap e2fsprogs zstd)
-packages_net=(passt)
+# What the tests of networks drive guests with, and read what `hindsight pcap` writes with.
+packages_network=(passt iproute2 tshark)
 
 # missing_packages NAME...: prints those of the names that are not installed, one per line.
 missing_packages() {

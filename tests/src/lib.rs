@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 pub mod debian;
+pub mod drive;
 pub mod measure;
 pub mod requests;
 pub mod seeds;
@@ -13,3 +14,4 @@ pub mod toy_cpu;
 pub mod toy_disks;
 pub mod toy_driver;
 pub mod toy_program;
+pub mod whole;

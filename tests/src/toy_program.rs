@@ -196,7 +196,7 @@ impl Program {
             mode @ 0..2 => self.plan.extend([
                 local_apic(0x320, timer | (mode as u32) << 17),
                 local_apic(0x3e0, 0xb),
-                local_apic(0x380, 1_000 + rng.below(4_000_000) as u32),
+                local_apic(0x380, 100 + rng.below(100_000) as u32),
             ]),
             _ => self.plan.extend([
                 local_apic(0x320, timer | 2 << 17),

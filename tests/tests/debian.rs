@@ -10,6 +10,8 @@ use hindsight_replay::{Answer, Event, Exit, JournalReader, JournalWriter, VERSIO
 use hindsight_tests::debian::{Debian, Ran, copy};
 use tempfile::TempDir;
 
+#[path = "debian/disks.rs"]
+mod disks;
 #[path = "debian/network.rs"]
 mod network;
 
@@ -434,6 +436,25 @@ fn a_guest_that_turns_itself_off_ends_its_recording_and_replays_equal() {
         "{}",
         replayed.stderr
     );
+}
+
+#[test]
+#[ignore = "needs a KVM that can record"]
+fn a_kernel_that_is_told_to_do_without_replays_equal_too() {
+    let debian = Debian::from_env();
+    for words in [
+        "lapic=notscdeadline",
+        "noapic",
+        "noapic nolapic acpi=off reboot=k",
+    ] {
+        let dir = scratch();
+        let recording = dir.path().join("r");
+        let options = ["--cmdline", words, "--quiet"];
+        debian.record(&recording, "hello", &options, b"").expect(0);
+        let replayed = debian.replay(&recording, &[]).expect(0);
+        let told = replayed.text();
+        assert!(told.contains("hello from user space"), "{words}: {told}");
+    }
 }
 
 #[test]

@@ -305,6 +305,23 @@ fn another_version_is_named() {
 }
 
 #[test]
+fn a_head_with_devices_that_no_machine_has_is_refused() {
+    let disk = |bytes| hindsight_devices::DiskSpec {
+        bytes,
+        read_only: false,
+        serial: String::new(),
+    };
+    for disks in [vec![disk(512); 9], vec![disk(0)], vec![disk(513)]] {
+        let mut header = header();
+        header.machine.devices.disks = disks;
+        let mut journal = Vec::new();
+        JournalWriter::create(&mut journal, &header).unwrap();
+        let refused = JournalReader::open(journal.as_slice());
+        assert!(matches!(refused, Err(JournalError::Head(_))));
+    }
+}
+
+#[test]
 fn a_damaged_head_is_named() {
     let (journal, index) = small();
     let head = index[0].offset as usize;

@@ -49,6 +49,12 @@ pub enum RecordingError {
     /// There is a recording already.
     #[error("{0} exists; give another directory, or --force to replace it")]
     Exists(PathBuf),
+    /// What stands in the place of a link to an image may be the image.
+    #[error(
+        "{0} is no link but an image of a disk, which is never deleted; move it away, or give another \
+         directory"
+    )]
+    Image(PathBuf),
     /// Not the recorded kernel or initrd.
     #[error(
         "{path} is not the recorded {what}: it has {found_bytes} bytes and BLAKE3 {found}, recorded \
@@ -129,7 +135,17 @@ impl Recording {
         Ok(recording)
     }
 
+    /// Removes files. Of an image, its link alone: an image is the operator's, and there may be no other.
     fn clear(&self, names: &[&str]) -> Result<(), RecordingError> {
+        let links = names
+            .iter()
+            .filter(|name| FILES[FIRST_DISK..].contains(name));
+        for path in links.map(|name| self.path(name)) {
+            let found = std::fs::symlink_metadata(&path);
+            if found.is_ok_and(|found| !found.is_symlink()) {
+                return Err(RecordingError::Image(path));
+            }
+        }
         for path in names.iter().map(|name| self.path(name)) {
             match std::fs::remove_file(&path) {
                 Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
@@ -170,13 +186,11 @@ impl Recording {
         std::fs::write(&path, bytes).map_err(|source| RecordingError::Write { path, source })
     }
 
-    /// Links to the images of its disks, by their absolute paths.
+    /// Links to the images of its disks, by their absolute paths without links.
     pub fn link_disks(&self, images: &[OpenImage]) -> Result<(), RecordingError> {
         for (image, name) in images.iter().zip(&FILES[FIRST_DISK..]) {
             let path = self.path(name);
-            let target = std::path::absolute(image.path());
-            target
-                .and_then(|target| std::os::unix::fs::symlink(target, &path))
+            std::os::unix::fs::symlink(image.target(), &path)
                 .map_err(|source| RecordingError::Write { path, source })?;
         }
         Ok(())
@@ -202,6 +216,28 @@ impl Recording {
             Ok(opened)
         });
         opened.collect()
+    }
+
+    /// Where the image of a disk stands, or a link to it.
+    pub fn disk_path(&self, disk: usize) -> Option<PathBuf> {
+        FILES[FIRST_DISK..].get(disk).map(|name| self.path(name))
+    }
+
+    /// Whether `path` is, or would be, one of its files.
+    pub fn has(&self, path: &Path) -> bool {
+        let Some(directory) = path.parent() else {
+            return false;
+        };
+        let directory = if directory.as_os_str().is_empty() {
+            Path::new(".")
+        } else {
+            directory
+        };
+        let (own, other) = (self.directory.canonicalize(), directory.canonicalize());
+        let named = FILES
+            .iter()
+            .any(|name| path.file_name() == Some(name.as_ref()));
+        named && own.is_ok_and(|own| other.is_ok_and(|other| own == other))
     }
 
     /// Opens the journal for writing.
@@ -309,4 +345,52 @@ pub fn check(
         expected_bytes: expected.bytes,
         expected: expected.hex(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn replacing_a_recording_removes_links_to_images_and_never_an_image() {
+        let dir = tempfile::tempdir().unwrap();
+        let (image, at) = (dir.path().join("image"), dir.path().join("r"));
+        std::fs::write(&image, [7; 512]).unwrap();
+        let opened = OpenImage::open(&image).unwrap();
+        let recording = Recording::create(&at, false).unwrap();
+        recording.link_disks(std::slice::from_ref(&opened)).unwrap();
+        // By way of the link that is about to go.
+        let through_link = OpenImage::open(&at.join("disk0")).unwrap();
+        assert!(matches!(
+            Recording::create(&at, false),
+            Err(RecordingError::Exists(_))
+        ));
+        let recording = Recording::create(&at, true).unwrap();
+        assert!(std::fs::symlink_metadata(at.join("disk0")).is_err());
+        recording.link_disks(&[through_link]).unwrap();
+        assert_eq!(std::fs::read(at.join("disk0")).unwrap(), [7; 512]);
+
+        // The image itself in the place of the link: refused, before anything is removed.
+        recording.write("kernel", b"kernel").unwrap();
+        std::fs::remove_file(at.join("disk0")).unwrap();
+        std::fs::rename(&image, at.join("disk0")).unwrap();
+        for refused in [Recording::create(&at, true).map(drop), recording.remove()] {
+            assert!(
+                matches!(refused, Err(RecordingError::Image(_))),
+                "{refused:?}"
+            );
+        }
+        assert_eq!(std::fs::read(at.join("disk0")).unwrap(), [7; 512]);
+        assert_eq!(std::fs::read(at.join("kernel")).unwrap(), b"kernel");
+    }
+
+    #[test]
+    fn its_own_files_are_known_by_any_path() {
+        let dir = tempfile::tempdir().unwrap();
+        let recording = Recording::create(&dir.path().join("r"), false).unwrap();
+        assert!(recording.has(&dir.path().join("r/../r/disk0")));
+        assert!(recording.has(&dir.path().join("r/journal")));
+        assert!(!recording.has(&dir.path().join("r/my.img")));
+        assert!(!recording.has(&dir.path().join("journal")));
+    }
 }

@@ -268,10 +268,10 @@ fn a_one_shot_fires_once_after_its_count() {
     bench.write(LVT_TIMER, 0x30);
     bench.write(DIVIDE, 0x3); // by 16
     bench.write(INITIAL, 1_000);
-    assert_eq!(bench.lapic.next_interrupt(), Some(17_000));
-    bench.wait(8_000);
+    assert_eq!(bench.lapic.next_interrupt(), Some(641_000));
+    bench.wait(320_000);
     assert_eq!((bench.read(CURRENT), bench.read(INITIAL)), (500, 1_000));
-    bench.wait(7_999);
+    bench.wait(319_999);
     assert!(!bench.lapic.interrupt_pending());
     bench.wait(1);
     assert_eq!(bench.lapic.acknowledge(), 0x30);
@@ -284,7 +284,7 @@ fn a_periodic_timer_keeps_its_pace_over_a_long_absence() {
     let mut bench = Bench::new();
     bench.write(LVT_TIMER, PERIODIC | 0x30);
     bench.write(DIVIDE, 0xb); // by 1
-    bench.write(INITIAL, 4_000_000);
+    bench.write(INITIAL, 100_000); // 4 ms
     bench.wait(4_000_000);
     assert_eq!(bench.lapic.acknowledge(), 0x30);
     bench.write(EOI, 0);
@@ -293,7 +293,7 @@ fn a_periodic_timer_keeps_its_pace_over_a_long_absence() {
     bench.write(EOI, 0);
     assert!(!bench.lapic.interrupt_pending());
     assert_eq!(bench.lapic.next_interrupt(), Some(16_001_000));
-    assert_eq!(bench.read(CURRENT), 2_000_000);
+    assert_eq!(bench.read(CURRENT), 50_000);
     bench.write(INITIAL, 0);
     assert_eq!(bench.lapic.next_event(), None);
 }
@@ -314,7 +314,7 @@ fn every_divider_divides_by_what_the_manual_says() {
         let mut bench = Bench::new();
         bench.write(DIVIDE, value);
         bench.write(INITIAL, 100);
-        assert_eq!(bench.lapic.next_event(), Some(1_000 + 100 * divider));
+        assert_eq!(bench.lapic.next_event(), Some(1_000 + 100 * 40 * divider));
     }
 }
 
@@ -387,7 +387,7 @@ fn a_masked_timer_fires_unheard() {
     bench.write(LVT_TIMER, 0x1_0030);
     bench.write(INITIAL, 100);
     assert_eq!(bench.lapic.next_interrupt(), None);
-    bench.wait(1_000);
+    bench.wait(100_000);
     bench.write(LVT_TIMER, 0x30);
     assert!(!bench.lapic.interrupt_pending());
 }

@@ -1,13 +1,16 @@
 //! The local APIC's timer (Intel SDM vol. 3, 11.5.4).
 //!
-//! It counts a bus clock of 1 GHz, so that one tick is one nanosecond of guest time before the
-//! divider; or it waits until the time stamp counter has come to a deadline. However often a period
+//! It counts a bus clock of 25 MHz, 40 ns of guest time a tick before the divider: fine enough for a
+//! timer, and slow enough for Linux, which uses 23 bits of it, to sleep five seconds. Or it waits until the time stamp counter has come to a deadline. However often a period
 //! has passed since the last look, the timer has fired once.
 
 use serde::{Deserialize, Serialize};
 
 use crate::Nanos;
 use crate::restore::{RestoreError, ensure};
+
+/// One tick of the bus clock.
+const BUS_NS: u64 = 40;
 
 /// A deadline later than this, 292 years, does not come. A halted machine waits for its deadline, and
 /// by how much it was woken earlier must fit a signed number in the journal.
@@ -90,7 +93,7 @@ impl Timer {
         self.loaded = 0;
         self.due = None;
         if mode == Mode::Periodic && self.initial != 0 {
-            let period = u64::from(self.initial) << self.shift();
+            let period = u64::from(self.initial) * self.tick_ns();
             self.start(self.initial, due + (now - due) / period * period);
         }
         true
@@ -150,7 +153,7 @@ impl Timer {
 
     /// The current-count register.
     pub fn count(&self, now: Nanos) -> u32 {
-        let ticks = (now - self.since) >> self.shift();
+        let ticks = (now - self.since) / self.tick_ns();
         // A count that has run down has fired, and was stopped or started again by that.
         self.loaded
             .saturating_sub(u32::try_from(ticks).unwrap_or(u32::MAX))
@@ -194,13 +197,14 @@ impl Timer {
         self.since = since;
         self.due = match count {
             0 => None,
-            _ => since.checked_add(u64::from(count) << self.shift()),
+            _ => since.checked_add(u64::from(count) * self.tick_ns()),
         };
     }
 
-    /// By which power of two the clock is divided: 000 is 2, 110 is 128, 111 is 1.
-    fn shift(&self) -> u32 {
+    /// How long one step of the count takes. The divider is a power of two: 000 is 2, 110 is 128, 111
+    /// is 1.
+    fn tick_ns(&self) -> u64 {
         let bits = self.divide & 3 | self.divide >> 1 & 4;
-        (u32::from(bits) + 1) & 7
+        BUS_NS << ((bits + 1) & 7)
     }
 }

@@ -1,7 +1,8 @@
 //! virtio block (virtio 1.3, 5.2): a disk.
 //!
 //! A request is done when the notification that announced it is over, by way of [`Storage`]; the disk's
-//! bytes are not here. What is discarded reads as zeroes, so that it reads the same every time.
+//! bytes are not here. If there is too much to do for one exit, the rest is done when the driver acknowledges
+//! the interrupt that it gets for the first part. What is discarded reads as zeroes, so that it reads the same every time.
 //!
 //! [`Storage`]: crate::Storage
 
@@ -22,10 +23,15 @@ const REQUEST_BYTES_MAX: usize = 8 << 20;
 const PIECE_BYTES: usize = 128 << 10;
 /// Segments of one request; the ring has room for them and for header and status.
 const SEGMENTS_MAX: u32 = 254;
-/// Sectors of one discard: 2 GiB, so that the range fits 32 bits by far.
-const CLEAR_SECTORS_MAX: u32 = 4 << 20;
+/// Sectors of one range of a discard: 64 MiB. The host may have to write that many zeroes.
+const CLEAR_SECTORS_MAX: u32 = 128 << 10;
 /// Ranges of one discard.
-const CLEAR_SEGMENTS_MAX: u32 = 64;
+const CLEAR_SEGMENTS_MAX: u32 = 8;
+/// What is moved in one exit before the rest has to wait, in bytes; the request that comes to it is still
+/// done. Without it a ring full of large requests would keep the machine for seconds.
+const EXIT_BYTES_MAX: usize = 64 << 20;
+/// A discard counts as so many bytes moved.
+const CLEAR_COUNTS_BYTES: usize = EXIT_BYTES_MAX / 8;
 /// The size that writes are best a multiple of: that of a guest's page.
 const BLOCK_SECTORS: u32 = 8;
 
@@ -36,6 +42,10 @@ const BLK_SIZE: u64 = 1 << 6;
 const FLUSH: u64 = 1 << 9;
 const DISCARD: u64 = 1 << 13;
 const WRITE_ZEROES: u64 = 1 << 14;
+
+/// VIRTIO_BLK_T_* of those that clear (5.2.6).
+const DISCARD_REQUEST: u32 = 11;
+const WRITE_ZEROES_REQUEST: u32 = 13;
 
 /// VIRTIO_BLK_S_* (5.2.6).
 const OK: u8 = 0;
@@ -54,6 +64,15 @@ fn long(words: &Words, at: usize) -> u64 {
     u64::from(word(words, at)) | u64::from(word(words, at + 4)) << 32
 }
 
+/// A request that has been done.
+struct Done {
+    status: u8,
+    /// How many were written for the guest, the status apart.
+    bytes: u32,
+    /// It was a discard, or wrote zeroes.
+    cleared: bool,
+}
+
 /// The device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Block {
@@ -61,6 +80,8 @@ pub(crate) struct Block {
     sectors: u64,
     read_only: bool,
     serial: [u8; 20],
+    /// Requests were left for the moment at which the driver acknowledges the interrupt.
+    unfinished: bool,
 }
 
 impl Block {
@@ -75,36 +96,41 @@ impl Block {
             sectors: spec.bytes / SECTOR_BYTES,
             read_only: spec.read_only,
             serial,
+            unfinished: false,
         }
     }
 
-    /// Does one request; the status and how many bytes were written for the guest.
+    /// Does one request.
     fn request(
         &self,
         reader: &mut Reader<'_>,
         writer: &mut Writer<'_>,
         storage: &mut dyn Storage,
-    ) -> Result<(u8, u32), Stop> {
+    ) -> Result<Done, Stop> {
         let mut header = Words::default();
         reader
             .read_exact(&mut header)
             .map_err(|_| Stop::Broken("a request without a header"))?;
         let sector = long(&header, 8);
-        match word(&header, 0) {
-            0 => self.read(sector, writer, storage),
-            1 => self
-                .write(sector, reader, storage)
-                .map(|status| (status, 0)),
+        let kind = word(&header, 0);
+        let (status, bytes) = match kind {
+            0 => self.read(sector, writer, storage)?,
+            1 => (self.write(sector, reader, storage)?, 0),
             // What was written is as durable as a recording is: there is nothing to wait for.
-            4 => Ok((OK, 0)),
+            4 => (OK, 0),
             8 => {
                 let count = writer.available_bytes().min(self.serial.len());
                 writer.write_all(&self.serial[..count])?;
-                Ok((OK, count as u32))
+                (OK, count as u32)
             }
-            11 | 13 => self.clear(reader, storage).map(|status| (status, 0)),
-            _ => Ok((UNSUPPORTED, 0)),
-        }
+            DISCARD_REQUEST | WRITE_ZEROES_REQUEST => (self.clear(reader, storage)?, 0),
+            _ => (UNSUPPORTED, 0),
+        };
+        Ok(Done {
+            status,
+            bytes,
+            cleared: matches!(kind, DISCARD_REQUEST | WRITE_ZEROES_REQUEST),
+        })
     }
 
     /// Byte offset of a range, if it is all on the disk.
@@ -112,7 +138,8 @@ impl Block {
         let whole =
             bytes > 0 && bytes <= REQUEST_BYTES_MAX && (bytes as u64).is_multiple_of(SECTOR_BYTES);
         let end = sector.checked_add(bytes as u64 / SECTOR_BYTES)?;
-        (whole && end <= self.sectors).then_some(sector * SECTOR_BYTES)
+        // The product fits if the sector is one of the disk's, and only then.
+        (whole && end <= self.sectors).then(|| sector * SECTOR_BYTES)
     }
 
     fn read(
@@ -220,25 +247,46 @@ impl Device for Block {
         around: &mut Around<'_>,
     ) -> Result<bool, Stop> {
         let storage = &mut *around.storage;
-        rings[queue].serve(
-            around.ram,
-            usize::from(QUEUES[0]),
-            |mut reader, mut writer| {
+        let (mut wanted, mut moved) = (false, 0);
+        self.unfinished = false;
+        for _ in 0..QUEUES[0] {
+            wanted |= rings[queue].serve(around.ram, 1, |mut reader, mut writer| {
                 let room = writer.available_bytes();
+                moved += reader.available_bytes() + room;
                 let last = room
                     .checked_sub(1)
                     .ok_or(Stop::Broken("a request without room for its status"))?;
                 let mut status_writer = writer
                     .split_at(last)
                     .map_err(|_| Stop::Broken("a request without room for its status"))?;
-                let (status, bytes) = self.request(&mut reader, &mut writer, storage)?;
-                status_writer.write_all(&[status])?;
-                Ok(bytes + 1)
-            },
-        )
+                let done = self.request(&mut reader, &mut writer, storage)?;
+                moved += if done.cleared { CLEAR_COUNTS_BYTES } else { 0 };
+                status_writer.write_all(&[done.status])?;
+                Ok(done.bytes + 1)
+            })?;
+            if rings[queue].waiting(around.ram) == 0 {
+                return Ok(wanted);
+            }
+            if moved >= EXIT_BYTES_MAX {
+                break;
+            }
+        }
+        // The driver may not want an interrupt yet. It gets one, for that is how it comes back.
+        self.unfinished = true;
+        Ok(true)
     }
 
-    fn reset(&mut self) {}
+    fn acknowledged(&mut self, rings: &mut [Ring], around: &mut Around<'_>) -> Result<bool, Stop> {
+        if self.unfinished {
+            self.notified(0, rings, around)
+        } else {
+            Ok(false)
+        }
+    }
+
+    fn reset(&mut self) {
+        self.unfinished = false;
+    }
 }
 
 #[cfg(test)]

@@ -139,6 +139,15 @@ pub(crate) trait Device {
         rings: &mut [Ring],
         around: &mut Around<'_>,
     ) -> Result<bool, Stop>;
+    /// The driver has acknowledged an interrupt: a device that had more to do than one exit allows goes
+    /// on. Returns as [`Device::notified`] does.
+    fn acknowledged(
+        &mut self,
+        _rings: &mut [Ring],
+        _around: &mut Around<'_>,
+    ) -> Result<bool, Stop> {
+        Ok(false)
+    }
     /// The driver starts afresh.
     fn reset(&mut self);
     /// Takes what comes from outside, if it is for this device; then tells whether the driver wants an

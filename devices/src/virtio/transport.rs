@@ -73,7 +73,8 @@ impl Transport {
 
     /// Whether the driver uses the device now.
     fn is_live(&self) -> bool {
-        self.status & (STATUS_DRIVER_OK | STATUS_NEEDS_RESET) == STATUS_DRIVER_OK
+        const LIVE: u32 = STATUS_FEATURES_OK | STATUS_DRIVER_OK;
+        self.status & (LIVE | STATUS_NEEDS_RESET) == LIVE
     }
 
     /// Whether a saved device is one that could have been.
@@ -171,7 +172,7 @@ impl Transport {
             },
             0x030 => self.queue = value,
             0x050 => return self.notify(value, around),
-            0x064 => self.interrupts &= !value,
+            0x064 => return self.acknowledge(value, around),
             0x070 => self.set_status(value),
             _ => self.set_up_ring(offset, value),
         }
@@ -193,8 +194,12 @@ impl Transport {
             return;
         }
         match offset {
-            // What is no size of a ring is found out when the ring is used.
-            0x038 => ring.size = u16::try_from(value).unwrap_or(0),
+            // What is no size of a ring is found out when the ring is used; none is larger than
+            // what was offered.
+            0x038 => {
+                let size = u16::try_from(value).ok();
+                ring.size = size.filter(|size| *size <= ring.max_size()).unwrap_or(0);
+            }
             0x080 => set_low(&mut ring.descriptors, value),
             0x084 => set_high(&mut ring.descriptors, value),
             0x090 => set_low(&mut ring.available, value),
@@ -239,6 +244,15 @@ impl Transport {
             .kind
             .device_mut()
             .notified(queue, &mut self.rings, around);
+        self.done(result)
+    }
+
+    fn acknowledge(&mut self, causes: u32, around: &mut Around<'_>) -> Result<(), StorageError> {
+        self.interrupts &= !causes;
+        if !self.is_live() {
+            return Ok(());
+        }
+        let result = self.kind.device_mut().acknowledged(&mut self.rings, around);
         self.done(result)
     }
 

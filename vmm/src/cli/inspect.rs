@@ -18,6 +18,7 @@ use super::format::{bytes, seconds, thousands};
 use super::output::Output;
 use super::replay::watch;
 use super::summary::describe_end;
+use crate::disk::OpenImage;
 use crate::recording::Recording;
 use crate::tell::{out, tell};
 
@@ -236,11 +237,13 @@ fn overview(
             "end": end,
             "tail": tail.to_string(),
             "closed": tail.reason == TailReason::Closed,
+            "disks": disks(recording, &header).collect::<Vec<_>>(),
             "journal": census,
         });
         out!("{value}");
     } else {
         print_header(&header);
+        print_devices(recording, &header);
         match &end {
             Some(end) => out!(
                 "end         {}, after exit {} and {}\n            digest {:016x}, memory {}",
@@ -312,6 +315,49 @@ fn print_header(header: &Header) {
             quick.step_ns
         ),
         None => out!("time reads  each exits"),
+    }
+}
+
+/// Where the image of a recorded disk is.
+#[derive(Debug, Serialize)]
+struct DiskImage {
+    /// Its place: what the recording links to, or the recording's own file.
+    image: PathBuf,
+    /// Why it cannot be replayed with, if so.
+    missing: Option<String>,
+}
+
+/// The images of a recording's disks, in the order of the disks.
+fn disks(recording: &Recording, header: &Header) -> impl Iterator<Item = DiskImage> {
+    let images = header.machine.images.iter().enumerate();
+    images.filter_map(|(disk, image)| {
+        let path = recording.disk_path(disk)?;
+        let opened = OpenImage::open(&path).and_then(|opened| opened.check(disk, image));
+        Some(DiskImage {
+            image: std::fs::read_link(&path).unwrap_or(path),
+            missing: opened.err().map(|error| error.to_string()),
+        })
+    })
+}
+
+fn print_devices(recording: &Recording, header: &Header) {
+    let devices = &header.machine.devices;
+    let found = disks(recording, header);
+    for (disk, (spec, found)) in devices.disks.iter().zip(found).enumerate() {
+        let read_only = if spec.read_only { ", read-only" } else { "" };
+        let serial = match spec.serial.as_str() {
+            "" => String::new(),
+            serial => format!(", serial {serial:?}"),
+        };
+        out!("disk {disk}      {}{read_only}{serial}", bytes(spec.bytes));
+        out!("            {}", found.image.display());
+        if let Some(missing) = found.missing {
+            out!("            it will not replay: {missing}");
+        }
+    }
+    if let Some(net) = &devices.net {
+        let mac = net.mac.map(|byte| format!("{byte:02x}")).join(":");
+        out!("network     a card, {mac}");
     }
 }
 

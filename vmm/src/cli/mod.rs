@@ -3,6 +3,7 @@
 mod bench;
 mod console;
 mod diff;
+mod disk;
 mod format;
 mod inspect;
 mod output;
@@ -76,6 +77,8 @@ enum Command {
     Console(transcript::Options),
     /// Write the frames that a machine sent and received as a pcapng, for Wireshark and the like.
     Pcap(pcap::Options),
+    /// Write a machine's disk as it was at some moment, or list what the guest had changed on it.
+    Disk(disk::Options),
     /// Show the first difference between two recordings, and what led up to it.
     Diff(diff::Options),
     /// Probe this host's KVM with tiny guests: can it record, and what would be left open?
@@ -195,6 +198,7 @@ pub fn main() -> ExitCode {
         Command::Inspect(options) => inspect::main(&options),
         Command::Console(options) => transcript::main(&options),
         Command::Pcap(options) => pcap::main(&options),
+        Command::Disk(options) => disk::main(&options),
         Command::Diff(options) => diff::main(&options),
         Command::Doctor(options) => crate::doctor::main(&options),
         Command::Bench(options) => bench::main(&options),

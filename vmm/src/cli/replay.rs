@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::Args;
+use hindsight_devices::Storage;
 use hindsight_replay::{
     Closed, Detail, End, ExitNumber, Header, JournalReader, Machine, Observer, Outside, Recorder,
     Replayer, RunError,
@@ -18,7 +19,7 @@ use super::run::host_failure;
 use super::summary::{Summary, describe_end};
 use super::{Failure, Outcome};
 use crate::counting::Counting;
-use crate::disk::{Disks, OpenImage};
+use crate::disk::{DiskError, Disks, OpenImage};
 use crate::kvm::{KvmCpu, KvmError};
 use crate::machine::{LoadedKernel, build, check_cpu, open_kvm};
 use crate::recording::{Recording, check, content};
@@ -142,6 +143,7 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
             if header.machine.initrd.is_some() {
                 target.write("initrd", &images.initrd)?;
             }
+            target.link_disks(&images.disks)?;
             let header = Header {
                 detail: Detail::from(options.detail),
                 ..header.clone()
@@ -229,13 +231,33 @@ impl RecordedImages {
     pub fn machine(
         &self,
         header: &Header,
+        forced: (Option<&str>, Option<u64>),
+    ) -> anyhow::Result<(KvmCpu, Machine)> {
+        self.machine_with(header, self.fresh_disks()?, forced)
+    }
+
+    /// The images of its disks.
+    pub fn disks(&self) -> &[OpenImage] {
+        &self.disks
+    }
+
+    /// Disks over the images, with nothing written to them yet.
+    pub fn fresh_disks(&self) -> Result<Disks, DiskError> {
+        Disks::new(self.disks.clone())
+    }
+
+    /// The machine on these disks, which the caller may have an eye on.
+    pub fn machine_with(
+        &self,
+        header: &Header,
+        disks: impl Storage + 'static,
         (event, margin): (Option<&str>, Option<u64>),
     ) -> anyhow::Result<(KvmCpu, Machine)> {
         let (kvm, _) = open_kvm()?;
         check_cpu(&kvm, &header.machine.cpuid)?;
         let counting = Counting::for_unit(&kvm, header.machine.preemption, event, margin)?;
-        let disks = Box::new(Disks::new(self.disks.clone())?);
-        let (mut cpu, machine) = build(&kvm, &header.machine, &self.kernel, &self.initrd, disks)?;
+        let storage = Box::new(disks);
+        let (mut cpu, machine) = build(&kvm, &header.machine, &self.kernel, &self.initrd, storage)?;
         counting.give_to(&mut cpu)?;
         Ok((cpu, machine))
     }

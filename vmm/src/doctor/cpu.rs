@@ -68,6 +68,13 @@ pub const PROBES: &[Probe] = &[
         check: msr_refused,
     },
     Probe {
+        group: "MSRs",
+        name: "a TSC deadline reaches us",
+        weight: Weight::Feature,
+        cost: "guests have a timer without it, which they must measure first, and recordings with it do not replay here",
+        check: tsc_deadline,
+    },
+    Probe {
         group: "time",
         name: "CR4.TSD stops RDTSC in ring 3",
         weight: Weight::Gate,
@@ -238,6 +245,15 @@ fn msr_reads(bench: &mut Bench) -> Checked {
         return fails(format!("answered {given:x?}, but the guest has {got:x?}"));
     }
     Ok("0x10 (TSC) and 0xe7 (MPERF) are ours, STAR stays KVM's".to_string())
+}
+
+fn tsc_deadline(bench: &mut Bench) -> Checked {
+    let vm = bench.start(&micro::write_msr(0x6e0, 0x1122_3344_5566))?;
+    match vm.run()? {
+        Stop::MsrWrite(0x6e0, 0x1122_3344_5566) => Ok("0x6e0, as it was written".to_string()),
+        Stop::Done => fails("KVM keeps 0x6e0, against the filter".to_string()),
+        stop => fails(stop),
+    }
 }
 
 fn msr_refused(bench: &mut Bench) -> Checked {

@@ -6,8 +6,8 @@
 //! on when the host last switched the thread); SMAP (its CLAC would be written over the trap at the #GP entry by the kernel's own
 //! patching); PCID, kvmclock and all hypervisor leaves.
 //!
-//! What the board has is shown whatever the host has: the local APIC, its TSC deadline, and that its
-//! timer never stops. The x2APIC is there too, but not shown: a Linux that does not know itself to be
+//! What the board has is shown whatever the host has: the local APIC, that its timer never stops, and
+//! its TSC deadline, unless KVM keeps that from the board (see [`super::deadline`]). The x2APIC is there too, but not shown: a Linux that does not know itself to be
 //! under a hypervisor asks for interrupt remapping first, finds none and goes back to the xAPIC,
 //! which costs some 200 exits.
 //!
@@ -19,6 +19,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::Kvm;
 
+use super::deadline;
 use super::error::{KvmError, Named};
 
 /// Highest basic leaf shown.
@@ -42,7 +43,7 @@ const LEAF1_ECX: u32 = bits(&[0, 1, 9, 13, 19, 20, 22, 23, 25]);
 const LEAF1_EDX: u32 = bits(&[
     0, 1, 2, 3, 4, 5, 6, 8, 11, 12, 13, 15, 16, 17, 19, 23, 24, 25, 26,
 ]);
-/// Leaf 1 ECX, the board's: the local APIC's TSC deadline.
+/// Leaf 1 ECX, the board's, if KVM lets it: the local APIC's TSC deadline.
 const BOARD1_ECX: u32 = bits(&[24]);
 /// Leaf 1 EDX, the board's: the local APIC.
 const BOARD1_EDX: u32 = bits(&[9]);
@@ -62,6 +63,17 @@ const EXTENDED7_EDX: u32 = bits(&[8]);
 
 /// The table for this host.
 pub fn for_host(kvm: &Kvm) -> Result<CpuidTable, KvmError> {
+    let mut table = without_deadline(kvm)?;
+    if deadline::reaches_us(kvm)? {
+        let leaf1 = table.entries.iter_mut().filter(|entry| entry.leaf == 1);
+        leaf1.for_each(|entry| entry.values[2] |= BOARD1_ECX);
+    }
+    Ok(table)
+}
+
+/// The table as far as it can be told without running a guest, for those that find out whether one
+/// can be run at all.
+pub fn without_deadline(kvm: &Kvm) -> Result<CpuidTable, KvmError> {
     let supported = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .named("KVM_GET_SUPPORTED_CPUID")?;
@@ -93,7 +105,7 @@ fn shown(entry: &kvm_cpuid_entry2) -> Option<CpuidEntry> {
         1 => [
             eax,
             (ebx & 0xff00) | 1 << 16,
-            ecx & LEAF1_ECX | BOARD1_ECX,
+            ecx & LEAF1_ECX,
             edx & LEAF1_EDX | BOARD1_EDX,
         ],
         2 => [eax, ebx, ecx, edx],
@@ -203,13 +215,20 @@ mod tests {
         let rdrand = 1 << 30;
         let hypervisor = 1 << 31;
         let xsave = 3 << 26;
-        let apic = 1 << 9;
-        assert_eq!(table.answer(1, 0)[2] & (rdrand | hypervisor | xsave), 0);
-        assert_eq!(table.answer(1, 0)[3] & apic, 0);
+        let x2apic = 1 << 21;
+        let hidden = rdrand | hypervisor | xsave | x2apic;
+        assert_eq!(table.answer(1, 0)[2] & hidden, 0);
         assert_eq!(table.answer(7, 0), [0, LEAF7_EBX, 0, 0]);
         assert_eq!(table.answer(0xd, 0), [0; 4]);
         assert_eq!(table.answer(0x4000_0000, 0), [0; 4]);
         assert_eq!(table.answer(0, 0)[0], 7);
+    }
+
+    #[test]
+    fn the_boards_apic_is_shown_whatever_the_host_has() {
+        let table = filter(&[entry(1, [0; 4]), entry(6, [0; 4])]);
+        assert_eq!(table.answer(1, 0)[3], 1 << 9);
+        assert_eq!(table.answer(6, 0), [1 << 2, 0, 0, 0]);
     }
 
     #[test]

@@ -6,18 +6,14 @@
 
 use std::time::Instant;
 
-use hindsight_replay::{Back, Cpu, CpuidTable, Horizon};
+use hindsight_replay::{Back, Cpu, Horizon};
 use kvm_ioctls::Kvm;
 
-use super::error::{KvmError, Named};
-use super::memory::GuestMemory;
-use super::vcpu::KvmCpu;
-use crate::boot::GuestRam;
+use super::error::KvmError;
+use super::real_mode;
 
 /// `out %al,$0x80; jmp .-2`, in real mode.
 const LOOP: [u8; 4] = [0xe6, 0x80, 0xeb, 0xfc];
-/// Where the loop stands.
-const LOOP_AT: u64 = 0x1000;
 /// Exits measured at a time; the first batch only warms up.
 const BATCH: u32 = 64;
 /// Batches; the fastest counts, for everything that disturbs one makes it slower.
@@ -25,17 +21,7 @@ const BATCHES: u32 = 5;
 
 /// Measures the cost of an exit in nanoseconds.
 pub fn measure(kvm: &Kvm) -> Result<u64, KvmError> {
-    let mut memory = GuestMemory::new(1 << 16)?;
-    memory
-        .write(LOOP_AT, &LOOP)
-        .expect("the loop fits into 64 KiB");
-    let mut cpu = KvmCpu::new(kvm, memory, &CpuidTable::default())?;
-    let mut sregs = cpu.sregs()?;
-    (sregs.cs.base, sregs.cs.selector) = (0, 0);
-    cpu.fd().set_sregs(&sregs).named("KVM_SET_SREGS")?;
-    let mut registers = cpu.fd().get_regs().named("KVM_GET_REGS")?;
-    registers.rip = LOOP_AT;
-    cpu.fd().set_regs(&registers).named("KVM_SET_REGS")?;
+    let mut cpu = real_mode::guest(kvm, &LOOP)?;
     let mut best_ns = u64::MAX;
     for _ in 0..=BATCHES {
         let start = Instant::now();

@@ -2,6 +2,7 @@
 
 mod clock;
 pub mod cpuid;
+pub mod deadline;
 pub mod entries;
 mod entry_stub;
 mod error;
@@ -12,6 +13,7 @@ mod modules;
 pub mod msr;
 mod preemption;
 pub mod probe;
+mod real_mode;
 mod run_page;
 mod shadow;
 mod signals;

@@ -76,7 +76,7 @@ pub fn calibrate(
     event: &CounterEvent,
     effort: Effort,
 ) -> Result<Calibration, CounterError> {
-    let table = cpuid::for_host(kvm)?;
+    let table = cpuid::without_deadline(kvm)?;
     let kvm = share(kvm).map_err(|source| CounterError::Call {
         call: "F_DUPFD of /dev/kvm",
         source,

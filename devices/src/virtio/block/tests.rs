@@ -1,7 +1,7 @@
 use super::*;
 use crate::virtio::Kind;
 use crate::virtio::testing::{
-    Buffer, CONFIG, Driver, F_EVENT_INDEX, F_INDIRECT, In, Out, STATUS, Used,
+    Buffer, CONFIG, Driver, F_EVENT_INDEX, F_INDIRECT, INTERRUPT_ACK, In, Out, STATUS, Used,
 };
 use crate::{Reply, Width};
 
@@ -127,6 +127,7 @@ fn what_is_not_on_the_disk_is_an_error_and_does_nothing() {
         [Out(&header(0, SECTORS - 1)), In(1024)],
         [Out(&header(0, u64::MAX)), In(512)],
         [Out(&header(0, u64::MAX / 512)), In(512)],
+        [Out(&header(0, 1 << 60)), In(512)],
         [Out(&header(0, 0)), In(0)],
         [Out(&header(0, 0)), In(511)],
         [Out(&header(1, SECTORS - 1)), Out(&data)],
@@ -144,6 +145,51 @@ fn what_is_not_on_the_disk_is_an_error_and_does_nothing() {
     }
     let (status, ..) = request(&mut driver, &[Out(&header(77, 0))]);
     assert_eq!(status, UNSUPPORTED);
+}
+
+#[test]
+fn too_much_for_one_exit_goes_on_when_the_interrupt_is_acknowledged() {
+    for features in [0, F_EVENT_INDEX] {
+        let mut driver = Driver::start(Kind::Block(Block::new(0, &spec(false))), features);
+        // The same discard 12 times over, by a driver that wants no interrupt before all are done.
+        let (discard, range) = (header(11, 0), range(0, 1));
+        driver.offer(0, &[Out(&discard), Out(&range), In(1)]);
+        for _ in 1..12 {
+            driver.offer_head(0, 0);
+        }
+        let ring = driver.base(0) + 0x4000;
+        driver.put(ring, &1u16.to_le_bytes());
+        driver.put(ring + 4 + 2 * 16, &11u16.to_le_bytes());
+        driver.notify(0);
+        assert_eq!(driver.used(0).len(), 8, "so much and no more");
+        assert!(driver.device.line(), "the driver must come back");
+        driver.write(INTERRUPT_ACK, 1);
+        assert_eq!(driver.used(0).len(), 4, "the rest");
+        assert_eq!(
+            driver.device.line(),
+            features == F_EVENT_INDEX,
+            "as it wanted"
+        );
+        driver.write(INTERRUPT_ACK, 1);
+        assert!(!driver.device.line());
+        assert!(driver.used(0).is_empty());
+    }
+}
+
+#[test]
+fn a_reset_forgets_what_was_left_for_later() {
+    let mut driver = Driver::start(Kind::Block(Block::new(0, &spec(false))), 0);
+    let (discard, range) = (header(11, 0), range(0, 1));
+    driver.offer(0, &[Out(&discard), Out(&range), In(1)]);
+    for _ in 1..12 {
+        driver.offer_head(0, 0);
+    }
+    driver.notify(0);
+    driver.set_up(0);
+    driver.write(INTERRUPT_ACK, 1);
+    assert!(driver.used(0).is_empty() && !driver.device.line());
+    let (status, ..) = request(&mut driver, &[Out(&header(0, 0)), In(512)]);
+    assert_eq!(status, OK);
 }
 
 #[test]

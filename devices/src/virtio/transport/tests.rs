@@ -87,6 +87,28 @@ fn queues_are_ready_only_after_the_features() {
 }
 
 #[test]
+fn a_ring_larger_than_was_offered_can_be_saved_and_breaks_the_device_when_it_is_used() {
+    for size in [257, 512, 0x8000, 0xffff, 0x1_0000, u32::MAX] {
+        let mut driver = Driver::start(card(), 0);
+        driver.write(QUEUE, 1);
+        driver.write(QUEUE_READY, 0);
+        driver.place_queue(1, size, [0x1_0000, 0x2_0000, 0x3_0000]);
+        assert!(driver.device.is_possible(), "{size}");
+        driver.notify(1);
+        driver.expect_broken(1);
+    }
+}
+
+#[test]
+fn nothing_is_served_without_the_features_agreed() {
+    let mut driver = Driver::start(card(), 0);
+    driver.write(STATUS, LIVE & !FEATURES_OK);
+    driver.offer(1, &[Out(&[0; 72])]);
+    driver.notify(1);
+    assert!(driver.outputs().is_empty() && driver.used(1).is_empty());
+}
+
+#[test]
 fn nothing_is_served_before_the_driver_says_that_it_is_ready() {
     let mut driver = Driver::start(card(), 0);
     driver.write(STATUS, LIVE & !DRIVER_OK);

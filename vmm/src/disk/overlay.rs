@@ -1,180 +1,14 @@
-//! The bytes of a machine's disks: raw images that are never written, and what the guest has written.
-//!
-//! What the guest writes goes to an overlay, a file without a name in the directory for temporary files
-//! (`TMPDIR`): it is gone when the machine is, and a replay makes it again. The overlay is kept block by block.
-//! A block of the image that the guest reads for the first time is hashed, and the hash goes into the
-//! journal, so that nobody has to read an image of many gigabytes before the guest can start, and a replay still
-//! notices whatever differs in what its guest sees.
+//! What the guest has written, over the images.
 
+use std::cell::RefCell;
 use std::fs::File;
-use std::io::Read;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::rc::Rc;
 
-use hindsight_devices::{DiskSpec, FirstReads, Storage, StorageError};
-use hindsight_replay::Image;
-use thiserror::Error;
+use hindsight_devices::{FirstReads, Storage, StorageError};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
-/// The unit of the overlay and of the hashes, in bytes.
-pub const BLOCK_BYTES: u64 = 4096;
-/// How many blocks of an image its sample has at most.
-const SAMPLE_BLOCKS: u64 = 64;
-/// The first bytes of QEMU's own image format.
-const QCOW_MAGIC: &[u8] = b"QFI\xfb";
-
-/// Why a file will not do as a disk.
-#[derive(Debug, Error)]
-pub enum DiskError {
-    /// It cannot be opened or read.
-    #[error("{path}: {source}")]
-    File {
-        /// Which.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: std::io::Error,
-    },
-    /// It is no raw image.
-    #[error(
-        "{path} is a qcow2 image, expected a raw one; convert it: qemu-img convert -O raw {path} disk.img"
-    )]
-    Qcow {
-        /// Which.
-        path: PathBuf,
-    },
-    /// It cannot be divided into sectors.
-    #[error(
-        "{path} has {found} bytes, expected a raw disk image: a multiple of 512 bytes and not empty"
-    )]
-    Length {
-        /// Which.
-        path: PathBuf,
-        /// Its length.
-        found: u64,
-    },
-    /// It is not the image that was recorded.
-    #[error(
-        "{path} is not the recorded image of disk {disk}: it has {found_bytes} bytes and sample {found}, recorded \
-         were {expected_bytes} bytes and {expected}; name the right one with --disk"
-    )]
-    Other {
-        /// Which.
-        path: PathBuf,
-        /// Number of the disk.
-        disk: usize,
-        /// Its length.
-        found_bytes: u64,
-        /// Its sample.
-        found: String,
-        /// The recorded length.
-        expected_bytes: u64,
-        /// The recorded sample.
-        expected: String,
-    },
-    /// There are too many or too few.
-    #[error("{found} disks were given, expected {expected}")]
-    Count {
-        /// How many.
-        found: usize,
-        /// How many there can be, or were recorded.
-        expected: usize,
-    },
-    /// There is no room for an overlay.
-    #[error("cannot make a temporary file in {path}: {source}")]
-    Overlay {
-        /// Where.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: std::io::Error,
-    },
-}
-
-/// An image, opened and found fit.
-#[derive(Clone, Debug)]
-pub struct OpenImage {
-    path: PathBuf,
-    file: Arc<File>,
-    /// How the journal names it.
-    pub image: Image,
-}
-
-impl OpenImage {
-    /// Opens a raw image. Takes a few reads, however large it is.
-    pub fn open(path: &Path) -> Result<OpenImage, DiskError> {
-        let failed = |source| DiskError::File {
-            path: path.into(),
-            source,
-        };
-        let mut file = File::open(path).map_err(failed)?;
-        let bytes = file.metadata().map_err(failed)?.len();
-        let mut magic = Vec::new();
-        (&mut file)
-            .take(QCOW_MAGIC.len() as u64)
-            .read_to_end(&mut magic)
-            .map_err(failed)?;
-        if magic == QCOW_MAGIC {
-            return Err(DiskError::Qcow { path: path.into() });
-        }
-        if bytes == 0 || bytes % 512 != 0 {
-            return Err(DiskError::Length {
-                path: path.into(),
-                found: bytes,
-            });
-        }
-        let sample = sample(&file, bytes).map_err(failed)?;
-        Ok(OpenImage {
-            path: path.into(),
-            file: Arc::new(file),
-            image: Image { bytes, sample },
-        })
-    }
-
-    /// Where it is.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// Refuses an image that cannot be the recorded one.
-    pub fn check(&self, disk: usize, recorded: &Image) -> Result<(), DiskError> {
-        if self.image == *recorded {
-            return Ok(());
-        }
-        Err(DiskError::Other {
-            path: self.path.clone(),
-            disk,
-            found_bytes: self.image.bytes,
-            found: hex(&self.image.sample),
-            expected_bytes: recorded.bytes,
-            expected: hex(&recorded.sample),
-        })
-    }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// BLAKE3 of blocks spread evenly over the image, the first and the last among them.
-fn sample(file: &File, bytes: u64) -> std::io::Result<[u8; 32]> {
-    let blocks = bytes.div_ceil(BLOCK_BYTES);
-    let count = blocks.min(SAMPLE_BLOCKS);
-    let mut hash = blake3::Hasher::new();
-    for index in 0..count {
-        let block = if count == 1 {
-            0
-        } else {
-            (blocks - 1) * index / (count - 1)
-        };
-        let start = block * BLOCK_BYTES;
-        let mut data = vec![0; (bytes - start).min(BLOCK_BYTES) as usize];
-        file.read_exact_at(&mut data, start)?;
-        hash.update(&data);
-    }
-    Ok(*hash.finalize().as_bytes())
-}
+use super::{BLOCK_BYTES, DiskError, OpenImage};
 
 /// One bit for each block of a disk.
 #[derive(Debug)]
@@ -267,40 +101,34 @@ impl Disks {
         self.disks[disk].read(disk, offset, into)
     }
 
-    /// Hashes what of the image this range covers and nobody has read before.
-    fn see(&mut self, number: usize, offset: u64, bytes: u64) -> Result<(), StorageError> {
-        let mut block_bytes = [0; BLOCK_BYTES as usize];
-        for block in offset / BLOCK_BYTES..(offset + bytes).div_ceil(BLOCK_BYTES) {
-            let disk = &mut self.disks[number];
-            if disk.written.has(block) || !disk.seen.insert(block) {
-                continue;
-            }
-            let data = disk.image_block(number, block, &mut block_bytes)?;
-            let reads = self.first_reads.get_or_insert(FirstReads {
-                disk: number,
-                offset: block * BLOCK_BYTES,
-                bytes: 0,
-                check: 0,
-            });
-            reads.bytes += data.len() as u64;
-            reads.check = xxh3_64_with_seed(data, reads.check);
-        }
-        Ok(())
+    /// Puts a block of the image that nobody has read before under the check.
+    fn note(&mut self, number: usize, start: u64, data: &[u8]) {
+        let reads = self.first_reads.get_or_insert(FirstReads {
+            disk: number,
+            offset: start,
+            bytes: 0,
+            check: 0,
+        });
+        reads.bytes += data.len() as u64;
+        reads.check = xxh3_64_with_seed(data, reads.check);
     }
 
     /// Moves a block that is about to be written in part to the overlay.
     fn fetch(&mut self, number: usize, block: u64) -> Result<(), StorageError> {
-        if self.disks[number].written.has(block) {
+        let disk = &mut self.disks[number];
+        if disk.written.has(block) {
             return Ok(());
         }
-        self.see(number, block * BLOCK_BYTES, 1)?;
-        let disk = &mut self.disks[number];
         let mut bytes = [0; BLOCK_BYTES as usize];
         let data = disk.image_block(number, block, &mut bytes)?;
+        let start = block * BLOCK_BYTES;
         disk.overlay
-            .write_all_at(data, block * BLOCK_BYTES)
+            .write_all_at(data, start)
             .map_err(|source| overlay_failed(number, &source))?;
         disk.written.insert(block);
+        if disk.seen.insert(block) {
+            self.note(number, start, data);
+        }
         Ok(())
     }
 
@@ -338,13 +166,13 @@ impl Disk {
     }
 
     fn read_image(&self, number: usize, offset: u64, into: &mut [u8]) -> Result<(), StorageError> {
-        self.image.file.read_exact_at(into, offset).map_err(|source| StorageError {
+        self.image.read_at(offset, into).map_err(|source| StorageError {
             disk: number,
             what: format!(
                 "cannot read {} bytes at {offset} of its image {}: {source}; an image must stay as it is for as \
                  long as a machine runs on it",
                 into.len(),
-                self.image.path.display()
+                self.image.path().display()
             ),
         })
     }
@@ -375,6 +203,40 @@ impl Disk {
     }
 }
 
+/// Disks that the machine has, and somebody else can look at beside it and when it is gone.
+#[derive(Clone, Debug)]
+pub struct SharedDisks(Rc<RefCell<Disks>>);
+
+impl SharedDisks {
+    /// Shares `disks`.
+    pub fn new(disks: Disks) -> SharedDisks {
+        SharedDisks(Rc::new(RefCell::new(disks)))
+    }
+
+    /// The disks as they are now. The machine must not run while this is held.
+    pub fn look(&self) -> std::cell::Ref<'_, Disks> {
+        self.0.borrow()
+    }
+}
+
+impl Storage for SharedDisks {
+    fn read(&mut self, disk: usize, offset: u64, into: &mut [u8]) -> Result<(), StorageError> {
+        self.0.borrow_mut().read(disk, offset, into)
+    }
+
+    fn write(&mut self, disk: usize, offset: u64, from: &[u8]) -> Result<(), StorageError> {
+        self.0.borrow_mut().write(disk, offset, from)
+    }
+
+    fn clear(&mut self, disk: usize, offset: u64, bytes: u64) -> Result<(), StorageError> {
+        self.0.borrow_mut().clear(disk, offset, bytes)
+    }
+
+    fn take_first_reads(&mut self) -> Option<FirstReads> {
+        self.0.borrow_mut().take_first_reads()
+    }
+}
+
 fn overlay_failed(disk: usize, source: &std::io::Error) -> StorageError {
     StorageError {
         disk,
@@ -386,9 +248,30 @@ fn overlay_failed(disk: usize, source: &std::io::Error) -> StorageError {
 }
 
 impl Storage for Disks {
-    fn read(&mut self, disk: usize, offset: u64, into: &mut [u8]) -> Result<(), StorageError> {
-        self.see(disk, offset, into.len() as u64)?;
-        self.disks[disk].read(disk, offset, into)
+    fn read(&mut self, number: usize, offset: u64, into: &mut [u8]) -> Result<(), StorageError> {
+        self.disks[number].read(number, offset, into)?;
+        let end = offset + into.len() as u64;
+        for block in offset / BLOCK_BYTES..end.div_ceil(BLOCK_BYTES) {
+            let disk = &mut self.disks[number];
+            if disk.written.has(block) || !disk.seen.insert(block) {
+                continue;
+            }
+            let start = block * BLOCK_BYTES;
+            let stop = (start + BLOCK_BYTES).min(disk.image.image.bytes);
+            // The part of the block that is asked for, and all of it if that is more.
+            let (from, to) = (start.max(offset), stop.min(end));
+            let asked = (from - offset) as usize..(to - offset) as usize;
+            if (from, to) == (start, stop) {
+                self.note(number, start, &into[asked]);
+            } else {
+                let mut bytes = [0; BLOCK_BYTES as usize];
+                let data = disk.image_block(number, block, &mut bytes)?;
+                self.note(number, start, data);
+                // What the guest gets is what was hashed, even if somebody writes to the image.
+                into[asked].copy_from_slice(&data[(from - start) as usize..(to - start) as usize]);
+            }
+        }
+        Ok(())
     }
 
     fn write(&mut self, disk: usize, offset: u64, from: &[u8]) -> Result<(), StorageError> {
@@ -428,56 +311,6 @@ impl Storage for Disks {
     }
 }
 
-/// What an operator says of a disk: `IMG[,ro][,serial=S]`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DiskOption {
-    /// The image.
-    pub path: PathBuf,
-    /// Whether the guest's writes are refused.
-    pub read_only: bool,
-    /// Its serial number.
-    pub serial: String,
-    /// All of that as it was said.
-    pub text: String,
-}
-
-/// Parses `IMG[,ro][,serial=S]`. A comma in a name is written twice.
-pub fn parse_disk(text: &str) -> Result<DiskOption, String> {
-    let words = text.replace(",,", "\0");
-    let mut words = words.split(',').map(|word| word.replace('\0', ","));
-    let path = words.next().filter(|path| !path.is_empty());
-    let mut option = DiskOption {
-        path: path.ok_or("expected IMG[,ro][,serial=S]")?.into(),
-        read_only: false,
-        serial: String::new(),
-        text: text.into(),
-    };
-    for word in words {
-        match word.split_once('=') {
-            None if word == "ro" => option.read_only = true,
-            Some(("serial", serial)) if serial.len() <= 20 => option.serial = serial.into(),
-            Some(("serial", serial)) => {
-                return Err(format!(
-                    "the serial number {serial:?} has more than 20 bytes"
-                ));
-            }
-            _ => return Err(format!("{word:?}: expected ro or serial=S")),
-        }
-    }
-    Ok(option)
-}
-
-impl DiskOption {
-    /// The disk as the guest sees it, over `image`.
-    pub fn spec(&self, image: &OpenImage) -> DiskSpec {
-        DiskSpec {
-            bytes: image.image.bytes,
-            read_only: self.read_only,
-            serial: self.serial.clone(),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -496,17 +329,45 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_is_read_and_the_image_stays_as_it_was() {
+    fn what_is_written_is_read_and_each_block_of_the_image_is_hashed_once() {
+        for seed in 0..100 {
+            agrees_with_a_model(seed);
+        }
+    }
+
+    fn agrees_with_a_model(seed: u64) {
         let content: Vec<u8> = (0..40_960u32).map(|i| (i / 7) as u8).collect();
         let (file, mut disks) = image(&content);
         let mut model = content.clone();
-        let mut rng = hindsight_replay::rng::Rng::new(7, 7);
-        for _ in 0..400 {
+        // Blocks that stand in the overlay, and those that have been hashed.
+        let (mut written, mut seen) = ([false; 10], [false; 10]);
+        let mut rng = hindsight_replay::rng::Rng::new(seed, 7);
+        for _ in 0..40 {
             let offset = rng.below(80) * 512;
             let bytes = (1 + rng.below(20)) * 512;
             let bytes = bytes.min(40_960 - offset);
             let range = offset as usize..(offset + bytes) as usize;
-            match rng.below(3) {
+            let kind = rng.below(3);
+            let mut expected: Option<FirstReads> = None;
+            for block in offset / 4096..(offset + bytes).div_ceil(4096) {
+                let (start, index) = (block * 4096, block as usize);
+                let whole = offset <= start && start + 4096 <= offset + bytes;
+                let read = !written[index] && (kind == 2 || !whole);
+                if read && !seen[index] {
+                    seen[index] = true;
+                    let reads = expected.get_or_insert(FirstReads {
+                        disk: 0,
+                        offset: start,
+                        bytes: 0,
+                        check: 0,
+                    });
+                    reads.bytes += 4096;
+                    let data = &content[start as usize..start as usize + 4096];
+                    reads.check = xxh3_64_with_seed(data, reads.check);
+                }
+                written[index] |= kind != 2;
+            }
+            match kind {
                 0 => {
                     let data = vec![rng.number() as u8; bytes as usize];
                     model[range].copy_from_slice(&data);
@@ -518,6 +379,7 @@ mod tests {
                 }
                 _ => assert_eq!(read(&mut disks, offset, bytes as usize), model[range]),
             }
+            assert_eq!(disks.take_first_reads(), expected);
         }
         assert_eq!(read(&mut disks, 0, 40_960), model);
         assert_eq!(std::fs::read(file.path()).unwrap(), content);
@@ -573,15 +435,5 @@ mod tests {
             read(&mut disks, 4096 - 512, 1024),
             [[5; 512], [6; 512]].concat()
         );
-    }
-
-    #[test]
-    fn disks_are_named_with_what_is_to_be_said_of_them() {
-        let option = parse_disk("a,,b.img,ro,serial=xyz").unwrap();
-        assert_eq!(option.path, Path::new("a,b.img"));
-        assert!(option.read_only && option.serial == "xyz");
-        for bad in ["", ",ro", "a,rw", "a,serial=123456789012345678901"] {
-            assert!(parse_disk(bad).is_err(), "{bad}");
-        }
     }
 }

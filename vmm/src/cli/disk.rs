@@ -1,0 +1,336 @@
+//! `hindsight disk`: a machine's disk as it was at some moment, and what the guest had changed on it.
+
+use std::io::{BufWriter, IsTerminal};
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use hindsight_devices::Nanos;
+use hindsight_replay::{Closed, ExitNumber, Machine, Replayer, RunError};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Value, json};
+
+use super::console::Console;
+use super::format::{bytes, seconds, thousands};
+use super::output::Output;
+use super::replay::RecordedImages;
+use super::run::host_failure;
+use super::{Failure, Outcome};
+use crate::disk::{
+    BLOCK_BYTES, Change, ExportError, Files, Range, SharedDisks, changed_files, export,
+    written_ranges,
+};
+use crate::recording::{Recording, RecordingError};
+use crate::tell::tell;
+
+/// A place in a recording.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum At {
+    /// Behind this exit.
+    Exit(ExitNumber),
+    /// Behind the first exit at this guest time or later.
+    Time(Nanos),
+}
+
+/// Parses an exit number, or a guest time such as `12.5s`.
+fn parse_at(text: &str) -> Result<At, String> {
+    let bad = || format!("{text:?}: expected an exit number, or a guest time such as 12.5s");
+    let Some(time) = text.strip_suffix('s') else {
+        return text.parse().map(At::Exit).map_err(|_| bad());
+    };
+    let (whole, part) = time.split_once('.').unwrap_or((time, "0"));
+    let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    if !digits(whole) || !digits(part) || part.len() > 9 {
+        return Err(bad());
+    }
+    let nanos: u64 = format!("{part:0<9}").parse().map_err(|_| bad())?;
+    let whole: u64 = whole.parse().map_err(|_| bad())?;
+    let whole = whole.checked_mul(1_000_000_000);
+    let sum = whole.and_then(|whole| whole.checked_add(nanos));
+    sum.map(At::Time).ok_or_else(bad)
+}
+
+/// Options of `disk`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The recording is replayed, and checked as it runs, up to the moment. What the guest had not yet
+written to its disk, and had in its memory alone, is not there.
+
+With --changed, an ext2, ext3 or ext4 file system on a whole disk is compared with the one on the
+image, file by file: kind, size, mode, owner, time and content; not extended attributes.
+
+Examples:
+  hindsight disk boot -o vda.img
+  hindsight disk boot --disk 1 --at 12.5s --changed")]
+pub struct Options {
+    /// The recording.
+    recording: PathBuf,
+    /// Which disk: 0 is vda, 1 is vdb, ...
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    disk: usize,
+    /// The moment: an exit number, or a guest time such as 12.5s; without it, the end.
+    #[arg(long, value_name = "MOMENT", value_parser = parse_at)]
+    at: Option<At>,
+    /// Write the disk to IMG, a raw image with holes.
+    #[arg(long, short, value_name = "IMG", required_unless_present = "changed")]
+    output: Option<PathBuf>,
+    /// With -o: replace a file that is there.
+    #[arg(long, requires = "output")]
+    force: bool,
+    /// List what the guest has written: blocks, and files.
+    #[arg(long)]
+    changed: bool,
+    /// Take the image of a disk from here instead of from where it was; it must be the same. Once for
+    /// each disk, in their order.
+    #[arg(long = "image", value_name = "FILE")]
+    images: Vec<PathBuf>,
+    /// Print JSON: one object.
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn main(options: &Options) -> anyhow::Result<Outcome> {
+    let recording = Recording::at(&options.recording);
+    let journal = recording.journal()?;
+    let header = journal.header().clone();
+    let count = header.machine.images.len();
+    if options.disk >= count {
+        let message = format!(
+            "there is no disk {}: the recorded machine has {count}, which count from 0",
+            options.disk
+        );
+        return Err(Failure::new(Outcome::BadInput, message).into());
+    }
+    let images = RecordedImages::open(&recording, &header, None, None, &options.images)?;
+    if let Some(output) = &options.output {
+        let is_image = images.disks().iter().any(|image| image.is(output));
+        refuse_output(&recording, output, is_image, options.force)?;
+    }
+    let disks = SharedDisks::new(images.fresh_disks()?);
+    let (mut cpu, mut machine) = images.machine_with(&header, disks.clone(), (None, None))?;
+
+    let (exit, time) = match options.at {
+        None => (None, None),
+        Some(At::Exit(exit)) => (Some(exit.0), None),
+        Some(At::Time(time)) => (None, Some(time)),
+    };
+    let last = recording
+        .read_index()
+        .and_then(|index| index.last().map(|last| last.through));
+    let mut console = Console::new(true, header.host.console);
+    if let Some(last) = exit.or(last) {
+        console = console.with_progress(last);
+    }
+    let mut replayer = Replayer::new(journal, exit, None);
+    if let Some(time) = time {
+        replayer = replayer.until_time(time);
+    }
+    let result = machine.run(&mut cpu, &mut replayer, &mut console);
+    drop(console);
+    let outcome = match result {
+        Ok(_) => {
+            if options.at.is_some() {
+                tell!("hindsight: the recording ends before that moment; this is its end");
+            }
+            Outcome::Good
+        }
+        Err(RunError::Closed(Closed::Reached(_))) => Outcome::Good,
+        Err(RunError::Closed(Closed::CutShort(tail))) => {
+            tell!("hindsight: {tail}");
+            Outcome::CutShort
+        }
+        Err(RunError::Closed(Closed::Diverged(divergence))) => {
+            let message = format!("{divergence}\nso what was on the disk is not known");
+            return Err(Failure::new(Outcome::Different, message).into());
+        }
+        Err(error) => return Err(host_failure(error).into()),
+    };
+    report(options, &disks, &machine)?;
+    Ok(outcome)
+}
+
+/// Refuses what must not be written to, before a long replay.
+fn refuse_output(
+    recording: &Recording,
+    output: &Path,
+    is_image: bool,
+    force: bool,
+) -> Result<(), Failure> {
+    let why = if is_image {
+        "is the image of a disk of this recording, which must stay as it is"
+    } else if recording.has(output) {
+        "would be a file of the recording itself"
+    } else if output.is_dir() {
+        "is a directory"
+    } else if !force && output.symlink_metadata().is_ok() {
+        "exists; give another name, or --force to replace it"
+    } else {
+        return Ok(());
+    };
+    let message = format!("{} {why}", output.display());
+    Err(Failure::new(Outcome::BadInput, message))
+}
+
+/// Writes the image and lists the changes, whichever is wanted.
+fn report(options: &Options, disks: &SharedDisks, machine: &Machine) -> anyhow::Result<()> {
+    let disk = options.disk;
+    let length = disks.look().bytes(disk).unwrap_or(0);
+    let ranges = written_ranges(&disks.look(), disk);
+    let written: u64 = ranges.iter().map(|range| range.bytes).sum();
+    let kept = match &options.output {
+        None => None,
+        Some(output) => Some(write_image(disks, disk, length, output, options.force)?),
+    };
+    let files = options.changed.then(|| changed_files(disks, disk));
+    let mut out = Output::new(BufWriter::new(std::io::stdout()));
+    if options.json {
+        let mut value = json!({
+            "disk": disk,
+            "exits": machine.at().exits,
+            "guest_ns": machine.now(),
+            "bytes": length,
+            "written_bytes": written,
+        });
+        if let (Some(output), Some(kept)) = (&options.output, kept) {
+            value["image"] = json!({"path": output.to_string_lossy(), "data_bytes": kept});
+        }
+        if let Some(files) = &files {
+            value["ranges"] = json!(ranges);
+            value["files"] = files_as_json(files);
+        }
+        out.write(format!("{value}\n").as_bytes());
+        return out.finish();
+    }
+    let headline = format!(
+        "disk {disk} at exit {}, {}: {} of {} written by the guest",
+        thousands(machine.at().exits),
+        seconds(machine.now()),
+        bytes(written),
+        bytes(length)
+    );
+    match &files {
+        None => tell!("{headline}"),
+        Some(files) => {
+            out.write(format!("{headline}\n").as_bytes());
+            list(&mut out, &ranges, files);
+        }
+    }
+    if let (Some(output), Some(kept)) = (&options.output, kept) {
+        tell!("written to {}, {} and holes", output.display(), bytes(kept));
+    }
+    out.finish()
+}
+
+fn files_as_json(files: &Files) -> Value {
+    match files {
+        Files::Changed(changes) => json!({"changed": changes}),
+        Files::Unknown(why) => json!({"unknown": why}),
+    }
+}
+
+/// Lists blocks and files for a person.
+fn list(out: &mut Output<impl std::io::Write>, ranges: &[Range], files: &Files) {
+    for range in ranges {
+        let first = range.offset / BLOCK_BYTES;
+        let last = (range.offset + range.bytes - 1) / BLOCK_BYTES;
+        let line = format!("blocks {first:>10} to {last:>10}  {}\n", bytes(range.bytes));
+        out.write(line.as_bytes());
+    }
+    let changes = match files {
+        Files::Changed(changes) => changes,
+        Files::Unknown(why) => {
+            out.write(format!("files     not compared: {why}\n").as_bytes());
+            return;
+        }
+    };
+    if changes.is_empty() {
+        out.write(b"files     none has changed\n");
+    }
+    for file in changes {
+        let word = match file.change {
+            Change::Added => "added",
+            Change::Removed => "removed",
+            Change::Modified => "modified",
+        };
+        let what = match &file.what[..] {
+            [] => String::new(),
+            what => format!("  ({})", what.join(", ")),
+        };
+        out.write(format!("{word:<9} {}{what}\n", file.path).as_bytes());
+    }
+}
+
+fn write_image(
+    disks: &SharedDisks,
+    disk: usize,
+    length: u64,
+    output: &Path,
+    force: bool,
+) -> anyhow::Result<u64> {
+    let bar = std::io::stderr().is_terminal().then(|| {
+        let style = ProgressStyle::with_template("{bar:40} {bytes}/{total_bytes}, {eta} left");
+        let bar = ProgressBar::new(length);
+        style.map_or(bar.clone(), |style| bar.with_style(style))
+    });
+    let progress = |done| {
+        if let Some(bar) = &bar {
+            bar.set_position(done);
+        }
+    };
+    let result = export(&disks.look(), disk, output, force, progress);
+    if let Some(bar) = &bar {
+        bar.finish_and_clear();
+    }
+    result.map_err(|error| match error {
+        ExportError::Write(source) => RecordingError::Write {
+            path: output.into(),
+            source,
+        }
+        .into(),
+        ExportError::Exists => {
+            let message = format!("{}: {error}", output.display());
+            Failure::new(Outcome::BadInput, message).into()
+        }
+        ExportError::Disk(error) => Failure::new(Outcome::HostFailed, error).into(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_moment_is_an_exit_number_or_a_guest_time() {
+        assert_eq!(parse_at("1_000,000"), Ok(At::Exit(ExitNumber(1_000_000))));
+        assert_eq!(parse_at("12.5s"), Ok(At::Time(12_500_000_000)));
+        assert_eq!(parse_at("3s"), Ok(At::Time(3_000_000_000)));
+        for bad in [
+            "",
+            "s",
+            ".5s",
+            "1.s",
+            "-1s",
+            "1.0000000001s",
+            "99999999999999s",
+            "x",
+        ] {
+            assert!(parse_at(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn images_and_the_recordings_own_files_are_refused_even_by_force() {
+        let dir = tempfile::tempdir().unwrap();
+        let recording = Recording::create(&dir.path().join("r"), false).unwrap();
+        let there = dir.path().join("there");
+        std::fs::write(&there, "").unwrap();
+        let refused = |path: &Path, is_image, force| {
+            refuse_output(&recording, path, is_image, force).is_err()
+        };
+        assert!(refused(&there, true, true));
+        assert!(refused(&dir.path().join("r/journal"), false, true));
+        assert!(refused(dir.path(), false, true));
+        assert!(refused(&there, false, false));
+        assert!(!refused(&there, false, true));
+        assert!(!refused(&dir.path().join("new"), false, false));
+    }
+}
