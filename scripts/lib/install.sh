@@ -8,6 +8,7 @@
 # the cloud kernel is the guest that is recorded.
 packages_box=(linux-image-amd64 qemu-system-x86 busybox-static cpio kmod xz-utils)
 packages_images=(linux-image-cloud-amd64 cpio gcc kmod libc6-dev)
+# What images of a whole Debian are built with.
 packages_debian=(mmdebstrap e2fsprogs zstd)
 # What the tests of networks drive guests with, and read what `hindsight pcap` writes with.
 packages_network=(passt iproute2 tshark)

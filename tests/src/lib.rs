@@ -4,7 +4,9 @@
 pub mod debian;
 pub mod drive;
 pub mod measure;
+pub mod requests;
 pub mod seeds;
+pub mod session;
 pub mod sim;
 pub mod sim_world;
 pub mod toy_counter;

@@ -32,22 +32,25 @@ pub fn bounded(mut command: Command, limit: Duration) -> Bounded {
         .stdin(Stdio::null())
         .spawn()
         .expect("hindsight starts");
-    let mut ended = ends_within(&mut child, limit);
-    let stopped = !ended;
+    let stopped = !ends_within(&mut child, limit);
     if stopped {
-        let pid = child.id().to_string();
-        let asked = Command::new("kill").args(["-INT", &pid]).status();
-        assert!(asked.is_ok_and(|status| status.success()), "kill works");
-        ended = ends_within(&mut child, GRACE);
-    }
-    if !ended {
-        child.kill().expect("a child can be killed");
+        stop(&mut child);
     }
     let output = child.wait_with_output().expect("hindsight ends");
     Bounded {
         ran: Ran::new(output),
         seconds: start.elapsed().as_secs_f64(),
         stopped,
+    }
+}
+
+/// Asks a running program to stop, as Ctrl-C does, and makes it if it does not.
+pub fn stop(child: &mut Child) {
+    let pid = child.id().to_string();
+    let asked = Command::new("kill").args(["-INT", &pid]).status();
+    assert!(asked.is_ok_and(|status| status.success()), "kill works");
+    if !ends_within(child, GRACE) {
+        child.kill().expect("a child can be killed");
     }
 }
 

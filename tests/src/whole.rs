@@ -3,39 +3,38 @@
 //!
 //! Where the images are is said by `HINDSIGHT_IMAGES`; `guest-images/build-debian` builds them.
 
-use std::io::{Read, Write};
-use std::net::TcpStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::thread::JoinHandle;
+use std::process::Command;
 use std::time::Duration;
 
-use crate::debian::{Debian, Ran};
+use crate::debian::Debian;
+use crate::measure::Bounded;
+use crate::requests::{free_port, request};
+use crate::session::{Watched, parse};
 
-/// How long one request may take on a slow host.
-const REQUEST_PATIENCE: Duration = Duration::from_secs(30);
-/// How long an operator takes to see that somebody asks.
-const BEFORE_TYPING: Duration = Duration::from_secs(1);
-/// Tries of one request before it is given up.
-const TRIES: u32 = 20;
-
+/// A recording that takes longer hangs.
+const LIMIT: Duration = Duration::from_secs(900);
 /// What is typed, and behind which text.
-pub const SESSION: [(&str, &str); 5] = [
-    ("login: ", "root\n"),
-    ("~# ", "uname -r; ls /; df /; date\n"),
-    (
-        "~# ",
-        "for i in 1 2 3; do echo $i $RANDOM; sleep 0.3; done\n",
-    ),
-    ("~# ", "head -c 16 /dev/urandom | od -x; ip -br address\n"),
-    ("~# ", "poweroff\n"),
-];
+const SESSION: &str = include_str!("../../guest-images/debian/session");
+/// How many requests nginx answers, if the workload's argument does not say.
+const REQUESTS: u64 = 2_000;
 
 /// One image of a whole Debian.
 #[derive(Clone, Debug)]
 pub struct Whole<'a> {
     debian: &'a Debian,
     stem: PathBuf,
+}
+
+/// What a workload came to.
+#[derive(Debug)]
+pub struct Worked {
+    /// The run.
+    pub end: Bounded,
+    /// Why the workload did not do what it should.
+    pub failure: Option<String>,
+    /// The last that was said of a workload on the console.
+    pub said: String,
 }
 
 impl<'a> Whole<'a> {
@@ -64,123 +63,98 @@ impl<'a> Whole<'a> {
         command
     }
 
-    /// Records a session: types each line behind its text.
-    pub fn record_session(&self, directory: &Path, more: &[&str]) -> Ran {
-        let mut child = self
-            .command(&["record", "--memory", "512M"], "")
-            .arg("--output")
-            .arg(directory)
-            .args(more)
-            .stdin(Stdio::piped())
-            .spawn()
-            .expect("hindsight starts");
-        let mut input = child.stdin.take().expect("it is piped");
-        let steps = SESSION.map(|(behind, line)| (behind.to_string(), line.to_string()));
-        finish(child, move |shown, next| {
-            let (behind, line) = steps.get(*next)?;
-            if shown.ends_with(behind.as_bytes()) {
-                *next += 1;
-                // A login throws away what was typed before it asked, and asks a little after it says so.
-                std::thread::sleep(BEFORE_TYPING);
-                // A guest that is gone is the test's business.
-                let _ = input.write_all(line.as_bytes());
-                return Some(());
-            }
-            None
-        })
+    /// Records `workload` into `directory`: one of the image's, or `session`, which is typed at its
+    /// console. nginx gets a network, and the requests that it waits for.
+    pub fn record(&self, directory: &Path, workload: &str, more: &[&str]) -> Worked {
+        let directory = directory.display().to_string();
+        let arguments = [&["record", "--output", &directory], more].concat();
+        self.work(&arguments, workload)
     }
 
-    /// Records a workload; answers come from `requests` to `port` of this host once it serves.
-    pub fn record_workload(
-        &self,
-        directory: &Path,
-        workload: &str,
-        more: &[&str],
-        requests: Option<(u16, u32)>,
-    ) -> Ran {
-        let memory = if workload.starts_with("swap") {
-            "256M"
+    /// The same without recording it.
+    pub fn run(&self, workload: &str) -> Worked {
+        self.work(&["run"], workload)
+    }
+
+    fn work(&self, arguments: &[&str], workload: &str) -> Worked {
+        let name = name(workload);
+        let session = name == "session";
+        let requests = requests(workload);
+        let words = if session {
+            String::new()
         } else {
-            "512M"
+            format!("workload={workload}")
         };
-        let words = format!("workload={workload}");
-        let child = self
-            .command(&["record", "--memory", memory], &words)
-            .arg("--output")
-            .arg(directory)
-            .args(more)
-            .stdin(Stdio::null())
-            .spawn()
-            .expect("hindsight starts");
-        let mut client: Option<JoinHandle<u32>> = None;
-        let ran = finish(child, |shown, _| {
-            let (port, count) = requests?;
-            let serves = shown.ends_with(b"workload nginx: serving");
-            if serves && client.is_none() {
-                client = Some(std::thread::spawn(move || ask(port, count)));
-                return Some(());
+        // The less memory, the sooner there is too little.
+        let memory = if name == "swap" { "256M" } else { "512M" };
+        let mut command = self.command(arguments, &words);
+        command.args(["--memory", memory]);
+        let port = free_port();
+        if requests > 0 {
+            command.args(["--net", "user", "--publish", &format!("{port}:80")]);
+        }
+
+        let mut watched = Watched::start(command, LIMIT);
+        let mut failure = None;
+        if session && !watched.play(&parse(SESSION)) {
+            failure = Some("the console did not ask what the session answers".to_string());
+        }
+        if requests > 0 {
+            let serves = watched.wait_for("workload nginx: serving");
+            let left = watched.left();
+            let answered = if serves {
+                request(port, requests, "hello from nginx", left)
+            } else {
+                0
+            };
+            if answered < requests {
+                failure = Some(format!("{answered} of {requests} requests were answered"));
             }
-            None
-        });
-        if let (Some(client), Some((_, count))) = (client, requests) {
-            let answered = client.join().expect("the client does not panic");
-            assert_eq!(answered, count, "requests were answered");
         }
-        ran
+        let end = watched.finish();
+        let console = end.ran.text();
+        let said = console.lines().rev();
+        let said = said.map(str::trim_end);
+        let said = said.clone().find(|line| line.starts_with("workload "));
+        Worked {
+            failure: failure.or_else(|| judge(name, &end)),
+            said: said.unwrap_or_default().to_string(),
+            end,
+        }
     }
 }
 
-/// Reads the console to its end, byte by byte past `step`, which is told how far it has come.
-fn finish(mut child: Child, mut step: impl FnMut(&[u8], &mut usize) -> Option<()>) -> Ran {
-    let mut stdout = child.stdout.take().expect("it is piped");
-    let mut stderr = child.stderr.take().expect("it is piped");
-    // Read beside, or a full pipe would stop the recorder.
-    let said = std::thread::spawn(move || {
-        let mut said = Vec::new();
-        stderr.read_to_end(&mut said).map(|_| said)
-    });
-    let (mut shown, mut next) = (Vec::new(), 0);
-    let mut buffer = [0; 4096];
-    loop {
-        let count = stdout.read(&mut buffer).expect("a console can be read");
-        if count == 0 {
-            break;
-        }
-        for byte in &buffer[..count] {
-            shown.push(*byte);
-            step(&shown, &mut next);
-        }
+/// Why the guest did not do what it should, if it did not.
+fn judge(name: &str, end: &Bounded) -> Option<String> {
+    let console = end.ran.text();
+    let ok = format!("workload {name}: ok, ");
+    let (wanted, ending) = match name {
+        "session" => ("reboot: Power down", "powered off"),
+        "sysrq" => ("panic - not syncing: sysrq triggered crash", "kernel panic"),
+        _ => (&*ok, "powered off"),
+    };
+    if end.stopped {
+        return Some(format!("not over after {} s", LIMIT.as_secs()));
     }
-    let status = child.wait().expect("hindsight ends");
-    let stderr = said
-        .join()
-        .expect("reading does not panic")
-        .expect("it can be read");
-    Ran::new(std::process::Output {
-        status,
-        stdout: shown,
-        stderr,
-    })
+    if end.ran.code != 0 {
+        return Some(format!("exit code {}", end.ran.code));
+    }
+    if !console.contains(wanted) || console.contains(": FAILED with status") {
+        return Some(format!("the console does not say {wanted:?}"));
+    }
+    (!end.ran.stderr.contains(ending)).then(|| format!("the recorder does not say {ending:?}"))
 }
 
-/// Asks for `count` pages, one after the other; returns how many came.
-fn ask(port: u16, count: u32) -> u32 {
-    (0..count)
-        .filter(|_| (0..TRIES).any(|_| get(port).is_ok()))
-        .count() as u32
+/// The name of a workload without its argument.
+fn name(workload: &str) -> &str {
+    workload.split(':').next().unwrap_or(workload)
 }
 
-/// One request. A server that has just begun may not listen yet.
-fn get(port: u16) -> std::io::Result<()> {
-    let mut stream = TcpStream::connect(("127.0.0.1", port))?;
-    stream.set_read_timeout(Some(REQUEST_PATIENCE))?;
-    stream.set_write_timeout(Some(REQUEST_PATIENCE))?;
-    stream.write_all(b"GET / HTTP/1.0\r\nHost: guest\r\n\r\n")?;
-    let mut answer = Vec::new();
-    stream.read_to_end(&mut answer)?;
-    if answer.starts_with(b"HTTP/1.1 200") && answer.ends_with(b"hello from nginx\n") {
-        return Ok(());
+/// How many requests a workload waits for.
+pub fn requests(workload: &str) -> u64 {
+    let (name, argument) = workload.split_once(':').unwrap_or((workload, ""));
+    match name {
+        "nginx" => argument.parse().unwrap_or(REQUESTS),
+        _ => 0,
     }
-    std::thread::sleep(Duration::from_millis(200));
-    Err(std::io::Error::other("no page"))
 }

@@ -13,9 +13,9 @@ fn a_whole_debian_with_a_session_typed_at_its_console_replays_equal() {
     let whole = Whole::new(&debian, "debian");
     let before = std::fs::metadata(whole.disk()).expect("the image is there");
     let recording = scratch.path().join("recording");
-    let recorded = whole
-        .record_session(&recording, &["--net", "user"])
-        .expect(0);
+    let worked = whole.record(&recording, "session", &["--net", "user"]);
+    let recorded = worked.end.ran;
+    assert_eq!(worked.failure, None, "{}", recorded.stderr);
     let console = recorded.text();
     for shown in [
         "Debian GNU/Linux 12",

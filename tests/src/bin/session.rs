@@ -16,10 +16,15 @@ fn main() -> ExitCode {
     };
     let options: Vec<&str> = options.iter().map(String::as_str).collect();
     let debian = Debian::from_env();
-    let ran = Whole::new(&debian, "debian").record_session(Path::new(directory), &options);
+    let worked = Whole::new(&debian, "debian").record(Path::new(directory), "session", &options);
+    let ran = worked.end.ran;
     eprint!("{}", ran.stderr);
     if std::io::stdout().write_all(&ran.stdout).is_err() {
         return ExitCode::from(5);
     }
-    ExitCode::from(u8::try_from(ran.code).unwrap_or(1))
+    if let Some(failure) = worked.failure {
+        eprintln!("session: {failure}");
+        return ExitCode::FAILURE;
+    }
+    ExitCode::SUCCESS
 }
