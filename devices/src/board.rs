@@ -36,6 +36,13 @@ const ISA_LINES: u8 = 16;
 
 const COM1: u16 = 0x3f8;
 
+/// Byte writes to this port, the serial console's data, are posted: they take effect at the next exit, in their
+/// order, so that a console costs no exit a byte. They bring nothing back, and what they bring about (the
+/// transmitter is empty again) is asked for at another port.
+pub const POSTED_PORT: u16 = COM1;
+/// How many of them may wait; the next one exits.
+pub const POSTED_MAX: usize = 1024;
+
 /// The version of [`BoardState`] that this program writes and reads.
 const VERSION: u32 = 2;
 

@@ -23,7 +23,7 @@ mod virtio;
 
 pub use access::{Access, Input, Nanos, Output, Reply, Reset, Room, Width};
 pub use around::{Around, FirstReads, NoDisks, Ram, Storage, StorageError};
-pub use board::{Board, BoardState};
+pub use board::{Board, BoardState, POSTED_MAX, POSTED_PORT};
 pub use chipset::PvPanic;
 pub use restore::RestoreError;
 pub use virtio::{Devices, DiskSpec, FRAME_BYTES_MAX, FRAME_BYTES_MIN, NetSpec, Slot};

@@ -181,6 +181,33 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     prop::collection::vec(step(), 1..400)
 }
 
+#[test]
+fn a_deadline_that_does_not_come_is_saved_even_when_its_time_has_passed() {
+    let write = |gpa, value| {
+        Step::Access(Access::MemoryWrite {
+            gpa,
+            width: Width::Dword,
+            value,
+        })
+    };
+    let set = |value| {
+        Step::Access(Access::MsrWrite {
+            index: 0x6e0,
+            value,
+        })
+    };
+    let mut board = Board::new(&Devices::default());
+    // The timer's LVT entry in deadline mode, a deadline in 292 years and a bit, and those years.
+    for step in [
+        write(0xfee0_0320, 2 << 17),
+        set(1 << 63),
+        Step::Wait(1 << 63),
+    ] {
+        take(&mut board, &step);
+    }
+    assert!(Board::restore(board.save()).is_ok());
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(1_000))]
 

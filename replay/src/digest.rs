@@ -52,6 +52,12 @@ impl Digest {
         ]);
     }
 
+    /// Chains a write that was posted.
+    pub fn absorb_posted(&mut self, write: &Access) {
+        let (what, value) = access_words(write);
+        self.chain(&[what, value]);
+    }
+
     /// Chains a frame that the machine has sent.
     pub fn absorb_frame(&mut self, frame: &[u8]) {
         self.0 = xxh3_64_with_seed(frame, self.0);
@@ -66,19 +72,23 @@ impl Digest {
     }
 }
 
-fn exit_words(exit: &Exit) -> (u64, u64) {
+fn access_words(access: &Access) -> (u64, u64) {
     let tag = |tag: u64, width: Width| tag << 8 | width.bytes() as u64;
+    match *access {
+        Access::PortRead { port, width } => (u64::from(port) << 16 | tag(1, width), 0),
+        Access::PortWrite { port, width, value } => {
+            (u64::from(port) << 16 | tag(2, width), u64::from(value))
+        }
+        Access::MemoryRead { gpa, width } => (gpa, tag(3, width)),
+        Access::MemoryWrite { gpa, width, value } => (gpa ^ tag(4, width) << 48, value),
+        Access::MsrRead { index } => (u64::from(index) << 16 | 5, 0),
+        Access::MsrWrite { index, value } => (u64::from(index) << 16 | 6, value),
+    }
+}
+
+fn exit_words(exit: &Exit) -> (u64, u64) {
     match *exit {
-        Exit::Access(access) => match access {
-            Access::PortRead { port, width } => (u64::from(port) << 16 | tag(1, width), 0),
-            Access::PortWrite { port, width, value } => {
-                (u64::from(port) << 16 | tag(2, width), u64::from(value))
-            }
-            Access::MemoryRead { gpa, width } => (gpa, tag(3, width)),
-            Access::MemoryWrite { gpa, width, value } => (gpa ^ tag(4, width) << 48, value),
-            Access::MsrRead { index } => (u64::from(index) << 16 | 5, 0),
-            Access::MsrWrite { index, value } => (u64::from(index) << 16 | 6, value),
-        },
+        Exit::Access(access) => access_words(&access),
         Exit::TimeRead { instruction, mode } => (instruction as u64, mode as u64),
         Exit::Cpuid { leaf, subleaf } => (u64::from(leaf), u64::from(subleaf)),
         Exit::WriteCr4 { value } => (value, 0),

@@ -4,7 +4,7 @@
 //! which.
 
 use hindsight_devices::{
-    Around, Board, Devices, Input, Nanos, Output, Ram, Reply, Room, Storage, StorageError,
+    Access, Around, Board, Devices, Input, Nanos, Output, Ram, Reply, Room, Storage, StorageError,
 };
 use thiserror::Error;
 
@@ -38,6 +38,13 @@ pub trait Cpu {
     /// Runs until something brings it back, at the latest at the horizon. A vCPU that cannot count
     /// what a horizon between exits asks for runs to its next exit.
     fn run(&mut self, horizon: Horizon) -> Result<Back, Self::Error>;
+    /// The next write that the guest has made since the exit before this one without an exit of its own, in
+    /// the order in which they were made. Which writes may be so posted, and how many before one exits, is the
+    /// machine's and not the host's: see docs/how-it-works.md. Asked for at each counted exit until there
+    /// is none.
+    fn posted(&mut self) -> Result<Option<Access>, Self::Error> {
+        Ok(None)
+    }
     /// The registers as the guest left them when it came back.
     fn registers(&mut self) -> Registers;
     /// Hands the answer to the exit; the instruction may stay unfinished until it runs again. HLT
@@ -121,6 +128,8 @@ pub struct Tally {
     pub preempted: u64,
     /// Instructions rewritten in loaded modules.
     pub module_sites: u64,
+    /// Writes that were posted.
+    pub posted: u64,
 }
 
 /// The machine: everything that decides what happens next, except the guest's own memory and CPU.
@@ -301,6 +310,7 @@ impl Machine {
         } else {
             None
         };
+        self.pass_posted(cpu)?;
         self.room = self.board.room(cpu.ram());
         self.pass_time(&exit, site, outside)?;
         let mut stopped = false;
@@ -358,6 +368,17 @@ impl Machine {
             return Ok(Next::Finish(Ending::Halted));
         }
         Ok(Next::RunOn)
+    }
+
+    /// What the guest has written since the exit before: it was then, so it comes before all that this
+    /// exit brings.
+    fn pass_posted<C: Cpu>(&mut self, cpu: &mut C) -> Result<(), RunError<C::Error>> {
+        while let Some(write) = self.cpu(cpu.posted())? {
+            self.tally.posted += 1;
+            self.digest.absorb_posted(&write);
+            self.access(write, cpu.ram())?;
+        }
+        Ok(())
     }
 
     fn standing(&self) -> Standing {
@@ -420,19 +441,11 @@ impl Machine {
         ram: &Ram,
     ) -> Result<Answer, RunError<E>> {
         Ok(match *exit {
-            Exit::Access(access) => {
-                let mut around = Around {
-                    ram,
-                    storage: &mut *self.storage,
-                };
-                let exits = self.at.exits;
-                let failed = |source| RunError::Storage { exits, source };
-                match self.board.access(access, &mut around).map_err(failed)? {
-                    Reply::Value(value) => Answer::Value(value),
-                    Reply::Done => Answer::Done,
-                    Reply::Fault => Answer::Fault,
-                }
-            }
+            Exit::Access(access) => match self.access(access, ram)? {
+                Reply::Value(value) => Answer::Value(value),
+                Reply::Done => Answer::Done,
+                Reply::Fault => Answer::Fault,
+            },
             Exit::TimeRead { instruction, .. } => Answer::Time {
                 tsc: self.board.time_stamp(),
                 aux: match instruction {
@@ -454,6 +467,20 @@ impl Machine {
             | Exit::Preempted(_)
             | Exit::Module { .. } => Answer::Done,
         })
+    }
+
+    fn access<E: std::error::Error>(
+        &mut self,
+        access: Access,
+        ram: &Ram,
+    ) -> Result<Reply, RunError<E>> {
+        let mut around = Around {
+            ram,
+            storage: &mut *self.storage,
+        };
+        let exits = self.at.exits;
+        let failed = |source| RunError::Storage { exits, source };
+        self.board.access(access, &mut around).map_err(failed)
     }
 
     fn ending(&self, exit: &Exit, stopped: bool) -> Option<Ending> {

@@ -5,10 +5,11 @@
 //! between hosts (kicks, and when KVM finishes an instruction) comes from a seed of its own, the
 //! noise, so that a recording and its replay can be given different hosts.
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::fmt;
 
-use hindsight_devices::{Access, Ram};
+use hindsight_devices::{Access, POSTED_PORT, Ram, Width};
 use hindsight_replay::{
     Ahead, Answer, Back, Cpu, Exit, Horizon, Lander, MemoryDigest, Mode, Overshoot, PAGE_BYTES,
     Registers, ShownClock, TimeInstruction, Walk, Went,
@@ -114,10 +115,14 @@ pub struct ToyCpu {
     /// What counts its branches; a ghost's are not counted.
     pmu: Option<Pmu>,
     lander: Option<Lander<ToyCounter>>,
+    /// Writes that wait for the next exit.
+    posted: VecDeque<Access>,
     /// The time that the program has seen last, unless it has set the time stamp counter since.
     seen: Option<u64>,
 }
 
+/// How many writes may wait: few, so that now and then one does not.
+const POSTED_MAX: usize = 3;
 /// Where the guest sets the time stamp counter.
 const TSC_MSRS: [u32; 2] = [0x10, 0x3b];
 
@@ -144,6 +149,7 @@ impl ToyCpu {
             fault: None,
             pmu: None,
             lander: None,
+            posted: VecDeque::new(),
             seen: None,
         }
     }
@@ -219,9 +225,23 @@ impl ToyCpu {
         let op = self.program.next(h, self.exits)?;
         self.instructions += 1;
         Some(match op {
+            Op::Exit(Exit::Access(access)) if self.posts(&access) => Op::Post(access),
             Op::Exit(exit) => self.read_clock(&exit).map_or(op, Op::Read),
             op => op,
         })
+    }
+
+    /// Whether a write waits for the next exit.
+    fn posts(&self, access: &Access) -> bool {
+        let may = matches!(
+            access,
+            Access::PortWrite {
+                port: POSTED_PORT,
+                width: Width::Byte,
+                ..
+            }
+        );
+        may && self.posted.len() < POSTED_MAX
     }
 
     /// The kernel's RDTSC, as its stub does it: the time, if this read need not exit.
@@ -269,6 +289,7 @@ impl ToyCpu {
             fault: self.fault,
             pmu: None,
             lander: None,
+            posted: self.posted.clone(),
             seen: self.seen,
         }
     }
@@ -292,6 +313,7 @@ impl ToyCpu {
             }
             Op::Mix => self.registers.0[register] = self.registers.0[register].rotate_left(7) ^ h,
             Op::Read(tsc) => self.see_time(tsc),
+            Op::Post(access) => self.posted.push_back(access),
             Op::Exit(_) => unreachable!("an exit is not executed here"),
         }
         self.step(h);
@@ -445,6 +467,10 @@ impl Cpu for ToyCpu {
             self.spins = 0;
         }
         back
+    }
+
+    fn posted(&mut self) -> Result<Option<Access>, Broken> {
+        Ok(self.posted.pop_front())
     }
 
     fn registers(&mut self) -> Registers {

@@ -14,6 +14,8 @@ pub enum Op {
     Exit(Exit),
     /// Reads the time without an exit: this one. The program itself never says so.
     Read(u64),
+    /// Writes to a port without an exit. The program itself never says so.
+    Post(Access),
     /// Loads a word of memory into a register.
     Load,
     /// Stores a register into memory.

@@ -16,7 +16,7 @@ use hindsight::boot::traps::{
 use hindsight::boot::{BootPlan, GuestRam, ModuleLayout, SiteKind};
 use hindsight::kvm::probe::{Stuck, bounded};
 use hindsight::kvm::{GuestMemory, KernelText, KvmCpu, KvmError, VcpuCounts};
-use hindsight_devices::{Access, Input, Output, Reset, Width};
+use hindsight_devices::{Access, Input, Output, POSTED_MAX, Reset, Width};
 use hindsight_guest_images::layout::{
     CODE, DATA, DESCRIPTORS, GDT, IDT, KERNEL_CS, KERNEL_SS, MMIO, PML4, PORT_FAULT, RAM_BYTES,
     STACK0,
@@ -470,7 +470,7 @@ fn each_byte_of_a_string_instruction_is_an_exit_of_its_own() {
         a.cld()?;
         a.mov(rsi, DATA)?;
         a.mov(ecx, 5)?;
-        a.mov(edx, 0x3f8)?;
+        a.mov(edx, NOBODY)?;
         a.rep().outsb()?;
         a.mov(rdi, DATA + 0x10)?;
         a.mov(ecx, 4)?;
@@ -479,12 +479,10 @@ fn each_byte_of_a_string_instruction_is_an_exit_of_its_own() {
     });
     guest.data = b"hello";
     for ran in proved(&guest) {
-        let written = b"hello".map(|byte| port_write(0x3f8, Width::Byte, byte.into()));
+        let written = b"hello".map(|byte| port_write(NOBODY, Width::Byte, byte.into()));
         let read = [port_read(0x92, Width::Byte); 4];
         let expected = [&written[..], &read, &[Exit::Halt]].concat();
         assert_eq!(ran.exits(), expected);
-        let output: Vec<u8> = ran.trace.output.iter().flat_map(|o| o.1.clone()).collect();
-        assert_eq!(output, b"hello");
         assert_eq!(ran.words(DATA + 0x10), [0x0202_0202]);
         assert_eq!(ran.registers()[RCX], 0);
         assert_eq!(ran.registers()[RSI], DATA + 5);
@@ -991,7 +989,55 @@ fn what_the_guest_prints_is_seen() {
         Ok(())
     });
     for ran in proved(&guest) {
-        assert_eq!(ran.trace.output, [(1, b"o".to_vec()), (2, b"k".to_vec())]);
+        assert_eq!(ran.exits(), [Exit::Halt]);
+        assert_eq!(ran.trace.output, [(1, b"ok".to_vec())]);
+    }
+}
+
+#[test]
+fn what_the_guest_prints_waits_for_the_next_exit_as_far_as_there_is_room() {
+    let mut guest = Guest::new(|a| {
+        // Another port, and a wider write: neither waits.
+        a.mov(edx, 0x3ff)?;
+        out_dx(a, 7)?;
+        a.cld()?;
+        a.mov(edx, 0x3f8)?;
+        a.mov(ebx, 210)?;
+        let mut again = a.create_label();
+        a.set_label(&mut again)?;
+        a.mov(rsi, DATA)?;
+        a.mov(ecx, 10)?;
+        a.rep().outsb()?;
+        a.dec(ebx)?;
+        a.jnz(again)?;
+        a.mov(eax, 0x4241)?;
+        a.out(dx, ax)?;
+        a.mov(edx, 0x3fd)?;
+        a.in_(al, dx)
+    });
+    guest.data = b"0123456789";
+    let byte = |at: usize| guest.data[at % guest.data.len()];
+    for ran in proved(&guest) {
+        let full = |count| {
+            port_write(
+                0x3f8,
+                Width::Byte,
+                byte(count * (POSTED_MAX + 1) - 1).into(),
+            )
+        };
+        let expected = [
+            port_write(0x3ff, Width::Byte, 7),
+            full(1),
+            full(2),
+            port_write(0x3f8, Width::Word, 0x4241),
+            port_read(0x3fd, Width::Byte),
+            Exit::Halt,
+        ];
+        assert_eq!(ran.exits(), expected);
+        let output: Vec<u8> = ran.trace.output.iter().flat_map(|o| o.1.clone()).collect();
+        let printed: Vec<u8> = (0..2100).map(byte).collect();
+        assert!(output.starts_with(&printed), "{output:?}");
+        assert_eq!(ran.trace.output.len(), 3, "each exit shows what waited");
     }
 }
 

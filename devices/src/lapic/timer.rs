@@ -1,8 +1,9 @@
 //! The local APIC's timer (Intel SDM vol. 3, 11.5.4).
 //!
 //! It counts a bus clock of 25 MHz, 40 ns of guest time a tick before the divider: fine enough for a
-//! timer, and slow enough for Linux, which uses 23 bits of it, to sleep five seconds. Or it waits until the time stamp counter has come to a deadline. However often a period
-//! has passed since the last look, the timer has fired once.
+//! timer, and slow enough for Linux, which uses 23 bits of it, to sleep five seconds. Or it waits until the
+//! time stamp counter has come to a deadline. However often a period has passed since the last look, the
+//! timer has fired once.
 
 use serde::{Deserialize, Serialize};
 
@@ -185,8 +186,12 @@ impl Timer {
         if self.deadline == 0 {
             settled.start(self.loaded, self.since);
             settled.since = self.since;
-        } else {
-            settled.move_tsc(time);
+        } else if settled.move_tsc(time) {
+            // What has passed and is armed still does not come.
+            return ensure(
+                "APIC timer deadline",
+                self.due.is_none() && time.now > NEVER,
+            );
         }
         let future = self.due.is_none_or(|due| due > time.now);
         ensure("APIC timer deadline", future && settled == *self)

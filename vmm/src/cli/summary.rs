@@ -22,6 +22,8 @@ pub struct Summary {
     pub exits: u64,
     /// Exits by kind.
     pub exits_by_kind: std::collections::BTreeMap<&'static str, u64>,
+    /// Writes that were posted: they waited for the next exit.
+    pub posted_writes: u64,
     /// Interrupts delivered.
     pub interrupts: u64,
     /// Of those, how many waited for the guest to open its window.
@@ -55,6 +57,7 @@ impl Summary {
             windows,
             preempted,
             module_sites,
+            posted,
         } = *machine.tally();
         let kinds = Exit::KIND_NAMES
             .into_iter()
@@ -68,6 +71,7 @@ impl Summary {
             host_ns,
             exits: machine.at().exits,
             exits_by_kind: kinds.collect(),
+            posted_writes: posted,
             interrupts,
             interrupts_in_windows: windows,
             interrupts_at_preemptions: preempted,

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use hindsight_devices::{Access, Ram, Width};
+use hindsight_devices::{Access, POSTED_PORT, Ram, Width};
 use hindsight_replay::{Answer, Back, Cpu, CpuidTable, Exit, Horizon, Registers, ShownClock};
 use kvm_bindings::{
     KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_CAP_PMU_CAPABILITY, KVM_EXIT_HLT, KVM_EXIT_IO,
@@ -23,6 +23,7 @@ use super::error::{KvmError, Named};
 use super::guest_text::GuestView;
 use super::memory::GuestMemory;
 use super::modules::LoadingModule;
+use super::posted::Posted;
 use super::preemption::Preemption;
 use super::run_page::{PortExit, RunPage};
 use super::traps::TrapState;
@@ -102,7 +103,7 @@ pub struct VcpuCounts {
 pub struct KvmCpu {
     // The order of the fields is the order of their end: the VM is gone before the memory is.
     fd: VcpuFd,
-    _vm: VmFd,
+    vm: VmFd,
     pub(super) memory: GuestMemory,
     pub(super) text: KernelText,
     pub(super) traps: TrapState,
@@ -114,6 +115,7 @@ pub struct KvmCpu {
     pub(super) preemption: Preemption,
     /// Where breakpoints are set, for us and not for the guest.
     pub(super) stops: Vec<u64>,
+    posted: Posted,
     string: Option<StringAccess>,
     pub(super) unfinished: bool,
     /// KVM's reason for an exit that came while another was being finished.
@@ -169,10 +171,11 @@ impl KvmCpu {
         fd.set_cpuid2(&cpuid::for_kvm(table)?)
             .named("KVM_SET_CPUID2")?;
         hide_paravirtual_features(&fd)?;
+        let posted = Posted::new(kvm, &vm, &mut fd)?;
         RunPage::of(&mut fd).keep_registers();
         Ok(KvmCpu {
             fd,
-            _vm: vm,
+            vm,
             memory,
             text: KernelText::default(),
             traps: TrapState::default(),
@@ -181,6 +184,7 @@ impl KvmCpu {
             counts: VcpuCounts::default(),
             preemption: Preemption::default(),
             stops: Vec::new(),
+            posted,
             string: None,
             unfinished: false,
             held: None,
@@ -267,7 +271,22 @@ impl KvmCpu {
 
     /// Enters the guest once. Returns KVM's exit reason, or `None` if the host interrupted it.
     pub(super) fn enter(&mut self) -> Result<Option<u32>, KvmError> {
-        signals::enter(&mut self.fd)
+        loop {
+            let reason = signals::enter(&mut self.fd)?;
+            if reason != Some(KVM_EXIT_IO) || !self.exit_is_posted()? {
+                return Ok(reason);
+            }
+        }
+    }
+
+    /// Whether the port access that KVM came back with waits for the next exit instead.
+    fn exit_is_posted(&mut self) -> Result<bool, KvmError> {
+        let io = self.page().port().expect("the reason is a port access");
+        if io.read || (io.port, io.size, io.count) != (POSTED_PORT, 1, 1) {
+            return Ok(false);
+        }
+        let byte = self.page().port_data(&io, 0) as u8;
+        self.posted.add(byte, &self.vm, &mut self.fd)
     }
 
     /// The exit that KVM's reason stands for.
@@ -428,6 +447,10 @@ impl Cpu for KvmCpu {
             return self.decode(reason).map(Back::Exit);
         }
         self.run_to(horizon)
+    }
+
+    fn posted(&mut self) -> Result<Option<Access>, KvmError> {
+        self.posted.take(&self.vm, &mut self.fd)
     }
 
     fn registers(&mut self) -> Registers {
