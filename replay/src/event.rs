@@ -81,11 +81,13 @@ pub enum Event {
         /// XXH3-64 over them.
         check: u64,
     },
+    /// Full detail only: the bytes whose writes were posted between the exit before and this one.
+    Posted(Vec<u8>),
 }
 
 impl Event {
     /// Number of kinds that [`Event::kind`] tells apart.
-    pub const KINDS: usize = 9;
+    pub const KINDS: usize = 10;
     /// Their names, in order.
     pub const KIND_NAMES: [&'static str; Event::KINDS] = [
         "turns",
@@ -97,6 +99,7 @@ impl Event {
         "end",
         "preemptions",
         "first reads",
+        "posted writes",
     ];
 
     /// Index into [`Event::KIND_NAMES`].
@@ -111,6 +114,7 @@ impl Event {
             Event::End(_) => 6,
             Event::Preempted(_) => 7,
             Event::FirstReads { .. } => 8,
+            Event::Posted(_) => 9,
         }
     }
 }
@@ -162,6 +166,7 @@ enum Wire {
     FirstReads {
         check: [u8; 8],
     },
+    Posted(Vec<u8>),
 }
 
 /// What the differences of a frame refer to.
@@ -212,6 +217,7 @@ impl Codec {
             Event::FirstReads { check } => Wire::FirstReads {
                 check: check.to_le_bytes(),
             },
+            Event::Posted(bytes) => Wire::Posted(bytes.clone()),
         };
         postcard::to_extend(&(delta, wire), frame).expect("a Vec takes everything")
     }
@@ -268,6 +274,7 @@ impl Codec {
             Wire::FirstReads { check } => Event::FirstReads {
                 check: u64::from_le_bytes(check),
             },
+            Wire::Posted(bytes) => Event::Posted(bytes),
             Wire::Preempted {
                 unit,
                 number,

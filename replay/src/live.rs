@@ -186,6 +186,10 @@ impl<W: World> Outside for Live<W> {
         self.world.send(frame);
     }
 
+    fn posted(&mut self, _exits: u64, _bytes: &[u8]) -> Result<(), Closed> {
+        Ok(())
+    }
+
     fn turn(&mut self, _exits: u64, _turn: &Turn, _digest: Digest) -> Result<(), Closed> {
         Ok(())
     }

@@ -4,7 +4,8 @@
 //! which.
 
 use hindsight_devices::{
-    Access, Around, Board, Devices, Input, Nanos, Output, Ram, Reply, Room, Storage, StorageError,
+    Access, Around, Board, Devices, Input, Nanos, Output, POSTED_PORT, Ram, Reply, Room, Storage,
+    StorageError, Width,
 };
 use thiserror::Error;
 
@@ -39,10 +40,9 @@ pub trait Cpu {
     /// what a horizon between exits asks for runs to its next exit.
     fn run(&mut self, horizon: Horizon) -> Result<Back, Self::Error>;
     /// The next write that the guest has made since the exit before this one without an exit of its own, in
-    /// the order in which they were made. Which writes may be so posted, and how many before one exits, is the
-    /// machine's and not the host's: see docs/how-it-works.md. Asked for at each counted exit until there
-    /// is none.
-    fn posted(&mut self) -> Result<Option<Access>, Self::Error> {
+    /// the order in which they were made: of bytes to [`POSTED_PORT`], of which at most
+    /// [`hindsight_devices::POSTED_MAX`] wait. Asked for at each counted exit until there is none.
+    fn posted(&mut self) -> Result<Option<u8>, Self::Error> {
         Ok(None)
     }
     /// The registers as the guest left them when it came back.
@@ -76,6 +76,8 @@ pub trait Observer {
     fn output(&mut self, _exits: u64, _now: Nanos, _output: &Output) {}
     /// Something reached it from outside.
     fn input(&mut self, _exits: u64, _now: Nanos, _input: &Input) {}
+    /// These bytes were written between the exit before and this one, without an exit.
+    fn posted(&mut self, _exits: u64, _bytes: &[u8]) {}
     /// A turn has happened.
     fn turn(&mut self, _exits: u64, _turn: &Turn) {}
     /// An interrupt was delivered.
@@ -310,7 +312,7 @@ impl Machine {
         } else {
             None
         };
-        self.pass_posted(cpu)?;
+        let posted = self.pass_posted(cpu)?;
         self.room = self.board.room(cpu.ram());
         self.pass_time(&exit, site, outside)?;
         let mut stopped = false;
@@ -336,9 +338,13 @@ impl Machine {
             registers,
         };
         self.digest.absorb(&turn);
+        outside.posted(exits, &posted).map_err(RunError::Closed)?;
         outside
             .turn(exits, &turn, self.digest)
             .map_err(RunError::Closed)?;
+        if !posted.is_empty() {
+            observer.posted(exits, &posted);
+        }
         observer.turn(exits, &turn);
         if exit.wants_answer() {
             self.cpu(cpu.answer(&exit, &answer))?;
@@ -372,13 +378,20 @@ impl Machine {
 
     /// What the guest has written since the exit before: it was then, so it comes before all that this
     /// exit brings.
-    fn pass_posted<C: Cpu>(&mut self, cpu: &mut C) -> Result<(), RunError<C::Error>> {
-        while let Some(write) = self.cpu(cpu.posted())? {
-            self.tally.posted += 1;
+    fn pass_posted<C: Cpu>(&mut self, cpu: &mut C) -> Result<Vec<u8>, RunError<C::Error>> {
+        let mut bytes = Vec::new();
+        while let Some(byte) = self.cpu(cpu.posted())? {
+            let write = Access::PortWrite {
+                port: POSTED_PORT,
+                width: Width::Byte,
+                value: byte.into(),
+            };
             self.digest.absorb_posted(&write);
             self.access(write, cpu.ram())?;
+            bytes.push(byte);
         }
-        Ok(())
+        self.tally.posted += bytes.len() as u64;
+        Ok(bytes)
     }
 
     fn standing(&self) -> Standing {

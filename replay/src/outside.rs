@@ -97,6 +97,10 @@ pub trait Outside {
     /// The machine's network card has sent a frame. A world that is not there does not get it.
     fn send(&mut self, _frame: &[u8]) {}
 
+    /// These are the bytes whose writes were posted between the exit before and this one. Told of each turn,
+    /// just before it.
+    fn posted(&mut self, exits: u64, bytes: &[u8]) -> Result<(), Closed>;
+
     /// This turn has happened; `digest` covers it.
     fn turn(&mut self, exits: u64, turn: &Turn, digest: Digest) -> Result<(), Closed>;
 

@@ -117,6 +117,13 @@ impl<O: Outside, W: Write> Outside for Recorder<O, W> {
         self.inner.send(frame);
     }
 
+    fn posted(&mut self, exits: u64, bytes: &[u8]) -> Result<(), Closed> {
+        if self.detail == Detail::Full && !bytes.is_empty() {
+            self.pending.push(Event::Posted(bytes.to_vec()));
+        }
+        self.inner.posted(exits, bytes)
+    }
+
     fn turn(&mut self, exits: u64, turn: &Turn, digest: Digest) -> Result<(), Closed> {
         self.append_pending(exits);
         if self.detail == Detail::Full {

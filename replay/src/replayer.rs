@@ -250,6 +250,27 @@ impl<R: Read> Outside for Replayer<R> {
         Err(self.diverged(self.last_moment(exits), difference))
     }
 
+    fn posted(&mut self, exits: u64, bytes: &[u8]) -> Result<(), Closed> {
+        let recorded = self.take(exits, |event| match event {
+            Event::Posted(bytes) => Some(bytes.clone()),
+            _ => None,
+        })?;
+        let expected = match recorded {
+            Some(expected) => expected,
+            None if self.journal.header().detail == Detail::Full => Vec::new(),
+            None => return Ok(()),
+        };
+        if expected == bytes {
+            return Ok(());
+        }
+        let difference = Difference::Turn {
+            field: "what was written without an exit",
+            expected: format!("\"{}\"", expected.escape_ascii()),
+            found: format!("\"{}\"", bytes.escape_ascii()),
+        };
+        Err(self.diverged(self.last_moment(exits), difference))
+    }
+
     fn turn(&mut self, exits: u64, turn: &Turn, digest: Digest) -> Result<(), Closed> {
         let at = Moment {
             exits,
@@ -508,6 +529,7 @@ fn describe(entry: &Entry) -> String {
         Event::End(end) => format!("exit {exits}: the end ({:?})", end.ending),
         Event::Preempted(place) => format!("exit {exits}: preempted {place}"),
         Event::FirstReads { .. } => format!("exit {exits}: blocks of a disk's image are read"),
+        Event::Posted(bytes) => format!("exit {exits}: \"{}\" is written", bytes.escape_ascii()),
     }
 }
 

@@ -170,6 +170,8 @@ pub struct Trace {
     pub interrupts: Vec<(Moment, u8)>,
     /// What the guest wrote to its console, with the exit.
     pub output: Vec<(u64, Vec<u8>)>,
+    /// What it wrote without an exit, with the exit behind it.
+    pub posted: Vec<(u64, Vec<u8>)>,
 }
 
 impl Trace {
@@ -185,6 +187,12 @@ impl Trace {
                 .collect(),
             output: self
                 .output
+                .iter()
+                .filter(|(at, _)| *at <= exits)
+                .cloned()
+                .collect(),
+            posted: self
+                .posted
                 .iter()
                 .filter(|(at, _)| *at <= exits)
                 .cloned()
@@ -216,6 +224,10 @@ impl Observer for Trace {
         if let Output::Console(bytes) = output {
             self.output.push((exits, bytes.clone()));
         }
+    }
+
+    fn posted(&mut self, exits: u64, bytes: &[u8]) {
+        self.posted.push((exits, bytes.to_vec()));
     }
 
     fn turn(&mut self, exits: u64, turn: &Turn) {
@@ -481,6 +493,9 @@ impl Outside for Unchecked {
         Ok(())
     }
 
+    fn posted(&mut self, _exits: u64, _bytes: &[u8]) -> Result<(), Closed> {
+        Ok(())
+    }
     fn turn(&mut self, _: u64, _: &Turn, _: hindsight_replay::Digest) -> Result<(), Closed> {
         Ok(())
     }

@@ -116,7 +116,7 @@ pub struct ToyCpu {
     pmu: Option<Pmu>,
     lander: Option<Lander<ToyCounter>>,
     /// Writes that wait for the next exit.
-    posted: VecDeque<Access>,
+    posted: VecDeque<u8>,
     /// The time that the program has seen last, unless it has set the time stamp counter since.
     seen: Option<u64>,
 }
@@ -225,23 +225,24 @@ impl ToyCpu {
         let op = self.program.next(h, self.exits)?;
         self.instructions += 1;
         Some(match op {
-            Op::Exit(Exit::Access(access)) if self.posts(&access) => Op::Post(access),
-            Op::Exit(exit) => self.read_clock(&exit).map_or(op, Op::Read),
+            Op::Exit(exit) => match self.posts(&exit) {
+                Some(byte) => Op::Post(byte),
+                None => self.read_clock(&exit).map_or(op, Op::Read),
+            },
             op => op,
         })
     }
 
-    /// Whether a write waits for the next exit.
-    fn posts(&self, access: &Access) -> bool {
-        let may = matches!(
-            access,
-            Access::PortWrite {
+    /// The byte, if this is a write that waits for the next exit.
+    fn posts(&self, exit: &Exit) -> Option<u8> {
+        match *exit {
+            Exit::Access(Access::PortWrite {
                 port: POSTED_PORT,
                 width: Width::Byte,
-                ..
-            }
-        );
-        may && self.posted.len() < POSTED_MAX
+                value,
+            }) if self.posted.len() < POSTED_MAX => Some(value as u8),
+            _ => None,
+        }
     }
 
     /// The kernel's RDTSC, as its stub does it: the time, if this read need not exit.
@@ -313,7 +314,7 @@ impl ToyCpu {
             }
             Op::Mix => self.registers.0[register] = self.registers.0[register].rotate_left(7) ^ h,
             Op::Read(tsc) => self.see_time(tsc),
-            Op::Post(access) => self.posted.push_back(access),
+            Op::Post(byte) => self.posted.push_back(byte),
             Op::Exit(_) => unreachable!("an exit is not executed here"),
         }
         self.step(h);
@@ -469,7 +470,7 @@ impl Cpu for ToyCpu {
         back
     }
 
-    fn posted(&mut self) -> Result<Option<Access>, Broken> {
+    fn posted(&mut self) -> Result<Option<u8>, Broken> {
         Ok(self.posted.pop_front())
     }
 

@@ -14,8 +14,8 @@ pub enum Op {
     Exit(Exit),
     /// Reads the time without an exit: this one. The program itself never says so.
     Read(u64),
-    /// Writes to a port without an exit. The program itself never says so.
-    Post(Access),
+    /// Writes this byte to the port whose writes are posted. The program itself never says so.
+    Post(u8),
     /// Loads a word of memory into a register.
     Load,
     /// Stores a register into memory.

@@ -131,7 +131,7 @@ fn a_full_recording_replays_and_says_the_same_as_a_default_one() {
         );
         let without_turns: Vec<Entry> = entries
             .into_iter()
-            .filter(|entry| !matches!(entry.event, Event::Turn(_)))
+            .filter(|entry| !matches!(entry.event, Event::Turn(_) | Event::Posted(_)))
             .collect();
         assert_eq!(without_turns, entries_of(&brief.journal));
     });
@@ -426,6 +426,7 @@ fn tampered(entry: &Entry, rng: &mut Rng) -> Option<Entry> {
             2 => end.panic = Some("no".into()),
             _ => end.memory = end.memory.map_or(Some(0), |_| None),
         },
+        Event::Posted(bytes) => bytes[0] ^= 1 << rng.below(8),
         Event::Input(_) | Event::Preempted(_) => return None,
     }
     Some(entry)
@@ -473,6 +474,7 @@ fn the_seeds_reach_what_they_are_meant_to_reach() {
     let mut exits = [0; Exit::KINDS];
     let mut events = [0; Event::KINDS];
     let mut endings = std::collections::BTreeMap::new();
+    let mut posted = 0;
     let (mut at_exits, mut in_windows, mut frames, mut panics, mut vectors) =
         (0, 0, 0, 0, [0; 256]);
     for seed in 0..400 {
@@ -498,6 +500,7 @@ fn the_seeds_reach_what_they_are_meant_to_reach() {
         }
         let end = recording.end.expect("it ended");
         panics += u32::from(end.panic.is_some());
+        posted += recording.trace.posted.len();
         *endings.entry(format!("{:?}", end.ending)).or_insert(0) += 1;
     }
     println!("exits {exits:?}\nevents {events:?}\nendings {endings:?}");
@@ -508,7 +511,7 @@ fn the_seeds_reach_what_they_are_meant_to_reach() {
         "timer {}, UART {}, RTC {}",
         vectors[0x30], vectors[0x34], vectors[0x38]
     );
-    // Whole turns are for full detail, preemptions for CPUs with a counter (landing.rs), and first
+    // Whole turns and posted writes are for full detail, preemptions for CPUs with a counter (landing.rs), and first
     // reads for machines with a disk.
     let counted = (0..Exit::KINDS).filter(|kind| *kind != Exit::PREEMPTED);
     assert!(
@@ -516,7 +519,8 @@ fn the_seeds_reach_what_they_are_meant_to_reach() {
         "exits: {exits:?}"
     );
     assert_eq!(exits[Exit::PREEMPTED], 0);
-    let [_, rest @ .., _, _] = events;
+    assert!(posted >= 100, "{posted} exits behind posted writes");
+    let [_, rest @ .., _, _, _] = events;
     assert!(rest.iter().all(|count| *count >= 100), "events: {events:?}");
     assert!(
         endings.len() >= 6 && endings.values().all(|count| *count >= 3),

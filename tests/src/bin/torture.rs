@@ -278,6 +278,9 @@ impl<O: Outside> Outside for Poke<O> {
     fn first_reads(&mut self, exits: u64, reads: &FirstReads) -> Result<(), Closed> {
         self.inner.first_reads(exits, reads)
     }
+    fn posted(&mut self, exits: u64, bytes: &[u8]) -> Result<(), Closed> {
+        self.inner.posted(exits, bytes)
+    }
     fn turn(&mut self, exits: u64, turn: &Turn, digest: Digest) -> Result<(), Closed> {
         self.inner.turn(exits, turn, digest)
     }

@@ -152,5 +152,6 @@ pub fn event() -> impl Strategy<Value = Event> {
         any::<[u8; 2]>().prop_map(|check| Event::Witness { check }),
         any::<u64>().prop_map(|digest| Event::Memory { digest }),
         any::<u64>().prop_map(|check| Event::FirstReads { check }),
+        prop::collection::vec(any::<u8>(), 0..40).prop_map(Event::Posted),
     ]
 }

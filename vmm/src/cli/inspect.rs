@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use comfy_table::{CellAlignment, Table, presets};
-use hindsight_devices::Nanos;
+use hindsight_devices::{Nanos, POSTED_PORT};
 use hindsight_replay::{
     Detail, Event, FRAME_HEAD_BYTES, Frame, Header, JournalReader, Moment, Observer, TailReason,
     Turn,
@@ -85,6 +85,18 @@ impl<W: Write> Listing<W> {
         );
     }
 
+    fn posted_line(&mut self, exits: u64, bytes: &[u8]) {
+        self.line(
+            || {
+                format!(
+                    "{exits:>9} port {POSTED_PORT:#06x} was written \"{}\"",
+                    bytes.escape_ascii()
+                )
+            },
+            || json!({"exit": exits, "posted": {"port": POSTED_PORT, "bytes": bytes}}),
+        );
+    }
+
     fn interrupt_line(&mut self, at: &Moment, vector: u8) {
         self.line(
             || {
@@ -103,6 +115,10 @@ impl<W: Write> Listing<W> {
 }
 
 impl<W: Write> Observer for Listing<W> {
+    fn posted(&mut self, exits: u64, bytes: &[u8]) {
+        self.posted_line(exits, bytes);
+    }
+
     fn turn(&mut self, exits: u64, turn: &Turn) {
         self.turn_line(exits, turn);
     }
@@ -123,6 +139,7 @@ fn list(mut journal: JournalReader<impl Read>, options: &Options) -> anyhow::Res
             let exits = entry.exits;
             match &entry.event {
                 Event::Turn(turn) => listing.turn_line(exits, turn),
+                Event::Posted(bytes) => listing.posted_line(exits, bytes),
                 Event::Interrupt { vector, at } => listing.interrupt_line(at, *vector),
                 _ if options.io => {}
                 Event::Time { ahead_ns } => listing.line(

@@ -2,6 +2,7 @@
 
 use hindsight_guest_images::layout::{DATA, MMIO, PORT_DEVICE};
 use hindsight_guest_images::micro;
+use kvm_ioctls::Cap;
 
 use super::finding::{Bench, Checked, Probe, Weight, expect, fails};
 use crate::boot::traps::TRAP_CPUID;
@@ -18,6 +19,13 @@ pub const PROBES: &[Probe] = &[
         weight: Weight::Needed,
         cost: UNUSABLE,
         check: ports,
+    },
+    Probe {
+        group: GROUP,
+        name: "an OUT can wait for the next exit",
+        weight: Weight::Gate,
+        cost: "no machine: its serial port is written so (KVM_CAP_COALESCED_PIO, Linux 5.0)",
+        check: posted_ports,
     },
     Probe {
         group: GROUP,
@@ -80,6 +88,13 @@ fn ports(bench: &mut Bench) -> Checked {
         return fails(format!("the guest read {got:x?} instead of {reads:x?}"));
     }
     Ok("1, 2 and 4 bytes, both ways".to_string())
+}
+
+fn posted_ports(bench: &mut Bench) -> Checked {
+    match bench.kvm().check_extension(Cap::CoalescedPio) {
+        true => Ok("KVM can keep it".to_string()),
+        false => fails("KVM cannot keep it"),
+    }
 }
 
 fn string_ports(bench: &mut Bench) -> Checked {

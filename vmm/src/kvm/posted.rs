@@ -8,7 +8,7 @@
 
 use std::collections::VecDeque;
 
-use hindsight_devices::{Access, POSTED_MAX, POSTED_PORT, Width};
+use hindsight_devices::{POSTED_MAX, POSTED_PORT};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 
 use super::error::{KvmError, Named};
@@ -56,17 +56,13 @@ impl Posted {
     }
 
     /// Takes the oldest one.
-    pub fn take(&mut self, vm: &VmFd, vcpu: &mut VcpuFd) -> Result<Option<Access>, KvmError> {
+    pub fn take(&mut self, vm: &VmFd, vcpu: &mut VcpuFd) -> Result<Option<u8>, KvmError> {
         self.empty_ring(vcpu)?;
         let byte = self.queue.pop_front();
         if byte.is_none() && !self.kept_by_kvm {
             self.have_kvm_keep(vm)?;
         }
-        Ok(byte.map(|byte| Access::PortWrite {
-            port: POSTED_PORT,
-            width: Width::Byte,
-            value: byte.into(),
-        }))
+        Ok(byte)
     }
 
     fn have_kvm_keep(&mut self, vm: &VmFd) -> Result<(), KvmError> {

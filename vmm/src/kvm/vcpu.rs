@@ -449,7 +449,7 @@ impl Cpu for KvmCpu {
         self.run_to(horizon)
     }
 
-    fn posted(&mut self) -> Result<Option<Access>, KvmError> {
+    fn posted(&mut self) -> Result<Option<u8>, KvmError> {
         self.posted.take(&self.vm, &mut self.fd)
     }
 
