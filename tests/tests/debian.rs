@@ -563,12 +563,12 @@ fn memory_digests_on_the_way_are_compared() {
         .record(
             &recording,
             "hello",
-            &["--verify", "memory=20000", "--quiet"],
+            &["--verify", "memory=8000", "--quiet"],
             b"",
         )
         .expect(0);
     let verdict = debian
-        .replay(&recording, &["--verify", "memory=20000", "--json"])
+        .replay(&recording, &["--verify", "memory=8000", "--json"])
         .expect(0)
         .json();
     assert!(verdict["memories_equal"].as_u64() >= Some(2), "{verdict}");

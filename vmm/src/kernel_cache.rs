@@ -18,7 +18,7 @@ use crate::boot::{Kernel, Modules, Sites, Window};
 /// Overrides where the cache is; empty: there is none.
 const DIRECTORY: &str = "HINDSIGHT_CACHE";
 /// Changes whenever what is kept, or how it is found, does.
-const FORMAT: u32 = 4;
+const FORMAT: u32 = 5;
 /// An entry begins with its checksum, the length of what serde writes, and that of the ELF file.
 const HEAD_BYTES: usize = 24;
 
@@ -33,6 +33,8 @@ pub struct Prepared {
     pub sites: Sites,
     /// Which of its time reads need not exit.
     pub windows: Vec<Window>,
+    /// Which of its console's waits for the transmitter need not be.
+    pub transmits: Vec<u64>,
     /// What must be known to trap it in modules.
     pub modules: Modules,
 }

@@ -83,12 +83,13 @@ impl LoadedKernel {
         let kernel = boot::unpack(image)?;
         let elf = Elf::parse(&kernel.elf)?;
         let modules = boot::modules::find(&elf);
-        let (sites, windows) = boot::find_sites(&elf, modules.loads())?;
+        let found = boot::find_sites(&elf, modules.loads())?;
         let prepared = Prepared {
             content: content(image),
             kernel,
-            sites,
-            windows,
+            sites: found.sites,
+            windows: found.windows,
+            transmits: found.transmits,
             modules,
         };
         kernel_cache::keep(image, &prepared);
@@ -100,9 +101,10 @@ impl LoadedKernel {
         &self.0.content
     }
 
-    /// What lets it read the time without exits; `None` if nothing does.
+    /// What lets it read the time, and print, without exits; `None` if it cannot.
     fn quick_plan(&self, elf: &Elf<'_>) -> Option<QuickPlan> {
-        QuickPlan::new(elf, &self.0.windows, &boot::caves::find(elf)?.quick?)
+        let caves = boot::caves::find(elf)?.quick?;
+        QuickPlan::new(elf, &self.0.windows, &self.0.transmits, &caves)
     }
 
     /// What of the world the guest may see because this kernel is as it is, in words.

@@ -24,6 +24,7 @@ mod quick;
 mod quick_stub;
 #[cfg(test)]
 mod testing;
+mod transmit;
 pub mod traps;
 mod windows;
 mod zero_page;
@@ -39,15 +40,32 @@ pub use quick::{QuickClock, QuickPlan};
 pub use traps::{Site, SiteKind, Sites};
 pub use windows::Window;
 
-/// Finds the instructions to trap in a kernel, and which of its time reads need not exit: one look at
-/// its code for both.
+/// What is to be rewritten in a kernel.
+#[derive(Debug)]
+pub struct Found {
+    /// The instructions to trap.
+    pub sites: Sites,
+    /// Which of its time reads need not exit.
+    pub windows: Vec<Window>,
+    /// Virtual addresses of the calls with which its console waits, and need not.
+    pub transmits: Vec<u64>,
+}
+
+/// Finds what is to be rewritten in a kernel, in one look at its code.
 ///
 /// # Errors
 ///
 /// As [`traps::find`].
-pub fn find_sites(elf: &Elf<'_>, loads: &[u64]) -> Result<(Sites, Vec<Window>), BootError> {
+pub fn find_sites(elf: &Elf<'_>, loads: &[u64]) -> Result<Found, BootError> {
     let mut named = named::Named::by_data(elf);
-    let sites = traps::find_and_show(elf, loads, &mut |instruction| named.see(instruction))?;
-    let windows = windows::find(elf, &sites, &named);
-    Ok((sites, windows))
+    let mut transmits = transmit::Transmits::of(elf);
+    let sites = traps::find_and_show(elf, loads, &mut |instruction| {
+        named.see(instruction);
+        transmits.see(instruction);
+    })?;
+    Ok(Found {
+        windows: windows::find(elf, &sites, &named),
+        transmits: transmits.finish(&named),
+        sites,
+    })
 }

@@ -1,4 +1,4 @@
-//! What is rewritten in a kernel so that it reads the time without an exit.
+//! What is rewritten in a kernel so that it reads the time, and prints, without an exit.
 //!
 //! Each [`Window`] becomes a jump to a stub of its own; the stubs stand in the room that
 //! [`super::caves`] finds in `.text`, the clock they read in the room it finds in the data. All of it is
@@ -15,6 +15,7 @@ use super::elf::Elf;
 use super::error::OutOfRam;
 use super::load::GuestRam;
 use super::quick_stub::{MOVED_OFFSET, STUB_BYTES, WINDOW_MIN, jump, relative, stub};
+use super::transmit::READY;
 use super::windows::Window;
 
 /// `nop`.
@@ -27,7 +28,7 @@ struct Patch {
     bytes: Vec<u8>,
 }
 
-/// Everything that quick time reads change in guest memory before the guest starts.
+/// Everything that is changed for that in guest memory before the guest starts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct QuickPlan {
     patches: Vec<Patch>,
@@ -48,8 +49,14 @@ pub struct QuickClock {
 }
 
 impl QuickPlan {
-    /// The plan for a kernel with these windows; `None` if it has none, or no room.
-    pub fn new(elf: &Elf<'_>, windows: &[Window], caves: &QuickCaves) -> Option<QuickPlan> {
+    /// The plan for a kernel with these windows, whose console waits for the transmitter in vain with these
+    /// calls; `None` if it has no windows, or no room.
+    pub fn new(
+        elf: &Elf<'_>,
+        windows: &[Window],
+        transmits: &[u64],
+        caves: &QuickCaves,
+    ) -> Option<QuickPlan> {
         let clock = caves.clock;
         let alternatives = alternatives::read(elf)?;
         let mut patches = Vec::new();
@@ -89,6 +96,12 @@ impl QuickPlan {
             at.physical += STUB_BYTES as u64;
             room -= STUB_BYTES as u64;
             sites += 1;
+        }
+        for call in transmits {
+            patches.push(Patch {
+                gpa: elf.physical(*call)?,
+                bytes: READY.to_vec(),
+            });
         }
         let (stub, stub_bytes) = first?;
         Some(QuickPlan {

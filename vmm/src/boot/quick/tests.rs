@@ -51,8 +51,8 @@ fn caves_of(stub_bytes: u64) -> QuickCaves {
 fn plan(code: &[u8], caves: &QuickCaves) -> Option<(QuickPlan, Ram)> {
     let file = tiny_elf_with(code, &[(".text", 0, code.len())]);
     let elf = Elf::parse(&file).unwrap();
-    let (_, windows) = find_sites(&elf, &[]).unwrap();
-    let plan = QuickPlan::new(&elf, &windows, caves)?;
+    let windows = find_sites(&elf, &[]).unwrap().windows;
+    let plan = QuickPlan::new(&elf, &windows, &[], caves)?;
     let mut ram = Ram::default();
     plan.install(&mut ram).unwrap();
     Some((plan, ram))
@@ -135,8 +135,8 @@ fn alternatives_of_a_window_patch_their_replacement_onto_itself() {
     ];
     let file = tiny_elf_with(&image, &sections);
     let elf = Elf::parse(&file).unwrap();
-    let (_, windows) = find_sites(&elf, &[]).unwrap();
-    let plan = QuickPlan::new(&elf, &windows, &caves_of(1 << 10)).expect("room");
+    let windows = find_sites(&elf, &[]).unwrap().windows;
+    let plan = QuickPlan::new(&elf, &windows, &[], &caves_of(1 << 10)).expect("room");
     let mut ram = Ram::default();
     plan.install(&mut ram).unwrap();
     assert_eq!(ram.at(TINY_PHYSICAL + 12), (-4_i32).to_le_bytes());
@@ -151,9 +151,9 @@ fn every_stub_of_debians_kernels_does_what_its_window_did() {
     for (path, image) in debian_kernels() {
         let kernel = super::super::unpack(&image).unwrap();
         let elf = Elf::parse(&kernel.elf).unwrap();
-        let (_, windows) = find_sites(&elf, &[]).unwrap();
+        let windows = find_sites(&elf, &[]).unwrap().windows;
         let caves = caves::find(&elf).unwrap().quick.expect("room");
-        let plan = QuickPlan::new(&elf, &windows, &caves).unwrap();
+        let plan = QuickPlan::new(&elf, &windows, &[], &caves).unwrap();
         let sites = plan.describe(1_000).sites as usize;
         assert_eq!(sites, windows.len(), "{path}");
         let mut ram = Ram::default();
