@@ -1,5 +1,5 @@
 //! Runs of the program that are watched as they go: what the guest's console says is read as it comes,
-//! and answered. A session is a file of such questions and answers, `guest-images/debian/session` for one.
+//! and answered. A session is a file of such questions and answers, `guest-images/session` for one.
 
 use std::io::{Read, Write};
 use std::process::{Child, Command, Stdio};
@@ -186,7 +186,7 @@ mod tests {
 
     #[test]
     fn the_session_of_the_debian_image_is_one() {
-        let steps = parse(include_str!("../../guest-images/debian/session"));
+        let steps = parse(include_str!("../../guest-images/session"));
         assert!(steps.contains(&Step::Type("poweroff".into())));
     }
 

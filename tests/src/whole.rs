@@ -15,7 +15,7 @@ use crate::session::{Watched, parse};
 /// A recording that takes longer hangs.
 const LIMIT: Duration = Duration::from_secs(900);
 /// What is typed, and behind which text.
-const SESSION: &str = include_str!("../../guest-images/debian/session");
+const SESSION: &str = include_str!("../../guest-images/session");
 /// How many requests nginx answers, if the workload's argument does not say.
 const REQUESTS: u64 = 2_000;
 
@@ -129,7 +129,7 @@ fn judge(name: &str, end: &Bounded) -> Option<String> {
     let console = end.ran.text();
     let ok = format!("workload {name}: ok, ");
     let (wanted, ending) = match name {
-        "session" => ("reboot: Power down", "powered off"),
+        "session" => ("~# poweroff", "powered off"),
         "sysrq" => ("panic - not syncing: sysrq triggered crash", "kernel panic"),
         _ => (&*ok, "powered off"),
     };

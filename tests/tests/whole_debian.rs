@@ -1,5 +1,5 @@
-//! A whole Debian, from power-on over a login to `poweroff`, recorded and replayed. Needs a KVM that can record, and
-//! the image that `guest-images/build-debian` makes; `scripts/test` has both.
+//! A whole Debian, from power-on over a login to `poweroff`, recorded and replayed. Needs a KVM that can
+//! record, and the image that `guest-images/build-debian` makes; `scripts/test` has both.
 
 use hindsight_tests::debian::Debian;
 use hindsight_tests::whole::Whole;
@@ -46,4 +46,21 @@ fn a_whole_debian_with_a_session_typed_at_its_console_replays_equal() {
         after.modified().expect("files have times"),
         "the image was written to"
     );
+}
+
+#[test]
+#[ignore = "needs a KVM that can record"]
+fn the_same_session_at_the_virtio_console_replays_equal() {
+    let debian = Debian::from_env();
+    let scratch = tempfile::tempdir_in(std::env::current_dir().expect("there is one"))
+        .expect("a directory can be made");
+    let recording = scratch.path().join("recording");
+    let options = ["--console", "virtio"];
+    let worked = Whole::new(&debian, "debian").record(&recording, "session", &options);
+    let recorded = worked.end.ran;
+    assert_eq!(worked.failure, None, "{}", recorded.stderr);
+    let console = recorded.text();
+    assert!(console.contains("debian hvc0"), "{console}");
+    let replayed = debian.replay(&recording, &["--verify", "memory"]).expect(0);
+    assert_eq!(replayed.text(), console);
 }
