@@ -9,7 +9,8 @@ say() { printf '\n== %s\n' "$*"; }
 say "recording Debian from power-on, through a login and what is typed there, to poweroff"
 rm -rf "$recording"
 "$session" "$recording" --net user >"$directory/console"
-grep -a -A 14 'login: root' "$directory/console" | cut -c 1-110
+# The kernel may put a message of its own behind the prompt.
+sed -n '/debian login: /,/ip -brief/p' "$directory/console" | cut -c 1-110
 
 say "replaying it"
 "$hindsight" replay "$recording" >"$directory/replayed"
@@ -22,7 +23,7 @@ say "the console, with the guest's times; its last lines"
 say "what went over its network"
 "$hindsight" pcap "$recording" -o "$directory/net.pcapng"
 if command -v tshark >/dev/null; then
-    tshark -r "$directory/net.pcapng" 2>/dev/null | head -n 6
+    tshark -r "$directory/net.pcapng" -c 6 2>/dev/null
 fi
 
 say "what the recording is"
