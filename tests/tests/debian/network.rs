@@ -7,6 +7,7 @@ use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
 use hindsight_tests::debian::{Debian, Ran};
+use hindsight_tests::requests::free_port;
 
 use super::{path, read_until, scratch};
 
@@ -53,12 +54,6 @@ impl Guest {
         ran.stdout = self.shown;
         (ran, self.recording)
     }
-}
-
-/// A port that nobody has now.
-fn free_port() -> u16 {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("there is a port");
-    listener.local_addr().expect("it has an address").port()
 }
 
 fn local(port: u16) -> SocketAddr {

@@ -151,13 +151,20 @@ fn every_stub_of_debians_kernels_does_what_its_window_did() {
     for (path, image) in debian_kernels() {
         let kernel = super::super::unpack(&image).unwrap();
         let elf = Elf::parse(&kernel.elf).unwrap();
-        let windows = find_sites(&elf, &[]).unwrap().windows;
+        let found = find_sites(&elf, &[]).unwrap();
+        let (windows, transmits) = (found.windows, found.transmits);
         let caves = caves::find(&elf).unwrap().quick.expect("room");
-        let plan = QuickPlan::new(&elf, &windows, &[], &caves).unwrap();
+        let plan = QuickPlan::new(&elf, &windows, &transmits, &caves).unwrap();
         let sites = plan.describe(1_000).sites as usize;
         assert_eq!(sites, windows.len(), "{path}");
         let mut ram = Ram::default();
         plan.install(&mut ram).unwrap();
+        assert!(!transmits.is_empty(), "{path}: its console waits");
+        for call in &transmits {
+            let before = elf.at(*call, READY.len()).expect("it is in the kernel");
+            assert_eq!(before[0], 0xe8, "{path}: {call:#x} is no call");
+            assert_eq!(ram.at(elf.physical(*call).unwrap()), READY);
+        }
         for (index, window) in windows.iter().enumerate() {
             let stub_at = caves.stubs.address + (index * STUB_BYTES) as u64;
             let start = elf.physical(window.address).unwrap();
