@@ -7,7 +7,7 @@ use clap::{ArgGroup, Args};
 use hindsight_devices::Nanos;
 use hindsight_replay::{Closed, ExitNumber, Machine, Replayer, RunError};
 use indicatif::{ProgressBar, ProgressStyle};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::console::Console;
 use super::format::{bytes, seconds, thousands};
@@ -56,8 +56,9 @@ fn parse_at(text: &str) -> Result<At, String> {
 The recording is replayed, and checked as it runs, up to the moment. What the guest had not yet
 written to its disk, and had in its memory alone, is not there.
 
-With --changed, an ext2, ext3 or ext4 file system on a whole disk is compared with the one on the
-image, file by file: kind, size, mode, owner, time and content; not extended attributes.
+With --changed, each ext2, ext3 or ext4 file system, on the whole disk or on its partitions (MBR or GPT),
+is compared with the one on the image, file by file: kind, size, mode, owner, time and content; not
+extended attributes.
 
 Examples:
   hindsight disk boot -o vda.img
@@ -200,7 +201,7 @@ fn report(options: &Options, disks: &SharedDisks, machine: &Machine) -> anyhow::
         }
         if let Some(files) = &files {
             value["ranges"] = json!(ranges);
-            value["files"] = files_as_json(files);
+            value["files"] = json!(files);
         }
         out.write(format!("{value}\n").as_bytes());
         return out.finish();
@@ -216,7 +217,7 @@ fn report(options: &Options, disks: &SharedDisks, machine: &Machine) -> anyhow::
         None => tell!("{headline}"),
         Some(files) => {
             out.write(format!("{headline}\n").as_bytes());
-            list(&mut out, &ranges, files);
+            list(&mut out, disk, &ranges, files);
         }
     }
     if let (Some(output), Some(kept)) = (&options.output, kept) {
@@ -225,27 +226,19 @@ fn report(options: &Options, disks: &SharedDisks, machine: &Machine) -> anyhow::
     out.finish()
 }
 
-fn files_as_json(files: &Files) -> Value {
-    match files {
-        Files::Changed(changes) => json!({"changed": changes}),
-        Files::Unknown(why) => json!({"unknown": why}),
-    }
-}
-
 /// Lists blocks and files for a person.
-fn list(out: &mut Output<impl std::io::Write>, ranges: &[Range], files: &Files) {
+fn list(out: &mut Output<impl std::io::Write>, disk: usize, ranges: &[Range], files: &Files) {
     for range in ranges {
         let first = range.offset / BLOCK_BYTES;
         let last = (range.offset + range.bytes - 1) / BLOCK_BYTES;
         let line = format!("blocks {first:>10} to {last:>10}  {}\n", bytes(range.bytes));
         out.write(line.as_bytes());
     }
-    let changes = match files {
-        Files::Changed(changes) => changes,
-        Files::Unknown(why) => {
-            out.write(format!("files     not compared: {why}\n").as_bytes());
-            return;
-        }
+    for why in &files.unknown {
+        out.write(format!("files     not compared: {why}\n").as_bytes());
+    }
+    let Some(changes) = &files.changed else {
+        return;
     };
     if changes.is_empty() {
         out.write(b"files     none has changed\n");
@@ -260,8 +253,18 @@ fn list(out: &mut Output<impl std::io::Write>, ranges: &[Range], files: &Files) 
             [] => String::new(),
             what => format!("  ({})", what.join(", ")),
         };
-        out.write(format!("{word:<9} {}{what}\n", file.path).as_bytes());
+        let place = match file.partition {
+            None => String::new(),
+            Some(number) => format!("{}{number}:", disk_name(disk)),
+        };
+        out.write(format!("{word:<9} {place}{}{what}\n", file.path).as_bytes());
     }
+}
+
+/// What Linux calls it.
+fn disk_name(disk: usize) -> String {
+    let letter = u8::try_from(disk).map_or('?', |disk| char::from(b'a'.saturating_add(disk)));
+    format!("vd{letter}")
 }
 
 fn write_image(

@@ -1,14 +1,15 @@
 //! The files of a disk that are not as they were when the machine was switched on.
 //!
-//! An ext2, ext3 or ext4 file system is read twice, from the image and as the guest has left it, its
-//! journal included, and the two trees are compared name by name. What a running guest still has in its
-//! memory alone is not there yet.
+//! An ext2, ext3 or ext4 file system, on the whole disk or on a partition, is read twice, from the image and
+//! as the guest has left it, its journal included, and the two trees are compared name by name. What a running
+//! guest still has in its memory alone is not there yet.
 
 use std::collections::BTreeMap;
 
 use ext4_view::{Ext4, Ext4Error, Ext4Read, File, Metadata};
 use serde::Serialize;
 
+use super::partitions::{Partition, partitions};
 use super::{OpenImage, SharedDisks};
 
 /// How deep directories may nest, and how many names there may be: a damaged file system can have a directory
@@ -18,9 +19,7 @@ const NAMES_MAX: u64 = 50_000_000;
 /// Where ext4 has its magic number, and what it is (Linux, Documentation/filesystems/ext4/super.rst).
 const MAGIC_OFFSET: u64 = 1024 + 0x38;
 const MAGIC: [u8; 2] = [0x53, 0xef];
-/// Where a disk in partitions says so: the last two bytes of its first sector (UEFI 2.10, 5.2.1).
-const PARTITIONS_OFFSET: u64 = 510;
-const PARTITIONS: [u8; 2] = [0x55, 0xaa];
+const NO_FILE_SYSTEM: &str = "there is no ext2, ext3 or ext4 file system";
 
 /// What has become of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -39,53 +38,118 @@ pub enum Change {
 pub struct FileChange {
     /// What has become of it.
     pub change: Change,
-    /// Where it is: as it is if that can be printed, else with Rust's escapes.
+    /// The partition that it is on: the 1 of `vda1`. `None` if the file system has the whole disk.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub partition: Option<u32>,
+    /// Where it is in its file system: as it is if that can be printed, else with Rust's escapes.
     pub path: String,
     /// What is not as it was: `content`, `size`, `mode`, `owner`, `time`.
     pub what: Vec<&'static str>,
 }
 
 /// What can be said of a disk's files.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Files {
-    /// These have changed, in the order of their names.
-    Changed(Vec<FileChange>),
-    /// Why nothing is known.
-    Unknown(String),
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Files {
+    /// These have changed, in the order of partitions and of names; `None` if nothing could be compared.
+    pub changed: Option<Vec<FileChange>>,
+    /// Why nothing is known of the disk, or of one of its partitions.
+    pub unknown: Vec<String>,
 }
 
-/// Compares the files that are on the disk with those on its image.
-pub fn changed_files(disks: &SharedDisks, disk: usize) -> Files {
-    match compare(disks, disk) {
-        Ok(changes) => Files::Changed(changes),
-        Err(why) => Files::Unknown(why),
+impl Files {
+    /// Adds what was found on the disk, or on one of its partitions.
+    fn add(&mut self, partition: Option<u32>, found: Result<Vec<FileChange>, String>) {
+        match (found, partition) {
+            (Ok(changes), _) => {
+                let changes = changes.into_iter().map(|change| FileChange {
+                    partition,
+                    ..change
+                });
+                self.changed.get_or_insert_default().extend(changes);
+            }
+            (Err(why), None) => self.unknown.push(why),
+            (Err(why), Some(number)) => self.unknown.push(format!("partition {number}: {why}")),
+        }
     }
 }
 
-fn compare(disks: &SharedDisks, disk: usize) -> Result<Vec<FileChange>, String> {
+/// Compares the files that are on the disk with those on its image: on the disk itself, or else on each of its
+/// partitions.
+pub fn changed_files(disks: &SharedDisks, disk: usize) -> Files {
+    let mut files = Files::default();
+    if let Err(why) = compare_disk(disks, disk, &mut files) {
+        files.add(None, Err(why));
+    }
+    files
+}
+
+fn compare_disk(disks: &SharedDisks, disk: usize, files: &mut Files) -> Result<(), String> {
     let (image, bytes) = {
         let disks = disks.look();
         let image = disks.image(disk).ok_or("there is no such disk")?.clone();
         (image, disks.bytes(disk).unwrap_or(0))
     };
-    let image = Reader {
-        source: Source::Image(image),
+    let whole = |source| Reader {
+        source,
+        offset: 0,
         bytes,
     };
-    let present = Reader {
-        source: Source::Present(disks.clone(), disk),
-        bytes,
+    let before = whole(Source::Image(image));
+    let now = whole(Source::Present(disks.clone(), disk));
+    if before.is_ext()? || now.is_ext()? {
+        files.add(None, compare(Some(before), Some(now)));
+        return Ok(());
+    }
+    let both = both_tables(&before, &now)?;
+    if both.is_empty() {
+        return Err(NO_FILE_SYSTEM.into());
+    }
+    for pair in both {
+        let old = pair.old.map(|partition| before.of(partition));
+        let new = pair.new.map(|partition| now.of(partition));
+        files.add(pair.number(), compare(old, new));
+    }
+    Ok(())
+}
+
+/// A partition as it was and as it is; one of the two if it is gone, or new.
+#[derive(Default)]
+struct Pair {
+    old: Option<Partition>,
+    new: Option<Partition>,
+}
+
+impl Pair {
+    fn number(&self) -> Option<u32> {
+        self.new.or(self.old).map(|partition| partition.number)
+    }
+}
+
+/// The partitions that the disk had, beside those that it has, in the order of their numbers. Two that begin
+/// in the same place are the same: one may have grown, or have another number.
+fn both_tables(before: &Reader, now: &Reader) -> Result<Vec<Pair>, String> {
+    let mut both: BTreeMap<u64, Pair> = BTreeMap::new();
+    for partition in before.partitions()? {
+        both.entry(partition.offset).or_default().old = Some(partition);
+    }
+    for partition in now.partitions()? {
+        both.entry(partition.offset).or_default().new = Some(partition);
+    }
+    let mut both: Vec<Pair> = both.into_values().collect();
+    both.sort_by_key(Pair::number);
+    Ok(both)
+}
+
+/// Compares a file system that was there, is there, or both.
+fn compare(before: Option<Reader>, now: Option<Reader>) -> Result<Vec<FileChange>, String> {
+    let load = |reader: Option<Reader>, what| match reader {
+        Some(reader) => reader.load(what),
+        None => Ok(None),
     };
-    let before = image.load("the file system on its image")?;
-    let now = present.load("the file system that the guest has left")?;
+    let before = load(before, "the file system on its image")?;
+    let now = load(now, "the file system that the guest has left")?;
     if before.is_none() && now.is_none() {
-        let partitions = present.has(PARTITIONS_OFFSET, PARTITIONS)?;
-        return Err(if partitions {
-            "the disk is divided into partitions, and only file systems on a whole disk are read"
-        } else {
-            "there is no ext2, ext3 or ext4 file system on the disk"
-        }
-        .into());
+        return Err(NO_FILE_SYSTEM.into());
     }
     let mut comparison = Comparison {
         before,
@@ -100,12 +164,16 @@ fn compare(disks: &SharedDisks, disk: usize) -> Result<Vec<FileChange>, String> 
     Ok(comparison.changes)
 }
 
-/// The disk at one of two times.
+/// A disk at one of two times, or a partition of it.
+#[derive(Clone)]
 struct Reader {
     source: Source,
+    /// Where it begins on the disk.
+    offset: u64,
     bytes: u64,
 }
 
+#[derive(Clone)]
 enum Source {
     /// When the machine was switched on.
     Image(OpenImage),
@@ -114,27 +182,42 @@ enum Source {
 }
 
 impl Reader {
-    /// Whether `wanted` stands at `offset`.
-    fn has(&self, offset: u64, wanted: [u8; 2]) -> Result<bool, String> {
-        let mut found = [0; 2];
-        if offset + 2 > self.bytes {
+    /// One of the disk's partitions.
+    fn of(&self, partition: Partition) -> Reader {
+        Reader {
+            source: self.source.clone(),
+            offset: partition.offset,
+            bytes: partition.bytes,
+        }
+    }
+
+    fn partitions(&self) -> Result<Vec<Partition>, String> {
+        partitions(self.bytes, |offset, into| self.read_at(offset, into))
+            .map_err(|error| error.to_string())
+    }
+
+    /// Whether it says that there is a file system.
+    fn is_ext(&self) -> Result<bool, String> {
+        let mut found = [0; MAGIC.len()];
+        if MAGIC_OFFSET + MAGIC.len() as u64 > self.bytes {
             return Ok(false);
         }
-        self.read_at(offset, &mut found)
+        self.read_at(MAGIC_OFFSET, &mut found)
             .map_err(|error| error.to_string())?;
-        Ok(found == wanted)
+        Ok(found == MAGIC)
     }
 
     fn read_at(
         &self,
-        offset: u64,
+        start: u64,
         into: &mut [u8],
     ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         // The guest may have written any numbers to where the file system is described.
-        let end = offset.checked_add(into.len() as u64);
+        let end = start.checked_add(into.len() as u64);
         if end.is_none_or(|end| end > self.bytes) {
-            return Err("it reaches beyond the end of the disk".into());
+            return Err("it reaches beyond its end".into());
         }
+        let offset = self.offset + start;
         match &self.source {
             Source::Image(image) => image.read_at(offset, into)?,
             Source::Present(disks, disk) => disks.look().peek(*disk, offset, into)?,
@@ -143,19 +226,11 @@ impl Reader {
     }
 
     /// The file system, if there is one.
-    fn load(&self, what: &str) -> Result<Option<Ext4>, String> {
-        if !self.has(MAGIC_OFFSET, MAGIC)? {
+    fn load(self, what: &str) -> Result<Option<Ext4>, String> {
+        if !self.is_ext()? {
             return Ok(None);
         }
-        let reader = Reader {
-            source: match &self.source {
-                Source::Image(image) => Source::Image(image.clone()),
-                Source::Present(disks, disk) => Source::Present(disks.clone(), *disk),
-            },
-            bytes: self.bytes,
-        };
-        let loaded = Ext4::load(Box::new(reader));
-        loaded
+        Ext4::load(Box::new(self))
             .map(Some)
             .map_err(|error| format!("{what} cannot be read: {error}"))
     }
@@ -243,8 +318,12 @@ impl Comparison {
     }
 
     fn tell(&mut self, change: Change, path: &[u8], what: Vec<&'static str>) {
-        let path = printable(path);
-        self.changes.push(FileChange { change, path, what });
+        self.changes.push(FileChange {
+            change,
+            partition: None,
+            path: printable(path),
+            what,
+        });
     }
 
     /// What two files of one kind and name do not have in common. A directory's size and time say only that

@@ -1,6 +1,6 @@
 //! Made with mke2fs, which comes with Debian's e2fsprogs; without it nothing is tested, and that is said.
 
-use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -8,6 +8,7 @@ use hindsight_devices::Storage;
 
 use super::*;
 use crate::disk::Disks;
+use crate::disk::partitions::testing::divide;
 
 /// An image of what stands in `tree`.
 fn make(tree: &Path, image: &Path, options: &[&str]) -> bool {
@@ -28,6 +29,19 @@ fn make(tree: &Path, image: &Path, options: &[&str]) -> bool {
     }
 }
 
+/// A disk with the file system of `system` in the first of its two partitions, which begins at 1 MiB and has
+/// `mib` of them.
+fn partitioned(table: &str, mib: u64, system: &Path, disk: &Path) -> bool {
+    let file = std::fs::File::create(disk).unwrap();
+    file.set_len(32 << 20).unwrap();
+    file.write_all_at(&std::fs::read(system).unwrap(), 1 << 20)
+        .unwrap();
+    divide(
+        disk,
+        &format!("label: {table}\nstart=1MiB, size={mib}MiB, type=L\nstart=24MiB, type=S\n"),
+    )
+}
+
 /// Disks over `before` to which `now` has been written.
 fn overwritten(before: &Path, now: &Path) -> SharedDisks {
     let mut disks = SharedDisks::new(Disks::new(vec![OpenImage::open(before).unwrap()]).unwrap());
@@ -40,12 +54,14 @@ fn overwritten(before: &Path, now: &Path) -> SharedDisks {
     disks
 }
 
-fn told(changes: &Files) -> Vec<String> {
-    let Files::Changed(changes) = changes else {
-        panic!("{changes:?}")
+fn told(files: &Files) -> Vec<String> {
+    let line = |file: &FileChange| {
+        let partition = file.partition.map(|number| format!("{number}:"));
+        let place = partition.unwrap_or_default();
+        format!("{:?} {place}{} {:?}", file.change, file.path, file.what)
     };
-    let line = |file: &FileChange| format!("{:?} {} {:?}", file.change, file.path, file.what);
-    changes.iter().map(line).collect()
+    let changed = files.changed.as_ref().expect("something was compared");
+    changed.iter().map(line).collect()
 }
 
 fn touch(path: &Path, content: &str, seconds: u64) {
@@ -133,16 +149,12 @@ fn what_cannot_be_read_is_said_in_words() {
     }
     let length = std::fs::metadata(&image).unwrap().len();
     std::fs::write(&blank, vec![0; length as usize]).unwrap();
-    let unknown = |disks: &SharedDisks| match changed_files(disks, 0) {
-        Files::Unknown(why) => why,
-        changed @ Files::Changed(_) => panic!("{changed:?}"),
+    let unknown = |disks: &SharedDisks| {
+        let files = changed_files(disks, 0);
+        assert_eq!(files.changed, None);
+        files.unknown.concat()
     };
-    let mut disks = overwritten(&blank, &blank);
-    assert!(unknown(&disks).starts_with("there is no ext2, ext3 or ext4"));
-    disks
-        .write(0, 0, &[[0; 510].as_slice(), &[0x55, 0xaa]].concat())
-        .unwrap();
-    assert!(unknown(&disks).contains("partitions"));
+    assert!(unknown(&overwritten(&blank, &blank)).starts_with("there is no ext2, ext3 or ext4"));
 
     // A file system that the guest has made, or wiped, is all of it new, or gone.
     let made = told(&changed_files(&overwritten(&blank, &image), 0));
@@ -172,4 +184,46 @@ fn what_cannot_be_read_is_said_in_words() {
         "{}",
         unknown(&disks)
     );
+}
+
+#[test]
+fn files_on_partitions_are_compared_although_a_partition_has_grown() {
+    for table in ["dos", "gpt"] {
+        let dir = tempfile::tempdir().unwrap();
+        let file = |name| dir.path().join(name);
+        let (tree, small, large) = (file("tree"), file("small"), file("large"));
+        let (before, now) = (file("before"), file("now"));
+        std::fs::create_dir(&tree).unwrap();
+        touch(&tree.join("same"), "same", 1);
+        touch(&tree.join("grown"), "1", 1);
+        if !make(&tree, &small, &[]) || !partitioned(table, 8, &small, &before) {
+            return;
+        }
+        touch(&tree.join("grown"), "12", 1);
+        assert!(make(&tree, &large, &[]));
+        assert!(partitioned(table, 16, &large, &now));
+
+        let files = changed_files(&overwritten(&before, &now), 0);
+        assert_eq!(
+            told(&files),
+            ["Modified 1:/grown [\"content\", \"size\"]"],
+            "{table}"
+        );
+        assert_eq!(
+            files.unknown,
+            ["partition 2: there is no ext2, ext3 or ext4 file system"]
+        );
+        // A table that the guest has wiped takes its files with it.
+        let mut disks = overwritten(&before, &before);
+        disks.write(0, 0, &[0; 512]).unwrap();
+        let gone = told(&changed_files(&disks, 0));
+        assert_eq!(
+            gone,
+            [
+                "Removed 1:/grown []",
+                "Removed 1:/lost+found []",
+                "Removed 1:/same []"
+            ]
+        );
+    }
 }

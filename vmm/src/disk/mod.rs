@@ -12,6 +12,7 @@ mod files;
 mod image;
 mod option;
 mod overlay;
+mod partitions;
 
 use std::path::PathBuf;
 
