@@ -3,13 +3,18 @@
 
 use hindsight_tests::debian::Debian;
 use hindsight_tests::whole::Whole;
+use tempfile::TempDir;
+
+/// In the checkout, for what is written anywhere else a box has to hold in its memory.
+fn scratch() -> TempDir {
+    let here = std::env::current_dir().expect("there is one");
+    tempfile::tempdir_in(here).expect("a directory can be made")
+}
 
 #[test]
 #[ignore = "needs a KVM that can record"]
 fn a_whole_debian_with_a_session_typed_at_its_console_replays_equal() {
-    let debian = Debian::from_env();
-    let scratch = tempfile::tempdir_in(std::env::current_dir().expect("there is one"))
-        .expect("a directory can be made");
+    let (debian, scratch) = (Debian::from_env(), scratch());
     let whole = Whole::new(&debian, "debian");
     let before = std::fs::metadata(whole.disk()).expect("the image is there");
     let recording = scratch.path().join("recording");
@@ -51,9 +56,7 @@ fn a_whole_debian_with_a_session_typed_at_its_console_replays_equal() {
 #[test]
 #[ignore = "needs a KVM that can record"]
 fn the_same_session_at_the_virtio_console_replays_equal() {
-    let debian = Debian::from_env();
-    let scratch = tempfile::tempdir_in(std::env::current_dir().expect("there is one"))
-        .expect("a directory can be made");
+    let (debian, scratch) = (Debian::from_env(), scratch());
     let recording = scratch.path().join("recording");
     let options = ["--console", "virtio"];
     let worked = Whole::new(&debian, "debian").record(&recording, "session", &options);

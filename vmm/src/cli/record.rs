@@ -1,6 +1,7 @@
 //! `hindsight record`.
 
 use std::path::PathBuf;
+use std::rc::Rc;
 use std::time::Instant;
 
 use clap::{Args, ValueEnum};
@@ -130,7 +131,6 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     let mut session = Session {
         options,
         kvm,
-        images,
         header,
         counting,
         // Before anything is written: most that can be wrong with a network is wrong from the start.
@@ -138,15 +138,18 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
         world: None,
         recording: Recording::create(&options.output, options.force)?,
     };
-    session.recording.write("kernel", &session.images.image)?;
-    if !session.images.initrd.is_empty() {
-        session.recording.write("initrd", &session.images.initrd)?;
+    session.recording.write("kernel", &images.image)?;
+    if !images.initrd.is_empty() {
+        session.recording.write("initrd", &images.initrd)?;
     }
-    session.recording.link_disks(&session.images.disks)?;
+    session.recording.link_disks(&images.disks)?;
+    let images = Rc::new(images);
     let raw = RawTerminal::enter();
     let result = match options.until_crash {
-        None => session.record(chaos).map(|(summary, _)| Some(summary)),
-        Some(most) => session.hunt(chaos, most),
+        None => session
+            .record(images, chaos)
+            .map(|(summary, _)| Some(summary)),
+        Some(most) => session.hunt(&images, chaos, most),
     };
     drop(raw);
     let Some(mut summary) = result? else {
@@ -162,7 +165,6 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
 struct Session<'a> {
     options: &'a Options,
     kvm: Kvm,
-    images: Images,
     header: Header,
     counting: Counting,
     /// For the first recording.
@@ -173,14 +175,15 @@ struct Session<'a> {
 }
 
 impl Session<'_> {
-    /// Makes one recording.
-    fn record(&mut self, chaos: Option<u64>) -> anyhow::Result<(Summary, End)> {
+    /// Makes one recording. The images go before the guest runs, unless another recording wants them.
+    fn record(&mut self, images: Rc<Images>, chaos: Option<u64>) -> anyhow::Result<(Summary, End)> {
         let options = self.options;
         self.header.host.chaos = chaos;
         self.header.host.counter = self.counting.facts();
         let console = options.machine.console.into();
         self.header.host.console = console;
-        let (mut cpu, mut machine) = self.images.build(&self.kvm, &self.header.machine)?;
+        let (mut cpu, mut machine) = images.build(&self.kvm, &self.header.machine)?;
+        drop(images);
         self.counting.give_to(&mut cpu)?;
 
         let unit = self.header.machine.preemption;
@@ -237,14 +240,19 @@ impl Session<'_> {
 
     /// Records until the guest crashes; `None` if it does not in `most` runs, or the operator stops
     /// the hunt.
-    fn hunt(&mut self, chaos: Option<u64>, most: Option<u64>) -> anyhow::Result<Option<Summary>> {
+    fn hunt(
+        &mut self,
+        images: &Rc<Images>,
+        chaos: Option<u64>,
+        most: Option<u64>,
+    ) -> anyhow::Result<Option<Summary>> {
         for run in 1.. {
             let seed = chaos.map(|seed| seed.wrapping_add(run - 1));
             match seed {
                 Some(seed) => tell!("\rhindsight: run {run}, chaos seed {seed}\r"),
                 None => tell!("\rhindsight: run {run}\r"),
             }
-            let (mut summary, end) = self.record(seed)?;
+            let (mut summary, end) = self.record(images.clone(), seed)?;
             summary.runs = Some(run);
             if end.panic.is_some() || end.ending == Ending::TripleFault {
                 return Ok(Some(summary));
