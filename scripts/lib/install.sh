@@ -28,9 +28,14 @@ missing_packages() {
 # install_packages NAME...: installs what is missing. Quiet but for one line of progress; on
 # failure the log of apt is shown and the status is 2.
 install_packages() {
-    local missing log
+    local missing
     mapfile -t missing < <(missing_packages "$@")
-    [ ${#missing[@]} -gt 0 ] || return 0
+    [ ${#missing[@]} -eq 0 ] || install_newest "${missing[@]}"
+}
+
+# install_newest NAME...: the same, and upgrades what is there to what the archive has now.
+install_newest() {
+    local missing=("$@") log
     if [ "$(id -u)" -ne 0 ]; then
         echo "missing packages, and only root may install them. Please run:" >&2
         echo "    apt-get install --no-install-recommends ${missing[*]}" >&2
