@@ -310,7 +310,7 @@ fn a_killed_recorder_leaves_what_replays_to_the_last_whole_frame() {
         .recording(&recording, "boot", &["--quiet"])
         .spawn()
         .expect("it starts");
-    wait_for_journal(&recording, 12_000);
+    wait_for_journal(&recording, 6_000);
     child.kill().expect("it can be killed");
     child.wait().expect("it ends");
     let replayed = debian.replay(&recording, &["--quiet"]).expect(3);
@@ -410,7 +410,7 @@ fn an_interrupted_recording_is_closed_and_replays_equal() {
         .recording(&recording, "boot", &["--quiet"])
         .spawn()
         .expect("it starts");
-    wait_for_journal(&recording, 8_000);
+    wait_for_journal(&recording, 5_000);
     interrupt(&child);
     let recorded = Ran::new(child.wait_with_output().expect("it ends")).expect(0);
     assert!(
