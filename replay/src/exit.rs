@@ -105,6 +105,13 @@ pub enum Exit {
         /// How many instructions in its text are rewritten into trap ports before it runs.
         sites: u32,
     },
+    /// It wrote a debug register through a trap port.
+    WriteDr {
+        /// Which: 0 to 3, or 7.
+        number: u8,
+        /// The value.
+        value: u64,
+    },
 }
 
 impl Exit {
@@ -114,7 +121,7 @@ impl Exit {
     }
 
     /// Number of kinds that [`Exit::kind`] tells apart.
-    pub const KINDS: usize = 16;
+    pub const KINDS: usize = 17;
 
     /// Index into [`Exit::KIND_NAMES`].
     pub fn kind(&self) -> usize {
@@ -139,6 +146,7 @@ impl Exit {
             Exit::Pause => 13,
             Exit::Preempted(_) => Exit::PREEMPTED,
             Exit::Module { .. } => Exit::MODULE,
+            Exit::WriteDr { .. } => 16,
         }
     }
 
@@ -166,6 +174,7 @@ impl Exit {
         "PAUSE",
         "preemptions",
         "module loads",
+        "DR writes",
     ];
 }
 
@@ -207,6 +216,7 @@ impl fmt::Display for Exit {
             Exit::Shutdown => f.write_str("shutdown"),
             Exit::Pause => f.write_str("pause"),
             Exit::Preempted(place) => write!(f, "preempted {place}"),
+            Exit::WriteDr { number, value } => write!(f, "dr{number} = {value:#x}"),
             Exit::Module { module, sites } => write!(f, "module {module:#x}, {sites} trapped"),
         }
     }

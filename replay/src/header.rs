@@ -63,6 +63,8 @@ pub struct TrapCounts {
     pub pause: u32,
     /// Calls with which the kernel makes a module executable; without one, modules are not looked at.
     pub module_loads: u32,
+    /// MOV to DR0 to DR3 or DR7.
+    pub dr_writes: u32,
 }
 
 /// The machine, as far as it decides what the guest computes.

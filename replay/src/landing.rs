@@ -106,8 +106,13 @@ pub trait Walk {
     type Error;
     /// The instruction pointer. Nothing of the last exit may be unfinished.
     fn rip(&mut self) -> u64;
+    /// How many stops it can have before its next counted exit: those breakpoints that the guest does not use.
+    fn stops_max(&mut self) -> Result<usize, Self::Error> {
+        Ok(2)
+    }
     /// Runs until something brings it back, or it is about to execute one of `stops`, of which
-    /// there are at most two. The present instruction is executed even if it is one of them.
+    /// there are at most two, and no more than [`Walk::stops_max`]. The present instruction is executed even if it is
+    /// one of them.
     fn go(&mut self, stops: &[u64]) -> Result<Went, Self::Error>;
     /// What lies before it.
     fn ahead(&mut self) -> Result<Ahead, Self::Error>;
@@ -160,10 +165,7 @@ impl<K: Counter> Lander<K> {
         W::Error: From<K::Error> + From<Overshoot>,
     {
         let back = match horizon {
-            Horizon::Exit => match cpu.go(&[])? {
-                Went::Back(back) => back,
-                Went::Stop => unreachable!("no stop was set"),
-            },
+            Horizon::Exit => to_exit(cpu)?,
             Horizon::From(least) => self.from(cpu, least)?,
             Horizon::At(place) => self.at(cpu, &place)?,
         };
@@ -205,16 +207,20 @@ impl<K: Counter> Lander<K> {
     {
         if self.count()? < least {
             self.arm(Some(least))?;
-            match cpu.go(&[])? {
-                Went::Back(Back::Kicked) if self.count()? >= least => {}
-                Went::Back(back) => return Ok(back),
-                Went::Stop => unreachable!("no stop was set"),
+            match to_exit(cpu)? {
+                Back::Kicked if self.count()? >= least => {}
+                back => return Ok(back),
             }
         }
-        for _ in 0..TRIES {
+        let most = cpu.stops_max()?;
+        if most == 0 {
+            // The guest needs all of its breakpoints: it runs on to an exit.
+            return to_exit(cpu);
+        }
+        for attempt in 0..TRIES {
             let count = self.count()?;
             let ahead = cpu.ahead()?;
-            let stops = match &ahead {
+            let mut stops = match &ahead {
                 Ahead::Still => return Ok(landed(count, cpu.rip())),
                 Ahead::Branch(next) => &next[..],
                 Ahead::Look(at) => std::slice::from_ref(at),
@@ -223,6 +229,11 @@ impl<K: Counter> Lander<K> {
                     &[]
                 }
             };
+            if stops.len() > most {
+                // The guest needs the others. If it goes the other way, a kick brings it back, and that is tried next.
+                stops = std::slice::from_ref(&stops[attempt % stops.len()]);
+                self.arm(Some(count + 1))?;
+            }
             let went = cpu.go(stops)?;
             // A kick may come where a stop would have.
             if matches!(went, Went::Stop | Went::Back(Back::Kicked)) {
@@ -244,16 +255,19 @@ impl<K: Counter> Lander<K> {
         W::Error: From<K::Error> + From<Overshoot>,
     {
         let margin = self.counter.margin();
+        if cpu.stops_max()? == 0 {
+            // Nobody could have landed here: the next exit will be the wrong one.
+            return to_exit(cpu);
+        }
         if !self.near {
             let short = place.number.saturating_sub(margin);
             if self.count()? < short {
                 self.arm(Some(short))?;
-                match cpu.go(&[])? {
-                    Went::Back(Back::Kicked) if self.count()? >= short => {}
+                match to_exit(cpu)? {
+                    Back::Kicked if self.count()? >= short => {}
                     // The kick may be so late that the guest exits before it.
-                    Went::Back(Back::Exit(_)) if self.count()? >= place.number => {}
-                    Went::Back(back) => return Ok(back),
-                    Went::Stop => unreachable!("no stop was set"),
+                    Back::Exit(_) if self.count()? >= place.number => {}
+                    back => return Ok(back),
                 }
             }
             let count = self.count()?;
@@ -288,6 +302,14 @@ impl<K: Counter> Lander<K> {
             rip: cpu.rip(),
             margin: self.counter.margin(),
         }
+    }
+}
+
+/// Runs to an exit, or to what comes before it.
+fn to_exit<W: Walk>(cpu: &mut W) -> Result<Back, W::Error> {
+    match cpu.go(&[])? {
+        Went::Back(back) => Ok(back),
+        Went::Stop => unreachable!("no stop was set"),
     }
 }
 

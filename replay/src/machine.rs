@@ -478,6 +478,7 @@ impl Machine {
             | Exit::Shutdown
             | Exit::Pause
             | Exit::Preempted(_)
+            | Exit::WriteDr { .. }
             | Exit::Module { .. } => Answer::Done,
         })
     }

@@ -714,7 +714,7 @@ fn control_register_4_reads_back_as_it_was_written() {
     for (trap, kind) in sites {
         let at = guest.code.windows(2).position(|two| two == [0xe6, trap]);
         let at = CODE + at.expect("the guest has this trap") as u64;
-        guest.text.operands.insert(at, kind);
+        guest.text.sites.insert(at, kind, 3);
     }
     for ran in proved(&guest) {
         assert_eq!(
@@ -761,7 +761,7 @@ fn module_guest(returns: bool) -> (Guest, u64) {
     };
     let (call, target) = (find(&[0xe6, TRAP_MODULE]), find(&[0x4c, 0x8b, 0x04, 0x24]));
     let kind = SiteKind::Module { target, returns };
-    guest.text.operands.insert(call, kind);
+    guest.text.sites.insert(call, kind, 5);
     let place = |base| TextPlace {
         base,
         bytes: base + 8,

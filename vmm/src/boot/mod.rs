@@ -7,7 +7,7 @@
 //! kernel file gives the same machine every time.
 
 pub mod acpi;
-mod alternatives;
+pub mod alternatives;
 pub mod btf;
 mod bzimage;
 pub mod caves;
@@ -29,6 +29,7 @@ pub mod traps;
 mod windows;
 mod zero_page;
 
+pub use alternatives::Alternative;
 pub use bzimage::{Kernel, unpack};
 pub use caves::{Cave, EntryCaves, QuickCaves};
 pub use elf::{Code, Elf, Segment};

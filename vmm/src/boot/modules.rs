@@ -42,9 +42,11 @@ const LOADS: [&str; 4] = [
 ];
 /// A kernel without this function loads no modules.
 const LOADER: &str = "load_module";
-/// No module's text is longer: all modules together have 1 GiB (Linux, Documentation/arch/x86/x86_64/mm.rst), and of
-/// the largest known one the text is some 30 MiB.
-const TEXT_BYTES: u32 = 256 << 20;
+/// No module's text is longer: of the largest known one it is some 30 MiB. A guest may claim what it likes, and map the
+/// same page over and over; what is longer is not looked at.
+const TEXT_BYTES: u32 = 64 << 20;
+/// No module has more instructions to trap; of the largest known ones, some hundreds.
+const SITES: usize = 1 << 16;
 /// No module has more symbols.
 const SYMBOLS: u32 = 1 << 20;
 /// An entry of the symbol table (ELF-64, "Symbol Table").
@@ -115,6 +117,24 @@ pub struct ModuleText {
     pub ranges: Vec<std::ops::Range<u64>>,
     /// The sites.
     pub sites: Vec<ModuleSite>,
+    /// Virtual addresses of OUTs to a trap port that the module has itself.
+    pub own_outs: Vec<u64>,
+    /// Why the module is left alone, if it is; then there are no sites.
+    pub refused: Option<Refused>,
+}
+
+/// Why a module is left alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refused {
+    /// Its text is longer than any module's.
+    TooLong {
+        /// How long it says it is.
+        bytes: u32,
+    },
+    /// It has more instructions to trap than any module.
+    TooMany,
+    /// Its text is not all in memory.
+    NotMapped,
 }
 
 /// Reads guest memory at a virtual address, as far as it is mapped; returns how many bytes.
@@ -187,6 +207,16 @@ impl Modules {
     }
 }
 
+impl ModuleText {
+    /// That of a module that is left alone.
+    pub fn refused(why: Refused) -> ModuleText {
+        ModuleText {
+            refused: Some(why),
+            ..ModuleText::default()
+        }
+    }
+}
+
 impl ModuleLayout {
     /// Out of the kernel's own types.
     fn find(btf: &Btf<'_>) -> Option<ModuleLayout> {
@@ -212,23 +242,33 @@ impl ModuleLayout {
             let Some(end) = base.checked_add(bytes.into()) else {
                 continue;
             };
-            if base == 0 || !(1..=TEXT_BYTES).contains(&bytes) {
+            if base == 0 || bytes == 0 {
                 continue;
+            }
+            if bytes > TEXT_BYTES {
+                return ModuleText::refused(Refused::TooLong { bytes });
             }
             let starts = starts.get_or_insert_with(|| self.starts(module, read));
             let text = read_all(read, base, bytes as usize);
             let first = starts.partition_point(|&start| start < base);
-            traps::each_instruction(&text, base, &starts[first..], |instruction| {
+            let swept = traps::each_instruction(&text, base, &starts[first..], |instruction| {
                 if let Some(kind) = SiteKind::of(instruction) {
                     found.sites.push(ModuleSite {
                         address: instruction.ip(),
                         length: instruction.len(),
                         kind,
                     });
+                } else if traps::is_own_out(instruction) {
+                    found.own_outs.push(instruction.ip());
                 }
-                Ok::<(), std::convert::Infallible>(())
-            })
-            .unwrap_or_else(|never| match never {});
+                match found.sites.len() + found.own_outs.len() {
+                    0..=SITES => Ok(()),
+                    _ => Err(Refused::TooMany),
+                }
+            });
+            if let Err(refused) = swept {
+                return ModuleText::refused(refused);
+            }
             found.ranges.push(base..end);
         }
         found

@@ -40,12 +40,16 @@ pub const TRAP_PAUSE: u8 = 0xf7;
 pub const TRAP_ENTRY: u8 = 0xf8;
 /// Port of the call with which the kernel makes a loaded module's text executable (see [`super::modules`]).
 pub const TRAP_MODULE: u8 = 0xf9;
+/// Port of a `mov %reg,%drN` for a register that sets a breakpoint.
+pub const TRAP_WRITE_DR: u8 = 0xfa;
+/// All of these ports.
+const TRAP_PORTS: std::ops::RangeInclusive<u8> = TRAP_RDTSC..=TRAP_WRITE_DR;
 
 /// `out %al, imm8`.
-const OUT: u8 = 0xe6;
+pub const OUT: u8 = 0xe6;
 const NOP: u8 = 0x90;
 /// Shortest trap: OUT and its port.
-const SHORTEST: usize = 2;
+pub const SHORTEST: usize = 2;
 /// Longest trap in the kernel: a call with its 32-bit displacement.
 const LONGEST: usize = 5;
 /// Longest trap that is not a call: `mov %r8,%cr4` with its REX prefix.
@@ -78,6 +82,13 @@ pub enum SiteKind {
     },
     /// A wait for somebody else.
     Pause,
+    /// DR0 to DR3 or DR7 set from a register.
+    WriteDr {
+        /// Number of the debug register.
+        number: u8,
+        /// Number of the register that it is set from.
+        source: u8,
+    },
     /// A module is about to be made executable, by a direct call or a jump at a function's end.
     Module {
         /// Virtual address that it leads to.
@@ -97,7 +108,19 @@ impl SiteKind {
             SiteKind::WriteCr4 { .. } => TRAP_WRITE_CR4,
             SiteKind::ReadCr4 { .. } => TRAP_READ_CR4,
             SiteKind::Pause => TRAP_PAUSE,
+            SiteKind::WriteDr { .. } => TRAP_WRITE_DR,
             SiteKind::Module { .. } => TRAP_MODULE,
+        }
+    }
+
+    /// What a trap with this port stood for, if the port says all of it.
+    pub fn of_port(port: u8) -> Option<Self> {
+        match port {
+            TRAP_RDTSC => Some(SiteKind::Rdtsc),
+            TRAP_RDTSCP => Some(SiteKind::Rdtscp),
+            TRAP_CPUID => Some(SiteKind::Cpuid),
+            TRAP_PAUSE => Some(SiteKind::Pause),
+            _ => None,
         }
     }
 
@@ -110,6 +133,7 @@ impl SiteKind {
             SiteKind::WriteCr4 { .. } => "write of cr4",
             SiteKind::ReadCr4 { .. } => "read of cr4",
             SiteKind::Pause => "pause",
+            SiteKind::WriteDr { .. } => "write of a debug register",
             SiteKind::Module { .. } => "call that makes a module executable",
         }
     }
@@ -145,13 +169,15 @@ impl SiteKind {
                     target: instruction.op0_register().number() as u8,
                 })
             }
+            Opcode::Mov_dr_r64 => match instruction.op0_register().number() as u8 {
+                number @ (0..=3 | 7) => Some(SiteKind::WriteDr {
+                    number,
+                    source: instruction.op1_register().number() as u8,
+                }),
+                _ => None,
+            },
             _ => None,
         }
-    }
-
-    /// Whether the vCPU must know more of a trap than its port says.
-    pub fn has_operands(self) -> bool {
-        self.is_cr4() || matches!(self, SiteKind::Module { .. })
     }
 
     fn is_cr4(self) -> bool {
@@ -177,6 +203,8 @@ pub struct Site {
 pub struct Sites {
     /// The sites.
     pub sites: Vec<Site>,
+    /// Virtual addresses of the kernel's own OUTs to a trap port, in ascending order: they are no traps.
+    pub own_outs: Vec<u64>,
 }
 
 impl Sites {
@@ -201,6 +229,7 @@ impl Sites {
                 SiteKind::WriteCr4 { .. } => &mut counts.cr4_writes,
                 SiteKind::ReadCr4 { .. } => &mut counts.cr4_reads,
                 SiteKind::Pause => &mut counts.pause,
+                SiteKind::WriteDr { .. } => &mut counts.dr_writes,
                 SiteKind::Module { .. } => &mut counts.module_loads,
             } += 1;
         }
@@ -231,10 +260,17 @@ pub fn find_and_show(
     loads: &[u64],
     see: &mut impl FnMut(&Instruction),
 ) -> Result<Sites, BootError> {
-    let mut sites = Vec::new();
+    let (mut sites, mut own_outs) = (Vec::new(), Vec::new());
+    let mut see = |instruction: &Instruction| {
+        if is_own_out(instruction) {
+            own_outs.push(instruction.ip());
+        }
+        see(instruction);
+    };
     for code in &elf.code {
-        sweep(elf, code, loads, &mut sites, see)?;
+        sweep(elf, code, loads, &mut sites, &mut see)?;
     }
+    own_outs.sort_unstable();
     // Sections come in the file's order, and damaged files may name one twice.
     sites.sort_by_key(|site| site.address);
     sites.dedup_by_key(|site| site.address);
@@ -247,13 +283,23 @@ pub fn find_and_show(
         let is_call = matches!(site.kind, SiteKind::Module { .. });
         !is_call || best.is_some_and(|&best| leads_to(site, best))
     });
-    let sites = Sites { sites };
+    let sites = Sites { sites, own_outs };
     if sites.counts().rdtsc == 0 {
         return Err(BootError::NoTimeReads {
             code_bytes: elf.code.iter().map(|code| code.file.len() as u64).sum(),
         });
     }
     Ok(sites)
+}
+
+/// Whether a port is one of the traps'.
+pub fn is_trap_port(port: u8) -> bool {
+    TRAP_PORTS.contains(&port)
+}
+
+/// Whether an instruction, as it was before anything was rewritten, looks like a trap.
+pub(super) fn is_own_out(instruction: &Instruction) -> bool {
+    instruction.code() == Opcode::Out_imm8_AL && TRAP_PORTS.contains(&instruction.immediate8())
 }
 
 /// The bytes of a trap of `length` bytes: `out %al,PORT`, then NOPs to the instruction's length, which count.

@@ -97,17 +97,19 @@ impl EntryCounter<'_> {
         self.state.target.unwrap_or(0).wrapping_sub(self.word())
     }
 
-    /// Stops the guest at entry number `at`, counted from the last counted exit; it must be one
-    /// that has not been. A guest that has just reached an earlier target still stops there.
+    /// Stops the guest at entry number `at`, counted from the last counted exit. A guest that has just reached
+    /// an earlier target still stops there. One that has been already, by the word, is not waited for: the word is in
+    /// the guest's memory, and a guest that writes there itself has no such places until its next exit.
     pub fn set_target(&mut self, at: u64) {
         assert!(self.available(), "no entry is counted");
         let done = self.done();
         if self.state.target == Some(done) {
             return;
         }
-        assert!(at > done, "entry {at} has been, {done} were counted");
-        self.state.target = Some(at);
-        self.set_word(at - done);
+        if let Some(left @ 1..) = at.checked_sub(done) {
+            self.state.target = Some(at);
+            self.set_word(left);
+        }
     }
 
     /// A counted exit has happened: counts from zero, and waits for nothing. Must come before
@@ -180,27 +182,25 @@ impl KvmCpu {
     }
 
     /// Puts stubs between the gates of the IDT and the entries they lead to, if those are final.
-    pub(super) fn hook_gates(&mut self, sregs: &kvm_sregs) {
+    pub(super) fn hook_gates(&mut self, sregs: &kvm_sregs) -> Result<(), KvmError> {
         if self.entries.caves.is_none() {
-            return;
+            return Ok(());
         }
         let mut table = [0; (VECTORS[VECTORS.len() - 1] as usize + 1) * GATE_BYTES];
         let length = table.len().min(usize::from(sregs.idt.limit) + 1);
-        let length = self.view().read(sregs.idt.base, &mut table[..length]);
+        let length = self.view()?.read(sregs.idt.base, &mut table[..length]);
         let (gates, _) = table[..length].as_chunks::<GATE_BYTES>();
         for (index, vector) in VECTORS.into_iter().enumerate() {
             let hooked = gates
                 .get(usize::from(vector))
                 .and_then(|gate| self.hooked(index, u128::from_le_bytes(*gate)));
-            let at = sregs.idt.base + u64::from(vector) * GATE_BYTES as u64;
-            if let Some(gate) = hooked
-                && let Some(gpa) = self.view().translate(at)
-            {
-                self.memory
-                    .write(gpa, &gate.to_le_bytes())
-                    .expect("the gate was read from there");
+            let offset = u64::from(vector) * GATE_BYTES as u64;
+            if let Some(gate) = hooked {
+                // A table need not be aligned: its gates may lie across pages.
+                self.write_guest(sregs.idt.base.wrapping_add(offset), &gate.to_le_bytes())?;
             }
         }
+        Ok(())
     }
 
     /// The gate with a stub before its entry; `None` if it is to stay as it is.
@@ -225,8 +225,9 @@ impl KvmCpu {
         let ours = self.memory.read(gpa, &mut found)
             && (found == NO_STUB
                 || behind.is_some_and(|e| Some(found) == stub(at, caves.word.address, e)));
-        let mapped = self.view().translate(at) == Some(gpa)
-            && self.view().translate(caves.word.address) == Some(caves.word.physical);
+        let view = self.view().ok()?;
+        let mapped = view.translate(at) == Some(gpa)
+            && view.translate(caves.word.address) == Some(caves.word.physical);
         let bytes = stub(at, caves.word.address, entry)?;
         if !ours || !mapped || self.memory.write(gpa, &bytes).is_err() {
             return None;

@@ -1,20 +1,20 @@
 //! Guest memory as the guest addresses it, and the instructions in it.
 
 use iced_x86::{Decoder, DecoderOptions, Instruction};
-use kvm_ioctls::VcpuFd;
 
 use super::memory::GuestMemory;
+use super::page_walk::Paging;
 
 /// Guest page size in bytes.
 const PAGE: u64 = 4096;
 /// No instruction is longer (Intel SDM vol. 2, 2.3.11).
 pub const INSTRUCTION_MAX: usize = 15;
 
-/// Guest-virtual memory of the present address space.
+/// Guest-virtual memory of the present address space. Looking at it changes nothing.
 #[derive(Clone, Copy, Debug)]
 pub struct GuestView<'a> {
-    /// Whose page tables.
-    pub vcpu: &'a VcpuFd,
+    /// Which page tables.
+    pub paging: Paging,
     /// What they point to.
     pub memory: &'a GuestMemory,
 }
@@ -22,17 +22,19 @@ pub struct GuestView<'a> {
 impl GuestView<'_> {
     /// Guest-physical address of a virtual one; `None` where nothing is mapped.
     pub fn translate(&self, gva: u64) -> Option<u64> {
-        let translation = self.vcpu.translate_gva(gva).ok()?;
-        (translation.valid != 0).then_some(translation.physical_address)
+        self.paging
+            .translate(gva, &|gpa, buffer| self.memory.read(gpa, buffer))
     }
 
-    /// Guest-physical addresses and lengths of `bytes` bytes, one piece a page; `None` if they are not all mapped.
+    /// Guest-physical addresses and lengths of `bytes` bytes, one piece a page; `None` if they are not all mapped to RAM.
     pub fn pieces(&self, gva: u64, bytes: usize) -> Option<Vec<(u64, usize)>> {
         let (mut pieces, mut done) = (Vec::new(), 0);
         while done < bytes {
             let at = gva.wrapping_add(done as u64);
             let count = ((PAGE - at % PAGE) as usize).min(bytes - done);
-            pieces.push((self.translate(at)?, count));
+            let gpa = self.translate(at)?;
+            self.memory.is_ram(gpa, count).then_some(())?;
+            pieces.push((gpa, count));
             done += count;
         }
         Some(pieces)

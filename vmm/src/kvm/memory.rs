@@ -106,6 +106,11 @@ impl GuestMemory {
         (offset.checked_add(bytes)? <= self.bytes).then_some(offset)
     }
 
+    /// Whether `bytes` bytes at `gpa` are all RAM.
+    pub fn is_ram(&self, gpa: u64, bytes: usize) -> bool {
+        self.offset(gpa, bytes).is_some()
+    }
+
     /// Copies guest memory into `buffer`; `false` if it is not all RAM.
     pub fn read(&self, gpa: u64, buffer: &mut [u8]) -> bool {
         let Some(offset) = self.offset(gpa, buffer.len()) else {

@@ -3,6 +3,7 @@
 mod clock;
 pub mod cpuid;
 pub mod deadline;
+mod debug;
 pub mod entries;
 mod entry_stub;
 mod error;
@@ -11,14 +12,17 @@ mod guest_text;
 mod memory;
 mod modules;
 pub mod msr;
+mod page_walk;
 mod posted;
 mod preemption;
 pub mod probe;
 mod real_mode;
 mod run_page;
+mod segments;
 mod shadow;
 mod signals;
 mod tap;
+mod trap_sites;
 mod traps;
 mod vcpu;
 
@@ -29,4 +33,5 @@ pub use signals::{
     Alarm, Kicker, install_kick, kick_signal, stop_requested, take_power_button_presses,
 };
 pub use tap::open_tap;
+pub use trap_sites::{Trap, TrapSites};
 pub use vcpu::{KernelText, KvmCpu, VcpuCounts};

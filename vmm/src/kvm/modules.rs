@@ -6,10 +6,12 @@
 
 use hindsight_replay::Exit;
 
+use super::error::KvmError;
+use super::traps::Here;
 use super::vcpu::KvmCpu;
 use crate::boot::GuestRam;
-use crate::boot::modules::ModuleText;
-use crate::boot::traps::{self, SiteKind};
+use crate::boot::modules::{ModuleText, Refused};
+use crate::boot::traps;
 
 /// A module that is about to be made executable.
 #[derive(Clone, Debug)]
@@ -22,82 +24,105 @@ pub struct LoadingModule {
     returns: bool,
     /// What is to be trapped.
     text: ModuleText,
+    /// Guest-physical addresses of what is written, in the order of the sites: pieces of no more than a page.
+    places: Vec<Vec<(u64, usize)>>,
 }
 
 impl KvmCpu {
     /// The guest is at a call that makes a module executable: what is to be trapped in it.
-    pub(super) fn module_exit(&mut self) -> Option<Exit> {
-        let (call, kind) = self.operands_here()?;
-        let SiteKind::Module { target, returns } = kind else {
-            return None;
-        };
+    pub(super) fn module_exit(&mut self, here: Here, target: u64, returns: bool) -> Exit {
         // RDI is the first argument (System V ABI, AMD64 supplement, 3.2.3).
         let module = self.page().registers().0[5];
-        let view = self.view();
-        let layout = self.text.modules.as_ref()?;
-        let text = layout.text(module, &|gva, buffer| view.read(gva, buffer));
+        let (text, places) = self.module_text(module);
         let sites = text.sites.len() as u32;
         self.loading = Some(LoadingModule {
-            call,
+            call: here.address,
             target,
             returns,
             text,
+            places,
         });
-        Some(Exit::Module { module, sites })
+        Exit::Module { module, sites }
+    }
+
+    /// What is to be trapped in the module at `module`, and where that is. All of it is looked up before anything is
+    /// written: what a guest calls a module's text may be anything, its page tables among it.
+    fn module_text(&mut self, module: u64) -> (ModuleText, Vec<Vec<(u64, usize)>>) {
+        let (Some(layout), Ok(view)) = (self.text.modules.as_ref(), self.view()) else {
+            return Default::default();
+        };
+        let text = layout.text(module, &|gva, buffer| view.read(gva, buffer));
+        let places = text
+            .sites
+            .iter()
+            .map(|site| view.pieces(site.address, site.length))
+            .collect();
+        let (text, places) = match places {
+            Some(places) => (text, places),
+            None => (ModuleText::refused(Refused::NotMapped), Vec::new()),
+        };
+        self.counts.modules_refused += u64::from(text.refused.is_some());
+        (text, places)
     }
 
     /// Rewrites the module, and makes the call.
-    pub(super) fn finish_module(&mut self) {
+    pub(super) fn finish_module(&mut self) -> Result<(), KvmError> {
         let Some(loading) = self.loading.take() else {
-            return;
+            return Ok(());
         };
-        for site in &loading.text.sites {
+        for (site, pieces) in loading.text.sites.iter().zip(&loading.places) {
             let (trap, length) = traps::rewrite(site.kind, site.length);
-            let written = self.write_guest(site.address, &trap[..length]);
-            assert!(written, "{:#x} was read and is not there", site.address);
+            self.write_pieces(pieces, &trap[..length]);
         }
         // Whatever stood there before is gone: the kernel has given its place to this module.
-        let LoadingModule { text, .. } = &loading;
-        let operands = &mut self.text.operands;
-        operands.retain(|address, _| !text.ranges.iter().any(|range| range.contains(address)));
-        let with_operands = text.sites.iter().filter(|site| site.kind.has_operands());
-        operands.extend(with_operands.map(|site| (site.address, site.kind)));
-        self.make_call(&loading);
+        self.text.sites.load_module(&loading.text);
+        self.make_call(&loading)
     }
 
     /// Does what the rewritten call or jump did.
-    fn make_call(&mut self, loading: &LoadingModule) {
+    fn make_call(&mut self, loading: &LoadingModule) -> Result<(), KvmError> {
         let LoadingModule { call, target, .. } = *loading;
         if !loading.returns {
             self.page()
                 .change_registers(|registers| registers.rip = target);
-            return;
+            return Ok(());
         }
         let rsp = self.page().registers().0[6].wrapping_sub(8);
         let returns_to = call.wrapping_add(traps::CALL_BYTES as u64);
-        if self.write_guest(rsp, &returns_to.to_le_bytes()) {
+        if self.write_guest(rsp, &returns_to.to_le_bytes())? {
             self.page().change_registers(|registers| {
                 registers.rsp = rsp;
                 registers.rip = target;
             });
         } else {
             // No stack to push to: give the call back, and let the CPU find that out.
-            self.write_guest(call, &traps::call(call, target));
+            self.forget_trap();
+            self.write_guest(call, &traps::call(call, target))?;
             self.page()
                 .change_registers(|registers| registers.rip = call);
         }
+        Ok(())
     }
 
-    /// Writes to guest-virtual memory, whether the guest may or not; `false` if it is not all mapped to RAM.
-    fn write_guest(&mut self, gva: u64, bytes: &[u8]) -> bool {
-        let Some(pieces) = self.view().pieces(gva, bytes.len()) else {
-            return false;
+    /// Writes to guest-virtual memory, whether the guest may or not; `false`, and nothing is written, if it is not
+    /// all mapped to RAM.
+    pub(super) fn write_guest(&mut self, gva: u64, bytes: &[u8]) -> Result<bool, KvmError> {
+        let Some(pieces) = self.view()?.pieces(gva, bytes.len()) else {
+            return Ok(false);
         };
+        self.write_pieces(&pieces, bytes);
+        Ok(true)
+    }
+
+    /// Writes to places that [`GuestView::pieces`](super::guest_text::GuestView::pieces) gave.
+    fn write_pieces(&mut self, pieces: &[(u64, usize)], bytes: &[u8]) {
         let mut rest = bytes;
-        pieces.into_iter().all(|(gpa, length)| {
-            let (piece, behind) = rest.split_at(length);
-            rest = behind;
-            self.memory.write(gpa, piece).is_ok()
-        })
+        for &(gpa, length) in pieces {
+            let (piece, after) = rest.split_at(length);
+            rest = after;
+            self.memory
+                .write(gpa, piece)
+                .expect("pieces are places in RAM");
+        }
     }
 }

@@ -1,7 +1,8 @@
 //! Stopping the vCPU between two exits: where it can be found again, or anywhere.
 //!
 //! The breakpoints are debug registers that KVM sets for us while the guest runs
-//! (`KVM_GUESTDBG_USE_HW_BP`); the guest's own are untouched, and it never sees a trap flag of ours.
+//! (`KVM_GUESTDBG_USE_HW_BP`), beside those that the guest has enabled (see [`super::debug`]); the guest
+//! never sees a trap flag of ours.
 
 use hindsight_replay::{Ahead, Back, Exit, Horizon, Lander, Place, Unit, Walk, Went};
 use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic};
@@ -10,6 +11,7 @@ use kvm_bindings::{
     KVM_GUESTDBG_USE_HW_BP, kvm_guest_debug, kvm_guest_debug_arch,
 };
 
+use super::debug::{Breakpoints, DebugExit};
 use super::entries::EntryStop;
 use super::error::{KvmError, Named};
 use super::vcpu::KvmCpu;
@@ -83,7 +85,10 @@ impl KvmCpu {
     /// Has the guest stop at the kernel entry that the horizon asks for, if it counts them.
     fn set_entry_target(&mut self, horizon: Horizon) {
         let mut entries = self.entries();
-        let next = entries.done() + 1;
+        // The word is in the guest's memory, and may be anything.
+        let Some(next) = entries.done().checked_add(1) else {
+            return;
+        };
         let wanted = match horizon {
             Horizon::From(least) => next.max(least),
             // A place that has been cannot be reached: the next exit will be the wrong one.
@@ -125,21 +130,18 @@ impl KvmCpu {
 
     /// Has the vCPU stop before the instructions at these addresses, and nowhere else.
     fn set_stops(&mut self, stops: &[u64]) -> Result<(), KvmError> {
-        if self.stops == stops {
+        if stops.is_empty() && self.stops.is_empty() {
             return Ok(());
         }
-        let mut arch = kvm_guest_debug_arch::default();
-        for (number, stop) in stops.iter().enumerate() {
-            // Intel SDM vol. 3, 17.2.4: DR7 enables breakpoint `number` globally, on execution.
-            arch.debugreg[number] = *stop;
-            arch.debugreg[7] |= 2 << (2 * number);
-        }
+        let (control, arch) = match stops {
+            [] => (0, kvm_guest_debug_arch::default()),
+            stops => {
+                let arch = Breakpoints::new(&self.debug_registers()?).with_stops(stops);
+                (KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP, arch)
+            }
+        };
         let debug = kvm_guest_debug {
-            control: if stops.is_empty() {
-                0
-            } else {
-                KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP
-            },
+            control,
             arch,
             ..Default::default()
         };
@@ -150,12 +152,21 @@ impl KvmCpu {
         Ok(())
     }
 
+    /// KVM has none of our breakpoints any more.
+    pub(super) fn forget_stops(&mut self) {
+        self.stops.clear();
+    }
+
     /// Lets the present instruction run past a breakpoint on it. Returns whether it had to.
     fn pass_stop(&mut self) -> Result<bool, KvmError> {
         // What is under way comes first, and the instruction's turn after that: RF would end up in
         // the frame that is pushed, and new registers would make KVM forget an exception.
         let alone = !self.event_is_under_way()?;
         let passes = alone && self.page().registers().rflags() & RFLAGS_RF == 0;
+        if passes && self.raise_own_breakpoint()? {
+            // RF would hide the guest's breakpoint as well as ours.
+            return Ok(false);
+        }
         if passes {
             self.page()
                 .change_registers(|registers| registers.rflags |= RFLAGS_RF);
@@ -200,21 +211,16 @@ impl KvmCpu {
         match instruction.code() {
             Code::Retnq => {
                 let rsp = self.page().registers().0[6];
-                self.view().words::<1>(rsp).map(|[target]| target)
+                self.view().ok()?.words::<1>(rsp).map(|[target]| target)
             }
             _ => None,
         }
     }
 }
 
-impl Walk for KvmCpu {
-    type Error = KvmError;
-
-    fn rip(&mut self) -> u64 {
-        KvmCpu::rip(self)
-    }
-
-    fn go(&mut self, stops: &[u64]) -> Result<Went, KvmError> {
+impl KvmCpu {
+    /// Runs as [`Walk::go`] does; `None` if it was only brought back to be given an exception of its own.
+    fn go_on(&mut self, stops: &[u64]) -> Result<Option<Went>, KvmError> {
         self.set_stops(stops)?;
         let start = KvmCpu::rip(self);
         let passed = stops.contains(&start) && self.pass_stop()?;
@@ -226,10 +232,14 @@ impl Walk for KvmCpu {
             self.counts.kicks += 1;
             // KVM finishes what was unfinished before it looks for signals.
             self.unfinished = false;
-            return Ok(Went::Back(Back::Kicked));
+            return Ok(Some(Went::Back(Back::Kicked)));
         };
         if reason == KVM_EXIT_IRQ_WINDOW_OPEN {
-            reason = self.leave_shadow()?;
+            self.unfinished = false;
+            let Some(left) = self.leave_shadow()? else {
+                return Ok(None);
+            };
+            reason = left;
         }
         if reason == KVM_EXIT_IO
             && let Some(EntryStop { number, rip }) = self.entry_stop()
@@ -237,18 +247,38 @@ impl Walk for KvmCpu {
             self.unfinished = true;
             let unit = Unit::Entries;
             let place = Place { unit, number, rip };
-            return Ok(Went::Back(Back::Exit(Exit::Preempted(place))));
+            return Ok(Some(Went::Back(Back::Exit(Exit::Preempted(place)))));
         }
-        match reason {
-            KVM_EXIT_IRQ_WINDOW_OPEN => {
-                self.unfinished = false;
-                Ok(Went::Back(Back::Window))
-            }
+        Ok(match reason {
+            KVM_EXIT_IRQ_WINDOW_OPEN => Some(Went::Back(Back::Window)),
             KVM_EXIT_DEBUG => {
                 self.unfinished = false;
-                Ok(Went::Stop)
+                match self.sort_debug_exit()? {
+                    DebugExit::Stop => Some(Went::Stop),
+                    DebugExit::Guest => None,
+                }
             }
-            reason => Ok(Went::Back(Back::Exit(self.decode(reason)?))),
+            reason => Some(Went::Back(Back::Exit(self.decode(reason)?))),
+        })
+    }
+}
+
+impl Walk for KvmCpu {
+    type Error = KvmError;
+
+    fn rip(&mut self) -> u64 {
+        KvmCpu::rip(self)
+    }
+
+    fn stops_max(&mut self) -> Result<usize, KvmError> {
+        Ok(self.breakpoints()?.free_count())
+    }
+
+    fn go(&mut self, stops: &[u64]) -> Result<Went, KvmError> {
+        loop {
+            if let Some(went) = self.go_on(stops)? {
+                return Ok(went);
+            }
         }
     }
 
@@ -317,7 +347,7 @@ impl Code128 {
         };
         inside(self).or_else(|| {
             let mut bytes = vec![0; Code128::BYTES];
-            let got = cpu.view().read(at, &mut bytes);
+            let got = cpu.view().ok()?.read(at, &mut bytes);
             bytes.truncate(got);
             *self = Code128 { start: at, bytes };
             inside(self)

@@ -5,8 +5,8 @@
 
 use hindsight_replay::Registers;
 use kvm_bindings::{
-    KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_MMIO, KVM_EXIT_X86_RDMSR,
-    KVM_EXIT_X86_WRMSR, KVM_SYNC_X86_REGS, kvm_regs, kvm_run,
+    KVM_EXIT_DEBUG, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_MMIO,
+    KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVM_SYNC_X86_REGS, kvm_regs, kvm_run,
 };
 use kvm_ioctls::VcpuFd;
 
@@ -182,6 +182,15 @@ impl<'a> RunPage<'a> {
         if let Some(value) = value {
             self.0.__bindgen_anon_1.msr.data = value;
         }
+    }
+
+    /// What DR6 says of this exit, by a breakpoint or a step.
+    pub fn debug_status(&self) -> u64 {
+        if self.0.exit_reason != KVM_EXIT_DEBUG {
+            return 0;
+        }
+        // SAFETY: the exit reason says that this is the member KVM filled.
+        unsafe { self.0.__bindgen_anon_1.debug.arch.dr6 }
     }
 
     /// In words, what KVM says of an exit that it should not have made.

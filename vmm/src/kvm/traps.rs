@@ -1,21 +1,21 @@
-//! What stands behind the trap ports: CR4 with its TSD bit, and the #GP entry.
+//! What the trap ports lead to: CR4 with its TSD bit, debug registers, and the #GP entry.
 //!
 //! The loader rewrote certain instructions of the kernel into OUTs (see [`crate::boot::traps`]).
 //! Time reads and CPUID are answered by the machine; the rest concerns the CPU alone and is done
-//! here. CR4.TSD is kept set, so that RDTSC in user mode raises #GP; the first instruction of the
+//! here. Whatever ends an instruction for the guest ends it as the CPU would: one that is single-stepped raises #DB. CR4.TSD is kept set, so that RDTSC in user mode raises #GP; the first instruction of the
 //! kernel's #GP entry is rewritten too, and there a user-mode time read is told from a real fault.
 
 use hindsight_replay::{Exit, Mode, TimeInstruction};
 use iced_x86::Mnemonic;
-use kvm_bindings::{kvm_dtable, kvm_segment, kvm_sregs};
+use kvm_bindings::kvm_sregs;
 
+use super::debug::RFLAGS_TF;
 use super::error::{KvmError, Named};
+use super::run_page::PortExit;
+use super::segments;
+use super::trap_sites::candidates;
 use super::vcpu::KvmCpu;
-use crate::boot::GuestRam;
-use crate::boot::traps::{
-    SiteKind, TRAP_CPUID, TRAP_GP_ENTRY, TRAP_MODULE, TRAP_PAUSE, TRAP_RDTSC, TRAP_RDTSCP,
-    TRAP_READ_CR4, TRAP_WRITE_CR4,
-};
+use crate::boot::traps::{OUT, SHORTEST, SiteKind, TRAP_GP_ENTRY, is_trap_port};
 
 /// CR4.TSD: RDTSC and RDTSCP are for ring 0 alone (Intel SDM vol. 3, 2.5).
 pub const CR4_TSD: u64 = 1 << 2;
@@ -24,7 +24,7 @@ const RFLAGS_AC: u64 = 1 << 18;
 /// RFLAGS.RF, which a fault pushes set, and an instruction that completes leaves clear.
 const RFLAGS_RF: u64 = 1 << 16;
 /// #GP.
-const GP_VECTOR: u64 = 13;
+const GP_VECTOR: u8 = 13;
 /// Addresses from here on are the kernel's.
 const KERNEL_HALF: u64 = 1 << 63;
 
@@ -37,6 +37,24 @@ enum Overwritten {
     Clac,
 }
 
+/// The trap of the present exit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Here {
+    /// Address of its OUT.
+    pub address: u64,
+    /// What stood there.
+    pub kind: SiteKind,
+    /// How many bytes that had.
+    pub length: u8,
+}
+
+impl Here {
+    /// Where the next instruction begins.
+    pub fn end(&self) -> u64 {
+        self.address.wrapping_add(self.length.into())
+    }
+}
+
 /// What the traps remember of the CPU.
 #[derive(Clone, Debug, Default)]
 pub struct TrapState {
@@ -46,9 +64,11 @@ pub struct TrapState {
     gp_entry: Option<(u64, Overwritten)>,
     /// A user-mode time read that waits for its value: what IRET would have loaded.
     user_read: Option<UserFrame>,
+    /// The trap that waits for its answer.
+    here: Option<Here>,
 }
 
-/// What a return from #GP to behind the instruction that faulted loads: the pushed frame.
+/// What a return from #GP to the instruction after the one that faulted loads: the pushed frame.
 #[derive(Clone, Copy, Debug)]
 struct UserFrame {
     /// The system registers as they are, with the frame's CS and SS.
@@ -60,85 +80,154 @@ struct UserFrame {
 
 impl KvmCpu {
     /// Turns an OUT to a trap port into the exit it stands for; `None` if it is an ordinary OUT.
-    pub(super) fn trapped(&mut self, port: u16) -> Option<Exit> {
-        let registers = self.page().registers();
-        // User code that was given the ports (iopl) talks to the board like any other. The kernel
-        // itself runs below its own half only before it has switched to its page tables.
-        if registers.rip() < KERNEL_HALF && self.sregs().ok()?.cs.dpl != 0 {
+    pub(super) fn trapped(&mut self, io: &PortExit) -> Option<Exit> {
+        let port = u8::try_from(io.port)
+            .ok()
+            .filter(|&port| is_trap_port(port))?;
+        if io.read || (io.size, io.count) != (1, 1) {
             return None;
         }
-        let exit = match u8::try_from(port).ok()? {
-            TRAP_RDTSC => Exit::TimeRead {
+        if port == TRAP_GP_ENTRY {
+            let (entry, _) = self.traps.gp_entry?;
+            let is_there = candidates(self.rip()).any(|at| at == entry);
+            return is_there.then(|| self.gp_exit());
+        }
+        let here = self.trap_here(port)?;
+        let registers = self.page().registers();
+        let exit = match here.kind {
+            SiteKind::Rdtsc => Exit::TimeRead {
                 instruction: TimeInstruction::Rdtsc,
                 mode: Mode::Kernel,
             },
-            TRAP_RDTSCP => Exit::TimeRead {
+            SiteKind::Rdtscp => Exit::TimeRead {
                 instruction: TimeInstruction::Rdtscp,
                 mode: Mode::Kernel,
             },
-            TRAP_CPUID => Exit::Cpuid {
+            SiteKind::Cpuid => Exit::Cpuid {
                 leaf: registers.rax() as u32,
                 subleaf: registers.rcx() as u32,
             },
-            TRAP_WRITE_CR4 => match self.operands_here()?.1 {
-                SiteKind::WriteCr4 { source } => Exit::WriteCr4 {
-                    value: general(&registers.0, source),
-                },
-                _ => return None,
+            SiteKind::WriteCr4 { source } => Exit::WriteCr4 {
+                value: general(&registers.0, source),
             },
-            TRAP_READ_CR4 => match self.operands_here()?.1 {
-                SiteKind::ReadCr4 { .. } => Exit::ReadCr4,
-                _ => return None,
+            SiteKind::ReadCr4 { .. } => Exit::ReadCr4,
+            SiteKind::WriteDr { number, source } => Exit::WriteDr {
+                number,
+                value: general(&registers.0, source),
             },
-            TRAP_PAUSE => Exit::Pause,
-            TRAP_GP_ENTRY => self.gp_exit(),
-            TRAP_MODULE => self.module_exit()?,
-            _ => return None,
+            SiteKind::Pause => Exit::Pause,
+            SiteKind::Module { target, returns } => self.module_exit(here, target, returns),
         };
+        self.traps.here = Some(here);
         Some(exit)
     }
 
-    /// The site of the OUT the guest stands at, or has just left where KVM emulates the OUT: its address, and what it was,
-    /// if its port does not say all.
-    pub(super) fn operands_here(&mut self) -> Option<(u64, SiteKind)> {
+    /// The trap at which the guest wrote to `port`.
+    fn trap_here(&mut self, port: u8) -> Option<Here> {
         let rip = self.rip();
-        [rip, rip.wrapping_sub(2)]
-            .into_iter()
-            .find_map(|at| Some((at, *self.text.operands.get(&at)?)))
+        if let Some((address, trap)) = self.text.sites.at(rip, port) {
+            return Some(Here {
+                address,
+                kind: trap.kind,
+                length: trap.length,
+            });
+        }
+        // A copy: of a kprobe, or of the kernel's first page where it runs before its page tables. User code that was
+        // given the ports (iopl) talks to the board like any other.
+        let kind = SiteKind::of_port(port)?;
+        let sregs = self.sregs().ok()?;
+        if sregs.ss.dpl != 0 {
+            return None;
+        }
+        let view = self.view().ok()?;
+        let is_trap = |&at: &u64| {
+            let mut bytes = [0; SHORTEST];
+            !self.text.sites.is_own_out(at)
+                && view.read(segments::linear(&sregs.cs, at), &mut bytes) == SHORTEST
+                && bytes == [OUT, port]
+        };
+        let address = candidates(rip).find(is_trap)?;
+        Some(Here {
+            address,
+            kind,
+            length: SHORTEST as u8,
+        })
+    }
+
+    /// The instruction of this exit's trap is done, but for what its end brings about.
+    pub(super) fn end_trap(&mut self) -> Result<(), KvmError> {
+        let Some(here) = self.traps.here.take() else {
+            return Ok(());
+        };
+        let stepped = self.page().registers().rflags() & RFLAGS_TF != 0;
+        if !stepped {
+            // KVM moves RIP past the OUT, and NOPs follow to the end.
+            return Ok(());
+        }
+        let at_trap = candidates(self.rip()).any(|at| at == here.address);
+        if at_trap {
+            self.return_to(here.end())?;
+        }
+        self.raise_step()
+    }
+
+    /// The instruction of this exit's trap is not done, and will not be.
+    pub(super) fn forget_trap(&mut self) {
+        self.traps.here = None;
+    }
+
+    /// Has the guest go on at `rip`, with nothing of this exit left to do.
+    pub(super) fn return_to(&mut self, rip: u64) -> Result<(), KvmError> {
+        self.finish_exit()?;
+        self.page()
+            .change_registers(|registers| registers.rip = rip);
+        Ok(())
     }
 
     /// Performs a write of CR4, with TSD kept set, and looks after the #GP entry.
-    pub(super) fn write_cr4(&mut self, value: u64) -> Result<(), KvmError> {
+    pub(super) fn write_cr4(&mut self, here: Here, value: u64) -> Result<(), KvmError> {
         let mut sregs = self.sregs()?;
         sregs.cr4 = value | CR4_TSD;
         match self.fd().set_sregs(&sregs) {
             Ok(()) => {
                 self.traps.guest_cr4 = Some(value);
                 self.hook_gp_entry(&sregs)?;
-                self.hook_gates(&sregs);
-                Ok(())
+                self.hook_gates(&sregs)
             }
             // Reserved bits: the CPU answers such a write with #GP.
-            Err(error) if error.errno() == libc::EINVAL => self.inject_gp(),
+            Err(error) if error.errno() == libc::EINVAL => self.raise_gp(here.address),
             Err(error) => Err(error).named("KVM_SET_SREGS"),
         }
     }
 
     /// Performs a read of CR4: the guest sees what it wrote.
-    pub(super) fn read_cr4(&mut self) -> Result<(), KvmError> {
+    pub(super) fn read_cr4(&mut self, target: u8) -> Result<(), KvmError> {
         let real = self.sregs()?.cr4;
         let value = self.traps.guest_cr4.unwrap_or(real);
-        if let Some((_, SiteKind::ReadCr4 { target })) = self.operands_here() {
-            self.page()
-                .change_registers(|registers| *general_mut(registers, target) = value);
-        }
+        self.page()
+            .change_registers(|registers| *general_mut(registers, target) = value);
         Ok(())
+    }
+
+    /// Answers a trap that concerns the CPU alone.
+    pub(super) fn answer_cpu_trap(&mut self, value: u64) -> Result<(), KvmError> {
+        let Some(here) = self.traps.here else {
+            return Ok(());
+        };
+        match here.kind {
+            SiteKind::WriteCr4 { .. } => self.write_cr4(here, value),
+            SiteKind::ReadCr4 { target } => self.read_cr4(target),
+            SiteKind::WriteDr { number, .. } => self.write_dr(here, number, value),
+            _ => Ok(()),
+        }
     }
 
     /// Rewrites the first instruction of the #GP entry, if the guest's IDT has a final one. Looks
     /// again at every CR4 write, since the kernel patches its own text until it has booted.
     fn hook_gp_entry(&mut self, sregs: &kvm_sregs) -> Result<(), KvmError> {
-        let Some([low, high]) = self.view().words(sregs.idt.base + GP_VECTOR * 16) else {
+        let view = self.view()?;
+        let gate = sregs.idt.base.wrapping_add(u64::from(GP_VECTOR) * 16);
+        let Some([low, high]) = view.words(gate) else {
             return Ok(());
         };
         // Intel SDM vol. 3, 6.14.1: 64-bit interrupt gate.
@@ -147,8 +236,8 @@ impl KvmCpu {
         if !present || entry < KERNEL_HALF || self.text.is_init(entry) {
             return Ok(());
         }
-        let bytes = self.view().instruction_bytes(entry);
-        if bytes.starts_with(&[0xe6, TRAP_GP_ENTRY]) {
+        let bytes = view.instruction_bytes(entry);
+        if bytes.starts_with(&[OUT, TRAP_GP_ENTRY]) {
             return Ok(());
         }
         let (length, overwritten) = match *bytes.as_slice() {
@@ -157,11 +246,8 @@ impl KvmCpu {
             [0xf3, 0x0f, 0x1e, 0xfa, ..] => (4, Overwritten::Nothing),
             _ => return Ok(()),
         };
-        let Some(gpa) = self.view().translate(entry) else {
-            return Ok(());
-        };
-        let trap = [0xe6, TRAP_GP_ENTRY, 0x90, 0x90];
-        if self.memory.write(gpa, &trap[..length]).is_ok() {
+        let trap = [OUT, TRAP_GP_ENTRY, 0x90, 0x90];
+        if self.write_guest(entry, &trap[..length])? {
             self.traps.gp_entry = Some((entry, overwritten));
             self.counts.gp_entry = Some(entry);
         }
@@ -188,30 +274,40 @@ impl KvmCpu {
             return None;
         }
         let rsp = self.page().registers().0[6];
-        let [error, rip, cs, rflags, rsp, ss] = self.view().words(rsp)?;
+        let mut sregs = self.sregs().ok()?;
+        let view = self.view().ok()?;
+        let [error, rip, cs, rflags, rsp, ss] = view.words(rsp)?;
         if error != 0 || cs & 3 != 3 {
             return None;
         }
-        let mut sregs = self.sregs().ok()?;
-        sregs.cs = self.descriptor(&sregs.gdt, cs as u16)?;
-        sregs.ss = self.descriptor(&sregs.gdt, ss as u16)?;
-        let bitness = if sregs.cs.l != 0 { 64 } else { 32 };
-        let found = self.view().instruction(rip, bitness)?;
+        sregs.cs = segments::user_code(&view, &sregs, cs)?;
+        sregs.ss = segments::user_stack(&view, &sregs, ss)?;
+        let bits = segments::code_bits(&sregs.cs);
+        let found = view.instruction(segments::linear(&sregs.cs, rip), bits)?;
         let instruction = match found.mnemonic() {
             Mnemonic::Rdtsc => TimeInstruction::Rdtsc,
             Mnemonic::Rdtscp => TimeInstruction::Rdtscp,
             _ => return None,
         };
+        let next = rip.wrapping_add(found.len() as u64);
+        if bits != 64 && next.wrapping_sub(1) > sregs.cs.limit.into() {
+            // It reaches past the segment's end: a fault of the program's.
+            return None;
+        }
         let frame = UserFrame {
             sregs,
-            rip: found.next_ip(),
+            rip: match bits {
+                64 => next,
+                32 => next & 0xffff_ffff,
+                _ => next & 0xffff,
+            },
             rflags: rflags & !RFLAGS_RF,
             rsp,
         };
         Some((instruction, frame))
     }
 
-    /// Returns from the #GP entry to behind the time read, if it was one in user mode; a read through
+    /// Returns from the #GP entry to the instruction after the time read, if it was one in user mode; a read through
     /// a trap port has nothing to return from.
     pub(super) fn finish_user_read(&mut self) -> Result<(), KvmError> {
         let Some(frame) = self.traps.user_read.take() else {
@@ -223,6 +319,9 @@ impl KvmCpu {
             registers.rsp = frame.rsp;
             registers.rflags = frame.rflags;
         });
+        if frame.rflags & RFLAGS_TF != 0 {
+            self.raise_step()?;
+        }
         Ok(())
     }
 
@@ -243,61 +342,28 @@ impl KvmCpu {
     pub(super) fn user_site(&mut self) -> Option<u64> {
         const STACK_BYTES: u64 = 16 << 10;
         let registers = self.page().registers();
+        let view = self.view().ok()?;
         let (rip, rsp) = if registers.rip() < KERNEL_HALF {
             (registers.rip(), registers.0[6])
         } else {
             let top = (registers.0[6] | (STACK_BYTES - 1)).wrapping_add(1);
-            let words: [u64; 7] = self.view().words(top.wrapping_sub(56))?;
+            let words: [u64; 7] = view.words(top.wrapping_sub(56))?;
             let is_user =
                 |frame: &&[u64]| frame[0] < KERNEL_HALF && matches!(frame[1], 0x23 | 0x33);
             let frame = [&words[2..], &words[..5]].into_iter().find(is_user)?;
             (frame[0], frame[3])
         };
-        let caller = self.view().words(rsp).map_or(0, |[word]| word);
+        let caller = view.words(rsp).map_or(0, |[word]| word);
         Some(rip ^ caller.rotate_left(32))
     }
 
-    fn inject_gp(&mut self) -> Result<(), KvmError> {
-        let mut events = self.fd().get_vcpu_events().named("KVM_GET_VCPU_EVENTS")?;
-        events.exception.injected = 1;
-        events.exception.nr = GP_VECTOR as u8;
-        events.exception.has_error_code = 1;
-        events.exception.error_code = 0;
-        self.fd()
-            .set_vcpu_events(&events)
-            .named("KVM_SET_VCPU_EVENTS")
-    }
-
-    /// A code or data segment from the guest's GDT, as IRET would load it.
-    fn descriptor(&self, gdt: &kvm_dtable, selector: u16) -> Option<kvm_segment> {
-        let offset = u64::from(selector & !7);
-        if offset + 7 > u64::from(gdt.limit) {
-            return None;
-        }
-        let [raw] = self.view().words(gdt.base + offset)?;
-        // Intel SDM vol. 3, 3.4.5: segment descriptors.
-        let bit = |at: u32| (raw >> at & 1) as u8;
-        let limit = (raw & 0xffff | raw >> 32 & 0xf_0000) as u32;
-        let granular = bit(55);
-        Some(kvm_segment {
-            base: raw >> 16 & 0xff_ffff | raw >> 32 & 0xff00_0000,
-            limit: if granular != 0 {
-                limit << 12 | 0xfff
-            } else {
-                limit
-            },
-            selector,
-            type_: (raw >> 40 & 0xf) as u8 | 1,
-            present: bit(47),
-            dpl: 3,
-            db: bit(54),
-            s: bit(44),
-            l: bit(53),
-            g: granular,
-            avl: bit(52),
-            unusable: 0,
-            padding: 0,
-        })
+    /// Raises #GP(0) for the instruction at `rip`, as the CPU does where it refuses one.
+    pub(super) fn raise_gp(&mut self, rip: u64) -> Result<(), KvmError> {
+        self.forget_trap();
+        self.return_to(rip)?;
+        self.page()
+            .change_registers(|registers| registers.rflags |= RFLAGS_RF);
+        self.inject(GP_VECTOR, Some(0))
     }
 }
 

@@ -4,8 +4,6 @@
 //! exit, and takes changed ones from there at the next entry. Trap ports are OUTs, so that no
 //! unfinished register write stands between an exit and its answer.
 
-use std::collections::BTreeMap;
-
 use hindsight_devices::{Access, POSTED_PORT, Ram, Width};
 use hindsight_replay::{Answer, Back, Cpu, CpuidTable, Exit, Horizon, Registers, ShownClock};
 use kvm_bindings::{
@@ -23,13 +21,15 @@ use super::error::{KvmError, Named};
 use super::guest_text::GuestView;
 use super::memory::GuestMemory;
 use super::modules::LoadingModule;
+use super::page_walk::Paging;
 use super::posted::Posted;
 use super::preemption::Preemption;
 use super::run_page::{PortExit, RunPage};
+use super::trap_sites::TrapSites;
 use super::traps::TrapState;
 use super::{cpuid, msr, signals};
 use crate::boot::{
-    BootPlan, Elf, EntryCaves, ModuleLayout, Modules, QuickClock, Site, SiteKind, Sites, caves,
+    BootPlan, Elf, EntryCaves, ModuleLayout, Modules, QuickClock, Sites, alternatives, caves,
 };
 
 /// IA32_APIC_BASE at power-on: the usual address, enabled, the boot processor's.
@@ -45,8 +45,8 @@ const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
 /// What the vCPU knows of the kernel's text.
 #[derive(Clone, Debug, Default)]
 pub struct KernelText {
-    /// The rewritten instructions of which the port does not say all, by virtual address.
-    pub operands: BTreeMap<u64, SiteKind>,
+    /// The rewritten instructions.
+    pub sites: TrapSites,
     /// Virtual addresses of `.init.text`, start and end.
     pub init: Option<(u64, u64)>,
     /// Where there is room for what counts kernel entries; `None` if they are not to be counted.
@@ -60,15 +60,9 @@ pub struct KernelText {
 impl KernelText {
     /// What of a kernel the vCPU needs.
     pub fn new(elf: &Elf<'_>, sites: &Sites, modules: &Modules) -> KernelText {
-        let with_operands = |site: &&Site| site.kind.has_operands();
         let init = elf.code.iter().find(|code| code.name == ".init.text");
         KernelText {
-            operands: sites
-                .sites
-                .iter()
-                .filter(with_operands)
-                .map(|s| (s.address, s.kind))
-                .collect(),
+            sites: TrapSites::of_kernel(sites, &alternatives::read(elf).unwrap_or_default()),
             init: init.map(|code| (code.address, code.address + code.file.len() as u64)),
             caves: caves::find(elf),
             clock: None,
@@ -96,6 +90,8 @@ pub struct VcpuCounts {
     pub gp_entry: Option<u64>,
     /// How many of the kernel's entry points are counted.
     pub entry_points: u32,
+    /// Modules that were loaded and not rewritten, since what the guest says of them cannot be.
+    pub modules_refused: u64,
 }
 
 /// A vCPU, its VM and its memory.
@@ -258,11 +254,18 @@ impl KvmCpu {
         self.page().registers().rip()
     }
 
-    pub(super) fn view(&self) -> GuestView<'_> {
-        GuestView {
-            vcpu: &self.fd,
+    /// Guest-virtual memory as it is mapped now.
+    pub(super) fn view(&self) -> Result<GuestView<'_>, KvmError> {
+        Ok(GuestView {
+            paging: Paging::new(&self.sregs()?),
             memory: &self.memory,
-        }
+        })
+    }
+
+    /// The byte at a linear address, if one is mapped there.
+    pub(super) fn byte_at(&self, address: u64) -> Option<u8> {
+        let mut byte = [0];
+        (self.view().ok()?.read(address, &mut byte) == 1).then_some(byte[0])
     }
 
     pub(super) fn sregs(&self) -> Result<kvm_sregs, KvmError> {
@@ -289,6 +292,29 @@ impl KvmCpu {
         self.posted.add(byte, &self.vm, &mut self.fd)
     }
 
+    /// Has KVM finish the instruction of the last exit, if it has not.
+    pub(super) fn finish_exit(&mut self) -> Result<(), KvmError> {
+        if self.unfinished {
+            self.unfinished = false;
+            self.counts.settles += 1;
+            match signals::finish(&mut self.fd)? {
+                None => {}
+                // The rest of an access across a page: the same instruction, its next exit.
+                Some(KVM_EXIT_MMIO) => self.held = Some(KVM_EXIT_MMIO),
+                Some(reason) => {
+                    let rip = self.rip();
+                    let what = format!("it came back with reason {reason} instead of at once");
+                    return Err(KvmError::Stopped {
+                        rip,
+                        bytes: Vec::new(),
+                        what,
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// The exit that KVM's reason stands for.
     pub(super) fn decode(&mut self, reason: u32) -> Result<Exit, KvmError> {
         self.unfinished = matches!(
@@ -298,10 +324,7 @@ impl KvmCpu {
         match reason {
             KVM_EXIT_IO => {
                 let io = self.page().port().expect("the reason is a port access");
-                if !io.read
-                    && io.count == 1
-                    && let Some(exit) = self.trapped(io.port)
-                {
+                if let Some(exit) = self.trapped(&io) {
                     return Ok(exit);
                 }
                 self.string = Some(StringAccess {
@@ -323,7 +346,7 @@ impl KvmCpu {
             KVM_EXIT_SHUTDOWN => Ok(Exit::Shutdown),
             _ => {
                 let rip = self.rip();
-                let bytes = self.view().instruction_bytes(rip);
+                let bytes = self.view()?.instruction_bytes(rip);
                 Err(KvmError::Stopped {
                     rip,
                     bytes,
@@ -459,10 +482,12 @@ impl Cpu for KvmCpu {
 
     fn answer(&mut self, exit: &Exit, answer: &Answer) -> Result<(), KvmError> {
         match (*exit, *answer) {
-            (Exit::WriteCr4 { value }, _) => self.write_cr4(value)?,
-            (Exit::ReadCr4, _) => self.read_cr4()?,
+            (Exit::WriteCr4 { value } | Exit::WriteDr { value, .. }, _) => {
+                self.answer_cpu_trap(value)?;
+            }
+            (Exit::ReadCr4, _) => self.answer_cpu_trap(0)?,
             (Exit::ProtectionFault, _) => self.finish_fault(),
-            (Exit::Module { .. }, _) => self.finish_module(),
+            (Exit::Module { .. }, _) => self.finish_module()?,
             (_, Answer::Value(value)) => self.give(value),
             (_, Answer::Fault) => self.page().set_msr(None),
             (Exit::Access(Access::MsrWrite { index, value }), Answer::Done) => {
@@ -487,6 +512,7 @@ impl Cpu for KvmCpu {
             }),
             (_, Answer::Done | Answer::Time { .. }) => {}
         }
+        self.end_trap()?;
         if let Some(string) = &mut self.string {
             string.next += 1;
         }
@@ -498,24 +524,7 @@ impl Cpu for KvmCpu {
             // Between two elements of one instruction; the next exit is at hand.
             return Ok(false);
         }
-        if self.unfinished {
-            self.unfinished = false;
-            self.counts.settles += 1;
-            match signals::finish(&mut self.fd)? {
-                None => {}
-                // The rest of an access across a page: the same instruction, its next exit.
-                Some(KVM_EXIT_MMIO) => self.held = Some(KVM_EXIT_MMIO),
-                Some(reason) => {
-                    let rip = self.rip();
-                    let what = format!("it came back with reason {reason} instead of at once");
-                    return Err(KvmError::Stopped {
-                        rip,
-                        bytes: Vec::new(),
-                        what,
-                    });
-                }
-            }
-        }
+        self.finish_exit()?;
         if self.held.is_some() {
             return Ok(false);
         }

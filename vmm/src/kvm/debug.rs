@@ -1,0 +1,300 @@
+//! The guest's own debug registers and single-steps, beside ours.
+//!
+//! While the vCPU is led to a place it has breakpoints of ours in debug registers that KVM sets for us
+//! (`KVM_GUESTDBG_USE_HW_BP`). Then every #DB comes to us and the guest's own breakpoints do not count. So
+//! those that the guest has enabled are set beside ours, in the registers where the guest has them; ours
+//! take what is left, and what is the guest's in a #DB is given back to it, exactly as the CPU would have raised it.
+//! Between two counted exits the guest's do not change: its writes of DR0 to DR3 and DR7 are exits (see
+//! [`crate::boot::traps`]).
+//!
+//! The same door serves what we finish for the guest: an instruction that ends with RFLAGS.TF set
+//! raises #DB, whoever executed it.
+
+use kvm_bindings::{kvm_debugregs, kvm_guest_debug_arch};
+
+use super::error::{KvmError, Named};
+use super::traps::Here;
+use super::vcpu::KvmCpu;
+
+/// DR6: which breakpoints were hit (Intel SDM vol. 3, 17.2.3).
+const HITS: u64 = 0xf;
+/// DR6.BD: a debug register was about to be accessed.
+const BD: u64 = 1 << 13;
+/// DR6.BS: a single-step.
+const BS: u64 = 1 << 14;
+/// DR6.BT: a task switch.
+const BT: u64 = 1 << 15;
+/// The bits of DR6 that are set whatever happened.
+const DR6_FIXED: u64 = 0xffff_0ff0;
+/// The bits of DR7 that are the guest's to set.
+const DR7_FREE: u64 = 0xffff_2bff;
+/// The bit of DR7 that is always set.
+const DR7_FIXED: u64 = 1 << 10;
+/// DR7.GD: accesses to debug registers raise #DB.
+const DR7_GD: u64 = 1 << 13;
+/// #DB.
+const DB_VECTOR: u8 = 1;
+/// ICEBP, which raises #DB and says nothing of it in DR6.
+const ICEBP: u8 = 0xf1;
+/// RFLAGS.TF: #DB after each instruction.
+pub const RFLAGS_TF: u64 = 1 << 8;
+
+/// Whose a #DB is that came to us.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DebugExit {
+    /// A stop of ours.
+    Stop,
+    /// The guest's, and it has it.
+    Guest,
+}
+
+/// The breakpoints that a guest has enabled.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Breakpoints {
+    addresses: [u64; 4],
+    dr7: u64,
+}
+
+impl Breakpoints {
+    /// Those in these registers.
+    pub fn new(registers: &kvm_debugregs) -> Breakpoints {
+        Breakpoints {
+            addresses: registers.db,
+            dr7: registers.dr7,
+        }
+    }
+
+    /// Whether one is enabled, for its task or for all.
+    fn is_enabled(&self, number: usize) -> bool {
+        self.dr7 >> (2 * number) & 3 != 0
+    }
+
+    /// Whether one is on execution: type 0.
+    fn is_on_execution(&self, number: usize) -> bool {
+        self.dr7 >> (16 + 4 * number) & 3 == 0
+    }
+
+    /// The numbers of those that are not enabled.
+    fn free(&self) -> impl Iterator<Item = usize> + '_ {
+        (0..4).filter(|&number| !self.is_enabled(number))
+    }
+
+    /// How many are not enabled.
+    pub fn free_count(&self) -> usize {
+        self.free().count()
+    }
+
+    /// The bits of DR6 for those that are on execution of the instruction at `address`.
+    fn at(&self, address: u64) -> u64 {
+        let hits = |&number: &usize| {
+            self.is_enabled(number)
+                && self.is_on_execution(number)
+                && self.addresses[number] == address
+        };
+        (0..4).filter(hits).map(|number| 1 << number).sum()
+    }
+
+    /// The bits of DR6 that speak of them: of those that are on data, or of those that are on execution.
+    fn mask(&self, on_execution: bool) -> u64 {
+        let asked = |&number: &usize| {
+            self.is_enabled(number) && self.is_on_execution(number) == on_execution
+        };
+        (0..4).filter(asked).map(|number| 1 << number).sum()
+    }
+
+    /// The registers with stops in them as well, in those that are free.
+    ///
+    /// # Panics
+    ///
+    /// If there are more stops than free registers.
+    pub fn with_stops(&self, stops: &[u64]) -> kvm_guest_debug_arch {
+        let mut arch = kvm_guest_debug_arch::default();
+        arch.debugreg[7] = DR7_FIXED | self.dr7 & DR7_FREE & !DR7_GD;
+        for number in 0..4 {
+            if self.is_enabled(number) {
+                arch.debugreg[number] = self.addresses[number];
+            } else {
+                // Neither type nor length of one that is not enabled.
+                arch.debugreg[7] &= !(0xf << (16 + 4 * number));
+            }
+        }
+        let mut free = self.free();
+        for stop in stops {
+            let number = free.next().expect("the caller asked how many there are");
+            arch.debugreg[number] = *stop;
+            // Intel SDM vol. 3, 17.2.4: enabled globally, on execution, of one byte.
+            arch.debugreg[7] |= 2 << (2 * number);
+        }
+        arch
+    }
+}
+
+/// What to make of a #DB.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Verdict {
+    /// It stands at a stop.
+    Stop,
+    /// These bits of DR6 are the guest's.
+    Guest(u64),
+}
+
+/// Whose a #DB with these bits in DR6 is, at `rip`, where it has these breakpoints beside the stops.
+fn judge(dr6: u64, rip: u64, guest: &Breakpoints, stops: &[u64]) -> Verdict {
+    // What ended the instruction before comes before what begins with the next (Intel SDM vol. 3, 6.9), so a stop waits
+    // until the guest is back from its handler, as it would if there were no stop.
+    let traps = dr6 & (BS | BT | BD | guest.mask(false));
+    if traps != 0 {
+        return Verdict::Guest(traps);
+    }
+    if stops.contains(&rip) && dr6 & HITS != 0 {
+        return Verdict::Stop;
+    }
+    Verdict::Guest(dr6 & guest.mask(true))
+}
+
+impl KvmCpu {
+    pub(super) fn debug_registers(&self) -> Result<kvm_debugregs, KvmError> {
+        self.fd().get_debug_regs().named("KVM_GET_DEBUGREGS")
+    }
+
+    /// The breakpoints that the guest has.
+    pub(super) fn breakpoints(&self) -> Result<Breakpoints, KvmError> {
+        Ok(Breakpoints::new(&self.debug_registers()?))
+    }
+
+    /// Raises #DB where the guest stands, with these bits in DR6, as the CPU does when an instruction has
+    /// ended. The registers may be changed behind it: KVM forgets only what it has not begun to deliver.
+    pub(super) fn raise_debug(&mut self, bits: u64) -> Result<(), KvmError> {
+        let mut registers = self.debug_registers()?;
+        registers.dr6 = registers.dr6 & !HITS | DR6_FIXED | bits;
+        registers.dr7 &= !DR7_GD;
+        self.fd()
+            .set_debug_regs(&registers)
+            .named("KVM_SET_DEBUGREGS")?;
+        self.inject(DB_VECTOR, None)
+    }
+
+    /// Has KVM deliver an exception before the next instruction.
+    pub(super) fn inject(&mut self, vector: u8, error_code: Option<u32>) -> Result<(), KvmError> {
+        let mut events = self.fd().get_vcpu_events().named("KVM_GET_VCPU_EVENTS")?;
+        events.exception.injected = 1;
+        events.exception.pending = 0;
+        events.exception.nr = vector;
+        events.exception.has_error_code = error_code.is_some().into();
+        events.exception.error_code = error_code.unwrap_or(0);
+        // An instruction has ended, and with it what it stood in the shadow of.
+        events.interrupt.shadow = 0;
+        self.fd()
+            .set_vcpu_events(&events)
+            .named("KVM_SET_VCPU_EVENTS")
+    }
+
+    /// The instruction of a trap has ended, and the guest single-steps.
+    pub(super) fn raise_step(&mut self) -> Result<(), KvmError> {
+        self.raise_debug(BS)
+    }
+
+    /// KVM came back with a #DB. Gives the guest what is its own of it.
+    pub(super) fn sort_debug_exit(&mut self) -> Result<DebugExit, KvmError> {
+        let dr6 = self.page().debug_status();
+        let guest = self.breakpoints()?;
+        let rip = self.rip();
+        let stops = std::mem::take(&mut self.stops);
+        let verdict = judge(dr6, rip, &guest, &stops);
+        self.stops = stops;
+        let Verdict::Guest(bits) = verdict else {
+            return Ok(DebugExit::Stop);
+        };
+        if bits == 0 && self.byte_at(rip) == Some(ICEBP) {
+            // Intel's CPUs come back before it.
+            self.page().change_registers(|registers| registers.rip += 1);
+        }
+        self.raise_debug(bits)?;
+        Ok(DebugExit::Guest)
+    }
+
+    /// The guest has taken a step of ours. Gives it what is its own of it; tells whether there was anything.
+    pub(super) fn sort_step(&mut self) -> Result<bool, KvmError> {
+        let dr6 = self.page().debug_status();
+        let bits = dr6 & self.breakpoints()?.mask(false);
+        if bits != 0 {
+            self.raise_debug(bits)?;
+        }
+        Ok(bits != 0)
+    }
+
+    /// The guest is about to execute an instruction that it has a breakpoint on, and that a stop of ours is on too:
+    /// raises its #DB. Tells whether there was anything.
+    pub(super) fn raise_own_breakpoint(&mut self) -> Result<bool, KvmError> {
+        let rip = self.rip();
+        let bits = self.breakpoints()?.at(rip);
+        if bits != 0 {
+            self.raise_debug(bits)?;
+        }
+        Ok(bits != 0)
+    }
+
+    /// Performs a write of a debug register.
+    pub(super) fn write_dr(&mut self, here: Here, number: u8, value: u64) -> Result<(), KvmError> {
+        let mut registers = self.debug_registers()?;
+        if registers.dr7 & DR7_GD != 0 {
+            self.forget_trap();
+            self.return_to(here.address)?;
+            return self.raise_debug(BD);
+        }
+        match number {
+            7 if value >> 32 != 0 => return self.raise_gp(here.address),
+            7 => registers.dr7 = value & DR7_FREE | DR7_FIXED,
+            number => registers.db[usize::from(number & 3)] = value,
+        }
+        self.fd()
+            .set_debug_regs(&registers)
+            .named("KVM_SET_DEBUGREGS")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Enabled: 0 on execution of 0x1000, 2 on writes of 8 bytes at 0x2000.
+    fn two() -> Breakpoints {
+        Breakpoints {
+            addresses: [0x1000, 0x5555, 0x2000, 0x7777],
+            dr7: 1 | 2 << 4 | 0b1001 << 24 | 0b1101 << 28 | DR7_FIXED,
+        }
+    }
+
+    #[test]
+    fn stops_take_the_registers_that_the_guest_has_not_enabled() {
+        assert_eq!(two().free_count(), 2);
+        let arch = two().with_stops(&[0xa000, 0xb000]);
+        assert_eq!(arch.debugreg[..4], [0x1000, 0xa000, 0x2000, 0xb000]);
+        let dr7 = 1 | 2 << 2 | 2 << 4 | 2 << 6 | 0b1001 << 24 | DR7_FIXED;
+        assert_eq!(arch.debugreg[7], dr7);
+        let all = Breakpoints { dr7: 0xff, ..two() };
+        assert_eq!(all.free_count(), 0);
+        assert_eq!(Breakpoints::default().free_count(), 4);
+    }
+
+    #[test]
+    fn each_hit_goes_to_its_owner_and_what_ends_an_instruction_goes_first() {
+        let guest = two();
+        let stops = [0x1000, 0xa000];
+        let at = |dr6, rip| judge(dr6, rip, &guest, &stops);
+        assert_eq!(at(1 << 1, 0xa000), Verdict::Stop);
+        assert_eq!(at(1 << 2, 0xc000), Verdict::Guest(1 << 2), "a write");
+        assert_eq!(at(BS, 0xc000), Verdict::Guest(BS));
+        assert_eq!(at(1 << 1 | 1 << 2, 0xa000), Verdict::Guest(1 << 2), "both");
+        assert_eq!(at(BS | 1 << 1, 0xa000), Verdict::Guest(BS));
+        assert_eq!(at(1, 0x1000), Verdict::Stop, "the same instruction");
+        assert_eq!(at(1 << 3, 0xc000), Verdict::Guest(0), "one that is off");
+        assert_eq!(at(0, 0xa000), Verdict::Guest(0), "an ICEBP before a stop");
+        assert_eq!(
+            judge(1, 0x1000, &guest, &[]),
+            Verdict::Guest(1),
+            "its own breakpoint"
+        );
+        assert_eq!((guest.at(0x1000), guest.at(0x2000)), (1, 0));
+    }
+}

@@ -1,0 +1,281 @@
+//! The guest's page tables, walked as the CPU walks them, and without its side effects.
+//!
+//! `KVM_TRANSLATE` would do it too, and set the Accessed bits on its way: looking would change guest
+//! memory, and a recorder that looks more often than a replay would leave another memory behind. So
+//! this is the one walker, for every mode that has page tables (Intel SDM vol. 3, 4.3 to 4.5). It reads at most
+//! five entries, whatever the tables say, and asks for no permission: it tells where memory is, not
+//! who may touch it.
+
+use kvm_bindings::kvm_sregs;
+
+/// CR0.PG: there are page tables.
+const CR0_PG: u64 = 1 << 31;
+/// CR4.PSE: 32-bit tables may have pages of 4 MiB.
+const CR4_PSE: u64 = 1 << 4;
+/// CR4.PAE: entries have 64 bits.
+const CR4_PAE: u64 = 1 << 5;
+/// CR4.LA57: five levels.
+const CR4_LA57: u64 = 1 << 12;
+/// EFER.LMA: long mode.
+const EFER_LMA: u64 = 1 << 10;
+
+/// An entry says that there is something.
+const PRESENT: u64 = 1;
+/// An entry of a higher level is a page, and not a table.
+const LARGE: u64 = 1 << 7;
+/// The address in an entry of 64 bits, whatever flags stand beside it.
+const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+
+/// The form of the tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Form {
+    /// No tables: every address is physical.
+    Flat,
+    /// Entries of 32 bits, two levels.
+    Legacy {
+        /// Whether there are pages of 4 MiB.
+        large: bool,
+    },
+    /// Entries of 64 bits, two levels below four entries.
+    Pae,
+    /// Entries of 64 bits, this many levels.
+    Long {
+        /// 4 or 5.
+        levels: u32,
+    },
+}
+
+/// What of a vCPU's state says how it addresses memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Paging {
+    form: Form,
+    root: u64,
+}
+
+impl Paging {
+    /// That of these registers.
+    pub fn new(sregs: &kvm_sregs) -> Paging {
+        let has = |register: u64, bit: u64| register & bit != 0;
+        let form = if !has(sregs.cr0, CR0_PG) {
+            Form::Flat
+        } else if has(sregs.efer, EFER_LMA) {
+            let levels = if has(sregs.cr4, CR4_LA57) { 5 } else { 4 };
+            Form::Long { levels }
+        } else if has(sregs.cr4, CR4_PAE) {
+            Form::Pae
+        } else {
+            let large = has(sregs.cr4, CR4_PSE);
+            Form::Legacy { large }
+        };
+        Paging {
+            form,
+            root: sregs.cr3,
+        }
+    }
+
+    /// The guest-physical address of a virtual one; `None` where nothing is mapped. `read` fills a buffer
+    /// from guest-physical memory, and says whether it is all RAM.
+    pub fn translate(self, gva: u64, read: &dyn Fn(u64, &mut [u8]) -> bool) -> Option<u64> {
+        match self.form {
+            Form::Flat => Some(gva),
+            Form::Legacy { large } => {
+                let gva = u32::try_from(gva).ok()?;
+                legacy(self.root, gva, large, read)
+            }
+            Form::Pae => {
+                let gva = u64::from(u32::try_from(gva).ok()?);
+                let top = (self.root & 0xffff_ffe0) + 8 * (gva >> 30);
+                let entry = entry64(top, read)?;
+                descend(entry & ADDRESS, gva, 2, read)
+            }
+            Form::Long { levels } => {
+                let unused = 64 - (12 + 9 * levels);
+                let canonical = (gva.cast_signed() << unused >> unused).cast_unsigned() == gva;
+                canonical.then_some(())?;
+                descend(self.root & ADDRESS, gva, levels, read)
+            }
+        }
+    }
+}
+
+/// An entry of 64 bits that is present.
+fn entry64(at: u64, read: &dyn Fn(u64, &mut [u8]) -> bool) -> Option<u64> {
+    let mut bytes = [0; 8];
+    let entry = read(at, &mut bytes).then(|| u64::from_le_bytes(bytes))?;
+    (entry & PRESENT != 0).then_some(entry)
+}
+
+/// Goes down `levels` levels of tables with 512 entries each, from the one at `table`.
+fn descend(
+    mut table: u64,
+    gva: u64,
+    levels: u32,
+    read: &dyn Fn(u64, &mut [u8]) -> bool,
+) -> Option<u64> {
+    for level in (0..levels).rev() {
+        let shift = 12 + 9 * level;
+        let entry = entry64(table + 8 * (gva >> shift & 0x1ff), read)?;
+        // Pages of 2 MiB and 1 GiB; the bit means nothing, or is reserved, further up.
+        let is_page = level == 0 || (entry & LARGE != 0 && level <= 2);
+        if is_page {
+            let inside = (1 << shift) - 1;
+            return Some(entry & ADDRESS & !inside | gva & inside);
+        }
+        table = entry & ADDRESS;
+    }
+    None
+}
+
+fn legacy(root: u64, gva: u32, large: bool, read: &dyn Fn(u64, &mut [u8]) -> bool) -> Option<u64> {
+    let entry = |at: u64| {
+        let mut bytes = [0; 4];
+        let entry = read(at, &mut bytes).then(|| u32::from_le_bytes(bytes))?;
+        (u64::from(entry) & PRESENT != 0).then_some(u64::from(entry))
+    };
+    let gva = u64::from(gva);
+    let upper = entry((root & 0xffff_f000) + 4 * (gva >> 22))?;
+    if large && upper & LARGE != 0 {
+        // Bits 20 to 13 are bits 39 to 32 of the address (PSE-36).
+        let high = (upper >> 13 & 0xff) << 32;
+        return Some(high | upper & 0xffc0_0000 | gva & 0x003f_ffff);
+    }
+    let lower = entry((upper & 0xffff_f000) + 4 * (gva >> 12 & 0x3ff))?;
+    Some(lower & 0xffff_f000 | gva & 0xfff)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Physical memory of a few words; what is not there reads as zero.
+    #[derive(Default)]
+    struct Words {
+        words: BTreeMap<u64, u64>,
+        reads: RefCell<u32>,
+    }
+
+    impl Words {
+        fn read(&self, at: u64, buffer: &mut [u8]) -> bool {
+            *self.reads.borrow_mut() += 1;
+            let word = self.words.get(&(at & !7)).copied().unwrap_or(0);
+            let bytes = word.to_le_bytes();
+            let start = (at & 7) as usize;
+            buffer.copy_from_slice(&bytes[start..start + buffer.len()]);
+            true
+        }
+
+        fn translate(&self, paging: Paging, gva: u64) -> Option<u64> {
+            paging.translate(gva, &|at, buffer| self.read(at, buffer))
+        }
+    }
+
+    fn paging(cr0: u64, cr3: u64, cr4: u64, efer: u64) -> Paging {
+        Paging::new(&kvm_sregs {
+            cr0,
+            cr3,
+            cr4,
+            efer,
+            ..Default::default()
+        })
+    }
+
+    fn long(cr3: u64) -> Paging {
+        paging(CR0_PG, cr3, CR4_PAE, EFER_LMA)
+    }
+
+    const GVA: u64 = 0xffff_8123_4567_89ab;
+
+    /// Tables that lead from `GVA` to a page at this level.
+    fn tables(levels: u32, page_level: u32, page: u64) -> Words {
+        let mut memory = Words::default();
+        let mut table = 0x1000;
+        for level in (page_level..levels).rev() {
+            let at = table + 8 * (GVA >> (12 + 9 * level) & 0x1ff);
+            let entry = if level == page_level {
+                page | PRESENT | if level > 0 { LARGE } else { 0 }
+            } else {
+                table + 0x1000 | PRESENT | 1 << 63
+            };
+            memory.words.insert(at, entry);
+            table += 0x1000;
+        }
+        memory
+    }
+
+    #[test]
+    fn pages_of_each_size_are_found_with_four_levels_and_with_five() {
+        for (levels, form) in [
+            (4, long(0x1fff)),
+            (5, paging(CR0_PG, 0x1000, CR4_PAE | CR4_LA57, EFER_LMA)),
+        ] {
+            for (page_level, page) in [(0, 0x7000), (1, 0x20_0000), (2, 0x4000_0000)] {
+                let memory = tables(levels, page_level, page);
+                let inside = GVA & ((1 << (12 + 9 * page_level)) - 1);
+                assert_eq!(memory.translate(form, GVA), Some(page | inside));
+            }
+            assert_eq!(tables(levels, 3, 0).translate(form, GVA), None);
+        }
+    }
+
+    #[test]
+    fn what_is_not_mapped_or_not_canonical_is_nowhere() {
+        let memory = tables(4, 0, 0x7000);
+        for gva in [
+            GVA + (1 << 12),
+            GVA + (1 << 21),
+            GVA ^ 1 << 50,
+            GVA ^ 1 << 63,
+        ] {
+            assert_eq!(memory.translate(long(0x1000), gva), None, "{gva:#x}");
+        }
+        let nowhere = long(0x1000).translate(GVA, &|_, _| false);
+        assert_eq!(nowhere, None, "tables outside of RAM");
+    }
+
+    #[test]
+    fn older_modes_have_their_own_tables() {
+        assert_eq!(
+            Words::default().translate(paging(0, 0, 0, 0), 0xf_fff0),
+            Some(0xf_fff0)
+        );
+        let mut memory = Words::default();
+        memory.words.insert(0x1000 + 4 * 8, 0x2000 | PRESENT);
+        memory.words.insert(0x2000 + 4 * 0x100, 0x5000 | PRESENT);
+        memory
+            .words
+            .insert(0x1000 + 4 * 10, 0x0080_2000 | LARGE | PRESENT);
+        let two_levels = paging(CR0_PG, 0x1000, CR4_PSE, 0);
+        assert_eq!(memory.translate(two_levels, 0x0210_0123), Some(0x5123));
+        assert_eq!(
+            memory.translate(two_levels, 0x0280_0123),
+            Some(0x01_0080_0123)
+        );
+        assert_eq!(memory.translate(two_levels, 1 << 32 | 0x0210_0123), None);
+        let mut memory = Words::default();
+        memory.words.insert(0x1020 + 8 * 3, 0x2000 | PRESENT);
+        memory.words.insert(0x2000 + 8, 0x60_0000 | LARGE | PRESENT);
+        let pae = paging(CR0_PG, 0x1020, CR4_PAE, 0);
+        assert_eq!(memory.translate(pae, 0xc02a_bcde), Some(0x6a_bcde));
+    }
+
+    proptest! {
+        #[test]
+        fn a_walk_reads_five_entries_at_most(
+            words in proptest::collection::btree_map((0u64..512).prop_map(|n| n * 8), any::<u64>(), 0..200),
+            gva: u64, cr3: u64, cr0: u64, cr4: u64, efer: u64,
+        ) {
+            // Tables that lead to themselves.
+            let memory = Words { words, ..Words::default() };
+            let form = paging(cr0, cr3, cr4, efer);
+            let found = form.translate(gva, &|at, buffer| memory.read(at & 0xfff, buffer));
+            prop_assert!(*memory.reads.borrow() <= 5);
+            let again = form.translate(gva, &|at, buffer| memory.read(at & 0xfff, buffer));
+            prop_assert_eq!(found, again);
+        }
+    }
+}
