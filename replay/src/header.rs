@@ -63,8 +63,10 @@ pub struct TrapCounts {
     pub pause: u32,
     /// Calls with which the kernel makes a module executable; without one, modules are not looked at.
     pub module_loads: u32,
-    /// MOV to DR0 to DR3 or DR7.
+    /// MOV to a debug register.
     pub dr_writes: u32,
+    /// MOV from a debug register.
+    pub dr_reads: u32,
 }
 
 /// The machine, as far as it decides what the guest computes.

@@ -110,6 +110,11 @@ pub trait Walk {
     fn stops_max(&mut self) -> Result<usize, Self::Error> {
         Ok(2)
     }
+    /// Whether it goes on with the instruction at its instruction pointer, and has no interrupt or exception to take
+    /// first. One that has is not there yet.
+    fn is_there(&mut self) -> Result<bool, Self::Error> {
+        Ok(true)
+    }
     /// Runs until something brings it back, or it is about to execute one of `stops`, of which
     /// there are at most two, and no more than [`Walk::stops_max`]. The present instruction is executed even if it is
     /// one of them.
@@ -238,7 +243,7 @@ impl<K: Counter> Lander<K> {
             // A kick may come where a stop would have.
             if matches!(went, Went::Stop | Went::Back(Back::Kicked)) {
                 let (number, rip) = (self.count()?, cpu.rip());
-                if number > count && stops.contains(&rip) {
+                if number > count && stops.contains(&rip) && cpu.is_there()? {
                     return Ok(landed(number, rip));
                 }
             }
@@ -286,7 +291,7 @@ impl<K: Counter> Lander<K> {
                 return Err(self.overshoot(cpu, place, count).into());
             }
             let stopped = matches!(went, Went::Stop | Went::Back(Back::Kicked));
-            if stopped && count == place.number && cpu.rip() == place.rip {
+            if stopped && count == place.number && cpu.rip() == place.rip && cpu.is_there()? {
                 return Ok(landed(count, place.rip));
             }
             if let Went::Back(back) = went {

@@ -479,6 +479,7 @@ impl Machine {
             | Exit::Pause
             | Exit::Preempted(_)
             | Exit::WriteDr { .. }
+            | Exit::ReadDr { .. }
             | Exit::Module { .. } => Answer::Done,
         })
     }

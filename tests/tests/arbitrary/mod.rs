@@ -46,6 +46,7 @@ pub fn exit() -> impl Strategy<Value = Exit> {
         1 => any::<u64>().prop_map(|value| Exit::WriteCr4 { value }),
         1 => (any::<u8>(), any::<u64>())
             .prop_map(|(number, value)| Exit::WriteDr { number, value }),
+        1 => any::<u8>().prop_map(|number| Exit::ReadDr { number }),
         1 => (any::<u64>(), any::<u32>())
             .prop_map(|(module, sites)| Exit::Module { module, sites }),
         2 => prop_oneof![

@@ -40,10 +40,12 @@ pub const TRAP_PAUSE: u8 = 0xf7;
 pub const TRAP_ENTRY: u8 = 0xf8;
 /// Port of the call with which the kernel makes a loaded module's text executable (see [`super::modules`]).
 pub const TRAP_MODULE: u8 = 0xf9;
-/// Port of a `mov %reg,%drN` for a register that sets a breakpoint.
+/// Port of a `mov %reg,%drN`.
 pub const TRAP_WRITE_DR: u8 = 0xfa;
+/// Port of a `mov %drN,%reg`.
+pub const TRAP_READ_DR: u8 = 0xfb;
 /// All of these ports.
-const TRAP_PORTS: std::ops::RangeInclusive<u8> = TRAP_RDTSC..=TRAP_WRITE_DR;
+const TRAP_PORTS: std::ops::RangeInclusive<u8> = TRAP_RDTSC..=TRAP_READ_DR;
 
 /// `out %al, imm8`.
 pub const OUT: u8 = 0xe6;
@@ -82,12 +84,19 @@ pub enum SiteKind {
     },
     /// A wait for somebody else.
     Pause,
-    /// DR0 to DR3 or DR7 set from a register.
+    /// A debug register set from a register. DR4 and DR5, which are others by another name, are left alone.
     WriteDr {
         /// Number of the debug register.
         number: u8,
         /// Number of the register that it is set from.
         source: u8,
+    },
+    /// A debug register read to a register.
+    ReadDr {
+        /// Number of the debug register.
+        number: u8,
+        /// Number of the register that it is read to.
+        target: u8,
     },
     /// A module is about to be made executable, by a direct call or a jump at a function's end.
     Module {
@@ -109,6 +118,7 @@ impl SiteKind {
             SiteKind::ReadCr4 { .. } => TRAP_READ_CR4,
             SiteKind::Pause => TRAP_PAUSE,
             SiteKind::WriteDr { .. } => TRAP_WRITE_DR,
+            SiteKind::ReadDr { .. } => TRAP_READ_DR,
             SiteKind::Module { .. } => TRAP_MODULE,
         }
     }
@@ -134,6 +144,7 @@ impl SiteKind {
             SiteKind::ReadCr4 { .. } => "read of cr4",
             SiteKind::Pause => "pause",
             SiteKind::WriteDr { .. } => "write of a debug register",
+            SiteKind::ReadDr { .. } => "read of a debug register",
             SiteKind::Module { .. } => "call that makes a module executable",
         }
     }
@@ -170,9 +181,16 @@ impl SiteKind {
                 })
             }
             Opcode::Mov_dr_r64 => match instruction.op0_register().number() as u8 {
-                number @ (0..=3 | 7) => Some(SiteKind::WriteDr {
+                number @ (0..=3 | 6 | 7) => Some(SiteKind::WriteDr {
                     number,
                     source: instruction.op1_register().number() as u8,
+                }),
+                _ => None,
+            },
+            Opcode::Mov_r64_dr => match instruction.op1_register().number() as u8 {
+                number @ (0..=3 | 6 | 7) => Some(SiteKind::ReadDr {
+                    number,
+                    target: instruction.op0_register().number() as u8,
                 }),
                 _ => None,
             },
@@ -230,6 +248,7 @@ impl Sites {
                 SiteKind::ReadCr4 { .. } => &mut counts.cr4_reads,
                 SiteKind::Pause => &mut counts.pause,
                 SiteKind::WriteDr { .. } => &mut counts.dr_writes,
+                SiteKind::ReadDr { .. } => &mut counts.dr_reads,
                 SiteKind::Module { .. } => &mut counts.module_loads,
             } += 1;
         }

@@ -315,12 +315,14 @@ fn print_header(header: &Header) {
     );
     let traps = &machine.traps;
     out!(
-        "traps       {} rdtsc, {} rdtscp, {} cpuid, {} CR4 writes, {} CR4 reads, {} pause, {} module loads",
+        "traps       {} rdtsc, {} rdtscp, {} cpuid, {} CR4 writes, {} CR4 reads, {} DR writes, {} DR reads, {} pause, {} module loads",
         traps.rdtsc,
         traps.rdtscp,
         traps.cpuid,
         traps.cr4_writes,
         traps.cr4_reads,
+        traps.dr_writes,
+        traps.dr_reads,
         traps.pause,
         traps.module_loads
     );

@@ -4,7 +4,7 @@
 //! (`KVM_GUESTDBG_USE_HW_BP`). Then every #DB comes to us and the guest's own breakpoints do not count. So
 //! those that the guest has enabled are set beside ours, in the registers where the guest has them; ours
 //! take what is left, and what is the guest's in a #DB is given back to it, exactly as the CPU would have raised it.
-//! Between two counted exits the guest's do not change: its writes of DR0 to DR3 and DR7 are exits (see
+//! Between two counted exits the guest's do not change: its accesses to debug registers are exits (see
 //! [`crate::boot::traps`]).
 //!
 //! The same door serves what we finish for the guest: an instruction that ends with RFLAGS.TF set
@@ -13,7 +13,7 @@
 use kvm_bindings::{kvm_debugregs, kvm_guest_debug_arch};
 
 use super::error::{KvmError, Named};
-use super::traps::Here;
+use super::traps::{Here, general_mut};
 use super::vcpu::KvmCpu;
 
 /// DR6: which breakpoints were hit (Intel SDM vol. 3, 17.2.3).
@@ -26,6 +26,8 @@ const BS: u64 = 1 << 14;
 const BT: u64 = 1 << 15;
 /// The bits of DR6 that are set whatever happened.
 const DR6_FIXED: u64 = 0xffff_0ff0;
+/// The bits of DR6 that are the guest's to set: B0 to B3, BD, BS, BT.
+const DR6_FREE: u64 = HITS | BD | BS | BT;
 /// The bits of DR7 that are the guest's to set.
 const DR7_FREE: u64 = 0xffff_2bff;
 /// The bit of DR7 that is always set.
@@ -48,20 +50,31 @@ pub enum DebugExit {
     Guest,
 }
 
-/// The breakpoints that a guest has enabled.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// The guest's DR0 to DR3 and DR7: what it last wrote to them.
+///
+/// KVM has them too, but not always. Where a guest touches a debug register by itself, KVM lets it have the real ones
+/// until its next exit and reads them back there; if a signal comes between, and breakpoints of ours are set for the
+/// next entry, it warns and reads those back as the guest's (`KVM_DEBUGREG_WONT_EXIT`, seen with Linux 6.1). So this is
+/// what counts, and code that is trapped never gets there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Breakpoints {
     addresses: [u64; 4],
     dr7: u64,
 }
 
-impl Breakpoints {
-    /// Those in these registers.
-    pub fn new(registers: &kvm_debugregs) -> Breakpoints {
+impl Default for Breakpoints {
+    fn default() -> Breakpoints {
         Breakpoints {
-            addresses: registers.db,
-            dr7: registers.dr7,
+            addresses: [0; 4],
+            dr7: DR7_FIXED,
         }
+    }
+}
+
+impl Breakpoints {
+    /// Whether these registers hold them.
+    fn are_in(&self, registers: &kvm_debugregs) -> bool {
+        (registers.db, registers.dr7) == (self.addresses, self.dr7)
     }
 
     /// Whether one is enabled, for its task or for all.
@@ -153,13 +166,30 @@ fn judge(dr6: u64, rip: u64, guest: &Breakpoints, stops: &[u64]) -> Verdict {
 }
 
 impl KvmCpu {
-    pub(super) fn debug_registers(&self) -> Result<kvm_debugregs, KvmError> {
+    /// What KVM has in the guest's debug registers.
+    fn debug_registers(&self) -> Result<kvm_debugregs, KvmError> {
         self.fd().get_debug_regs().named("KVM_GET_DEBUGREGS")
     }
 
-    /// The breakpoints that the guest has.
-    pub(super) fn breakpoints(&self) -> Result<Breakpoints, KvmError> {
-        Ok(Breakpoints::new(&self.debug_registers()?))
+    fn set_debug_registers(&self, registers: &kvm_debugregs) -> Result<(), KvmError> {
+        self.fd()
+            .set_debug_regs(registers)
+            .named("KVM_SET_DEBUGREGS")
+    }
+
+    /// Takes breakpoints of ours out of the guest's registers, if KVM has put them there.
+    pub(super) fn keep_own_breakpoints(&mut self) -> Result<(), KvmError> {
+        let mut registers = self.debug_registers()?;
+        if self.breakpoints.are_in(&registers) {
+            return Ok(());
+        }
+        // It took DR6 along: what that says of free registers is of ours.
+        for number in self.breakpoints.free() {
+            registers.dr6 &= !(1 << number);
+        }
+        (registers.db, registers.dr7) = (self.breakpoints.addresses, self.breakpoints.dr7);
+        self.counts.breakpoints_restored += 1;
+        self.set_debug_registers(&registers)
     }
 
     /// Raises #DB where the guest stands, with these bits in DR6, as the CPU does when an instruction has
@@ -167,10 +197,9 @@ impl KvmCpu {
     pub(super) fn raise_debug(&mut self, bits: u64) -> Result<(), KvmError> {
         let mut registers = self.debug_registers()?;
         registers.dr6 = registers.dr6 & !HITS | DR6_FIXED | bits;
-        registers.dr7 &= !DR7_GD;
-        self.fd()
-            .set_debug_regs(&registers)
-            .named("KVM_SET_DEBUGREGS")?;
+        self.breakpoints.dr7 &= !DR7_GD;
+        (registers.db, registers.dr7) = (self.breakpoints.addresses, self.breakpoints.dr7);
+        self.set_debug_registers(&registers)?;
         self.inject(DB_VECTOR, None)
     }
 
@@ -197,7 +226,8 @@ impl KvmCpu {
     /// KVM came back with a #DB. Gives the guest what is its own of it.
     pub(super) fn sort_debug_exit(&mut self) -> Result<DebugExit, KvmError> {
         let dr6 = self.page().debug_status();
-        let guest = self.breakpoints()?;
+        self.keep_own_breakpoints()?;
+        let guest = self.breakpoints;
         let rip = self.rip();
         let stops = std::mem::take(&mut self.stops);
         let verdict = judge(dr6, rip, &guest, &stops);
@@ -216,7 +246,7 @@ impl KvmCpu {
     /// The guest has taken a step of ours. Gives it what is its own of it; tells whether there was anything.
     pub(super) fn sort_step(&mut self) -> Result<bool, KvmError> {
         let dr6 = self.page().debug_status();
-        let bits = dr6 & self.breakpoints()?.mask(false);
+        let bits = dr6 & self.breakpoints.mask(false);
         if bits != 0 {
             self.raise_debug(bits)?;
         }
@@ -227,7 +257,7 @@ impl KvmCpu {
     /// raises its #DB. Tells whether there was anything.
     pub(super) fn raise_own_breakpoint(&mut self) -> Result<bool, KvmError> {
         let rip = self.rip();
-        let bits = self.breakpoints()?.at(rip);
+        let bits = self.breakpoints.at(rip);
         if bits != 0 {
             self.raise_debug(bits)?;
         }
@@ -236,20 +266,44 @@ impl KvmCpu {
 
     /// Performs a write of a debug register.
     pub(super) fn write_dr(&mut self, here: Here, number: u8, value: u64) -> Result<(), KvmError> {
+        if self.is_guarded(here)? {
+            return Ok(());
+        }
         let mut registers = self.debug_registers()?;
-        if registers.dr7 & DR7_GD != 0 {
+        match number {
+            6 | 7 if value >> 32 != 0 => return self.raise_gp(here.address),
+            6 => registers.dr6 = value & DR6_FREE | DR6_FIXED,
+            7 => self.breakpoints.dr7 = value & DR7_FREE | DR7_FIXED,
+            number => self.breakpoints.addresses[usize::from(number & 3)] = value,
+        }
+        (registers.db, registers.dr7) = (self.breakpoints.addresses, self.breakpoints.dr7);
+        self.set_debug_registers(&registers)
+    }
+
+    /// Performs a read of a debug register.
+    pub(super) fn read_dr(&mut self, here: Here, number: u8, target: u8) -> Result<(), KvmError> {
+        if self.is_guarded(here)? {
+            return Ok(());
+        }
+        let value = match number {
+            6 => self.debug_registers()?.dr6,
+            7 => self.breakpoints.dr7,
+            number => self.breakpoints.addresses[usize::from(number & 3)],
+        };
+        self.page()
+            .change_registers(|registers| *general_mut(registers, target) = value);
+        Ok(())
+    }
+
+    /// Raises the #DB of an access to a debug register, if the guest wants one (DR7.GD).
+    fn is_guarded(&mut self, here: Here) -> Result<bool, KvmError> {
+        let guarded = self.breakpoints.dr7 & DR7_GD != 0;
+        if guarded {
             self.forget_trap();
             self.return_to(here.address)?;
-            return self.raise_debug(BD);
+            self.raise_debug(BD)?;
         }
-        match number {
-            7 if value >> 32 != 0 => return self.raise_gp(here.address),
-            7 => registers.dr7 = value & DR7_FREE | DR7_FIXED,
-            number => registers.db[usize::from(number & 3)] = value,
-        }
-        self.fd()
-            .set_debug_regs(&registers)
-            .named("KVM_SET_DEBUGREGS")
+        Ok(guarded)
     }
 }
 
@@ -275,6 +329,12 @@ mod tests {
         let all = Breakpoints { dr7: 0xff, ..two() };
         assert_eq!(all.free_count(), 0);
         assert_eq!(Breakpoints::default().free_count(), 4);
+        let registers = kvm_debugregs {
+            db: two().addresses,
+            dr7: two().dr7,
+            ..Default::default()
+        };
+        assert!(two().are_in(&registers) && !all.are_in(&registers));
     }
 
     #[test]

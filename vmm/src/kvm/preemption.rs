@@ -11,7 +11,7 @@ use kvm_bindings::{
     KVM_GUESTDBG_USE_HW_BP, kvm_guest_debug, kvm_guest_debug_arch,
 };
 
-use super::debug::{Breakpoints, DebugExit};
+use super::debug::DebugExit;
 use super::entries::EntryStop;
 use super::error::{KvmError, Named};
 use super::vcpu::KvmCpu;
@@ -136,7 +136,7 @@ impl KvmCpu {
         let (control, arch) = match stops {
             [] => (0, kvm_guest_debug_arch::default()),
             stops => {
-                let arch = Breakpoints::new(&self.debug_registers()?).with_stops(stops);
+                let arch = self.breakpoints.with_stops(stops);
                 (KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP, arch)
             }
         };
@@ -149,6 +149,9 @@ impl KvmCpu {
             .set_guest_debug(&debug)
             .named("KVM_SET_GUEST_DEBUG")?;
         self.stops = stops.to_vec();
+        if stops.is_empty() {
+            self.keep_own_breakpoints()?;
+        }
         Ok(())
     }
 
@@ -271,7 +274,11 @@ impl Walk for KvmCpu {
     }
 
     fn stops_max(&mut self) -> Result<usize, KvmError> {
-        Ok(self.breakpoints()?.free_count())
+        Ok(self.breakpoints.free_count())
+    }
+
+    fn is_there(&mut self) -> Result<bool, KvmError> {
+        Ok(!self.event_is_under_way()?)
     }
 
     fn go(&mut self, stops: &[u64]) -> Result<Went, KvmError> {

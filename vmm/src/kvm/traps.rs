@@ -115,6 +115,7 @@ impl KvmCpu {
                 number,
                 value: general(&registers.0, source),
             },
+            SiteKind::ReadDr { number, .. } => Exit::ReadDr { number },
             SiteKind::Pause => Exit::Pause,
             SiteKind::Module { target, returns } => self.module_exit(here, target, returns),
         };
@@ -218,6 +219,7 @@ impl KvmCpu {
             SiteKind::WriteCr4 { .. } => self.write_cr4(here, value),
             SiteKind::ReadCr4 { target } => self.read_cr4(target),
             SiteKind::WriteDr { number, .. } => self.write_dr(here, number, value),
+            SiteKind::ReadDr { number, target } => self.read_dr(here, number, target),
             _ => Ok(()),
         }
     }
@@ -374,7 +376,7 @@ fn general(registers: &[u64], number: u8) -> u64 {
     registers[PLACE[usize::from(number & 15)]]
 }
 
-fn general_mut(registers: &mut kvm_bindings::kvm_regs, number: u8) -> &mut u64 {
+pub(super) fn general_mut(registers: &mut kvm_bindings::kvm_regs, number: u8) -> &mut u64 {
     match number & 15 {
         0 => &mut registers.rax,
         1 => &mut registers.rcx,

@@ -16,6 +16,7 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_iow_nr;
 
+use super::debug::Breakpoints;
 use super::entries::EntryState;
 use super::error::{KvmError, Named};
 use super::guest_text::GuestView;
@@ -92,6 +93,8 @@ pub struct VcpuCounts {
     pub entry_points: u32,
     /// Modules that were loaded and not rewritten, since what the guest says of them cannot be.
     pub modules_refused: u64,
+    /// Times KVM had taken breakpoints of ours for the guest's.
+    pub breakpoints_restored: u64,
 }
 
 /// A vCPU, its VM and its memory.
@@ -106,6 +109,8 @@ pub struct KvmCpu {
     /// The module that is being loaded at this exit.
     pub(super) loading: Option<LoadingModule>,
     pub(super) entries: EntryState,
+    /// The guest's breakpoints.
+    pub(super) breakpoints: Breakpoints,
     pub(super) counts: VcpuCounts,
     /// How it is stopped between two exits.
     pub(super) preemption: Preemption,
@@ -177,6 +182,7 @@ impl KvmCpu {
             traps: TrapState::default(),
             loading: None,
             entries: EntryState::default(),
+            breakpoints: Breakpoints::default(),
             counts: VcpuCounts::default(),
             preemption: Preemption::default(),
             stops: Vec::new(),
@@ -485,7 +491,7 @@ impl Cpu for KvmCpu {
             (Exit::WriteCr4 { value } | Exit::WriteDr { value, .. }, _) => {
                 self.answer_cpu_trap(value)?;
             }
-            (Exit::ReadCr4, _) => self.answer_cpu_trap(0)?,
+            (Exit::ReadCr4 | Exit::ReadDr { .. }, _) => self.answer_cpu_trap(0)?,
             (Exit::ProtectionFault, _) => self.finish_fault(),
             (Exit::Module { .. }, _) => self.finish_module()?,
             (_, Answer::Value(value)) => self.give(value),
