@@ -32,6 +32,9 @@ use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 use kvm_ioctls::Kvm;
 
+#[path = "micro_guests/debugging.rs"]
+mod debugging;
+
 /// Worlds each guest is recorded in.
 const SEEDS: [u64; 2] = [1, 2];
 /// No guest needs a hundredth of this, even emulated in an emulated machine.

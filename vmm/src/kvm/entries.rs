@@ -341,6 +341,32 @@ mod tests {
     }
 
     #[test]
+    fn whatever_the_guest_writes_to_the_word_is_no_panic() {
+        for word in [0, 1, 2, 5, u64::MAX, 1 << 63, u64::MAX - 5] {
+            for before in [None, Some(3), Some(u64::MAX)] {
+                for target in [0, 1, 7, u64::MAX] {
+                    let (mut memory, mut state) = hooked();
+                    let mut counter = EntryCounter {
+                        memory: &mut memory,
+                        state: &mut state,
+                    };
+                    if let Some(before) = before {
+                        counter.set_target(before);
+                    }
+                    counter
+                        .memory
+                        .write(WORD, &word.to_le_bytes())
+                        .expect("RAM");
+                    counter.set_target(target);
+                    counter.set_target(counter.done().saturating_add(1));
+                    counter.turn();
+                    assert_eq!((counter.word(), counter.done()), (0, 0));
+                }
+            }
+        }
+    }
+
+    #[test]
     fn only_the_out_of_a_stub_that_stands_is_one() {
         let (_, state) = hooked();
         let stub = |index: usize| 0xffff_ffff_8100_2000 + index as u64 * STUB_BYTES;

@@ -221,6 +221,47 @@ proptest! {
 }
 
 #[test]
+fn a_module_that_claims_more_than_any_has_is_left_alone_and_costs_little() {
+    let [layout, _] = layouts();
+    let guest = Guest::with_module(&layout, [&[], &[]], &[]);
+    // The same page of RDTSCs wherever the guest maps it.
+    let text = |bytes: u32| {
+        layout.text(MODULE, &|at, buffer| {
+            let place = layout.texts[0];
+            if at == MODULE + u64::from(place.bytes) {
+                buffer.copy_from_slice(&bytes.to_le_bytes());
+                return buffer.len();
+            }
+            let known = MODULE..MODULE + 600;
+            if (TEXT..TEXT + (1 << 29)).contains(&at) && !known.contains(&at) {
+                for (offset, byte) in buffer.iter_mut().enumerate() {
+                    *byte = [0x0f, 0x31][(at as usize + offset) % 2];
+                }
+                return buffer.len();
+            }
+            guest.read(at, buffer)
+        })
+    };
+    assert_eq!(text(64).sites.len(), 32);
+    assert_eq!(text(1 << 20).refused, Some(Refused::TooMany));
+    let bytes = 256 << 20;
+    assert_eq!(text(bytes).refused, Some(Refused::TooLong { bytes }));
+    for bytes in [1 << 20, 256 << 20] {
+        let text = text(bytes);
+        assert!(text.sites.is_empty() && text.ranges.is_empty());
+    }
+}
+
+#[test]
+fn a_modules_own_out_to_a_trap_port_is_no_site() {
+    let [layout, _] = layouts();
+    let code = [0xe6, traps::TRAP_RDTSCP, 0xe6, 0x80, 0x0f, 0x31];
+    let found = Guest::with_module(&layout, [&code, &[]], &[]).text(&layout);
+    assert_eq!(found.own_outs, [TEXT]);
+    assert_eq!(found.sites, [site(TEXT + 4, 2, SiteKind::Rdtsc)]);
+}
+
+#[test]
 fn a_kernel_that_cannot_be_read_says_so_and_is_not_refused() {
     let file = tiny_elf(&[0x0f, 0x31]);
     let modules = find(&Elf::parse(&file).unwrap());
