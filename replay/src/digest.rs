@@ -94,6 +94,7 @@ fn exit_words(exit: &Exit) -> (u64, u64) {
         Exit::WriteCr4 { value } => (value, 0),
         Exit::Preempted(place) => (place.number, place.rip),
         Exit::Module { module, sites } => (module, u64::from(sites)),
+        Exit::Panic { message } => (message, 0),
         Exit::ReadCr4
         | Exit::ProtectionFault
         | Exit::Halt

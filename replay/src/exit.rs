@@ -105,6 +105,11 @@ pub enum Exit {
         /// How many instructions in its text are rewritten into trap ports before it runs.
         sites: u32,
     },
+    /// Its kernel says that it panics.
+    Panic {
+        /// Guest-virtual address of the reason, a string that ends with a zero byte.
+        message: u64,
+    },
 }
 
 impl Exit {
@@ -114,7 +119,7 @@ impl Exit {
     }
 
     /// Number of kinds that [`Exit::kind`] tells apart.
-    pub const KINDS: usize = 16;
+    pub const KINDS: usize = 17;
 
     /// Index into [`Exit::KIND_NAMES`].
     pub fn kind(&self) -> usize {
@@ -139,6 +144,7 @@ impl Exit {
             Exit::Pause => 13,
             Exit::Preempted(_) => Exit::PREEMPTED,
             Exit::Module { .. } => Exit::MODULE,
+            Exit::Panic { .. } => 16,
         }
     }
 
@@ -166,6 +172,7 @@ impl Exit {
         "PAUSE",
         "preemptions",
         "module loads",
+        "kernel panics",
     ];
 }
 
@@ -208,6 +215,7 @@ impl fmt::Display for Exit {
             Exit::Pause => f.write_str("pause"),
             Exit::Preempted(place) => write!(f, "preempted {place}"),
             Exit::Module { module, sites } => write!(f, "module {module:#x}, {sites} trapped"),
+            Exit::Panic { message } => write!(f, "kernel panic, reason at {message:#x}"),
         }
     }
 }

@@ -63,6 +63,8 @@ pub struct TrapCounts {
     pub pause: u32,
     /// Calls with which the kernel makes a module executable; without one, modules are not looked at.
     pub module_loads: u32,
+    /// Calls with which the kernel says that it panics; without one, its panics are not seen.
+    pub panics: u32,
 }
 
 /// The machine, as far as it decides what the guest computes.

@@ -46,6 +46,7 @@ pub fn exit() -> impl Strategy<Value = Exit> {
         1 => any::<u64>().prop_map(|value| Exit::WriteCr4 { value }),
         1 => (any::<u64>(), any::<u32>())
             .prop_map(|(module, sites)| Exit::Module { module, sites }),
+        1 => any::<u64>().prop_map(|message| Exit::Panic { message }),
         2 => prop_oneof![
             Just(Exit::ReadCr4),
             Just(Exit::ProtectionFault),

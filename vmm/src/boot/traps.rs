@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use super::elf::{Code, Elf};
 use super::error::BootError;
+use super::panics::Panics;
 
 /// Port of a RDTSC.
 pub const TRAP_RDTSC: u8 = 0xf1;
@@ -40,6 +41,8 @@ pub const TRAP_PAUSE: u8 = 0xf7;
 pub const TRAP_ENTRY: u8 = 0xf8;
 /// Port of the call with which the kernel makes a loaded module's text executable (see [`super::modules`]).
 pub const TRAP_MODULE: u8 = 0xf9;
+/// Port of the call with which the kernel says that it panics (see [`super::panics`]).
+pub const TRAP_PANIC: u8 = 0xfa;
 
 /// `out %al, imm8`.
 const OUT: u8 = 0xe6;
@@ -85,6 +88,11 @@ pub enum SiteKind {
         /// Whether it pushes a return address.
         returns: bool,
     },
+    /// The kernel says that it panics, by a direct call.
+    Panic {
+        /// Virtual address that it leads to.
+        target: u64,
+    },
 }
 
 impl SiteKind {
@@ -98,6 +106,7 @@ impl SiteKind {
             SiteKind::ReadCr4 { .. } => TRAP_READ_CR4,
             SiteKind::Pause => TRAP_PAUSE,
             SiteKind::Module { .. } => TRAP_MODULE,
+            SiteKind::Panic { .. } => TRAP_PANIC,
         }
     }
 
@@ -111,6 +120,7 @@ impl SiteKind {
             SiteKind::ReadCr4 { .. } => "read of cr4",
             SiteKind::Pause => "pause",
             SiteKind::Module { .. } => "call that makes a module executable",
+            SiteKind::Panic { .. } => "call that says that the kernel panics",
         }
     }
 
@@ -151,7 +161,11 @@ impl SiteKind {
 
     /// Whether the vCPU must know more of a trap than its port says.
     pub fn has_operands(self) -> bool {
-        self.is_cr4() || matches!(self, SiteKind::Module { .. })
+        self.is_cr4() || self.is_call()
+    }
+
+    fn is_call(self) -> bool {
+        matches!(self, SiteKind::Module { .. } | SiteKind::Panic { .. })
     }
 
     fn is_cr4(self) -> bool {
@@ -202,6 +216,7 @@ impl Sites {
                 SiteKind::ReadCr4 { .. } => &mut counts.cr4_reads,
                 SiteKind::Pause => &mut counts.pause,
                 SiteKind::Module { .. } => &mut counts.module_loads,
+                SiteKind::Panic { .. } => &mut counts.panics,
             } += 1;
         }
         counts
@@ -232,8 +247,17 @@ pub fn find_and_show(
     see: &mut impl FnMut(&Instruction),
 ) -> Result<Sites, BootError> {
     let mut sites = Vec::new();
+    let mut panics = Panics::of(elf);
+    let mut kind = |instruction: &Instruction| {
+        see(instruction);
+        // Seen by all: the call need not come right behind what announces it.
+        let panic = panics.see(instruction);
+        SiteKind::of(instruction)
+            .or_else(|| SiteKind::of_call(instruction, loads))
+            .or(panic)
+    };
     for code in &elf.code {
-        sweep(elf, code, loads, &mut sites, see)?;
+        sweep(elf, code, &mut kind, &mut sites)?;
     }
     // Sections come in the file's order, and damaged files may name one twice.
     sites.sort_by_key(|site| site.address);
@@ -244,8 +268,8 @@ pub fn find_and_show(
         .iter()
         .find(|&&load| sites.iter().any(|site| leads_to(site, load)));
     sites.retain(|site| {
-        let is_call = matches!(site.kind, SiteKind::Module { .. });
-        !is_call || best.is_some_and(|&best| leads_to(site, best))
+        let is_load = matches!(site.kind, SiteKind::Module { .. });
+        !is_load || best.is_some_and(|&best| leads_to(site, best))
     });
     let sites = Sites { sites };
     if sites.counts().rdtsc == 0 {
@@ -286,6 +310,9 @@ pub(super) fn check(elf: &Elf<'_>, site: &Site) -> Result<(), BootError> {
             let instruction = decoder(bytes, site.address).decode();
             let kind = match site.kind {
                 SiteKind::Module { target, .. } => SiteKind::of_call(&instruction, &[target]),
+                SiteKind::Panic { target } => (instruction.code() == Opcode::Call_rel32_64
+                    && instruction.near_branch_target() == target)
+                    .then_some(site.kind),
                 _ => SiteKind::of(&instruction),
             };
             kind == Some(site.kind)
@@ -344,14 +371,11 @@ pub(super) fn each_instruction<E>(
 fn sweep(
     elf: &Elf<'_>,
     code: &Code,
-    loads: &[u64],
+    kind: &mut impl FnMut(&Instruction) -> Option<SiteKind>,
     sites: &mut Vec<Site>,
-    see: &mut impl FnMut(&Instruction),
 ) -> Result<(), BootError> {
     each_instruction(elf.bytes(&code.file), code.address, &[], |instruction| {
-        see(instruction);
-        let kind = SiteKind::of(instruction).or_else(|| SiteKind::of_call(instruction, loads));
-        if let Some(kind) = kind {
+        if let Some(kind) = kind(instruction) {
             sites.extend(site(elf, code, kind, instruction.ip(), instruction.len())?);
         }
         Ok(())
@@ -373,9 +397,10 @@ fn site(
     if early && kind.is_cr4() {
         return Ok(None);
     }
-    let longest = match kind {
-        SiteKind::Module { .. } => LONGEST,
-        _ => LONGEST_PLAIN,
+    let longest = if kind.is_call() {
+        LONGEST
+    } else {
+        LONGEST_PLAIN
     };
     if !(SHORTEST..=longest).contains(&length) {
         return Err(BootError::OddSite { address, length });

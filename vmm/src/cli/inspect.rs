@@ -315,14 +315,15 @@ fn print_header(header: &Header) {
     );
     let traps = &machine.traps;
     out!(
-        "traps       {} rdtsc, {} rdtscp, {} cpuid, {} CR4 writes, {} CR4 reads, {} pause, {} module loads",
+        "traps       {} rdtsc, {} rdtscp, {} cpuid, {} CR4 writes, {} CR4 reads, {} pause, {} module loads, {} panics",
         traps.rdtsc,
         traps.rdtscp,
         traps.cpuid,
         traps.cr4_writes,
         traps.cr4_reads,
         traps.pause,
-        traps.module_loads
+        traps.module_loads,
+        traps.panics
     );
     match &machine.quick_reads {
         Some(quick) => out!(

@@ -11,6 +11,7 @@ mod guest_text;
 mod memory;
 mod modules;
 pub mod msr;
+mod panics;
 mod posted;
 mod preemption;
 pub mod probe;

@@ -62,13 +62,12 @@ impl KvmCpu {
         operands.retain(|address, _| !text.ranges.iter().any(|range| range.contains(address)));
         let with_operands = text.sites.iter().filter(|site| site.kind.has_operands());
         operands.extend(with_operands.map(|site| (site.address, site.kind)));
-        self.make_call(&loading);
+        self.make_call(loading.call, loading.target, loading.returns);
     }
 
     /// Does what the rewritten call or jump did.
-    fn make_call(&mut self, loading: &LoadingModule) {
-        let LoadingModule { call, target, .. } = *loading;
-        if !loading.returns {
+    pub(super) fn make_call(&mut self, call: u64, target: u64, returns: bool) {
+        if !returns {
             self.page()
                 .change_registers(|registers| registers.rip = target);
             return;

@@ -13,8 +13,8 @@ use super::error::{KvmError, Named};
 use super::vcpu::KvmCpu;
 use crate::boot::GuestRam;
 use crate::boot::traps::{
-    SiteKind, TRAP_CPUID, TRAP_GP_ENTRY, TRAP_MODULE, TRAP_PAUSE, TRAP_RDTSC, TRAP_RDTSCP,
-    TRAP_READ_CR4, TRAP_WRITE_CR4,
+    SiteKind, TRAP_CPUID, TRAP_GP_ENTRY, TRAP_MODULE, TRAP_PANIC, TRAP_PAUSE, TRAP_RDTSC,
+    TRAP_RDTSCP, TRAP_READ_CR4, TRAP_WRITE_CR4,
 };
 
 /// CR4.TSD: RDTSC and RDTSCP are for ring 0 alone (Intel SDM vol. 3, 2.5).
@@ -93,6 +93,7 @@ impl KvmCpu {
             TRAP_PAUSE => Exit::Pause,
             TRAP_GP_ENTRY => self.gp_exit(),
             TRAP_MODULE => self.module_exit()?,
+            TRAP_PANIC => self.panic_exit()?,
             _ => return None,
         };
         Some(exit)

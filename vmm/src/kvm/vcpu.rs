@@ -463,6 +463,7 @@ impl Cpu for KvmCpu {
             (Exit::ReadCr4, _) => self.read_cr4()?,
             (Exit::ProtectionFault, _) => self.finish_fault(),
             (Exit::Module { .. }, _) => self.finish_module(),
+            (Exit::Panic { .. }, _) => self.finish_panic(),
             (_, Answer::Value(value)) => self.give(value),
             (_, Answer::Fault) => self.page().set_msr(None),
             (Exit::Access(Access::MsrWrite { index, value }), Answer::Done) => {
@@ -543,6 +544,10 @@ impl Cpu for KvmCpu {
 
     fn site(&mut self) -> Option<u64> {
         self.user_site()
+    }
+
+    fn read(&mut self, gva: u64, buffer: &mut [u8]) -> usize {
+        self.view().read(gva, buffer)
     }
 
     fn ram(&self) -> &Ram {
