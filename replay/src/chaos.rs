@@ -130,6 +130,7 @@ mod tests {
             room: hindsight_devices::Room::default(),
             preempted: None,
             site,
+            panicked: None,
         }
     }
 

@@ -96,6 +96,7 @@ fn exit_words(exit: &Exit) -> (u64, u64) {
         Exit::Module { module, sites } => (module, u64::from(sites)),
         Exit::WriteDr { number, value } => (number.into(), value),
         Exit::ReadDr { number } => (number.into(), 0),
+        Exit::Panic { message } => (message, 0),
         Exit::ReadCr4
         | Exit::ProtectionFault
         | Exit::Halt

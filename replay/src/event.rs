@@ -33,7 +33,7 @@ pub enum Ending {
 pub struct End {
     /// How it ended.
     pub ending: Ending,
-    /// What the guest said if it panicked: the line on its console, or the pvpanic port.
+    /// The reason that the guest's kernel gave if it panicked, or what it wrote to the pvpanic port.
     pub panic: Option<String>,
     /// Guest time in nanoseconds.
     pub now: Nanos,

@@ -117,6 +117,11 @@ pub enum Exit {
         /// Which: 0 to 3, 6 or 7.
         number: u8,
     },
+    /// Its kernel says that it panics.
+    Panic {
+        /// Guest-virtual address of the reason, a string that ends with a zero byte.
+        message: u64,
+    },
 }
 
 impl Exit {
@@ -126,7 +131,7 @@ impl Exit {
     }
 
     /// Number of kinds that [`Exit::kind`] tells apart.
-    pub const KINDS: usize = 18;
+    pub const KINDS: usize = 19;
 
     /// Index into [`Exit::KIND_NAMES`].
     pub fn kind(&self) -> usize {
@@ -153,6 +158,7 @@ impl Exit {
             Exit::Module { .. } => Exit::MODULE,
             Exit::WriteDr { .. } => 16,
             Exit::ReadDr { .. } => 17,
+            Exit::Panic { .. } => 18,
         }
     }
 
@@ -182,6 +188,7 @@ impl Exit {
         "module loads",
         "DR writes",
         "DR reads",
+        "kernel panics",
     ];
 }
 
@@ -226,6 +233,7 @@ impl fmt::Display for Exit {
             Exit::ReadDr { number } => write!(f, "read dr{number}"),
             Exit::WriteDr { number, value } => write!(f, "dr{number} = {value:#x}"),
             Exit::Module { module, sites } => write!(f, "module {module:#x}, {sites} trapped"),
+            Exit::Panic { message } => write!(f, "kernel panic, reason at {message:#x}"),
         }
     }
 }

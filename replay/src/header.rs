@@ -67,6 +67,8 @@ pub struct TrapCounts {
     pub dr_writes: u32,
     /// MOV from a debug register.
     pub dr_reads: u32,
+    /// Calls with which the kernel says that it panics; without one, its panics are not seen.
+    pub panics: u32,
 }
 
 /// The machine, as far as it decides what the guest computes.

@@ -19,7 +19,6 @@ mod live;
 mod machine;
 mod moment;
 mod outside;
-mod panic_watch;
 mod quick;
 mod recorder;
 mod replayer;

@@ -52,6 +52,8 @@ impl Patience {
     }
 }
 
+/// A guest that panicked, was to be stopped for it, and has not exited for this long is stopped where it is.
+const STUCK_NS: Nanos = 1_000_000_000;
 /// A preemption that has not come about after this long is tried again.
 const RETRY_NS: Nanos = 10_000_000;
 /// Each preemption's cost changes what the next is expected to cost by one part in so many.
@@ -68,6 +70,10 @@ pub struct Live<W: World> {
     /// What a preemption is expected to cost.
     cost_ns: Nanos,
     chaos: Option<Chaos>,
+    /// How long a guest that has panicked may run on; `None`: until it resets.
+    panic_grace: Option<Nanos>,
+    /// It has had that.
+    grace_is_over: bool,
 }
 
 impl<W: World> Live<W> {
@@ -80,6 +86,16 @@ impl<W: World> Live<W> {
             overdue: None,
             cost_ns: 0,
             chaos: None,
+            panic_grace: None,
+            grace_is_over: false,
+        }
+    }
+
+    /// The same door, which stops a guest that has not reset itself so long after a panic.
+    pub fn with_panic_grace(self, panic_grace: Option<Nanos>) -> Live<W> {
+        Live {
+            panic_grace,
+            ..self
         }
     }
 
@@ -116,6 +132,11 @@ impl<W: World> Live<W> {
         self.chaos.as_ref().map_or(at, |chaos| chaos.unseen(at))
     }
 
+    /// When a guest that panicked then is to be stopped.
+    fn grace_ends(&self, panicked: Option<Nanos>) -> Option<Nanos> {
+        Some(panicked?.saturating_add(self.panic_grace?))
+    }
+
     /// When the patience with a guest that does not exit is at an end. A guest that has an interrupt
     /// pending and does not take it is not helped by another one.
     fn alarm_at(&self, standing: &Standing) -> Option<Nanos> {
@@ -144,6 +165,7 @@ impl<W: World> Outside for Live<W> {
             halted,
             room,
             preempted,
+            panicked,
             ..
         } = *query;
         if let (Some(since), Some(place)) = (self.overdue.take(), preempted) {
@@ -152,7 +174,9 @@ impl<W: World> Outside for Live<W> {
         if let Some(chaos) = &mut self.chaos {
             chaos.meddle(query, self.world.now());
         }
-        let until = deadline.map(|due| self.unseen(due));
+        let grace_ends = self.grace_ends(panicked);
+        let until = [deadline, grace_ends].into_iter().flatten().min();
+        let until = until.map(|due| self.unseen(due));
         if halted && !self.world.sleep(until, &room) {
             return Err(Closed::End(Ending::Halted));
         }
@@ -163,11 +187,13 @@ impl<W: World> Outside for Live<W> {
         } else {
             !due && host.abs_diff(rule) <= TOLERANCE_NS
         };
-        Ok(if follows_rule {
+        let now = if follows_rule {
             rule
         } else {
             host.max(earliest)
-        })
+        };
+        self.grace_is_over = grace_ends.is_some_and(|end| end <= now);
+        Ok(now)
     }
 
     fn wants_sites(&self) -> bool {
@@ -175,6 +201,9 @@ impl<W: World> Outside for Live<W> {
     }
 
     fn arrival(&mut self, _exits: u64, room: &Room) -> Result<Option<Input>, Closed> {
+        if std::mem::take(&mut self.grace_is_over) {
+            return Ok(Some(Input::Stop));
+        }
         Ok(self.world.poll(room))
     }
 
@@ -225,7 +254,13 @@ impl<W: World> Outside for Live<W> {
         if self.world.gives_up() {
             return Err(Closed::End(Ending::StoppedRunning));
         }
-        let late = self.alarm_at(standing).is_some_and(|at| at <= self.now());
+        let now = self.now();
+        let grace_ends = self.grace_ends(standing.panicked);
+        if grace_ends.is_some_and(|end| end.saturating_add(STUCK_NS) <= now) {
+            return Err(Closed::End(Ending::StoppedRunning));
+        }
+        let late = [self.alarm_at(standing), grace_ends];
+        let late = late.into_iter().flatten().any(|at| at <= now);
         let preempts = self.patience != Patience::Endless;
         if late || (preempts && self.world.input_waits(&standing.room)) {
             self.overdue = self.overdue.or(Some(self.world.now()));
@@ -270,8 +305,9 @@ mod tests {
         fn poll(&mut self, _room: &Room) -> Option<Input> {
             None
         }
-        fn sleep(&mut self, _until: Option<Nanos>, _room: &Room) -> bool {
-            false
+        fn sleep(&mut self, until: Option<Nanos>, _room: &Room) -> bool {
+            self.now = until.unwrap_or(self.now);
+            until.is_some()
         }
         fn gives_up(&mut self) -> bool {
             false
@@ -298,6 +334,7 @@ mod tests {
                 deadline: Some(due),
                 room: Room::default(),
                 pending: false,
+                panicked: None,
             };
             assert_eq!(live.horizon(&standing).unwrap(), Horizon::Exit);
             let alarm = live.world.alarm.expect("what is due wakes somebody");
@@ -325,10 +362,84 @@ mod tests {
                 room: Room::default(),
                 preempted: Some(place),
                 site: None,
+                panicked: None,
             };
             assert_eq!(live.time(&query).unwrap(), live.world.now);
         }
         waited
+    }
+
+    /// A machine that panicked at 1,000,000, and a door that stops it 5,000,000 later.
+    fn panicked() -> (Live<Clock>, Standing, TimeQuery) {
+        let live = Live::new(Clock::default(), None)
+            .with_patience(Patience::Endless)
+            .with_panic_grace(Some(5_000_000));
+        let standing = Standing {
+            exits: 7,
+            rip: 0,
+            now: 1_000_000,
+            deadline: None,
+            room: Room::default(),
+            pending: false,
+            panicked: Some(1_000_000),
+        };
+        let query = TimeQuery {
+            exits: 8,
+            last: 1_000_000,
+            earliest: 1_000_000,
+            rule: 1_000_000,
+            deadline: None,
+            halted: false,
+            room: Room::default(),
+            preempted: None,
+            site: None,
+            panicked: Some(1_000_000),
+        };
+        (live, standing, query)
+    }
+
+    #[test]
+    fn a_guest_that_panicked_is_stopped_at_its_first_exit_after_its_grace() {
+        let (mut live, _, query) = panicked();
+        let mut stops_at = |now, query: &TimeQuery| {
+            live.world.now = now;
+            live.time(query).unwrap();
+            live.arrival(query.exits, &query.room).unwrap()
+        };
+        assert_eq!(stops_at(4_000_000, &query), None);
+        let well = TimeQuery {
+            panicked: None,
+            ..query
+        };
+        assert_eq!(stops_at(7_500_000, &well), None);
+        assert_eq!(stops_at(7_500_000, &query), Some(Input::Stop));
+        assert_eq!(stops_at(4_000_000, &query), None, "once is enough");
+    }
+
+    #[test]
+    fn a_guest_that_halts_after_a_panic_is_woken_to_be_stopped() {
+        for deadline in [None, Some(9_000_000)] {
+            let (mut live, _, query) = panicked();
+            let query = TimeQuery {
+                halted: true,
+                rule: deadline.unwrap_or(query.rule),
+                deadline,
+                ..query
+            };
+            assert_eq!(live.time(&query).unwrap(), 6_000_000);
+            let stop = live.arrival(query.exits, &query.room).unwrap();
+            assert_eq!(stop, Some(Input::Stop));
+        }
+    }
+
+    #[test]
+    fn a_guest_that_does_not_exit_after_a_panic_is_stopped_where_it_is() {
+        let (mut live, standing, _) = panicked();
+        live.world.now = 6_000_000 + STUCK_NS - 1;
+        live.kicked(&standing).unwrap();
+        live.world.now += 1;
+        let closed = live.kicked(&standing);
+        assert!(matches!(closed, Err(Closed::End(Ending::StoppedRunning))));
     }
 
     #[test]

@@ -16,7 +16,6 @@ use crate::exit::{Answer, Exit, Registers, TimeInstruction, Turn};
 use crate::landing::{Horizon, Unit};
 use crate::moment::Moment;
 use crate::outside::{Closed, Outside, Standing, TimeQuery};
-use crate::panic_watch::PanicWatch;
 use crate::quick::{QuickReads, ShownClock};
 
 /// What brings a vCPU back.
@@ -63,6 +62,11 @@ pub trait Cpu {
     /// far as that can be told. A hint: nothing that a replay does may depend on it.
     fn site(&mut self) -> Option<u64> {
         None
+    }
+    /// Reads guest memory at a guest-virtual address, as far as it is mapped; returns how many bytes. Asked
+    /// for at counted exits only.
+    fn read(&mut self, _gva: u64, _buffer: &mut [u8]) -> usize {
+        0
     }
     /// Guest memory, for devices that move data by themselves.
     fn ram(&self) -> &Ram;
@@ -134,6 +138,18 @@ pub struct Tally {
     pub posted: u64,
 }
 
+/// The kernel formats the reason of a panic into a buffer of so many bytes (Linux, kernel/panic.c).
+const REASON_MAX: usize = 1024;
+
+/// The guest has panicked.
+#[derive(Clone, Debug)]
+struct Panic {
+    /// Guest time.
+    since: Nanos,
+    /// What it said of it.
+    reason: String,
+}
+
 /// The machine: everything that decides what happens next, except the guest's own memory and CPU.
 #[derive(Debug)]
 pub struct Machine {
@@ -150,9 +166,7 @@ pub struct Machine {
     halted: bool,
     /// What the board had room for at this exit, before it was answered.
     room: Room,
-    panic: PanicWatch,
-    /// The same for the virtio console.
-    virtio_panic: PanicWatch,
+    panic: Option<Panic>,
     tally: Tally,
 }
 
@@ -182,8 +196,7 @@ impl Machine {
             digest: Digest::default(),
             halted: false,
             room: Room::default(),
-            panic: PanicWatch::default(),
-            virtio_panic: PanicWatch::default(),
+            panic: None,
             tally: Tally::default(),
         }
     }
@@ -216,9 +229,9 @@ impl Machine {
         &self.tally
     }
 
-    /// What the guest said if it panicked.
-    pub fn panic(&self) -> Option<String> {
-        self.panic.message().or_else(|| self.virtio_panic.message())
+    /// The reason that the guest gave if it panicked.
+    pub fn panic(&self) -> Option<&str> {
+        self.panic.as_ref().map(|panic| &panic.reason[..])
     }
 
     /// Runs until the run ends or the door closes.
@@ -326,6 +339,7 @@ impl Machine {
             self.room = self.board.room(cpu.ram());
         }
         let answer = self.answer(&exit, cpu.ram())?;
+        self.watch_for_panic(&exit, cpu);
         if let Some(reads) = self.storage.take_first_reads() {
             outside
                 .first_reads(exits, &reads)
@@ -394,6 +408,18 @@ impl Machine {
         Ok(bytes)
     }
 
+    /// The first panic counts. Its words on a console do not: any program can print them.
+    fn watch_for_panic<C: Cpu>(&mut self, exit: &Exit, cpu: &mut C) {
+        let reason = match *exit {
+            _ if self.panic.is_some() => return,
+            Exit::Panic { message } => Some(panic_reason(message, cpu)),
+            // A kernel whose panics are not trapped may have a driver for this.
+            _ => self.board.guest_panicked().map(|p| format!("{p:?}")),
+        };
+        let since = self.now;
+        self.panic = reason.map(|reason| Panic { since, reason });
+    }
+
     fn standing(&self) -> Standing {
         Standing {
             exits: self.at.exits,
@@ -402,6 +428,7 @@ impl Machine {
             deadline: self.board.deadline(),
             room: self.room,
             pending: self.board.interrupt_pending(),
+            panicked: self.panic.as_ref().map(|panic| panic.since),
         }
     }
 
@@ -435,6 +462,7 @@ impl Machine {
                 _ => None,
             },
             site,
+            panicked: self.panic.as_ref().map(|panic| panic.since),
         };
         let now = outside.time(&query).map_err(RunError::Closed)?;
         assert!(
@@ -480,7 +508,8 @@ impl Machine {
             | Exit::Preempted(_)
             | Exit::WriteDr { .. }
             | Exit::ReadDr { .. }
-            | Exit::Module { .. } => Answer::Done,
+            | Exit::Module { .. }
+            | Exit::Panic { .. } => Answer::Done,
         })
     }
 
@@ -514,13 +543,9 @@ impl Machine {
 
     fn pass_output<O: Outside + ?Sized>(&mut self, outside: &mut O, observer: &mut dyn Observer) {
         for output in self.board.take_outputs() {
-            match &output {
-                Output::Console(bytes) => self.panic.watch(bytes),
-                Output::VirtioConsole(bytes) => self.virtio_panic.watch(bytes),
-                Output::Frame(frame) => {
-                    self.digest.absorb_frame(frame);
-                    outside.send(frame);
-                }
+            if let Output::Frame(frame) = &output {
+                self.digest.absorb_frame(frame);
+                outside.send(frame);
             }
             observer.output(self.at.exits, self.now, &output);
         }
@@ -570,9 +595,7 @@ impl Machine {
         };
         let end = End {
             ending,
-            panic: self
-                .panic()
-                .or_else(|| self.board.guest_panicked().map(|p| format!("{p:?}"))),
+            panic: self.panic().map(String::from),
             now: self.now,
             digest: self.digest.value(),
             memory,
@@ -587,6 +610,16 @@ impl Machine {
             source,
         })
     }
+}
+
+/// The string at `message`: its first line, as far as it is there.
+fn panic_reason<C: Cpu>(message: u64, cpu: &mut C) -> String {
+    let mut bytes = [0; REASON_MAX];
+    let count = cpu.read(message, &mut bytes);
+    let line = bytes[..count]
+        .split(|byte| matches!(byte, 0 | b'\n'))
+        .next();
+    String::from_utf8_lossy(line.unwrap_or_default()).into_owned()
 }
 
 fn ended<E: std::error::Error>(closed: Closed) -> Result<Ending, RunError<E>> {

@@ -38,6 +38,8 @@ pub struct TimeQuery {
     /// What the guest is doing there, as far as [`Outside::wants_sites`] asked for it: the same
     /// number is the same place in its programs.
     pub site: Option<u64>,
+    /// Since when the guest is known to have panicked.
+    pub panicked: Option<Nanos>,
 }
 
 /// Where the machine stands between two turns.
@@ -55,6 +57,8 @@ pub struct Standing {
     pub room: Room,
     /// An interrupt waits for the guest to take it.
     pub pending: bool,
+    /// Since when the guest is known to have panicked.
+    pub panicked: Option<Nanos>,
 }
 
 /// Why a door will not answer.

@@ -31,6 +31,8 @@ pub struct Scenario {
     pub chaos: Option<u64>,
     /// Its kernel reads the time without exits.
     pub quick: bool,
+    /// How long its guest may run on after a panic.
+    pub panic_grace_ns: Option<Nanos>,
 }
 
 impl Scenario {
@@ -48,6 +50,7 @@ impl Scenario {
             patience_ns: None,
             chaos: None,
             quick: rng.one_in(2),
+            panic_grace_ns: None,
         }
     }
 
@@ -121,6 +124,7 @@ impl Scenario {
         let mut journal = Vec::new();
         let live = Live::new(world, self.memory_every)
             .with_patience(self.patience_ns.map_or(Patience::Endless, Patience::Fixed))
+            .with_panic_grace(self.panic_grace_ns)
             .with_chaos(
                 self.chaos
                     .map(|seed| Chaos::new(seed, Some(Unit::Branches))),

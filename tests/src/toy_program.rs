@@ -41,7 +41,12 @@ enum Last {
     PowerOff,
     TripleFault,
     HaltForever,
+    /// The kernel panics, and the CPU shuts down.
     Panic,
+    /// The kernel panics, and waits for good.
+    PanicAndStay,
+    /// Prints the words of a panic.
+    Words,
     Spin,
 }
 
@@ -107,7 +112,9 @@ impl Program {
             2 => Last::ControlReset,
             3 => Last::TripleFault,
             4 => Last::HaltForever,
-            5 | 6 => Last::Panic,
+            5 => Last::Panic,
+            6 => Last::Words,
+            7 => Last::PanicAndStay,
             _ => Last::Spin,
         };
         let bases = if rng.one_in(4) {
@@ -234,8 +241,13 @@ impl Program {
             Last::TripleFault => Op::Exit(Exit::Shutdown),
             Last::HaltForever => self.then(Op::Cli, [Op::Exit(Exit::Halt)]),
             Last::Spin => return None,
-            Last::Panic if self.said_last => Op::Exit(Exit::Shutdown),
-            Last::Panic => {
+            Last::Panic | Last::Words if self.said_last => Op::Exit(Exit::Shutdown),
+            Last::PanicAndStay if self.said_last => Op::Exit(Exit::Pause),
+            Last::Panic | Last::PanicAndStay => {
+                self.said_last = true;
+                Op::Exit(Exit::Panic { message: h % 4096 })
+            }
+            Last::Words => {
                 self.said_last = true;
                 let line = b"\nKernel panic - not syncing: the toy is broken\r\n";
                 // DLAB off, or the line would set the baud rate.

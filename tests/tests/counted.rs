@@ -54,6 +54,46 @@ fn a_runtime_that_preempts_its_own_spinning_threads_replays_equal() {
     preempted_and_replayed("golike", &["--chaos=7"]);
 }
 
+/// Records `watch`, whose last line says whether all that it did with debug registers was seen.
+fn watched_and_replayed(options: &[&str]) -> u64 {
+    let (debian, dir) = (Debian::from_env(), scratch());
+    let recording = dir.path().join("r");
+    let all = [&["--patience", "100"], options].concat();
+    let recorded = debian.record(&recording, "watch", &all, b"").expect(0);
+    let console = recorded.text();
+    let counted = console.matches("writes to a word that is counted: 500, 500 counted");
+    assert_eq!(counted.count(), 8, "{console}");
+    assert!(
+        console.contains("instructions stepped: 201, 201 counted"),
+        "{console}"
+    );
+    assert!(console.contains("watch: all were counted"), "{console}");
+    let replayed = debian.replay(&recording, &[]).expect(0);
+    assert!(replayed.stdout == recorded.stdout, "{}", replayed.text());
+    assert!(
+        replayed.stderr.contains("replay equal"),
+        "{}",
+        replayed.stderr
+    );
+    let inspected = debian.replay(&recording, &["--json"]).expect(0).json();
+    inspected["summary"]["preemptions"]
+        .as_u64()
+        .unwrap_or_default()
+}
+
+#[test]
+#[ignore = "needs a KVM that can record and a branch counter"]
+fn gdb_and_perf_in_a_guest_preempted_by_branches_lose_no_hit_and_replay_equal() {
+    let preemptions = watched_and_replayed(&["--preempt", "branches"]);
+    assert!(preemptions > 50, "{preemptions} preemptions");
+}
+
+#[test]
+#[ignore = "needs a KVM that can record and a branch counter"]
+fn gdb_and_perf_in_a_guest_preempted_at_kernel_entries_lose_no_hit_and_replay_equal() {
+    watched_and_replayed(&["--preempt", "entries"]);
+}
+
 #[test]
 #[ignore = "needs a KVM that can record and a branch counter"]
 fn a_relog_has_the_same_preemptions_and_one_moved_by_a_branch_is_refused() {

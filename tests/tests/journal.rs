@@ -424,6 +424,7 @@ fn small_recording() -> (Scenario, Recording) {
             patience_ns: None,
             chaos: None,
             quick: true,
+            panic_grace_ns: None,
         };
         (scenario, scenario.record(Detail::Default, 1))
     });

@@ -11,7 +11,8 @@ use std::time::Duration;
 
 use hindsight::boot::modules::TextPlace;
 use hindsight::boot::traps::{
-    TRAP_CPUID, TRAP_MODULE, TRAP_PAUSE, TRAP_RDTSC, TRAP_RDTSCP, TRAP_READ_CR4, TRAP_WRITE_CR4,
+    TRAP_CPUID, TRAP_MODULE, TRAP_PANIC, TRAP_PAUSE, TRAP_RDTSC, TRAP_RDTSCP, TRAP_READ_CR4,
+    TRAP_WRITE_CR4,
 };
 use hindsight::boot::{BootPlan, GuestRam, ModuleLayout, SiteKind};
 use hindsight::kvm::probe::{Stuck, bounded};
@@ -279,6 +280,7 @@ fn record(kvm: &Kvm, guest: &Guest, how: How) -> Ran {
         patience_ns: None,
         chaos: None,
         quick: false,
+        panic_grace_ns: None,
     };
     let mut header = scenario.header(how.detail);
     header.machine.memory_bytes = RAM_BYTES;
@@ -725,6 +727,56 @@ fn control_register_4_reads_back_as_it_was_written() {
             [Exit::WriteCr4 { value }, Exit::ReadCr4, Exit::Halt]
         );
         assert_eq!(ran.registers()[RSI], value);
+    }
+}
+
+#[test]
+fn a_refused_write_of_control_register_4_faults_where_it_stands() {
+    let mut guest = Guest::new(|a| {
+        a.lidt(ptr(IDT_POINTER))?;
+        // A bit that no CPU has.
+        a.mov(rbx, 1u64 << 63)?;
+        a.db(&[0xe6, TRAP_WRITE_CR4, 0x90])
+    });
+    let trap = [0xe6, TRAP_WRITE_CR4, 0x90];
+    let at = guest.code.windows(3).position(|three| three == trap);
+    let at = CODE + at.expect("the guest has this trap") as u64;
+    let kind = SiteKind::WriteCr4 { source: 3 };
+    guest.text.sites.insert(at, kind, 3);
+    for ran in proved(&guest) {
+        let write = Exit::WriteCr4 { value: 1 << 63 };
+        let fault = port_write(PORT_FAULT.into(), Width::Byte, 0);
+        assert_eq!(ran.exits(), [write, fault, Exit::Halt]);
+        let [vector, error, rip, code] = ran.words(ran.registers()[RSP]);
+        assert_eq!([vector, error, code], [13, 0, KERNEL_CS.into()]);
+        assert_eq!(rip, at, "what the fault pushed");
+    }
+}
+
+#[test]
+fn a_kernel_that_says_that_it_panics_is_seen_and_its_call_is_made() {
+    let mut guest = Guest::new(|a| {
+        let (mut start, mut print) = (a.create_label(), a.create_label());
+        a.jmp(start)?;
+        a.set_label(&mut print)?;
+        a.mov(r8, qword_ptr(rsp))?;
+        a.ret()?;
+        a.set_label(&mut start)?;
+        a.mov(rsi, DATA)?;
+        a.db(&[0xe6, TRAP_PANIC, 0x90, 0x90, 0x90])
+    });
+    guest.data = b"the toaster is on fire\nand more\0";
+    let find = |bytes: &[u8]| {
+        let at = guest.code.windows(bytes.len()).position(|at| at == bytes);
+        CODE + at.expect("the guest has this") as u64
+    };
+    let (call, target) = (find(&[0xe6, TRAP_PANIC]), find(&[0x4c, 0x8b, 0x04, 0x24]));
+    guest.text.sites.insert(call, SiteKind::Panic { target }, 5);
+    for ran in proved(&guest) {
+        assert_eq!(ran.exits(), [Exit::Panic { message: DATA }, Exit::Halt]);
+        assert_eq!(ran.registers()[R8], call + 5, "what the call pushed");
+        let panic = ran.end().panic.as_deref();
+        assert_eq!(panic, Some("the toaster is on fire"));
     }
 }
 

@@ -40,6 +40,7 @@ impl Victim {
                     patience_ns: None,
                     chaos: None,
                     quick: true,
+                    panic_grace_ns: None,
                 };
                 Victim::of(scenario, scenario.record(detail, 1))
             })

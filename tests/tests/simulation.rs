@@ -635,6 +635,7 @@ fn a_byte_typed_at_a_moment_arrives_at_that_moment() {
         patience_ns: None,
         chaos: None,
         quick: false,
+        panic_grace_ns: None,
     }
     .header(Detail::Default);
     for typed_at in [2, 7, 16, 17] {

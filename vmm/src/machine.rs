@@ -107,10 +107,26 @@ impl LoadedKernel {
         QuickPlan::new(elf, &self.0.windows, &self.0.transmits, &caves)
     }
 
-    /// What of the world the guest may see because this kernel is as it is, in words.
+    /// What of the world the guest may see, or the machine may not, because this kernel is as it is; in
+    /// words.
     pub fn holes(&self) -> Vec<String> {
         let calls = self.0.sites.counts().module_loads;
-        self.0.modules.hole(calls).into_iter().collect()
+        let panics = (!self.shows_panics()).then(|| {
+            "panics of this kernel: its image has no call that says that it panics; only pvpanic and a \
+             triple fault are known"
+                .into()
+        });
+        self.0
+            .modules
+            .hole(calls)
+            .into_iter()
+            .chain(panics)
+            .collect()
+    }
+
+    /// Whether the machine knows by itself that this kernel panics.
+    pub fn shows_panics(&self) -> bool {
+        self.0.sites.counts().panics > 0
     }
 }
 

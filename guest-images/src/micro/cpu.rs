@@ -1,6 +1,6 @@
 //! Guests that ask the CPU what it is, and what time it is.
 
-use iced_x86::code_asm::{al, dword_ptr, eax, ebx, ecx, edx, qword_ptr, rax, rbx, rcx, rdx};
+use iced_x86::code_asm::{al, dword_ptr, eax, ebx, ecx, edx, ptr, qword_ptr, rax, rbx, rcx, rdx};
 
 use crate::layout::DATA;
 use crate::{MicroGuest, Ring};
@@ -57,6 +57,24 @@ pub fn trap_port(port: u8) -> MicroGuest {
             // The absolute address takes no register: `mov %reg, disp32`.
             g.a.mov(qword_ptr(at), register)?;
         }
+        g.done()
+    })
+}
+
+/// Where [`x87_pointers`] leaves what FNSTENV stores, before its mark and behind it.
+pub const X87_ENVIRONMENTS: [u64; 2] = [DATA + 0x40, DATA + 0x80];
+/// Bytes of an environment, in the format of 32-bit protected mode (Intel SDM vol. 1, 8.1.10).
+pub const X87_ENVIRONMENT_BYTES: usize = 28;
+
+/// An x87 load, FNSTENV, a mark, and FNSTENV again.
+pub fn x87_pointers() -> MicroGuest {
+    let [before, behind] = X87_ENVIRONMENTS;
+    MicroGuest::assemble(Ring::Kernel, |g| {
+        g.a.fninit()?;
+        g.a.fld(qword_ptr(DATA))?;
+        g.a.fnstenv(ptr(before))?;
+        g.mark()?;
+        g.a.fnstenv(ptr(behind))?;
         g.done()
     })
 }

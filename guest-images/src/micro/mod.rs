@@ -16,7 +16,10 @@ mod torture;
 pub use attempts::{Attempt, Outcome, attempts, outcomes};
 pub use control::{NMI_VECTOR, breakpoint, int3, interruptible, straight_line, window};
 pub use counted::{COUNTED_VECTOR, counted, counted_branches, dense_branches, locked};
-pub use cpu::{cpuid, hypercall, rdtsc, read_msrs, trap_port, write_msr};
+pub use cpu::{
+    X87_ENVIRONMENT_BYTES, X87_ENVIRONMENTS, cpuid, hypercall, rdtsc, read_msrs, trap_port,
+    write_msr, x87_pointers,
+};
 pub use exits::{
     branch_loop, dirty_pages, halt, many_outs, memory_mapped, ports, string_ports, triple_fault,
 };

@@ -49,6 +49,7 @@ pub fn exit() -> impl Strategy<Value = Exit> {
         1 => any::<u8>().prop_map(|number| Exit::ReadDr { number }),
         1 => (any::<u64>(), any::<u32>())
             .prop_map(|(module, sites)| Exit::Module { module, sites }),
+        1 => any::<u64>().prop_map(|message| Exit::Panic { message }),
         2 => prop_oneof![
             Just(Exit::ReadCr4),
             Just(Exit::ProtectionFault),

@@ -19,6 +19,7 @@ mod load;
 mod lzo;
 pub mod modules;
 mod named;
+mod panics;
 mod payload;
 mod quick;
 mod quick_stub;

@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use super::elf::{Code, Elf};
 use super::error::BootError;
+use super::panics::Panics;
 
 /// Port of a RDTSC.
 pub const TRAP_RDTSC: u8 = 0xf1;
@@ -44,8 +45,10 @@ pub const TRAP_MODULE: u8 = 0xf9;
 pub const TRAP_WRITE_DR: u8 = 0xfa;
 /// Port of a `mov %drN,%reg`.
 pub const TRAP_READ_DR: u8 = 0xfb;
+/// Port of the call with which the kernel says that it panics (see [`super::panics`]).
+pub const TRAP_PANIC: u8 = 0xfc;
 /// All of these ports.
-const TRAP_PORTS: std::ops::RangeInclusive<u8> = TRAP_RDTSC..=TRAP_READ_DR;
+const TRAP_PORTS: std::ops::RangeInclusive<u8> = TRAP_RDTSC..=TRAP_PANIC;
 
 /// `out %al, imm8`.
 pub const OUT: u8 = 0xe6;
@@ -105,6 +108,11 @@ pub enum SiteKind {
         /// Whether it pushes a return address.
         returns: bool,
     },
+    /// The kernel says that it panics, by a direct call.
+    Panic {
+        /// Virtual address that it leads to.
+        target: u64,
+    },
 }
 
 impl SiteKind {
@@ -120,6 +128,7 @@ impl SiteKind {
             SiteKind::WriteDr { .. } => TRAP_WRITE_DR,
             SiteKind::ReadDr { .. } => TRAP_READ_DR,
             SiteKind::Module { .. } => TRAP_MODULE,
+            SiteKind::Panic { .. } => TRAP_PANIC,
         }
     }
 
@@ -146,6 +155,7 @@ impl SiteKind {
             SiteKind::WriteDr { .. } => "write of a debug register",
             SiteKind::ReadDr { .. } => "read of a debug register",
             SiteKind::Module { .. } => "call that makes a module executable",
+            SiteKind::Panic { .. } => "call that says that the kernel panics",
         }
     }
 
@@ -196,6 +206,10 @@ impl SiteKind {
             },
             _ => None,
         }
+    }
+
+    fn is_call(self) -> bool {
+        matches!(self, SiteKind::Module { .. } | SiteKind::Panic { .. })
     }
 
     fn is_cr4(self) -> bool {
@@ -250,6 +264,7 @@ impl Sites {
                 SiteKind::WriteDr { .. } => &mut counts.dr_writes,
                 SiteKind::ReadDr { .. } => &mut counts.dr_reads,
                 SiteKind::Module { .. } => &mut counts.module_loads,
+                SiteKind::Panic { .. } => &mut counts.panics,
             } += 1;
         }
         counts
@@ -280,14 +295,20 @@ pub fn find_and_show(
     see: &mut impl FnMut(&Instruction),
 ) -> Result<Sites, BootError> {
     let (mut sites, mut own_outs) = (Vec::new(), Vec::new());
-    let mut see = |instruction: &Instruction| {
+    let mut panics = Panics::of(elf);
+    let mut kind = |instruction: &Instruction| {
+        see(instruction);
         if is_own_out(instruction) {
             own_outs.push(instruction.ip());
         }
-        see(instruction);
+        // Seen by all: the call need not come right behind what announces it.
+        let panic = panics.see(instruction);
+        SiteKind::of(instruction)
+            .or_else(|| SiteKind::of_call(instruction, loads))
+            .or(panic)
     };
     for code in &elf.code {
-        sweep(elf, code, loads, &mut sites, &mut see)?;
+        sweep(elf, code, &mut kind, &mut sites)?;
     }
     own_outs.sort_unstable();
     // Sections come in the file's order, and damaged files may name one twice.
@@ -299,8 +320,8 @@ pub fn find_and_show(
         .iter()
         .find(|&&load| sites.iter().any(|site| leads_to(site, load)));
     sites.retain(|site| {
-        let is_call = matches!(site.kind, SiteKind::Module { .. });
-        !is_call || best.is_some_and(|&best| leads_to(site, best))
+        let is_load = matches!(site.kind, SiteKind::Module { .. });
+        !is_load || best.is_some_and(|&best| leads_to(site, best))
     });
     let sites = Sites { sites, own_outs };
     if sites.counts().rdtsc == 0 {
@@ -351,6 +372,9 @@ pub(super) fn check(elf: &Elf<'_>, site: &Site) -> Result<(), BootError> {
             let instruction = decoder(bytes, site.address).decode();
             let kind = match site.kind {
                 SiteKind::Module { target, .. } => SiteKind::of_call(&instruction, &[target]),
+                SiteKind::Panic { target } => (instruction.code() == Opcode::Call_rel32_64
+                    && instruction.near_branch_target() == target)
+                    .then_some(site.kind),
                 _ => SiteKind::of(&instruction),
             };
             kind == Some(site.kind)
@@ -409,14 +433,11 @@ pub(super) fn each_instruction<E>(
 fn sweep(
     elf: &Elf<'_>,
     code: &Code,
-    loads: &[u64],
+    kind: &mut impl FnMut(&Instruction) -> Option<SiteKind>,
     sites: &mut Vec<Site>,
-    see: &mut impl FnMut(&Instruction),
 ) -> Result<(), BootError> {
     each_instruction(elf.bytes(&code.file), code.address, &[], |instruction| {
-        see(instruction);
-        let kind = SiteKind::of(instruction).or_else(|| SiteKind::of_call(instruction, loads));
-        if let Some(kind) = kind {
+        if let Some(kind) = kind(instruction) {
             sites.extend(site(elf, code, kind, instruction.ip(), instruction.len())?);
         }
         Ok(())
@@ -438,9 +459,10 @@ fn site(
     if early && kind.is_cr4() {
         return Ok(None);
     }
-    let longest = match kind {
-        SiteKind::Module { .. } => LONGEST,
-        _ => LONGEST_PLAIN,
+    let longest = if kind.is_call() {
+        LONGEST
+    } else {
+        LONGEST_PLAIN
     };
     if !(SHORTEST..=longest).contains(&length) {
         return Err(BootError::OddSite { address, length });

@@ -315,7 +315,7 @@ fn print_header(header: &Header) {
     );
     let traps = &machine.traps;
     out!(
-        "traps       {} rdtsc, {} rdtscp, {} cpuid, {} CR4 writes, {} CR4 reads, {} DR writes, {} DR reads, {} pause, {} module loads",
+        "traps       {} rdtsc, {} rdtscp, {} cpuid, {} CR4 writes, {} CR4 reads, {} DR writes, {} DR reads, {} pause, {} module loads, {} panics",
         traps.rdtsc,
         traps.rdtscp,
         traps.cpuid,
@@ -324,7 +324,8 @@ fn print_header(header: &Header) {
         traps.dr_writes,
         traps.dr_reads,
         traps.pause,
-        traps.module_loads
+        traps.module_loads,
+        traps.panics
     );
     match &machine.quick_reads {
         Some(quick) => out!(

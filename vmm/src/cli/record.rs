@@ -5,6 +5,7 @@ use std::rc::Rc;
 use std::time::Instant;
 
 use clap::{Args, ValueEnum};
+use hindsight_devices::Nanos;
 use hindsight_replay::{
     Chaos, Closed, Detail, End, Ending, Header, Live, Patience, Recorder, RunError,
 };
@@ -87,6 +88,10 @@ pub struct Options {
     /// after RUNS, if given. With --chaos each run has the next seed.
     #[arg(long, value_name = "RUNS", num_args = 0..=1, require_equals = true)]
     until_crash: Option<Option<u64>>,
+    /// End the recording of a guest that has not reset itself SECONDS of its time after a kernel panic.
+    /// Without it, 5 with --until-crash, else 60.
+    #[arg(long, value_name = "SECONDS")]
+    panic_grace: Option<u64>,
     /// Replace a recording that is there.
     #[arg(long)]
     force: bool,
@@ -96,6 +101,16 @@ pub struct Options {
     /// Print the summary as JSON on standard output, and nothing else.
     #[arg(long)]
     json: bool,
+}
+
+impl Options {
+    /// A kernel that does not reboot loops for good once it has panicked, and its command line or the
+    /// guest's settings may want that; one that has loaded a crash kernel has more to do.
+    fn panic_grace_ns(&self) -> Nanos {
+        let default = if self.until_crash.is_some() { 5 } else { 60 };
+        let seconds = self.panic_grace.unwrap_or(default);
+        seconds.saturating_mul(1_000_000_000)
+    }
 }
 
 pub fn main(options: &Options) -> anyhow::Result<Outcome> {
@@ -200,6 +215,7 @@ impl Session<'_> {
         };
         let live = Live::new(world, memory_every)
             .with_patience(patience)
+            .with_panic_grace(Some(options.panic_grace_ns()))
             .with_chaos(chaos.map(|seed| Chaos::new(seed, unit)));
         let journal = self.recording.create_journal()?;
         let mut recorder = Recorder::create(live, journal, &self.header)
@@ -246,6 +262,12 @@ impl Session<'_> {
         chaos: Option<u64>,
         most: Option<u64>,
     ) -> anyhow::Result<Option<Summary>> {
+        if !images.kernel.shows_panics() {
+            tell!(
+                "\rhindsight: this kernel's panics are not known to the machine; the hunt ends at a triple \
+                 fault, or where a pvpanic driver tells of a panic\r"
+            );
+        }
         for run in 1.. {
             let seed = chaos.map(|seed| seed.wrapping_add(run - 1));
             match seed {

@@ -149,12 +149,21 @@ pub fn describe_end(end: &End) -> String {
         Ending::Reset(Reset::FastReset) => "reset by port 0x92",
         Ending::TripleFault => "triple fault",
         Ending::Halted => "halted for good",
+        Ending::Stopped if end.panic.is_some() => "stopped, for it had not reset itself",
         Ending::Stopped => "asked to stop",
         Ending::StoppedRunning => "asked to stop, between two exits",
         Ending::PowerOff => "powered off",
     };
     match &end.panic {
-        Some(panic) => format!("kernel panic ({panic}), then {ending}"),
+        Some(reason) => {
+            // It is the guest's, or a journal's.
+            let plain = |c: char| match c.is_control() {
+                true => char::REPLACEMENT_CHARACTER,
+                false => c,
+            };
+            let reason: String = reason.chars().map(plain).collect();
+            format!("kernel panic ({reason}), then {ending}")
+        }
         None => ending.to_string(),
     }
 }

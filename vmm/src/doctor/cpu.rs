@@ -54,6 +54,13 @@ pub const PROBES: &[Probe] = &[
         check: gate,
     },
     Probe {
+        group: "rings",
+        name: "a refused instruction faults where it is",
+        weight: Weight::Feature,
+        cost: "a kernel that writes what its CPU refuses to CR4 gets the fault at another instruction",
+        check: refused,
+    },
+    Probe {
         group: "MSRs",
         name: "filtered MSRs reach us",
         weight: Weight::Gate,
@@ -226,6 +233,26 @@ fn gate(bench: &mut Bench) -> Checked {
         ));
     }
     Ok("by a gate and the TSS's stack".to_string())
+}
+
+fn refused(bench: &mut Bench) -> Checked {
+    // A rewritten instruction is an OUT, which KVM finishes by moving RIP behind it.
+    const PORT: u8 = 0xe8;
+    let guest = micro::trap_port(PORT);
+    let out = guest.place("next") - 2;
+    let vm = bench.start(&guest)?;
+    match vm.run()? {
+        Stop::PortWrite(port, 1, _) if port == u16::from(PORT) => vm.refuse(out)?,
+        stop => return Err(Miss::Unknown(stop.to_string())),
+    }
+    let fault = Fault {
+        vector: 13,
+        error: 0,
+        rip: out,
+        cs: KERNEL_CS,
+    };
+    expect(vm, &Stop::Fault(fault))?;
+    Ok("#GP(0) at the instruction, and not behind it".to_string())
 }
 
 fn msr_reads(bench: &mut Bench) -> Checked {

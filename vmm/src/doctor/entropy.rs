@@ -4,7 +4,7 @@ use hindsight_guest_images::Ring;
 use hindsight_guest_images::layout::DATA;
 use hindsight_guest_images::micro::{self, Attempt, Outcome};
 
-use super::finding::{Bench, Checked, Miss, Probe, Weight, fails};
+use super::finding::{Bench, Checked, Miss, Probe, Weight, expect, fails};
 use crate::kvm::probe::{Stop, exception_name};
 
 /// TSC_AUX, and a value for it that no processor number looks like.
@@ -24,6 +24,9 @@ macro_rules! hidden {
         }
     };
 }
+
+const X87_COST: &str = "x87's pointers to its last instruction and operand are lost when the host switches: programs that \
+     read them (FNSTENV, FNSAVE) are not reproducible";
 
 /// All probes of this group.
 pub const PROBES: &[Probe] = &[
@@ -87,6 +90,13 @@ pub const PROBES: &[Probe] = &[
         SetOsxsave,
         "CR4.OSXSAVE can be set: a kernel that does not ask CPUID opens XSAVE and AVX"
     ),
+    Probe {
+        group: "entropy",
+        name: "x87's pointers outlive an exit",
+        weight: Weight::Hole,
+        cost: X87_COST,
+        check: x87,
+    },
     Probe {
         group: "entropy",
         name: "no hypercall tells the time",
@@ -201,7 +211,35 @@ pub fn holes(bench: &mut Bench) -> Result<Vec<String>, Miss> {
              reproducible"
         ));
     }
+    if let Err(Miss::Fails(_)) = x87(bench) {
+        holes.push(X87_COST.to_string());
+    }
     Ok(holes)
+}
+
+/// AMD's CPUs without XSAVEERPTR (before Zen) save these pointers with the other registers only while an x87
+/// exception is pending, and so do not keep them over an exit (AMD APM vol. 2, 11.4.4; Linux,
+/// X86_BUG_FXSAVE_LEAK). Older ones of Intel lose the selectors among them.
+fn x87(bench: &mut Bench) -> Checked {
+    let vm = bench.start(&micro::x87_pointers())?;
+    expect(vm, &Stop::Mark)?;
+    expect(vm, &Stop::Done)?;
+    let [before, behind] =
+        micro::X87_ENVIRONMENTS.map(|at| vm.bytes(at, micro::X87_ENVIRONMENT_BYTES));
+    // Intel SDM vol. 1, figure 8-9: of seven words, the instruction's pointer and selector with its opcode,
+    // the operand's pointer and selector.
+    let words = |bytes: &[u8]| -> Vec<u32> {
+        let words = bytes.as_chunks().0.iter();
+        words
+            .skip(3)
+            .map(|word| u32::from_le_bytes(*word))
+            .collect()
+    };
+    let (before, behind) = (words(&before), words(&behind));
+    if before != behind {
+        return fails(format!("{before:x?} before an exit, {behind:x?} behind it"));
+    }
+    Ok(format!("{before:x?} before an exit and behind it"))
 }
 
 fn hypercall(bench: &mut Bench) -> Checked {

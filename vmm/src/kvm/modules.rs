@@ -76,13 +76,17 @@ impl KvmCpu {
         }
         // Whatever stood there before is gone: the kernel has given its place to this module.
         self.text.sites.load_module(&loading.text);
-        self.make_call(&loading)
+        self.make_call(loading.call, loading.target, loading.returns)
     }
 
     /// Does what the rewritten call or jump did.
-    fn make_call(&mut self, loading: &LoadingModule) -> Result<(), KvmError> {
-        let LoadingModule { call, target, .. } = *loading;
-        if !loading.returns {
+    pub(super) fn make_call(
+        &mut self,
+        call: u64,
+        target: u64,
+        returns: bool,
+    ) -> Result<(), KvmError> {
+        if !returns {
             self.page()
                 .change_registers(|registers| registers.rip = target);
             return Ok(());

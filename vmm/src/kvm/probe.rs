@@ -477,6 +477,21 @@ impl ProbeVm {
         }
     }
 
+    /// Injects #GP(0), as of the instruction at `rip`, instead of what the guest stopped at.
+    pub fn refuse(&mut self, rip: u64) -> Result<(), KvmError> {
+        // First: KVM would finish the instruction over the RIP that is set.
+        self.settle()?;
+        self.change_registers(|registers| registers.rip = rip);
+        let mut events = self.fd.get_vcpu_events().named("KVM_GET_VCPU_EVENTS")?;
+        events.exception.injected = 1;
+        events.exception.nr = 13;
+        events.exception.has_error_code = 1;
+        events.exception.error_code = 0;
+        self.fd
+            .set_vcpu_events(&events)
+            .named("KVM_SET_VCPU_EVENTS")
+    }
+
     /// Injects a non-maskable interrupt.
     pub fn nmi(&self) -> Result<(), KvmError> {
         self.fd.nmi().named("KVM_NMI")

@@ -118,6 +118,10 @@ impl KvmCpu {
             SiteKind::ReadDr { number, .. } => Exit::ReadDr { number },
             SiteKind::Pause => Exit::Pause,
             SiteKind::Module { target, returns } => self.module_exit(here, target, returns),
+            // RSI is the second argument (System V ABI, AMD64 supplement, 3.2.3).
+            SiteKind::Panic { .. } => Exit::Panic {
+                message: registers.0[4],
+            },
         };
         self.traps.here = Some(here);
         Some(exit)
@@ -220,6 +224,7 @@ impl KvmCpu {
             SiteKind::ReadCr4 { target } => self.read_cr4(target),
             SiteKind::WriteDr { number, .. } => self.write_dr(here, number, value),
             SiteKind::ReadDr { number, target } => self.read_dr(here, number, target),
+            SiteKind::Panic { target } => self.make_call(here.address, target, true),
             _ => Ok(()),
         }
     }

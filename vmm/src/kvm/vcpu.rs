@@ -494,6 +494,7 @@ impl Cpu for KvmCpu {
             (Exit::ReadCr4 | Exit::ReadDr { .. }, _) => self.answer_cpu_trap(0)?,
             (Exit::ProtectionFault, _) => self.finish_fault(),
             (Exit::Module { .. }, _) => self.finish_module()?,
+            (Exit::Panic { .. }, _) => self.answer_cpu_trap(0)?,
             (_, Answer::Value(value)) => self.give(value),
             (_, Answer::Fault) => self.page().set_msr(None),
             (Exit::Access(Access::MsrWrite { index, value }), Answer::Done) => {
@@ -558,6 +559,10 @@ impl Cpu for KvmCpu {
 
     fn site(&mut self) -> Option<u64> {
         self.user_site()
+    }
+
+    fn read(&mut self, gva: u64, buffer: &mut [u8]) -> usize {
+        self.view().map_or(0, |view| view.read(gva, buffer))
     }
 
     fn ram(&self) -> &Ram {

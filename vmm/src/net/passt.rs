@@ -5,6 +5,12 @@
 //! takes connections to published ports. The guest always gets the same addresses, which are those that
 //! QEMU gives: a recording tells nothing of the host's. IPv6 is off, for whether there is any
 //! depends on the host.
+//!
+//! **Routes** are left to this host's kernel. Each connection of the guest's is a socket of passt's that is
+//! bound to no interface, so it goes where the kernel routes its destination: by tables, metrics and rules, a
+//! VPN's two halves of a default route, or nowhere. What passt itself looks for at its start is an interface to
+//! take addresses and a router from, and it gives up where its own idea of a default route finds none.
+//! It is told all of these, so the interface decides nothing, and it is the one that every host has: `lo`.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -56,7 +62,7 @@ impl Passt {
         command
             .args(["--foreground", "--quiet", "--stderr"])
             .args(["--fd", &theirs.as_raw_fd().to_string()])
-            .args(options(publish, has_default_route()))
+            .args(options(publish))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(complaints.try_clone()?)
@@ -123,18 +129,14 @@ impl Drop for Passt {
 }
 
 /// Its options, apart from how it is started.
-fn options(publish: &[Publish], has_default_route: bool) -> Vec<String> {
+fn options(publish: &[Publish]) -> Vec<String> {
     let dotted = |address: [u8; 4]| address.map(|byte| byte.to_string()).join(".");
     let mut options: Vec<String> = ["--ipv4-only", "--netmask", "24", "--mac-addr", ROUTER_MAC]
         .map(String::from)
         .into();
     options.extend(["--address".into(), dotted(GUEST)]);
     options.extend(["--gateway".into(), dotted(ROUTER)]);
-    if !has_default_route {
-        // It wants an interface to take addresses from that it is then told. A host that reaches nobody
-        // still has this one, and published ports.
-        options.extend(["--interface", "lo"].map(String::from));
-    }
+    options.extend(["--interface", "lo"].map(String::from));
     for publish in publish {
         let (option, value) = publish.passt_option();
         options.extend([option.into(), value]);
@@ -145,17 +147,6 @@ fn options(publish: &[Publish], has_default_route: bool) -> Vec<String> {
         options.extend(["--udp-ports", "none"].map(String::from));
     }
     options
-}
-
-/// Whether this host has a default route for IPv4 (proc(5), /proc/net/route).
-fn has_default_route() -> bool {
-    let routes = std::fs::read_to_string("/proc/net/route").unwrap_or_default();
-    is_default_among(&routes)
-}
-
-fn is_default_among(routes: &str) -> bool {
-    let mut lines = routes.lines().skip(1).map(str::split_whitespace);
-    lines.any(|mut fields| fields.nth(1) == Some("00000000"))
 }
 
 /// Asks for the router's hardware address (ARP, RFC 826), as the guest will, and waits until it answers.
@@ -187,25 +178,15 @@ fn wait_for_answer(mut socket: &UnixStream) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::net::parse_publish;
+    use std::os::unix::fs::MetadataExt;
 
-    #[test]
-    fn a_host_without_a_default_route_has_its_loopback() {
-        let head = "Iface\tDestination\tGateway \tFlags\n";
-        let net = "eth0\t000200C0\t00000000\t0001\n";
-        let default = "eth0\t00000000\t010200C0\t0003\n";
-        assert!(!is_default_among(""));
-        assert!(!is_default_among(&[head, net].concat()));
-        assert!(is_default_among(&[head, net, default].concat()));
-        assert!(options(&[], false).contains(&"lo".into()));
-        assert!(!options(&[], true).contains(&"lo".into()));
-    }
+    use crate::net::parse_publish;
 
     #[test]
     fn only_what_is_published_is_reachable() {
         let tcp = parse_publish("8080:80").unwrap();
         let udp = parse_publish("5353:53/udp").unwrap();
-        let of = |publish: &[Publish]| options(publish, true).join(" ");
+        let of = |publish: &[Publish]| options(publish).join(" ");
         assert!(of(&[]).ends_with("--udp-ports none"));
         assert!(of(&[tcp]).ends_with("--tcp-ports 127.0.0.1/8080:80 --udp-ports none"));
         assert!(of(&[tcp, udp]).ends_with("80:80 --udp-ports 127.0.0.1/5353:53"));
@@ -231,6 +212,53 @@ mod tests {
         passt.child.kill().unwrap();
         let words = passt.last_words("the connection was closed");
         assert!(words.starts_with("passt ended (signal: 9"), "{words}");
+    }
+
+    /// Set in a process of the test below that has a network of its own.
+    const INSIDE: &str = "HINDSIGHT_TEST_ROUTES";
+
+    /// Routes with which passt's own look for a default route finds none, or one that leads nowhere.
+    const ROUTES: [&str; 4] = [
+        "true",
+        "ip route add unreachable default",
+        "ip route add 0.0.0.0/1 dev lo && ip route add 128.0.0.0/1 dev lo",
+        "ip route add default dev lo metric 50 && ip route add blackhole default metric 5",
+    ];
+
+    #[test]
+    fn passt_starts_whatever_the_routes_of_this_host_are() {
+        if !is_installed() {
+            return;
+        }
+        if std::env::var_os(INSIDE).is_some() {
+            Passt::start(&[]).unwrap();
+            return;
+        }
+        let root = std::fs::metadata("/proc/self").is_ok_and(|own| own.uid() == 0);
+        let namespaces: &[&str] = if root {
+            &["--net"]
+        } else {
+            &["--net", "--user", "--map-root-user"]
+        };
+        let unshare = |command: &[&str]| {
+            let mut unshare = Command::new("unshare");
+            unshare.args(namespaces).args(command).env(INSIDE, "1");
+            unshare.output()
+        };
+        if !unshare(&["ip", "link"]).is_ok_and(|output| output.status.success()) {
+            eprintln!("no network of its own can be made here: nothing was tested");
+            return;
+        }
+        let test = std::env::current_exe().unwrap();
+        let test = test.to_str().unwrap();
+        for routes in ROUTES {
+            let name = "net::passt::tests::passt_starts_whatever_the_routes_of_this_host_are";
+            let script = format!("ip link set lo up && {routes} && exec \"$0\" --exact {name}");
+            let output = unshare(&["sh", "-c", &script, test]).unwrap();
+            let said = String::from_utf8_lossy(&output.stdout);
+            assert!(output.status.success(), "{routes}: {said}");
+            assert!(said.contains("1 passed"), "{routes}: {said}");
+        }
     }
 
     #[test]
