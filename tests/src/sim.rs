@@ -396,8 +396,8 @@ pub fn cpuid_table() -> CpuidTable {
 pub fn entries_of(journal: &[u8]) -> Vec<Entry> {
     let mut reader = JournalReader::open(journal).expect("a whole journal opens");
     let mut entries = Vec::new();
-    while let Some(frame) = reader.next_frame().expect("memory can be read") {
-        entries.extend(frame.entries);
+    while let Some(entry) = reader.next_entry().expect("memory can be read") {
+        entries.push(entry);
     }
     entries
 }
@@ -421,7 +421,9 @@ pub fn write_entries(header: &Header, entries: &[Entry], per_frame: usize) -> Ve
         if let Event::Turn(turn) = &entry.event {
             now = turn.now;
         }
-        writer.append(entry.exits, entry.event.clone());
+        writer
+            .append(entry.exits, entry.event.clone())
+            .expect("a recorder could say it");
         last = entry.exits;
         in_frame += 1;
     }

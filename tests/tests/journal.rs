@@ -5,12 +5,13 @@ mod arbitrary;
 use std::io::{self, Read, Write};
 
 use hindsight_devices::Input;
-use hindsight_replay::{Closed, IndexEntry};
 use hindsight_replay::{
-    Detail, Entry, Event, FRAME_HEAD_BYTES, Frame, Header, JournalError, JournalReader,
-    JournalWriter, Live, MAGIC, Moment, Patience, Recorder, Replayer, RunError, Tail, TailReason,
-    VERSION,
+    ARRIVALS_MAX, Detail, Entry, Event, FRAME_HEAD_BYTES, Frame, Header, JournalError,
+    JournalReader, JournalWriter, Live, MAGIC, Moment, Patience, Recorder, Replayer, RunError,
+    Tail, TailReason, VERSION,
 };
+use hindsight_replay::{Closed, IndexEntry};
+use hindsight_tests::drive;
 use hindsight_tests::sim::{Recording, Scenario, Trace, Verdict, machine_of, replay};
 use hindsight_tests::sim_world::SimWorld;
 use hindsight_tests::toy_cpu::ToyCpu;
@@ -30,6 +31,12 @@ fn frame_plan() -> impl Strategy<Value = FramePlan> {
         proptest::collection::vec((distance, arbitrary::event()), 1..12),
         0..100u64,
     )
+}
+
+/// A journal whose checks are right, whatever its head and its frames say.
+fn sealed(header: &Header, frames: &[&[u8]]) -> Vec<u8> {
+    let head = postcard::to_stdvec(header).expect("plain values serialise");
+    drive::seal_journal(&head, frames.iter().copied())
 }
 
 /// Writes frames; returns the file, what was said in each frame, and where the frames lie.
@@ -55,11 +62,11 @@ fn written(
                 Event::Interrupt { at, .. } => at.exits = exits,
                 _ => {}
             }
-            writer.append(exits, event.clone());
+            writer.append(exits, event.clone()).expect("it is possible");
             entries.push(Entry { exits, event });
         }
         if let Some(end) = end.filter(|_| number + 1 == plan.len()) {
-            writer.append(exits, end.clone());
+            writer.append(exits, end.clone()).expect("it is possible");
             entries.push(Entry {
                 exits,
                 event: end.clone(),
@@ -180,9 +187,12 @@ proptest! {
         let (frames, tail) = read(journal.as_slice()).unwrap();
         prop_assert_eq!(frames.iter().map(|f| f.place).collect::<Vec<_>>(), index);
         for (frame, said) in frames.iter().zip(&said) {
-            prop_assert_eq!(&frame.entries, said);
-            prop_assert_eq!(frame.sizes.len(), said.len());
-            prop_assert_eq!(frame.sizes.iter().sum::<u32>(), frame.head.raw_bytes);
+            let mut entries = frame.entries();
+            for said in said {
+                prop_assert_eq!(entries.next(), Some(said.clone()));
+            }
+            prop_assert_eq!(entries.next(), None);
+            prop_assert_eq!(entries.position(), frame.head.raw_bytes as usize);
         }
         prop_assert_eq!(frames.len(), said.len());
         prop_assert_eq!(tail.offset, journal.len() as u64);
@@ -224,16 +234,161 @@ proptest! {
                 if let Event::Turn(turn) = &entry.event {
                     now = turn.now;
                 }
-                writer.append(entry.exits, entry.event.clone());
+                writer.append(entry.exits, entry.event.clone()).unwrap();
                 exits = entry.exits;
             }
             writer.close_frame(exits + further, now).unwrap();
         }
         prop_assert_eq!(&slow.0, &journal);
         let (frames, _) = read(Dribble(journal.as_slice(), false)).unwrap();
-        let found: Vec<_> = frames.into_iter().map(|frame| frame.entries).collect();
+        let found: Vec<Vec<_>> = frames.iter().map(|frame| frame.entries().collect()).collect();
         prop_assert_eq!(found, said);
     }
+}
+
+/// What belongs to one exit, in the order in which a recorder says it, up to the largest that a machine can
+/// take: so many inputs at most, each up to the longest frame, and then any number of interrupts.
+fn exit_plan() -> impl Strategy<Value = Vec<Event>> {
+    let bytes = prop_oneof![
+        6 => 0..64usize,
+        1 => Just(hindsight_devices::FRAME_BYTES_MAX),
+    ];
+    let input = (0..5u8, bytes, any::<u64>()).prop_map(|(kind, length, seed)| {
+        // Bytes that cannot be compressed.
+        let mut rng = hindsight_replay::rng::Rng::new(seed, 1);
+        let bytes: Vec<u8> = (0..length).map(|_| rng.number() as u8).collect();
+        Event::Input(match kind {
+            0 => Input::Console(bytes),
+            1 => Input::VirtioConsole(bytes),
+            2 => Input::Frame(bytes),
+            3 => Input::Entropy(bytes),
+            _ => Input::PowerButton,
+        })
+    });
+    let inputs = prop_oneof![
+        6 => proptest::collection::vec(input.clone(), 0..3),
+        1 => proptest::collection::vec(input, ARRIVALS_MAX),
+    ];
+    let interrupts = prop_oneof![
+        6 => proptest::collection::vec(arbitrary::interrupt(), 0..3),
+        1 => proptest::collection::vec(arbitrary::interrupt(), 20_000),
+    ];
+    let full = any::<bool>();
+    let posted = proptest::collection::vec(any::<u8>(), 0..hindsight_devices::POSTED_MAX);
+    (
+        arbitrary::time(),
+        inputs,
+        posted,
+        full,
+        arbitrary::turn(),
+        interrupts,
+    )
+        .prop_map(|(time, inputs, posted, full, turn, interrupts)| {
+            let mut events = vec![time];
+            events.extend(inputs);
+            if full {
+                events.push(Event::Posted(posted));
+                events.push(Event::Turn(Box::new(turn)));
+            }
+            events.extend(interrupts);
+            events
+        })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(25))]
+
+    #[test]
+    fn a_frame_that_is_written_is_never_refused_whatever_happened(
+        plan in proptest::collection::vec((1..1_000u64, exit_plan()), 1..25),
+        end in arbitrary::end(),
+    ) {
+        let mut journal = Vec::new();
+        let mut writer = JournalWriter::create(&mut journal, &header()).unwrap();
+        let (mut exits, mut now) = (0, 0);
+        let mut said = Vec::new();
+        for (distance, events) in plan {
+            // As the recorder does it: frames are closed between turns, and between interrupts.
+            writer.turn_is_complete(exits, now, false).unwrap();
+            exits += distance;
+            for mut event in events {
+                match &mut event {
+                    Event::Turn(turn) => {
+                        now += turn.now;
+                        turn.now = now;
+                    }
+                    Event::Interrupt { at, .. } => at.exits = exits,
+                    _ => {}
+                }
+                let interrupt = matches!(event, Event::Interrupt { .. });
+                writer.append(exits, event.clone()).unwrap();
+                said.push(Entry { exits, event });
+                if interrupt {
+                    writer.close_if_full(exits, now).unwrap();
+                }
+            }
+        }
+        writer.append(exits, end.clone()).unwrap();
+        said.push(Entry { exits, event: end });
+        writer.close_frame(exits, now).unwrap();
+        let mut reader = JournalReader::open(journal.as_slice()).unwrap();
+        for said in &said {
+            let found = reader.next_entry().unwrap();
+            prop_assert_eq!(found.as_ref(), Some(said));
+        }
+        prop_assert_eq!(reader.next_entry().unwrap(), None);
+        prop_assert_eq!(&reader.tail().unwrap().reason, &TailReason::Closed);
+    }
+}
+
+#[test]
+fn what_a_reader_would_refuse_is_not_written_and_all_else_goes_on() {
+    let mut journal = Vec::new();
+    let mut writer = JournalWriter::create(&mut journal, &header()).unwrap();
+    let typed = |length| Event::Input(Input::Frame(vec![0xa5; length]));
+    let longest = hindsight_devices::FRAME_BYTES_MAX;
+    writer.append(1, typed(longest)).unwrap();
+    for exits in [1, 2] {
+        let refused = writer.append(exits, typed(longest + 100)).unwrap_err();
+        assert!(matches!(refused, JournalError::Refused(_)), "{refused}");
+    }
+    // One was taken.
+    for _ in 1..ARRIVALS_MAX {
+        writer.append(1, typed(1)).unwrap();
+    }
+    let refused = writer.append(1, typed(1)).unwrap_err();
+    assert!(
+        refused.to_string().contains("inputs at exit 1"),
+        "{refused}"
+    );
+    // A frame that nobody closes is full at last.
+    let mut exits = 1;
+    let refused = loop {
+        exits += 1;
+        match writer.append(exits, typed(longest)) {
+            Ok(()) => {}
+            Err(refused) => break refused,
+        }
+    };
+    assert!(
+        refused.to_string().contains("a frame has more"),
+        "{refused}"
+    );
+    writer.close_frame(exits - 1, 0).unwrap();
+    let end = Event::End(Box::new(hindsight_replay::End {
+        ending: hindsight_replay::Ending::Halted,
+        panic: None,
+        now: 0,
+        digest: 0,
+        memory: None,
+    }));
+    writer.append(exits, end).unwrap();
+    assert!(writer.append(exits, typed(1)).is_err(), "after the end");
+    writer.close_frame(exits, 0).unwrap();
+    let (frames, tail) = read(journal.as_slice()).unwrap();
+    assert_eq!(tail.reason, TailReason::Closed);
+    let entries: Vec<Entry> = frames.iter().flat_map(Frame::entries).collect();
+    assert_eq!(entries.len(), ARRIVALS_MAX + (exits as usize - 2) + 1);
 }
 
 /// A small journal of three frames, from a plan that never changes.
@@ -315,9 +470,12 @@ fn a_head_with_devices_that_no_machine_has_is_refused() {
         let mut header = header();
         header.machine.devices.disks = disks;
         let mut journal = Vec::new();
-        JournalWriter::create(&mut journal, &header).unwrap();
+        let refused = JournalWriter::create(&mut journal, &header);
+        assert!(matches!(refused, Err(JournalError::Impossible(_))));
+        assert!(journal.is_empty(), "nothing was written");
+        let journal = sealed(&header, &[]);
         let refused = JournalReader::open(journal.as_slice());
-        assert!(matches!(refused, Err(JournalError::Head(_))));
+        assert!(matches!(refused, Err(JournalError::Impossible(_))));
     }
 }
 
@@ -379,8 +537,8 @@ fn a_full_disk_loses_at_most_the_last_frame() {
         let mut written = 0;
         let result = JournalWriter::create(&mut disk, &header()).and_then(|mut writer| {
             for frame in &frames {
-                for entry in &frame.entries {
-                    writer.append(entry.exits, entry.event.clone());
+                for entry in frame.entries() {
+                    writer.append(entry.exits, entry.event)?;
                 }
                 writer.close_frame(frame.head.through, frame.head.now)?;
                 written += 1;
@@ -408,7 +566,7 @@ fn a_full_disk_loses_at_most_the_last_frame() {
             found.last().map_or(0, |frame| frame.head.through)
         );
         for (found, frame) in found.iter().zip(&frames) {
-            assert_eq!(found.entries, frame.entries);
+            assert!(found.entries().eq(frame.entries()));
         }
     }
 }
