@@ -238,3 +238,24 @@ fn whatever_bytes_a_journal_is_made_of_memory_stays_in_bounds() {
         assert!(peak <= MEMORY_BYTES_MAX, "seed {seed}: {peak} bytes");
     }
 }
+
+#[test]
+fn guest_time_at_its_end_is_survived() {
+    let _turn = turn();
+    for ahead in [i64::MAX, i64::MAX - 1, 1 << 62] {
+        let mut events = Vec::new();
+        for _ in 0..8 {
+            // At the next exit each: the wall clock, and then time.
+            events.extend([1, 1]);
+            events.extend(postcard::to_stdvec(&ahead).expect("it serialises"));
+            events.extend([0, 2]);
+            let unix_seconds = u64::MAX;
+            let clock = Input::WallClock { unix_seconds };
+            events.extend(postcard::to_stdvec(&clock).expect("it serialises"));
+        }
+        let mut data = vec![5];
+        data.extend((events.len() as u16).to_le_bytes());
+        data.extend(events);
+        drive(Target::Journal, &data);
+    }
+}

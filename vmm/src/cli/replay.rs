@@ -49,7 +49,8 @@ pub fn parse_verify(text: &str) -> Result<Verify, String> {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 The guest's console goes to standard output, the verdict to standard error. Memory is always
-compared at the end of a whole recording.")]
+compared at the end of a whole recording, unless the guest was stopped between two exits: then the
+verdict says that it was not.")]
 pub struct Options {
     /// The recording.
     recording: PathBuf,

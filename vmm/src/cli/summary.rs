@@ -144,7 +144,8 @@ impl Summary {
 
 /// What an `equal` does not cover at this end, in words; `None`: nothing.
 pub fn not_compared(end: &End) -> Option<&'static str> {
-    (end.ending == Ending::StoppedRunning)
+    end.memory
+        .is_none()
         .then_some("memory was not compared: the guest was stopped between two exits")
 }
 
@@ -163,5 +164,24 @@ pub fn describe_end(end: &End) -> String {
     match &end.panic {
         Some(panic) => format!("kernel panic ({panic}), then {ending}"),
         None => ending.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_guest_that_was_stopped_between_two_exits_has_a_memory_that_nobody_compared() {
+        let end = |ending, memory| End {
+            ending,
+            panic: None,
+            now: 0,
+            digest: 0,
+            memory,
+        };
+        let said = not_compared(&end(Ending::StoppedRunning, None)).expect("it is said");
+        assert!(said.contains("memory was not compared"), "{said}");
+        assert_eq!(not_compared(&end(Ending::Stopped, Some(0))), None);
     }
 }
