@@ -142,7 +142,7 @@ fn read_frames(file: &[u8]) {
             "more frames than there is room for"
         );
         let mut entries = frame.entries();
-        while let Some(entry) = entries.next() {
+        for entry in entries.by_ref() {
             events += 1;
             assert!(
                 entry.exits <= frame.head.through,
