@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::exit::{Answer, Exit, Registers, Turn};
 use crate::landing::{Place, Unit};
+use crate::limits::EVENT_RAW_MAX;
 use crate::moment::Moment;
 
 /// How the guest's run ended.
@@ -224,8 +225,11 @@ impl Codec {
 
     /// Takes the next event off `frame`.
     pub(crate) fn decode(&mut self, frame: &mut &[u8]) -> Result<Entry, postcard::Error> {
-        let ((delta, wire), rest) = postcard::take_from_bytes::<(u64, Wire)>(frame)?;
-        *frame = rest;
+        // A length inside it that leads further than an event can be is refused before anything is
+        // reserved for it.
+        let event = &frame[..frame.len().min(EVENT_RAW_MAX)];
+        let ((delta, wire), rest) = postcard::take_from_bytes::<(u64, Wire)>(event)?;
+        *frame = &frame[event.len() - rest.len()..];
         let bad = || postcard::Error::DeserializeBadEncoding;
         self.exits = self.exits.checked_add(delta).ok_or_else(bad)?;
         let event = match wire {
@@ -237,6 +241,10 @@ impl Codec {
                 deltas,
             } => {
                 self.now = self.now.checked_add(later_ns).ok_or_else(bad)?;
+                if changed >> Registers::COUNT != 0 || deltas.len() != changed.count_ones() as usize
+                {
+                    return Err(bad());
+                }
                 let mut deltas = deltas.into_iter();
                 for (i, register) in self.registers.0.iter_mut().enumerate() {
                     if changed & 1 << i != 0 {

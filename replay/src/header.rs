@@ -3,9 +3,29 @@
 use hindsight_devices::{Devices, Output};
 use serde::{Deserialize, Serialize};
 
-use crate::cpuid::CpuidTable;
+use crate::cpuid::{CpuidEntry, CpuidTable};
+use crate::digest::PAGE_BYTES;
 use crate::landing::Unit;
 use crate::quick::QuickReads;
+
+/// The most RAM that a machine has: 1 TiB.
+pub const MEMORY_BYTES_MAX: u64 = 1 << 40;
+/// The longest disk: 64 TiB.
+pub const DISK_BYTES_MAX: u64 = 1 << 46;
+/// The longest kernel file: one with all its debugging information has not yet 1 GiB.
+pub const KERNEL_BYTES_MAX: u64 = 4 << 30;
+/// The longest time that an exit takes by the rule: it is tens of microseconds on the slowest host.
+const EXIT_NS_MAX: u64 = 1_000_000_000;
+/// The longest command line: Linux on x86-64 reads 2047 bytes of one.
+const CMDLINE_BYTES_MAX: usize = 4096;
+/// Any other text: names of a kernel, a CPU, a program; what a host leaves open.
+const TEXT_BYTES_MAX: usize = 1024;
+/// How many lines there are of what a host leaves open.
+const HOLES_MAX: usize = 64;
+/// What a guest is told of a disk's serial number (virtio 1.3, 5.2.6).
+const SERIAL_BYTES_MAX: usize = 20;
+/// As many as KVM takes (`KVM_MAX_CPUID_ENTRIES`).
+const CPUID_ENTRIES_MAX: usize = 256;
 
 /// How much a journal says.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -168,3 +188,177 @@ pub struct Header {
     /// Recorded where.
     pub host: Host,
 }
+
+impl Header {
+    /// The head of the smallest machine that can be: a page of RAM, one CPUID leaf and no device. Heads that
+    /// are made to be read by tests begin from it.
+    pub fn smallest() -> Header {
+        let nothing = Content {
+            bytes: 0,
+            blake3: [0; 32],
+        };
+        Header {
+            detail: Detail::Default,
+            machine: Machine {
+                memory_bytes: PAGE_BYTES as u64,
+                cmdline: String::new(),
+                kernel: nothing,
+                kernel_version: String::new(),
+                initrd: None,
+                traps: TrapCounts::default(),
+                cpuid: CpuidTable {
+                    entries: vec![CpuidEntry {
+                        leaf: 0,
+                        subleaf: None,
+                        values: [0; 4],
+                    }],
+                },
+                seed: [0; 32],
+                ns_per_exit: 0,
+                preemption: None,
+                quick_reads: None,
+                devices: Devices::default(),
+                images: Vec::new(),
+            },
+            host: Host {
+                recorder: String::new(),
+                cpu: String::new(),
+                kernel: String::new(),
+                unix_seconds: 0,
+                holes: Vec::new(),
+                counter: None,
+                chaos: None,
+                console: OperatorConsole::default(),
+            },
+        }
+    }
+
+    /// Refuses what no recorder of ours writes: a head that contradicts itself, or that asks for more than
+    /// any machine has. Whoever has a [`Header`] from a [`crate::JournalReader`] may rely on all of this.
+    pub fn check(&self) -> Result<(), String> {
+        self.machine.check()?;
+        self.host.check()
+    }
+}
+
+/// Refuses `found` if it is more than `most`.
+fn at_most(what: &str, found: u64, most: u64) -> Result<(), String> {
+    match found <= most {
+        true => Ok(()),
+        false => Err(format!("{what}: {found}, expected at most {most}")),
+    }
+}
+
+fn text_at_most(what: &str, text: &str, most: usize) -> Result<(), String> {
+    at_most(&format!("bytes of {what}"), text.len() as u64, most as u64)
+}
+
+impl Machine {
+    fn check(&self) -> Result<(), String> {
+        let memory = self.memory_bytes;
+        if memory == 0 || !memory.is_multiple_of(PAGE_BYTES as u64) {
+            return Err(format!(
+                "bytes of RAM: {memory}, expected a multiple of {PAGE_BYTES} and not zero"
+            ));
+        }
+        at_most("bytes of RAM", memory, MEMORY_BYTES_MAX)?;
+        text_at_most("the command line", &self.cmdline, CMDLINE_BYTES_MAX)?;
+        if self.cmdline.contains('\0') {
+            return Err("the command line has a byte that is zero".into());
+        }
+        text_at_most("the kernel's version", &self.kernel_version, TEXT_BYTES_MAX)?;
+        at_most(
+            "bytes of the kernel's file",
+            self.kernel.bytes,
+            KERNEL_BYTES_MAX,
+        )?;
+        if let Some(initrd) = &self.initrd {
+            at_most("bytes of the initrd, in RAM", initrd.bytes, memory)?;
+        }
+        at_most("nanoseconds an exit", self.ns_per_exit, EXIT_NS_MAX)?;
+        if let Some(quick) = &self.quick_reads {
+            if quick.reads == 0 || quick.step_ns == 0 {
+                return Err("time reads without exits: none, or none that moves the clock".into());
+            }
+            at_most("nanoseconds of time reads", quick.span_ns(), EXIT_NS_MAX)?;
+        }
+        self.cpuid.check()?;
+        self.check_disks()
+    }
+
+    fn check_disks(&self) -> Result<(), String> {
+        let disks = &self.devices.disks;
+        if !self.devices.are_possible() {
+            return Err("it has devices that no machine has".into());
+        }
+        at_most("disks", disks.len() as u64, Devices::DISKS_MAX as u64)?;
+        if disks.len() != self.images.len() {
+            return Err(format!(
+                "{} disks over {} images",
+                disks.len(),
+                self.images.len()
+            ));
+        }
+        for (number, (disk, image)) in disks.iter().zip(&self.images).enumerate() {
+            if disk.bytes != image.bytes {
+                return Err(format!(
+                    "disk {number} has {} bytes, its image {}",
+                    disk.bytes, image.bytes
+                ));
+            }
+            at_most(
+                &format!("bytes of disk {number}"),
+                disk.bytes,
+                DISK_BYTES_MAX,
+            )?;
+            text_at_most(
+                &format!("the serial number of disk {number}"),
+                &disk.serial,
+                SERIAL_BYTES_MAX,
+            )?;
+        }
+        Ok(())
+    }
+}
+
+impl CpuidTable {
+    /// Each leaf once, in order, and not more of them than a CPU has.
+    fn check(&self) -> Result<(), String> {
+        let entries = &self.entries;
+        at_most(
+            "CPUID entries",
+            entries.len() as u64,
+            CPUID_ENTRIES_MAX as u64,
+        )?;
+        if entries.is_empty() {
+            return Err("CPUID entries: none".into());
+        }
+        let place = |at: usize| (entries[at].leaf, entries[at].subleaf);
+        match (1..entries.len()).find(|&at| place(at - 1) >= place(at)) {
+            Some(at) => Err(format!(
+                "CPUID leaf {:#x} comes after leaf {:#x}",
+                entries[at].leaf,
+                entries[at - 1].leaf
+            )),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Host {
+    fn check(&self) -> Result<(), String> {
+        text_at_most("the recorder's name", &self.recorder, TEXT_BYTES_MAX)?;
+        text_at_most("the host's CPU", &self.cpu, TEXT_BYTES_MAX)?;
+        text_at_most("the host's kernel", &self.kernel, TEXT_BYTES_MAX)?;
+        at_most(
+            "lines of what is left open",
+            self.holes.len() as u64,
+            HOLES_MAX as u64,
+        )?;
+        let mut holes = self.holes.iter();
+        holes.try_for_each(|hole| text_at_most("what is left open", hole, TEXT_BYTES_MAX))
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,7 +1,8 @@
 //! The journal: a head and a chain of checked, compressed frames. See `docs/journal-format.md`.
 //!
-//! The writer closes a frame only between turns, and a frame says up to which exit it is
-//! complete; so whatever happens to the end of a journal, the frames before it replay.
+//! The writer closes a frame only where the events of an exit are complete, but for interrupts that the guest
+//! may yet take there, and a frame says up to which exit that is; so whatever happens to the end of a
+//! journal, the frames before it replay. Writer and reader hold the same bounds (`limits.rs`).
 
 use std::io::{self, Read, Write};
 
@@ -10,22 +11,14 @@ use thiserror::Error;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::event::{Codec, Entry, Event};
+use crate::frame::{Entries, FRAME_HEAD_BYTES, Frame, FrameHead, IndexEntry};
 use crate::header::Header;
+use crate::limits::{FRAME_RAW_GOAL, FRAME_RAW_MAX, HEADER_MAX, Rules};
 
 /// First bytes of every journal. The high bit and the line ends catch text-mode copies, as in PNG.
 pub const MAGIC: [u8; 8] = *b"\x89HSJ\r\n\x1a\n";
 /// The version this code writes, and the only one it reads.
 pub const VERSION: u32 = 5;
-/// First bytes of every frame.
-pub const FRAME_MAGIC: [u8; 4] = *b"HSfr";
-/// Length of a frame's own head in bytes.
-pub const FRAME_HEAD_BYTES: usize = 56;
-/// No frame holds more raw bytes than this; a larger claim is damage.
-pub const FRAME_RAW_MAX: usize = 16 << 20;
-/// The head of a journal is no longer than this.
-pub const HEADER_MAX: usize = 1 << 20;
-/// A frame with more raw bytes than this is closed at the next turn.
-const FRAME_RAW_GOAL: usize = 256 << 10;
 /// A frame that spans more guest time than this is closed at the next turn.
 const FRAME_SPAN_NS: Nanos = 1_000_000_000;
 /// Before the machine waits, a frame is closed if it spans more than this.
@@ -59,6 +52,12 @@ pub enum JournalError {
     /// The head is cut or damaged: nothing can be replayed.
     #[error("the journal's head is damaged: {0}")]
     Head(String),
+    /// The head is whole, and describes what no recorder makes.
+    #[error("the journal's head describes no machine of Hindsight's: {0}; it cannot be used")]
+    Impossible(String),
+    /// What is to be written down is nothing that a reader would take.
+    #[error("the journal cannot hold this: {0}; what was written before replays")]
+    Refused(String),
 }
 
 /// Where and why the readable part of a journal ends.
@@ -75,7 +74,7 @@ pub struct Tail {
 /// Why the readable part of a journal ends.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TailReason {
-    /// It was closed: there is an end event and nothing behind it.
+    /// It was closed: there is an end event and nothing after it.
     Closed,
     /// The file ends at a frame's edge, but the recording was never closed.
     NotClosed,
@@ -113,69 +112,6 @@ impl std::fmt::Display for Tail {
     }
 }
 
-/// A frame's own head.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FrameHead {
-    /// Number of the frame, from 0.
-    pub sequence: u32,
-    /// Bytes of the zstd frame behind this head.
-    pub compressed_bytes: u32,
-    /// Bytes it unpacks to.
-    pub raw_bytes: u32,
-    /// Exits up to here are in earlier frames.
-    pub first: u64,
-    /// Exits up to and including this one are complete with this frame.
-    pub through: u64,
-    /// Guest time at which the frame was closed.
-    pub now: Nanos,
-    /// XXH3 of the head (this field zero) and the zstd frame, seeded with the check before it.
-    pub check: u64,
-}
-
-impl FrameHead {
-    fn to_bytes(self) -> [u8; FRAME_HEAD_BYTES] {
-        let mut bytes = [0; FRAME_HEAD_BYTES];
-        bytes[..4].copy_from_slice(&FRAME_MAGIC);
-        bytes[4..8].copy_from_slice(&self.sequence.to_le_bytes());
-        bytes[8..12].copy_from_slice(&self.compressed_bytes.to_le_bytes());
-        bytes[12..16].copy_from_slice(&self.raw_bytes.to_le_bytes());
-        bytes[16..24].copy_from_slice(&self.first.to_le_bytes());
-        bytes[24..32].copy_from_slice(&self.through.to_le_bytes());
-        bytes[32..40].copy_from_slice(&self.now.to_le_bytes());
-        bytes[48..56].copy_from_slice(&self.check.to_le_bytes());
-        bytes
-    }
-
-    fn from_bytes(bytes: &[u8; FRAME_HEAD_BYTES]) -> Result<FrameHead, String> {
-        let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("4 bytes"));
-        let long = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
-        if bytes[..4] != FRAME_MAGIC {
-            return Err(format!(
-                "it begins with {:02x?}, expected {FRAME_MAGIC:02x?}",
-                &bytes[..4]
-            ));
-        }
-        if long(40) != 0 {
-            return Err("its reserved bytes are not zero".into());
-        }
-        Ok(FrameHead {
-            sequence: word(4),
-            compressed_bytes: word(8),
-            raw_bytes: word(12),
-            first: long(16),
-            through: long(24),
-            now: long(32),
-            check: long(48),
-        })
-    }
-
-    /// The check this head should carry.
-    fn computed_check(self, payload: &[u8], seed: u64) -> u64 {
-        let head = FrameHead { check: 0, ..self }.to_bytes();
-        xxh3_64_with_seed(payload, xxh3_64_with_seed(&head, seed))
-    }
-}
-
 /// Writes a journal to any sink.
 #[derive(Debug)]
 pub struct JournalWriter<W: Write> {
@@ -184,29 +120,23 @@ pub struct JournalWriter<W: Write> {
     sequence: u32,
     raw: Vec<u8>,
     codec: Codec,
+    /// What a reader would refuse is refused here; `None`: it is written.
+    rules: Option<Rules>,
     first: u64,
     last_close_ns: Nanos,
     offset: u64,
     index: Vec<IndexEntry>,
 }
 
-/// Where a frame lies: what the index holds, and what a scan finds where there is no index.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct IndexEntry {
-    /// Offset of the frame's head in the journal.
-    pub offset: u64,
-    /// Exits up to here are in earlier frames.
-    pub first: u64,
-    /// Exits up to and including this one are complete with this frame.
-    pub through: u64,
-    /// Guest time at which the frame was closed.
-    pub now: Nanos,
-}
-
 impl<W: Write> JournalWriter<W> {
     /// Writes the head.
     pub fn create(mut sink: W, header: &Header) -> Result<JournalWriter<W>, JournalError> {
+        header.check().map_err(JournalError::Impossible)?;
         let body = postcard::to_stdvec(header).expect("a header of plain values serialises");
+        if body.len() > HEADER_MAX {
+            let what = format!("it has {} bytes, at most {HEADER_MAX}", body.len());
+            return Err(JournalError::Impossible(what));
+        }
         let seed = head_check(VERSION, &body);
         let mut bytes = Vec::with_capacity(body.len() + 24);
         bytes.extend(MAGIC);
@@ -227,6 +157,7 @@ impl<W: Write> JournalWriter<W> {
             sequence: 0,
             raw: Vec::new(),
             codec: Codec::new(0),
+            rules: Some(Rules::default()),
             first: 0,
             last_close_ns: 0,
             offset: bytes.len() as u64,
@@ -234,11 +165,31 @@ impl<W: Write> JournalWriter<W> {
         })
     }
 
-    /// Appends an event; it reaches the sink with its frame.
-    pub fn append(&mut self, exits: u64, event: Event) {
-        self.raw = self
-            .codec
-            .encode(std::mem::take(&mut self.raw), &Entry { exits, event });
+    /// The same writer, which writes whatever it is given: for tests of what a reader refuses.
+    pub fn unchecked(self) -> JournalWriter<W> {
+        JournalWriter {
+            rules: None,
+            ..self
+        }
+    }
+
+    /// Appends an event; it reaches the sink with its frame. Refuses one that no reader would take, as if
+    /// nobody had asked.
+    pub fn append(&mut self, exits: u64, event: Event) -> Result<(), JournalError> {
+        let entry = Entry { exits, event };
+        let before = (self.raw.len(), self.codec.clone(), self.rules);
+        self.raw = self.codec.encode(std::mem::take(&mut self.raw), &entry);
+        let Some(rules) = &mut self.rules else {
+            return Ok(());
+        };
+        let refused = match rules.admit(&entry, self.raw.len() - before.0) {
+            Ok(()) if self.raw.len() <= FRAME_RAW_MAX => return Ok(()),
+            Ok(()) => format!("a frame has more than {FRAME_RAW_MAX} bytes, through exit {exits}"),
+            Err(what) => what,
+        };
+        self.raw.truncate(before.0);
+        (self.codec, self.rules) = (before.1, before.2);
+        Err(JournalError::Refused(refused))
     }
 
     /// Between two turns: closes the frame if it is large or old enough, `idle` if the machine is
@@ -255,7 +206,16 @@ impl<W: Write> JournalWriter<W> {
         } else {
             FRAME_SPAN_NS
         };
-        if self.raw.len() >= FRAME_RAW_GOAL || (span_ns >= limit_ns && !self.raw.is_empty()) {
+        if span_ns >= limit_ns {
+            return self.close_frame(through, now);
+        }
+        self.close_if_full(through, now)
+    }
+
+    /// Where the turn of exit `through` is over and the guest may take more interrupts before the next one:
+    /// closes the frame if it is large enough. A guest can take any number of them there.
+    pub fn close_if_full(&mut self, through: u64, now: Nanos) -> Result<(), JournalError> {
+        if self.raw.len() >= FRAME_RAW_GOAL {
             self.close_frame(through, now)?;
         }
         Ok(())
@@ -310,19 +270,6 @@ impl<W: Write> JournalWriter<W> {
     }
 }
 
-/// A whole frame, checked and unpacked.
-#[derive(Clone, Debug)]
-pub struct Frame {
-    /// Where it lies and what it covers.
-    pub place: IndexEntry,
-    /// Its head.
-    pub head: FrameHead,
-    /// Its events.
-    pub entries: Vec<Entry>,
-    /// Raw bytes of each event.
-    pub sizes: Vec<u32>,
-}
-
 /// Reads a journal from any source, frame by frame.
 #[derive(Debug)]
 pub struct JournalReader<R: Read> {
@@ -333,8 +280,10 @@ pub struct JournalReader<R: Read> {
     offset: u64,
     through: u64,
     now: Nanos,
-    ended: bool,
+    rules: Rules,
     tail: Option<Tail>,
+    /// The frame that [`Self::next_entry`] is in.
+    entries: Option<Entries<Vec<u8>>>,
 }
 
 impl<R: Read> JournalReader<R> {
@@ -363,11 +312,11 @@ impl<R: Read> JournalReader<R> {
                 "it claims {length} bytes, at most {HEADER_MAX}"
             )));
         }
-        let mut body = vec![0; length];
-        let got = read_up_to(&mut source, &mut body)?;
-        if got < length {
+        let body = read_at_most(&mut source, length)?;
+        if body.len() < length {
             return Err(JournalError::Head(format!(
-                "it is cut: {got} bytes of {length}"
+                "it is cut: {} bytes of {length}",
+                body.len()
             )));
         }
         let seed = head_check(version, &body);
@@ -376,13 +325,13 @@ impl<R: Read> JournalReader<R> {
                 "its checksum is {seed:016x}, expected {check:016x}"
             )));
         }
-        let header: Header =
-            postcard::from_bytes(&body).map_err(|e| JournalError::Head(e.to_string()))?;
-        if !header.machine.devices.are_possible() {
-            return Err(JournalError::Head(
-                "it describes devices that no machine has".into(),
-            ));
+        let (header, rest) = postcard::take_from_bytes::<Header>(&body)
+            .map_err(|error| JournalError::Head(error.to_string()))?;
+        if !rest.is_empty() {
+            let what = format!("{} bytes of it say nothing", rest.len());
+            return Err(JournalError::Head(what));
         }
+        header.check().map_err(JournalError::Impossible)?;
         let offset = 24 + length as u64;
         Ok(JournalReader {
             source,
@@ -392,8 +341,9 @@ impl<R: Read> JournalReader<R> {
             offset,
             through: 0,
             now: 0,
-            ended: false,
+            rules: Rules::default(),
             tail: None,
+            entries: None,
         })
     }
 
@@ -407,28 +357,44 @@ impl<R: Read> JournalReader<R> {
         self.tail.as_ref()
     }
 
-    /// The last exit that the frames read so far cover completely.
+    /// The last exit that the frames read so far cover.
     pub fn through(&self) -> u64 {
         self.through
     }
 
-    /// The next whole frame, or `None` behind the last.
+    /// The next event, whichever frame it is in, or `None` after the last. One frame is held meanwhile.
+    pub fn next_entry(&mut self) -> Result<Option<Entry>, JournalError> {
+        loop {
+            if let Some(entry) = self.entries.as_mut().and_then(Iterator::next) {
+                return Ok(Some(entry));
+            }
+            match self.next_frame()? {
+                Some(frame) => self.entries = Some(frame.into_entries()),
+                None => return Ok(None),
+            }
+        }
+    }
+
+    /// The next whole frame, or `None` after the last. Events of a frame before that nobody has asked for are
+    /// passed over.
     pub fn next_frame(&mut self) -> Result<Option<Frame>, JournalError> {
+        // Before the next one is unpacked.
+        self.entries = None;
         if self.tail.is_some() {
             return Ok(None);
         }
         let mut head = [0; FRAME_HEAD_BYTES];
         let got = read_up_to(&mut self.source, &mut head)?;
         if got == 0 {
-            let reason = if self.ended {
+            let reason = if self.rules.ended() {
                 TailReason::Closed
             } else {
                 TailReason::NotClosed
             };
             return Ok(self.stop(reason));
         }
-        if self.ended {
-            return Ok(self.stop(TailReason::Damaged("there are bytes behind the end".into())));
+        if self.rules.ended() {
+            return Ok(self.stop(TailReason::Damaged("there are bytes after the end".into())));
         }
         if got < head.len() {
             return Ok(self.stop(TailReason::Torn));
@@ -437,57 +403,41 @@ impl<R: Read> JournalReader<R> {
             Ok(head) => head,
             Err(what) => return Ok(self.stop(TailReason::Damaged(what))),
         };
-        let lengths = [head.compressed_bytes, head.raw_bytes];
-        if lengths.iter().any(|&bytes| bytes as usize > FRAME_RAW_MAX) {
-            let what = format!("it claims {lengths:?} bytes, at most {FRAME_RAW_MAX}");
-            return Ok(self.stop(TailReason::Damaged(what)));
-        }
-        let mut payload = vec![0; head.compressed_bytes as usize];
-        if read_up_to(&mut self.source, &mut payload)? < payload.len() {
+        let payload = read_at_most(&mut self.source, head.compressed_bytes as usize)?;
+        if payload.len() < head.compressed_bytes as usize {
             return Ok(self.stop(TailReason::Torn));
         }
-        match self.check_frame(&head, &payload) {
+        let FrameHead {
+            first,
+            through,
+            now,
+            ..
+        } = head;
+        let place = IndexEntry {
+            offset: self.offset,
+            first,
+            through,
+            now,
+        };
+        let unpacked = self
+            .check_head(&head, &payload)
+            .and_then(|()| Frame::unpack(place, head, &payload, self.rules));
+        match unpacked {
             Err(what) => Ok(self.stop(TailReason::Damaged(what))),
-            Ok((entries, sizes)) => {
-                let FrameHead {
-                    first,
-                    through,
-                    now,
-                    ..
-                } = head;
-                let place = IndexEntry {
-                    offset: self.offset,
-                    first,
-                    through,
-                    now,
-                };
+            Ok((frame, rules)) => {
                 self.offset += (FRAME_HEAD_BYTES + payload.len()) as u64;
                 self.seed = head.check;
-                self.sequence += 1;
+                self.sequence = self.sequence.wrapping_add(1);
                 self.through = through;
                 self.now = now;
-                self.ended = matches!(
-                    entries.last(),
-                    Some(Entry {
-                        event: Event::End(_),
-                        ..
-                    })
-                );
-                Ok(Some(Frame {
-                    place,
-                    head,
-                    entries,
-                    sizes,
-                }))
+                self.rules = rules;
+                Ok(Some(frame))
             }
         }
     }
 
-    fn check_frame(
-        &self,
-        head: &FrameHead,
-        payload: &[u8],
-    ) -> Result<(Vec<Entry>, Vec<u32>), String> {
+    /// Whether a frame checks and is the one that comes next.
+    fn check_head(&self, head: &FrameHead, payload: &[u8]) -> Result<(), String> {
         let computed = head.computed_check(payload, self.seed);
         if computed != head.check {
             return Err(format!(
@@ -503,47 +453,11 @@ impl<R: Read> JournalReader<R> {
         }
         if head.first != self.through || head.through < head.first || head.now < self.now {
             return Err(format!(
-                "it covers exits {} to {} at {} ns, behind exit {} at {} ns",
+                "it covers exits {} to {} at {} ns, after exit {} at {} ns",
                 head.first, head.through, head.now, self.through, self.now
             ));
         }
-        let raw = zstd::bulk::decompress(payload, head.raw_bytes as usize)
-            .map_err(|error| format!("it does not unpack: {error}"))?;
-        if raw.len() != head.raw_bytes as usize {
-            return Err(format!(
-                "it unpacks to {} bytes, expected {}",
-                raw.len(),
-                head.raw_bytes
-            ));
-        }
-        let mut codec = Codec::new(head.first);
-        let mut rest = raw.as_slice();
-        let mut entries = Vec::new();
-        let mut sizes = Vec::new();
-        while !rest.is_empty() {
-            let before = rest.len();
-            let entry = codec
-                .decode(&mut rest)
-                .map_err(|e| format!("it does not decode: {e}"))?;
-            if entry.exits > head.through {
-                return Err(format!(
-                    "it has an event at exit {}, behind its end",
-                    entry.exits
-                ));
-            }
-            if matches!(
-                entries.last(),
-                Some(Entry {
-                    event: Event::End(_),
-                    ..
-                })
-            ) {
-                return Err("it has an event behind the end".into());
-            }
-            entries.push(entry);
-            sizes.push((before - rest.len()) as u32);
-        }
-        Ok((entries, sizes))
+        Ok(())
     }
 
     fn stop<T>(&mut self, reason: TailReason) -> Option<T> {
@@ -558,6 +472,17 @@ impl<R: Read> JournalReader<R> {
 
 fn head_check(version: u32, body: &[u8]) -> u64 {
     xxh3_64_with_seed(body, u64::from(version))
+}
+
+/// The next `length` bytes, or what there is. Memory is reserved for what comes, not for what is claimed.
+fn read_at_most(source: &mut impl Read, length: usize) -> Result<Vec<u8>, JournalError> {
+    let mut bytes = Vec::new();
+    source
+        .by_ref()
+        .take(length as u64)
+        .read_to_end(&mut bytes)
+        .map_err(JournalError::Read)?;
+    Ok(bytes)
 }
 
 /// Fills as much of `buffer` as the source has.

@@ -12,9 +12,11 @@ mod digest;
 mod divergence;
 mod event;
 mod exit;
+mod frame;
 mod header;
 mod journal;
 mod landing;
+mod limits;
 mod live;
 mod machine;
 mod moment;
@@ -30,15 +32,14 @@ pub use digest::{Digest, MemoryDigest, PAGE_BYTES};
 pub use divergence::{Difference, Divergence, first_difference};
 pub use event::{End, Ending, Entry, Event};
 pub use exit::{Answer, Exit, Mode, Registers, TimeInstruction, Turn};
+pub use frame::{Entries, FRAME_HEAD_BYTES, FRAME_MAGIC, Frame, FrameHead, IndexEntry};
 pub use header::{
-    Content, CounterFacts, Detail, Header, Host, Image, Machine as MachineDescription,
-    OperatorConsole, TrapCounts,
+    Content, CounterFacts, DISK_BYTES_MAX, Detail, Header, Host, Image, KERNEL_BYTES_MAX,
+    MEMORY_BYTES_MAX, Machine as MachineDescription, OperatorConsole, TrapCounts,
 };
-pub use journal::{
-    FRAME_HEAD_BYTES, FRAME_MAGIC, Frame, FrameHead, IndexEntry, JournalError, JournalReader,
-    JournalWriter, MAGIC, Tail, TailReason, VERSION,
-};
+pub use journal::{JournalError, JournalReader, JournalWriter, MAGIC, Tail, TailReason, VERSION};
 pub use landing::{Ahead, Counter, Horizon, Lander, Overshoot, Place, Unit, Walk, Went};
+pub use limits::{ARRIVALS_MAX, EVENT_RAW_MAX, FRAME_PAYLOAD_MAX, FRAME_RAW_MAX, HEADER_MAX};
 pub use live::{Live, Patience, TOLERANCE_NS};
 pub use machine::{Back, Cpu, Machine, Observer, RunError, Tally};
 pub use moment::{ExitNumber, Moment};

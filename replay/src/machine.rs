@@ -14,6 +14,7 @@ use crate::digest::Digest;
 use crate::event::{End, Ending};
 use crate::exit::{Answer, Exit, Registers, TimeInstruction, Turn};
 use crate::landing::{Horizon, Unit};
+use crate::limits::ARRIVALS_MAX;
 use crate::moment::Moment;
 use crate::outside::{Closed, Outside, Standing, TimeQuery};
 use crate::quick::{QuickReads, ShownClock};
@@ -329,10 +330,12 @@ impl Machine {
         self.room = self.board.room(cpu.ram());
         self.pass_time(&exit, site, outside)?;
         let mut stopped = false;
-        while let Some(input) = outside
-            .arrival(exits, &self.room)
-            .map_err(RunError::Closed)?
-        {
+        // What more there is waits for the next exit: a journal has so many at most.
+        for _ in 0..ARRIVALS_MAX {
+            let arrived = outside.arrival(exits, &self.room);
+            let Some(input) = arrived.map_err(RunError::Closed)? else {
+                break;
+            };
             stopped |= input == Input::Stop;
             observer.input(exits, self.now, &input);
             self.board.accept(input, cpu.ram());

@@ -10,8 +10,9 @@ use hindsight_devices::{FirstReads, Input, Nanos, Room};
 use crate::digest::Digest;
 use crate::event::{End, Event};
 use crate::exit::Turn;
+use crate::frame::IndexEntry;
 use crate::header::{Detail, Header};
-use crate::journal::{IndexEntry, JournalError, JournalWriter};
+use crate::journal::{JournalError, JournalWriter};
 use crate::landing::Horizon;
 use crate::moment::Moment;
 use crate::outside::{Closed, Outside, Standing, TimeQuery};
@@ -29,6 +30,8 @@ pub struct Recorder<O: Outside, W: Write> {
     counts: [u64; Event::KINDS],
     /// What belongs to an exit whose turn has not come yet: it is written when the turn is.
     pending: Vec<Event>,
+    /// Guest time at the last turn.
+    now: Nanos,
 }
 
 impl<O: Outside, W: Write> Recorder<O, W> {
@@ -41,6 +44,7 @@ impl<O: Outside, W: Write> Recorder<O, W> {
             detail: header.detail,
             counts: [0; Event::KINDS],
             pending: Vec::new(),
+            now: 0,
         })
     }
 
@@ -64,16 +68,19 @@ impl<O: Outside, W: Write> Recorder<O, W> {
         self.inner
     }
 
-    fn append(&mut self, exits: u64, event: Event) {
-        self.counts[event.kind()] += 1;
-        self.journal.append(exits, event);
+    fn append(&mut self, exits: u64, event: Event) -> Result<(), JournalError> {
+        let kind = event.kind();
+        self.journal.append(exits, event)?;
+        self.counts[kind] += 1;
+        Ok(())
     }
 
     /// Writes what was said before the turn at `exits`, or before an end without one.
-    fn append_pending(&mut self, exits: u64) {
+    fn append_pending(&mut self, exits: u64) -> Result<(), JournalError> {
         for event in std::mem::take(&mut self.pending) {
-            self.append(exits, event);
+            self.append(exits, event)?;
         }
+        Ok(())
     }
 }
 
@@ -125,23 +132,21 @@ impl<O: Outside, W: Write> Outside for Recorder<O, W> {
     }
 
     fn turn(&mut self, exits: u64, turn: &Turn, digest: Digest) -> Result<(), Closed> {
-        self.append_pending(exits);
+        self.now = turn.now;
+        self.append_pending(exits)?;
         if self.detail == Detail::Full {
-            self.append(exits, Event::Turn(Box::new(*turn)));
+            self.append(exits, Event::Turn(Box::new(*turn)))?;
         }
         if exits.is_multiple_of(WITNESS_EVERY) {
-            self.append(
-                exits,
-                Event::Witness {
-                    check: digest.check(),
-                },
-            );
+            let check = digest.check();
+            self.append(exits, Event::Witness { check })?;
         }
         self.inner.turn(exits, turn, digest)
     }
 
     fn interrupt(&mut self, at: &Moment, vector: u8) -> Result<(), Closed> {
-        self.append(at.exits, Event::Interrupt { vector, at: *at });
+        self.append(at.exits, Event::Interrupt { vector, at: *at })?;
+        self.journal.close_if_full(at.exits, self.now)?;
         self.inner.interrupt(at, vector)
     }
 
@@ -150,7 +155,7 @@ impl<O: Outside, W: Write> Outside for Recorder<O, W> {
     }
 
     fn memory(&mut self, exits: u64, digest: u64) -> Result<(), Closed> {
-        self.append(exits, Event::Memory { digest });
+        self.append(exits, Event::Memory { digest })?;
         self.inner.memory(exits, digest)
     }
 
@@ -164,8 +169,8 @@ impl<O: Outside, W: Write> Outside for Recorder<O, W> {
 
     fn end(&mut self, exits: u64, end: &End) -> Result<(), Closed> {
         self.inner.end(exits, end)?;
-        self.append_pending(exits);
-        self.append(exits, Event::End(Box::new(end.clone())));
+        self.append_pending(exits)?;
+        self.append(exits, Event::End(Box::new(end.clone())))?;
         self.journal.close_frame(exits, end.now)?;
         Ok(())
     }

@@ -23,8 +23,8 @@ const HISTORY: usize = 8;
 #[derive(Debug)]
 pub struct Replayer<R: Read> {
     journal: JournalReader<R>,
-    /// Events of the present frame that have not come up yet.
-    ahead: VecDeque<Entry>,
+    /// The next event, if it was looked at.
+    ahead: Option<Entry>,
     /// Stop here.
     until: Option<u64>,
     /// Or behind the first exit at this time.
@@ -48,7 +48,7 @@ impl<R: Read> Replayer<R> {
     ) -> Replayer<R> {
         Replayer {
             journal,
-            ahead: VecDeque::new(),
+            ahead: None,
             until,
             until_time: None,
             memory_every,
@@ -88,13 +88,10 @@ impl<R: Read> Replayer<R> {
         if let Some(error) = self.failed.take() {
             return Err(error);
         }
-        while self.ahead.is_empty() {
-            match self.journal.next_frame()? {
-                Some(frame) => self.ahead.extend(frame.entries),
-                None => return Ok(None),
-            }
+        if self.ahead.is_none() {
+            self.ahead = self.journal.next_entry()?;
         }
-        Ok(self.ahead.front())
+        Ok(self.ahead.as_ref())
     }
 
     /// Takes the next event if it belongs to `exits` and `wanted` turns it into something.
@@ -108,7 +105,7 @@ impl<R: Read> Replayer<R> {
             _ => None,
         };
         if found.is_some() {
-            self.ahead.pop_front();
+            self.ahead = None;
         }
         Ok(found)
     }
@@ -339,7 +336,7 @@ impl<R: Read> Outside for Replayer<R> {
                 event: Event::Interrupt { vector: v, at: a },
                 ..
             }) if *v == vector && a == at => {
-                self.ahead.pop_front();
+                self.ahead = None;
                 return Ok(());
             }
             Some(entry) => describe(entry),
@@ -504,7 +501,7 @@ impl<R: Read> Outside for Replayer<R> {
             return Err(self.diverged(at, difference));
         }
         self.memories_checked += u64::from(found.memory.is_some());
-        self.ahead.pop_front();
+        self.ahead = None;
         // Look behind the end: a file that was tampered with or glued together is not whole.
         assert!(
             self.peek()?.is_none(),

@@ -230,7 +230,9 @@ fn a_frame_that_claims_more_than_it_says_diverges_at_the_first_interrupt_it_lack
         let mut journal = Vec::new();
         let mut writer = JournalWriter::create(&mut journal, &header).expect("a Vec takes all");
         for entry in &entries[..i] {
-            writer.append(entry.exits, entry.event.clone());
+            writer
+                .append(entry.exits, entry.event.clone())
+                .expect("it was recorded");
         }
         writer.close_frame(last, 0).expect("a Vec takes all");
         match victim.replay(&journal).verdict {

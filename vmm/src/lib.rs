@@ -5,7 +5,9 @@ pub mod cli;
 pub mod counting;
 pub mod disk;
 pub mod doctor;
+pub mod foreign;
 pub mod host;
+pub mod index;
 mod kernel_cache;
 // Where the project meets the kernel: ioctls, mappings, the page shared with KVM.
 #[allow(unsafe_code)]

@@ -10,11 +10,10 @@ use std::path::{Path, PathBuf};
 
 use hindsight_devices::Devices;
 use hindsight_replay::{Content, Header, IndexEntry, JournalError, JournalReader};
-use serde::{Deserialize, Serialize};
 use thiserror::Error;
-use xxhash_rust::xxh3::xxh3_64;
 
 use crate::disk::{DiskError, OpenImage};
+use crate::index;
 
 /// Why a recording cannot be made or used.
 #[derive(Debug, Error)]
@@ -104,11 +103,6 @@ const _: () = assert!(FIRST_DISK + Devices::DISKS_MAX == FILES.len());
 #[derive(Clone, Debug)]
 pub struct Recording {
     directory: PathBuf,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-struct IndexFile {
-    entries: Vec<IndexEntry>,
 }
 
 impl Recording {
@@ -300,15 +294,11 @@ impl Recording {
 
     /// Writes the index. It can always be rebuilt, so a failure is no loss.
     pub fn write_index(&self, entries: &[IndexEntry]) -> Result<(), RecordingError> {
-        let body = postcard::to_stdvec(&IndexFile {
-            entries: entries.to_vec(),
-        })
-        .expect("plain values serialise");
+        let bytes = index::to_bytes(entries);
         let path = self.path("index");
         let write = || -> std::io::Result<()> {
             let mut file = File::create(&path)?;
-            file.write_all(&xxh3_64(&body).to_le_bytes())?;
-            file.write_all(&body)
+            file.write_all(&bytes)
         };
         write().map_err(|source| RecordingError::Write {
             path: path.clone(),
@@ -319,11 +309,7 @@ impl Recording {
     /// The index, if there is one, it is whole, and it describes this journal's length.
     pub fn read_index(&self) -> Option<Vec<IndexEntry>> {
         let bytes = std::fs::read(self.path("index")).ok()?;
-        let (check, body) = bytes.split_first_chunk::<8>()?;
-        let index: IndexFile = postcard::from_bytes(body).ok()?;
-        let last = index.entries.last()?;
-        let fits = last.offset < self.journal_bytes().ok()?;
-        (xxh3_64(body).to_le_bytes() == *check && fits).then_some(index.entries)
+        index::from_bytes(&bytes, self.journal_bytes().ok()?)
     }
 }
 

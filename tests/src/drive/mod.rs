@@ -2,10 +2,11 @@
 //!
 //! The bytes are decoded to steps against a board with one kind of device: accesses of any kind, drivers'
 //! work done properly but for one lie, input from outside, time, a save in the middle. Whatever the
-//! steps are, what `world` asserts after each of them holds. The target [`Target::Journal`] reads a journal
-//! instead.
+//! steps are, what `world` asserts after each of them holds. The target [`Target::Journal`] gives a journal to
+//! all that reads one instead.
 //!
-//! This folder needs nothing of the rest of this crate: `tests/fuzz` builds it alone, with a sanitizer.
+//! This folder needs nothing of the rest of this crate: `tests/fuzz` builds it alone with a sanitizer, and the
+//! libraries that it drives.
 
 mod disk;
 mod guest;
@@ -16,7 +17,7 @@ mod world;
 use arbitrary::Unstructured;
 use hindsight_devices::{Devices, DiskSpec, NetSpec};
 
-pub use journal::seal;
+pub use journal::{MEMORY_BYTES_MAX, read_file, seal_journal, sealed};
 
 /// Decoded steps of one input; more bytes than that make are ignored.
 const STEPS_MAX: usize = 100;
@@ -36,7 +37,7 @@ pub enum Target {
     Legacy,
     /// The APICs, ACPI and the model-specific registers.
     Apic,
-    /// The reader of journals.
+    /// Journals, as every command reads them: head, events, tail.
     Journal,
 }
 

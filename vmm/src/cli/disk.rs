@@ -19,6 +19,7 @@ use crate::disk::{
     BLOCK_BYTES, Change, ExportError, Files, Range, SharedDisks, changed_files, export,
     written_ranges,
 };
+use crate::foreign::{shown, shown_lines, shown_path};
 use crate::recording::{Recording, RecordingError};
 use crate::tell::tell;
 
@@ -141,7 +142,7 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
         }
         Err(RunError::Closed(Closed::Reached(_))) => Outcome::Good,
         Err(RunError::Closed(Closed::CutShort(tail))) => {
-            tell!("hindsight: {tail}");
+            tell!("hindsight: {}", shown_lines(tail));
             Outcome::CutShort
         }
         Err(RunError::Closed(Closed::Diverged(divergence))) => {
@@ -221,7 +222,8 @@ fn report(options: &Options, disks: &SharedDisks, machine: &Machine) -> anyhow::
         }
     }
     if let (Some(output), Some(kept)) = (&options.output, kept) {
-        tell!("written to {}, {} and holes", output.display(), bytes(kept));
+        let output = shown_path(output);
+        tell!("written to {output}, {} and holes", bytes(kept));
     }
     out.finish()
 }
@@ -235,7 +237,7 @@ fn list(out: &mut Output<impl std::io::Write>, disk: usize, ranges: &[Range], fi
         out.write(line.as_bytes());
     }
     for why in &files.unknown {
-        out.write(format!("files     not compared: {why}\n").as_bytes());
+        out.write(format!("files     not compared: {}\n", shown(why)).as_bytes());
     }
     let Some(changes) = &files.changed else {
         return;
@@ -257,7 +259,7 @@ fn list(out: &mut Output<impl std::io::Write>, disk: usize, ranges: &[Range], fi
             None => String::new(),
             Some(number) => format!("{}{number}:", disk_name(disk)),
         };
-        out.write(format!("{word:<9} {place}{}{what}\n", file.path).as_bytes());
+        out.write(format!("{word:<9} {place}{}{what}\n", shown(&file.path)).as_bytes());
     }
 }
 

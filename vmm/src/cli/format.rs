@@ -1,6 +1,8 @@
 //! Numbers as people read and write them.
 
-/// Parses `256M`, `1G`, `4096K` or plain bytes.
+use hindsight_replay::MEMORY_BYTES_MAX;
+
+/// Parses a size of RAM: `256M`, `1G`, `4096K` or plain bytes.
 pub fn parse_size(text: &str) -> Result<u64, String> {
     let (digits, unit) = match text.trim_end_matches(['B', 'b', 'i']).split_at_checked(
         text.trim_end_matches(['B', 'b', 'i'])
@@ -23,6 +25,12 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
     let bytes = number.checked_mul(1 << shift).ok_or("too large")?;
     if bytes == 0 || !bytes.is_multiple_of(4096) {
         return Err(format!("{bytes} bytes is not a multiple of 4 KiB"));
+    }
+    if bytes > MEMORY_BYTES_MAX {
+        let most = MEMORY_BYTES_MAX >> 30;
+        return Err(format!(
+            "{bytes} bytes is more than a machine has: at most {most}G"
+        ));
     }
     Ok(bytes)
 }
@@ -71,6 +79,7 @@ mod tests {
             "100",
             "99999999999999999999G",
             "17179869184G",
+            "1025G",
             "é",
         ] {
             assert!(parse_size(bad).is_err(), "{bad}");

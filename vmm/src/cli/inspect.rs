@@ -7,8 +7,8 @@ use clap::Args;
 use comfy_table::{CellAlignment, Table, presets};
 use hindsight_devices::{Nanos, POSTED_PORT};
 use hindsight_replay::{
-    Detail, Event, FRAME_HEAD_BYTES, Frame, Header, JournalReader, Moment, Observer, TailReason,
-    Turn,
+    Detail, End, Entry, Event, FRAME_HEAD_BYTES, Frame, Header, IndexEntry, JournalError,
+    JournalReader, Moment, Observer, TailReason, Turn,
 };
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -19,6 +19,7 @@ use super::output::Output;
 use super::replay::watch;
 use super::summary::describe_end;
 use crate::disk::OpenImage;
+use crate::foreign::{shown, shown_path};
 use crate::recording::Recording;
 use crate::tell::{out, tell};
 
@@ -47,19 +48,21 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
         return watch(&recording, journal, listing, Listing::finish);
     }
     if options.io || options.events {
-        return list(journal, options);
+        return list(journal, Listing::new(stdout(), options.json), options.io);
     }
     overview(&recording, journal, options.json)
 }
 
 /// One line of a listing, as text or as JSON.
-struct Listing<W: Write> {
+#[derive(Debug)]
+pub struct Listing<W: Write> {
     out: Output<W>,
     json: bool,
 }
 
 impl<W: Write> Listing<W> {
-    fn new(out: W, json: bool) -> Listing<W> {
+    /// A listing that goes to `out`.
+    pub fn new(out: W, json: bool) -> Listing<W> {
         Listing {
             out: Output::new(out),
             json,
@@ -109,6 +112,56 @@ impl<W: Write> Listing<W> {
         );
     }
 
+    /// Lists what a journal says, event by event; `io_only`: exits and interrupts.
+    pub fn journal(
+        &mut self,
+        journal: &mut JournalReader<impl Read>,
+        io_only: bool,
+    ) -> Result<(), JournalError> {
+        while let Some(entry) = journal.next_entry()? {
+            self.entry(&entry, io_only);
+        }
+        Ok(())
+    }
+
+    fn entry(&mut self, entry: &Entry, io_only: bool) {
+        let exits = entry.exits;
+        match &entry.event {
+            Event::Turn(turn) => self.turn_line(exits, turn),
+            Event::Posted(bytes) => self.posted_line(exits, bytes),
+            Event::Interrupt { vector, at } => self.interrupt_line(at, *vector),
+            _ if io_only => {}
+            Event::Time { ahead_ns } => self.line(
+                || format!("{exits:>9} time {ahead_ns:+} ns"),
+                || json!({"exit": exits, "time": {"ahead_ns": ahead_ns}}),
+            ),
+            Event::Input(input) => self.line(
+                || format!("{exits:>9} input {input:?}"),
+                || json!({"exit": exits, "input": input}),
+            ),
+            Event::Preempted(place) => self.line(
+                || format!("{exits:>9} preempted {place}"),
+                || json!({"exit": exits, "preempted": place}),
+            ),
+            Event::FirstReads { check } => self.line(
+                || format!("{exits:>9} first reads of a disk's image {check:016x}"),
+                || json!({"exit": exits, "first_reads": format!("{check:016x}")}),
+            ),
+            Event::Witness { check } => self.line(
+                || format!("{exits:>9} witness {:02x}{:02x}", check[1], check[0]),
+                || json!({"exit": exits, "witness": u16::from_le_bytes(*check)}),
+            ),
+            Event::Memory { digest } => self.line(
+                || format!("{exits:>9} memory {digest:016x}"),
+                || json!({"exit": exits, "memory": format!("{digest:016x}")}),
+            ),
+            Event::End(end) => self.line(
+                || format!("{exits:>9} end: {}", shown(&describe_end(end))),
+                || json!({"exit": exits, "end": end}),
+            ),
+        }
+    }
+
     fn finish(self) -> anyhow::Result<()> {
         self.out.finish()
     }
@@ -132,47 +185,12 @@ fn stdout() -> BufWriter<std::io::Stdout> {
     BufWriter::with_capacity(1 << 16, std::io::stdout())
 }
 
-fn list(mut journal: JournalReader<impl Read>, options: &Options) -> anyhow::Result<Outcome> {
-    let mut listing = Listing::new(stdout(), options.json);
-    while let Some(frame) = journal.next_frame()? {
-        for entry in &frame.entries {
-            let exits = entry.exits;
-            match &entry.event {
-                Event::Turn(turn) => listing.turn_line(exits, turn),
-                Event::Posted(bytes) => listing.posted_line(exits, bytes),
-                Event::Interrupt { vector, at } => listing.interrupt_line(at, *vector),
-                _ if options.io => {}
-                Event::Time { ahead_ns } => listing.line(
-                    || format!("{exits:>9} time {ahead_ns:+} ns"),
-                    || json!({"exit": exits, "time": {"ahead_ns": ahead_ns}}),
-                ),
-                Event::Input(input) => listing.line(
-                    || format!("{exits:>9} input {input:?}"),
-                    || json!({"exit": exits, "input": input}),
-                ),
-                Event::Preempted(place) => listing.line(
-                    || format!("{exits:>9} preempted {place}"),
-                    || json!({"exit": exits, "preempted": place}),
-                ),
-                Event::FirstReads { check } => listing.line(
-                    || format!("{exits:>9} first reads of a disk's image {check:016x}"),
-                    || json!({"exit": exits, "first_reads": format!("{check:016x}")}),
-                ),
-                Event::Witness { check } => listing.line(
-                    || format!("{exits:>9} witness {:02x}{:02x}", check[1], check[0]),
-                    || json!({"exit": exits, "witness": u16::from_le_bytes(*check)}),
-                ),
-                Event::Memory { digest } => listing.line(
-                    || format!("{exits:>9} memory {digest:016x}"),
-                    || json!({"exit": exits, "memory": format!("{digest:016x}")}),
-                ),
-                Event::End(end) => listing.line(
-                    || format!("{exits:>9} end: {}", describe_end(end)),
-                    || json!({"exit": exits, "end": end}),
-                ),
-            }
-        }
-    }
+fn list(
+    mut journal: JournalReader<impl Read>,
+    mut listing: Listing<impl Write>,
+    io_only: bool,
+) -> anyhow::Result<Outcome> {
+    listing.journal(&mut journal, io_only)?;
     listing.finish()?;
     Ok(report_tail(&journal))
 }
@@ -201,7 +219,8 @@ struct Census {
 }
 
 impl Census {
-    fn count(&mut self, frame: &Frame) {
+    /// Adds a frame; returns the end, if that is in it.
+    fn count(&mut self, frame: &Frame) -> Option<End> {
         self.frames += 1;
         self.frame_bytes += FRAME_HEAD_BYTES as u64 + u64::from(frame.head.compressed_bytes);
         self.raw_bytes += u64::from(frame.head.raw_bytes);
@@ -214,12 +233,42 @@ impl Census {
         let row = &mut self.seconds[second];
         row[0] += frame.place.through - frame.place.first;
         row[1] += FRAME_HEAD_BYTES as u64 + u64::from(frame.head.compressed_bytes);
-        for (entry, size) in frame.entries.iter().zip(&frame.sizes) {
+        let mut entries = frame.entries();
+        let mut before = 0;
+        let mut end = None;
+        while let Some(entry) = entries.next() {
             let kind = entry.event.kind();
             self.events[kind] += 1;
-            self.event_bytes[kind] += u64::from(*size);
+            self.event_bytes[kind] += (entries.position() - before) as u64;
+            before = entries.position();
             row[2] += u64::from(matches!(entry.event, Event::Interrupt { .. }));
+            if let Event::End(found) = entry.event {
+                end = Some(*found);
+            }
         }
+        end
+    }
+}
+
+/// What a journal comes to, read to its end.
+#[derive(Debug, Default)]
+pub struct Survey {
+    census: Census,
+    /// How the guest ended, if the journal says it.
+    pub end: Option<End>,
+    /// Where the frames are: what the index holds.
+    pub frames: Vec<IndexEntry>,
+}
+
+impl Survey {
+    /// Reads `journal` to its end.
+    pub fn of(journal: &mut JournalReader<impl Read>) -> Result<Survey, JournalError> {
+        let mut survey = Survey::default();
+        while let Some(frame) = journal.next_frame()? {
+            survey.end = survey.census.count(&frame);
+            survey.frames.push(frame.place);
+        }
+        Ok(survey)
     }
 }
 
@@ -228,24 +277,19 @@ fn overview(
     mut journal: JournalReader<impl Read>,
     as_json: bool,
 ) -> anyhow::Result<Outcome> {
-    let mut census = Census::default();
-    let mut end = None;
-    let mut places = Vec::new();
-    while let Some(frame) = journal.next_frame()? {
-        census.count(&frame);
-        places.push(frame.place);
-        if let Some(Event::End(found)) = frame.entries.into_iter().next_back().map(|e| e.event) {
-            end = Some(*found);
-        }
-    }
+    let Survey {
+        census,
+        end,
+        frames,
+    } = Survey::of(&mut journal)?;
     let header = journal.header().clone();
     let tail = journal
         .tail()
         .expect("the journal was read to its end")
         .clone();
-    if recording.directory().is_dir() && recording.read_index().is_none() && !places.is_empty() {
+    if recording.directory().is_dir() && recording.read_index().is_none() && !frames.is_empty() {
         // The index only saves time; a directory that cannot be written to does without.
-        let _ = recording.write_index(&places);
+        let _ = recording.write_index(&frames);
     }
     if as_json {
         let value = json!({
@@ -264,7 +308,7 @@ fn overview(
         match &end {
             Some(end) => out!(
                 "end         {}, after exit {} and {}\n            digest {:016x}, memory {}",
-                describe_end(end),
+                shown(&describe_end(end)),
                 thousands(journal.through()),
                 seconds(end.now),
                 end.digest,
@@ -284,16 +328,17 @@ fn print_header(header: &Header) {
         Detail::Default => "default",
         Detail::Full => "full",
     };
-    out!("recorded    by {}, {detail} detail", header.host.recorder);
+    let recorder = shown(&header.host.recorder);
+    out!("recorded    by {recorder}, {detail} detail");
     out!(
         "host        {}, Linux {}",
-        header.host.cpu,
-        header.host.kernel
+        shown(&header.host.cpu),
+        shown(&header.host.kernel)
     );
     for hole in &header.host.holes {
-        out!("left open   {hole}");
+        out!("left open   {}", shown(hole));
     }
-    out!("kernel      {}", machine.kernel_version);
+    out!("kernel      {}", shown(&machine.kernel_version));
     out!(
         "            {} bytes, BLAKE3 {}",
         thousands(machine.kernel.bytes),
@@ -306,11 +351,11 @@ fn print_header(header: &Header) {
             initrd.hex()
         );
     }
-    out!("cmdline     {}", machine.cmdline);
+    out!("cmdline     {}", shown(&machine.cmdline));
     out!("memory      {}", bytes(machine.memory_bytes));
     out!(
         "cpu         {}, {} CPUID entries",
-        machine.cpuid.vendor(),
+        shown(&machine.cpuid.vendor()),
         machine.cpuid.entries.len()
     );
     let traps = &machine.traps;
@@ -367,12 +412,12 @@ fn print_devices(recording: &Recording, header: &Header) {
         let read_only = if spec.read_only { ", read-only" } else { "" };
         let serial = match spec.serial.as_str() {
             "" => String::new(),
-            serial => format!(", serial {serial:?}"),
+            serial => format!(", serial \"{}\"", shown(serial)),
         };
         out!("disk {disk}      {}{read_only}{serial}", bytes(spec.bytes));
-        out!("            {}", found.image.display());
+        out!("            {}", shown_path(&found.image));
         if let Some(missing) = found.missing {
-            out!("            it will not replay: {missing}");
+            out!("            it will not replay: {}", shown(&missing));
         }
     }
     if let Some(net) = &devices.net {

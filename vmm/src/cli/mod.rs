@@ -2,17 +2,17 @@
 
 mod bench;
 mod console;
-mod diff;
+pub mod diff;
 mod disk;
 mod format;
-mod inspect;
+pub mod inspect;
 mod output;
-mod pcap;
+pub mod pcap;
 mod record;
 mod replay;
 mod run;
 mod summary;
-mod transcript;
+pub mod transcript;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -22,6 +22,7 @@ use hindsight_replay::OperatorConsole;
 
 use crate::counting::CountingError;
 use crate::disk::{DiskError, DiskOption, parse_disk};
+use crate::foreign::shown_lines;
 use crate::kvm::KvmError;
 use crate::machine::{MachineError, cmdline};
 use crate::net::{NetError, NetOption, Network, Publish, parse_net, parse_publish};
@@ -213,7 +214,7 @@ pub fn main() -> ExitCode {
     match result {
         Ok(outcome) => ExitCode::from(outcome as u8),
         Err(error) => {
-            tell!("hindsight: {}", with_causes(&error));
+            tell!("hindsight: {}", shown_lines(with_causes(&error)));
             ExitCode::from(outcome_of(&error) as u8)
         }
     }

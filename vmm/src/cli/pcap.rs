@@ -17,9 +17,12 @@ use pcap_file::pcapng::blocks::interface_description::{
 use pcap_file::pcapng::blocks::section_header::{SectionHeaderBlock, SectionHeaderOption};
 use pcap_file::{DataLink, Endianness, PcapError};
 
+use serde_json::json;
+
 use super::replay::watch;
 use super::{Failure, Outcome};
 use crate::recording::{Recording, RecordingError};
+use crate::tell::out;
 
 /// Options of `pcap`.
 #[derive(Debug, Args)]
@@ -37,6 +40,9 @@ pub struct Options {
     /// Write to FILE instead of standard output.
     #[arg(long, short, value_name = "FILE")]
     output: Option<PathBuf>,
+    /// With -o: print what was written as JSON, one object.
+    #[arg(long, requires = "output")]
+    json: bool,
 }
 
 /// What the interface is called, as in the guest.
@@ -62,7 +68,20 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     };
     let name = format!("recorded by Hindsight in {}", options.recording.display());
     let capture = Capture::new(BufWriter::new(out), &name);
-    watch(&recording, journal, capture, Capture::finish)
+    watch(&recording, journal, capture, |capture| {
+        let frames = capture.frames;
+        capture.finish()?;
+        if let Some(output) = options.output.as_ref().filter(|_| options.json) {
+            let [inbound, outbound] =
+                frames.map(|Frames { count, bytes }| json!({"frames": count, "bytes": bytes}));
+            let output = output.to_string_lossy();
+            out!(
+                "{}",
+                json!({"output": output, "inbound": inbound, "outbound": outbound})
+            );
+        }
+        Ok(())
+    })
 }
 
 /// Which way a frame goes (the lowest two bits of epb_flags).
@@ -72,16 +91,36 @@ enum Direction {
     Outbound = 2,
 }
 
+/// How much went one way.
+#[derive(Clone, Copy, Debug, Default)]
+struct Frames {
+    count: u64,
+    bytes: u64,
+}
+
 /// Writes down what goes over the network.
-struct Capture<W: Write> {
+pub struct Capture<W: Write> {
     /// The file, or why there is none any more.
     writer: Result<PcapNgWriter<W>, PcapError>,
     /// The guest's wall clock when it was switched on.
     power_on: Duration,
+    /// What went in, and what went out.
+    frames: [Frames; 2],
+}
+
+impl<W: Write> std::fmt::Debug for Capture<W> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Capture")
+            .field("failed", &self.writer.is_err())
+            .field("power_on", &self.power_on)
+            .field("frames", &self.frames)
+            .finish()
+    }
 }
 
 impl<W: Write> Capture<W> {
-    fn new(to: W, comment: &str) -> Capture<W> {
+    /// A capture that goes to `to`, with a comment in its head.
+    pub fn new(to: W, comment: &str) -> Capture<W> {
         let section = SectionHeaderBlock {
             endianness: Endianness::Little,
             options: vec![
@@ -109,11 +148,15 @@ impl<W: Write> Capture<W> {
         Capture {
             writer,
             power_on: Duration::ZERO,
+            frames: Default::default(),
         }
     }
 
     fn frame(&mut self, now: Nanos, direction: Direction, frame: &[u8]) {
         let Ok(writer) = &mut self.writer else { return };
+        let way = &mut self.frames[direction as usize - 1];
+        way.count += 1;
+        way.bytes += frame.len() as u64;
         let packet = EnhancedPacketBlock {
             interface_id: 0,
             timestamp: self.power_on.saturating_add(Duration::from_nanos(now)),
@@ -127,7 +170,7 @@ impl<W: Write> Capture<W> {
     }
 
     /// A reader that closed the pipe wants no more; anything else is an error.
-    fn finish(self) -> anyhow::Result<()> {
+    pub fn finish(self) -> anyhow::Result<()> {
         let written = self.writer.and_then(|writer| {
             let flushed = writer.into_inner().flush();
             flushed.map_err(PcapError::IoError)

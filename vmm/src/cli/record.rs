@@ -142,6 +142,10 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
         machine,
         host: host_facts(holes),
     };
+    // What no reader would take is refused before anything is made.
+    header
+        .check()
+        .map_err(|what| Failure::new(Outcome::BadInput, format!("cannot be recorded: {what}")))?;
     let network = options.machine.network()?;
     let mut session = Session {
         options,

@@ -16,10 +16,11 @@ use super::console::Console;
 use super::format::{parse_size, seconds, thousands};
 use super::record::DetailOption;
 use super::run::host_failure;
-use super::summary::{Summary, describe_end};
+use super::summary::{Summary, describe_end, not_compared};
 use super::{Failure, Outcome};
 use crate::counting::Counting;
 use crate::disk::{DiskError, Disks, OpenImage};
+use crate::foreign::shown_lines;
 use crate::kvm::{KvmCpu, KvmError};
 use crate::machine::{LoadedKernel, build, check_cpu, open_kvm};
 use crate::recording::{Recording, check, content};
@@ -48,7 +49,8 @@ pub fn parse_verify(text: &str) -> Result<Verify, String> {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 The guest's console goes to standard output, the verdict to standard error. Memory is always
-compared at the end of a whole recording.")]
+compared at the end of a whole recording, unless the guest was stopped between two exits: then the
+verdict says that it was not.")]
 pub struct Options {
     /// The recording.
     recording: PathBuf,
@@ -280,11 +282,11 @@ pub fn watch<O: Observer>(
     match result {
         Ok(_) => Ok(Outcome::Good),
         Err(RunError::Closed(Closed::CutShort(tail))) => {
-            tell!("hindsight: {tail}");
+            tell!("hindsight: {}", shown_lines(tail));
             Ok(Outcome::CutShort)
         }
         Err(RunError::Closed(Closed::Diverged(divergence))) => {
-            tell!("hindsight: {divergence}");
+            tell!("hindsight: {}", shown_lines(divergence));
             Ok(Outcome::Different)
         }
         Err(error) => Err(host_failure(error).into()),
@@ -300,6 +302,8 @@ struct Verdict<'a> {
     guest_ns: u64,
     witnesses_equal: u64,
     memories_equal: u64,
+    /// What the verdict does not cover, in words.
+    not_compared: Option<&'static str>,
     summary: Option<&'a Summary>,
 }
 
@@ -327,6 +331,7 @@ fn conclude(
         }
         Err(error) => return Err(host_failure(error).into()),
     };
+    let not_compared = end.as_ref().and_then(not_compared);
     let summary = end.map(|end| Summary::new(machine, &end, host_ns, None));
     let (witnesses, memories) = (replayer.witnesses_checked(), replayer.memories_checked());
     if json {
@@ -337,6 +342,7 @@ fn conclude(
             guest_ns: machine.now(),
             witnesses_equal: witnesses,
             memories_equal: memories,
+            not_compared,
             summary: summary.as_ref(),
         };
         out!(
@@ -345,7 +351,8 @@ fn conclude(
         );
         return Ok(outcome);
     }
-    tell!("replay {verdict}: {detail}");
+    let aside = not_compared.map_or(String::new(), |what| format!("; {what}"));
+    tell!("replay {verdict}: {}{aside}", shown_lines(&detail));
     tell!(
         "  {} exits, {} of guest time in {}; {} witnesses and {} memory digests equal",
         thousands(exits),

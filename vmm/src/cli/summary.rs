@@ -5,6 +5,7 @@ use hindsight_replay::{End, Ending, Exit, Machine, Tally};
 use serde::Serialize;
 
 use super::format::{bytes, seconds, thousands};
+use crate::foreign::shown;
 use crate::tell::{out, tell};
 
 /// The one summary that ends a run.
@@ -96,7 +97,7 @@ impl Summary {
             return;
         }
         let rate = self.exits as f64 / (self.host_ns.max(1) as f64 / 1e9);
-        tell!("{headline}: {}", self.ending);
+        tell!("{headline}: {}", shown(&self.ending));
         tell!(
             "  {} of guest time in {}, {} exits ({rate:.0}/s), {} interrupts",
             seconds(self.guest_ns),
@@ -136,12 +137,19 @@ impl Summary {
         let memory = self
             .memory_digest
             .as_deref()
-            .unwrap_or("none: the guest was still running");
+            .unwrap_or("none: the guest was stopped between two exits, and ran on meanwhile");
         tell!("  digest {}, memory {memory}", self.digest);
     }
 }
 
-/// How the guest ended, in words.
+/// What an `equal` does not cover at this end, in words; `None`: nothing.
+pub fn not_compared(end: &End) -> Option<&'static str> {
+    end.memory
+        .is_none()
+        .then_some("memory was not compared: the guest was stopped between two exits")
+}
+
+/// How the guest ended, in words. They quote the guest: see [`crate::foreign`].
 pub fn describe_end(end: &End) -> String {
     let ending = match &end.ending {
         Ending::Reset(Reset::Keyboard) => "reset by the keyboard controller",
@@ -165,5 +173,24 @@ pub fn describe_end(end: &End) -> String {
             format!("kernel panic ({reason}), then {ending}")
         }
         None => ending.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_guest_that_was_stopped_between_two_exits_has_a_memory_that_nobody_compared() {
+        let end = |ending, memory| End {
+            ending,
+            panic: None,
+            now: 0,
+            digest: 0,
+            memory,
+        };
+        let said = not_compared(&end(Ending::StoppedRunning, None)).expect("it is said");
+        assert!(said.contains("memory was not compared"), "{said}");
+        assert_eq!(not_compared(&end(Ending::Stopped, Some(0))), None);
     }
 }

@@ -11,13 +11,18 @@ use serde_json::json;
 use super::output::Output;
 use super::replay::watch;
 use super::{ConsoleOption, Outcome};
+use crate::foreign::shown_bytes;
 use crate::recording::{Recording, RecordingError};
 
 /// Options of `console`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 The recording is replayed, and checked as it runs. Times are the guest's, in seconds since it was
-switched on; a line has the time of its first byte.")]
+switched on; a line has the time of its first byte.
+
+A guest can write what a terminal obeys. So colours are left out of the listing, and other control
+characters are spelled out (ESC is \\x1b). --raw leaves every byte as it is, and an asciicast has what a
+terminal would have got.")]
 pub struct Options {
     /// The recording.
     recording: PathBuf,
@@ -27,6 +32,12 @@ pub struct Options {
     /// Write an asciicast (version 2), which asciinema plays, to FILE instead.
     #[arg(long, value_name = "FILE")]
     cast: Option<PathBuf>,
+    /// Leave the guest's bytes as they are, escape sequences and all.
+    #[arg(long, conflicts_with = "cast")]
+    raw: bool,
+    /// Print JSON: one object for each line, with the guest time in nanoseconds.
+    #[arg(long, conflicts_with_all = ["raw", "cast"])]
+    json: bool,
     /// Width and height of the terminal that the asciicast is for.
     #[arg(long, value_name = "COLUMNSxROWS", default_value = "80x24", value_parser = parse_size, requires = "cast")]
     size: (u16, u16),
@@ -49,13 +60,22 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
         None => journal.header().host.console,
     };
     let transcript = match &options.cast {
-        None => Transcript::new(Box::new(std::io::stdout()), Form::Lines, console),
+        None => {
+            let form = match (options.json, options.raw) {
+                (true, _) => Form::Json,
+                (_, true) => Form::Raw,
+                _ => Form::Lines,
+            };
+            let out: Box<dyn Write> = Box::new(std::io::stdout());
+            Transcript::new(out, form, console)
+        }
         Some(path) => {
             let file = std::fs::File::create(path).map_err(|source| RecordingError::Write {
                 path: path.clone(),
                 source,
             })?;
-            let mut transcript = Transcript::new(Box::new(file), Form::Cast, console);
+            let file: Box<dyn Write> = Box::new(file);
+            let mut transcript = Transcript::new(file, Form::Cast, console);
             transcript.begin_cast(options.size);
             transcript
         }
@@ -63,33 +83,42 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     watch(&recording, journal, transcript, Transcript::finish)
 }
 
+/// A line that is longer is shown in parts.
+const LINE_BYTES_MAX: usize = 64 << 10;
+
 /// How a transcript looks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Form {
-    /// Each line behind the time at which it began.
+pub enum Form {
+    /// Each line after the time at which it began, fit for a terminal.
     Lines,
+    /// The same with the guest's bytes as they are.
+    Raw,
+    /// Each line an object.
+    Json,
     /// Asciicast, version 2: a header, then an event a line.
     Cast,
 }
 
 /// Writes down what the guest writes to its console.
-struct Transcript {
-    out: Output<BufWriter<Box<dyn Write>>>,
+#[derive(Debug)]
+pub struct Transcript<W: Write> {
+    out: Output<BufWriter<W>>,
     form: Form,
     console: OperatorConsole,
-    /// A line has begun and not ended.
-    in_line: bool,
-    /// The beginning of a character whose end has not come yet.
+    /// When the line began that has not ended.
+    began: Nanos,
+    /// What came of that line; in an asciicast, the beginning of a character whose end has not come yet.
     rest: Vec<u8>,
 }
 
-impl Transcript {
-    fn new(out: Box<dyn Write>, form: Form, console: OperatorConsole) -> Transcript {
+impl<W: Write> Transcript<W> {
+    /// A transcript of `console` that goes to `out`.
+    pub fn new(out: W, form: Form, console: OperatorConsole) -> Transcript<W> {
         Transcript {
             out: Output::new(BufWriter::new(out)),
             form,
             console,
-            in_line: false,
+            began: 0,
             rest: Vec::new(),
         }
     }
@@ -101,12 +130,30 @@ impl Transcript {
 
     fn lines(&mut self, now: Nanos, bytes: &[u8]) {
         for part in bytes.split_inclusive(|byte| *byte == b'\n') {
-            if !self.in_line {
-                self.out.write(stamp(now).as_bytes());
+            if self.rest.is_empty() {
+                self.began = now;
             }
-            self.out.write(part);
-            self.in_line = part.last() != Some(&b'\n');
+            self.rest.extend_from_slice(part);
+            if part.last() == Some(&b'\n') || self.rest.len() >= LINE_BYTES_MAX {
+                self.end_line();
+            }
         }
+    }
+
+    fn end_line(&mut self) {
+        let line = std::mem::take(&mut self.rest);
+        let line = line.strip_suffix(b"\n").unwrap_or(&line);
+        let stamp = stamp(self.began);
+        let written = match self.form {
+            Form::Raw => [stamp.as_bytes(), line, b"\n"].concat(),
+            Form::Json => {
+                let text = String::from_utf8_lossy(line);
+                let object = json!({"guest_ns": self.began, "text": text.trim_end_matches('\r')});
+                format!("{object}\n").into_bytes()
+            }
+            _ => format!("{stamp}{}\n", listed(line)).into_bytes(),
+        };
+        self.out.write(&written);
     }
 
     fn event(&mut self, now: Nanos, bytes: &[u8]) {
@@ -126,22 +173,23 @@ impl Transcript {
         self.out.write(line.as_bytes());
     }
 
-    fn finish(mut self) -> anyhow::Result<()> {
-        if self.in_line {
-            self.out.write(b"\n");
+    /// Writes what is left.
+    pub fn finish(mut self) -> anyhow::Result<()> {
+        if self.form != Form::Cast && !self.rest.is_empty() {
+            self.end_line();
         }
         self.out.finish()
     }
 }
 
-impl Observer for Transcript {
+impl<W: Write> Observer for Transcript<W> {
     fn output(&mut self, _exits: u64, now: Nanos, output: &hindsight_devices::Output) {
         let Some(bytes) = self.console.bytes(output) else {
             return;
         };
         match self.form {
-            Form::Lines => self.lines(now, bytes),
             Form::Cast => self.event(now, bytes),
+            _ => self.lines(now, bytes),
         }
     }
 
@@ -154,6 +202,34 @@ impl Observer for Transcript {
 
 fn split(now: Nanos) -> (u64, u64) {
     (now / 1_000_000_000, now % 1_000_000_000 / 1_000)
+}
+
+/// A line as it is listed: without the carriage returns that end it, without colours, tabs as they are, and
+/// with everything else spelled out that a terminal would obey.
+fn listed(line: &[u8]) -> String {
+    let end = line.iter().rposition(|byte| *byte != b'\r');
+    let line = without_colours(&line[..end.map_or(0, |last| last + 1)]);
+    let columns = line.split(|byte| *byte == b'\t').map(shown_bytes);
+    columns.collect::<Vec<_>>().join("\t")
+}
+
+/// Leaves out what selects colours and the like (ECMA-48, 8.3.117: SGR).
+fn without_colours(mut line: &[u8]) -> Vec<u8> {
+    let mut kept = Vec::with_capacity(line.len());
+    while let Some((&first, rest)) = line.split_first() {
+        let parameters = line.strip_prefix(b"\x1b[").unwrap_or_default();
+        let end = parameters
+            .iter()
+            .position(|byte| !matches!(byte, b'0'..=b'9' | b';' | b':'));
+        match end {
+            Some(end) if parameters[end] == b'm' => line = &parameters[end + 1..],
+            _ => {
+                kept.push(first);
+                line = rest;
+            }
+        }
+    }
+    kept
 }
 
 /// As the kernel's own log has it.
@@ -185,9 +261,51 @@ mod tests {
         assert_eq!(whole_characters(&[b"\xff\xfe", &euro[..1]].concat()), 2);
     }
 
+    /// What is written down of `parts`, which come a second apart.
+    fn transcript(form: Form, parts: &[&[u8]]) -> String {
+        let mut written = Vec::new();
+        let mut transcript = Transcript::new(&mut written, form, OperatorConsole::Serial);
+        for (second, part) in (1..).zip(parts) {
+            let output = hindsight_devices::Output::Console(part.to_vec());
+            transcript.output(0, second * 1_000_000_000, &output);
+        }
+        transcript.finish().unwrap();
+        String::from_utf8_lossy(&written).into_owned()
+    }
+
     #[test]
     fn a_line_has_the_time_of_its_first_byte() {
         assert_eq!(stamp(12_034_567_890), "[   12.034567] ");
+        let parts: [&[u8]; 4] = [b"on", b"e\r\ntwo\n", b"\n", b"three"];
+        let expected =
+            "[    1.000000] one\n[    2.000000] two\n[    3.000000] \n[    4.000000] three\n";
+        assert_eq!(transcript(Form::Lines, &parts), expected);
+        assert_eq!(
+            transcript(Form::Json, &parts[..2]),
+            "{\"guest_ns\":1000000000,\"text\":\"one\"}\n{\"guest_ns\":2000000000,\"text\":\"two\"}\n"
+        );
+    }
+
+    #[test]
+    fn a_listing_has_no_colours_and_nothing_that_a_terminal_obeys() {
+        let coloured: &[u8] = b"[\x1b[0;1;32m  OK  \x1b[0m]\tup \xe2\x82\xac \xff";
+        let hostile: &[u8] = b"\x1b[2K\x1b]0;title\x07\rfake\n";
+        assert_eq!(
+            transcript(Form::Lines, &[coloured, hostile]),
+            "[    1.000000] [  OK  ]\tup \u{20ac} \\xff\\x1b[2K\\x1b]0;title\\x07\\rfake\n"
+        );
+        // A sequence that never ends hides nothing.
+        assert_eq!(listed(b"a\x1b[31"), "a\\x1b[31");
+        assert_eq!(listed(b"a\x1b[31mb\x1b[m"), "ab");
+        let raw = transcript(Form::Raw, &[hostile]);
+        assert_eq!(raw, "[    1.000000] \x1b[2K\x1b]0;title\x07\rfake\n");
+    }
+
+    #[test]
+    fn a_line_without_an_end_is_shown_in_parts_and_kept_in_bounds() {
+        let part = vec![b'x'; LINE_BYTES_MAX];
+        let text = transcript(Form::Lines, &[&part, &part]);
+        assert_eq!(text.lines().count(), 2);
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::fmt::Write;
 use serde::Serialize;
 
 use super::finding::{Finding, Verdict, Weight};
+use crate::foreign::shown;
 
 /// The way out for a host that cannot record.
 pub const WAY_OUT: &str = "use a host with kvm_intel or kvm_amd, or run `scripts/box COMMAND`, \
@@ -73,6 +74,8 @@ impl Report {
                 cost,
                 ..
             } = finding;
+            // It quotes the host: names of CPUs and kernels, errors.
+            let detail = shown(detail);
             write!(text, "  {probe:width$}  {:11}  {detail}", verdict.text())
                 .expect("a String takes what is written");
             let why = match verdict {
