@@ -13,6 +13,7 @@ mod bzimage;
 pub mod caves;
 mod elf;
 mod error;
+mod formats;
 pub mod kallsyms;
 pub mod layout;
 mod load;

@@ -42,9 +42,10 @@ const LOADS: [&str; 4] = [
 ];
 /// A kernel without this function loads no modules.
 const LOADER: &str = "load_module";
-/// No module's text is longer: all modules together have 1 GiB (Linux, Documentation/arch/x86/x86_64/mm.rst), and of
-/// the largest known one the text is some 30 MiB.
-const TEXT_BYTES: u32 = 256 << 20;
+/// No module's text is longer: of the largest known one it is some 30 MiB.
+const TEXT_BYTES: u32 = 64 << 20;
+/// No module has more to trap; one that does costs us no more memory than this many.
+const SITES_MAX: usize = 1 << 16;
 /// No module has more symbols.
 const SYMBOLS: u32 = 1 << 20;
 /// An entry of the symbol table (ELF-64, "Symbol Table").
@@ -115,6 +116,8 @@ pub struct ModuleText {
     pub ranges: Vec<std::ops::Range<u64>>,
     /// The sites.
     pub sites: Vec<ModuleSite>,
+    /// Not all of it could be read, or there is more than any module has: some of it is not trapped.
+    pub is_cut: bool,
 }
 
 /// Reads guest memory at a virtual address, as far as it is mapped; returns how many bytes.
@@ -208,27 +211,34 @@ impl ModuleLayout {
             let (Some(base), Some(bytes)) = (base, bytes) else {
                 continue;
             };
-            // A module without a text of this kind, or something that is none.
-            let Some(end) = base.checked_add(bytes.into()) else {
-                continue;
-            };
-            if base == 0 || !(1..=TEXT_BYTES).contains(&bytes) {
+            if base == 0 || bytes == 0 {
+                // A module without a text of this kind.
                 continue;
             }
+            let Some(end) = base
+                .checked_add(bytes.into())
+                .filter(|_| bytes <= TEXT_BYTES)
+            else {
+                found.is_cut = true;
+                continue;
+            };
             let starts = starts.get_or_insert_with(|| self.starts(module, read));
             let text = read_all(read, base, bytes as usize);
             let first = starts.partition_point(|&start| start < base);
-            traps::each_instruction(&text, base, &starts[first..], |instruction| {
+            let all = traps::each_instruction(&text, base, &starts[first..], |instruction| {
                 if let Some(kind) = SiteKind::of(instruction) {
+                    if found.sites.len() == SITES_MAX {
+                        return Err(());
+                    }
                     found.sites.push(ModuleSite {
                         address: instruction.ip(),
                         length: instruction.len(),
                         kind,
                     });
                 }
-                Ok::<(), std::convert::Infallible>(())
-            })
-            .unwrap_or_else(|never| match never {});
+                Ok(())
+            });
+            found.is_cut |= all.is_err() || text.len() < bytes as usize;
             found.ranges.push(base..end);
         }
         found

@@ -52,6 +52,8 @@ const LONGEST: usize = 5;
 const LONGEST_PLAIN: usize = 4;
 /// No instruction is longer (Intel SDM vol. 2, 2.3.11), so no trap in a module is.
 pub const LONGEST_INSTRUCTION: usize = 15;
+/// Linux has some 500. More is no kernel, and would cost more memory than its file has.
+const SITES_MAX: usize = 1 << 16;
 /// How much of `.text` runs before the kernel's own page tables stand (head_64.S).
 const EARLY_BYTES: u64 = 0x1000;
 
@@ -188,6 +190,16 @@ impl Sites {
             .binary_search_by_key(&address, |site| site.address)
             .ok()?;
         Some(&self.sites[index])
+    }
+
+    /// Whether any begins at one of these addresses.
+    pub fn any_in(&self, range: std::ops::Range<u64>) -> bool {
+        let first = self
+            .sites
+            .partition_point(|site| site.address < range.start);
+        self.sites
+            .get(first)
+            .is_some_and(|site| site.address < range.end)
     }
 
     /// How many there are of each kind.
@@ -353,6 +365,9 @@ fn sweep(
         let kind = SiteKind::of(instruction).or_else(|| SiteKind::of_call(instruction, loads));
         if let Some(kind) = kind {
             sites.extend(site(elf, code, kind, instruction.ip(), instruction.len())?);
+            if sites.len() > SITES_MAX {
+                return Err(BootError::TooManySites { limit: SITES_MAX });
+            }
         }
         Ok(())
     })
