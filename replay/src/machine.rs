@@ -11,7 +11,7 @@ use thiserror::Error;
 
 use crate::cpuid::CpuidTable;
 use crate::digest::Digest;
-use crate::event::{End, Ending};
+use crate::event::{End, Ending, LeftOpen};
 use crate::exit::{Answer, Exit, Registers, TimeInstruction, Turn};
 use crate::landing::{Horizon, Unit};
 use crate::moment::Moment;
@@ -64,6 +64,12 @@ pub trait Cpu {
     fn site(&mut self) -> Option<u64> {
         None
     }
+    /// What was found to be left open since it was asked last: asked at each counted exit, behind its answer, and once
+    /// more, `at_end`, where the machine has ended. A function of what the guest did at counted exits and of its memory
+    /// there.
+    fn left_open(&mut self, _at_end: bool) -> Vec<LeftOpen> {
+        Vec::new()
+    }
     /// Guest memory, for devices that move data by themselves.
     fn ram(&self) -> &Ram;
     /// The digest of all of memory.
@@ -82,6 +88,8 @@ pub trait Observer {
     fn turn(&mut self, _exits: u64, _turn: &Turn) {}
     /// An interrupt was delivered.
     fn interrupt(&mut self, _at: &Moment, _vector: u8, _now: Nanos) {}
+    /// Something was found to be left open.
+    fn left_open(&mut self, _exits: u64, _what: LeftOpen) {}
     /// Memory was digested.
     fn memory(&mut self, _exits: u64, _digest: u64) {}
     /// The vCPU was kicked and nothing else happened.
@@ -132,6 +140,8 @@ pub struct Tally {
     pub module_sites: u64,
     /// Writes that were posted.
     pub posted: u64,
+    /// What was found to be left open.
+    pub left_open: Vec<LeftOpen>,
 }
 
 /// The machine: everything that decides what happens next, except the guest's own memory and CPU.
@@ -229,7 +239,7 @@ impl Machine {
         observer: &mut dyn Observer,
     ) -> Result<End, RunError<C::Error>> {
         let failure = match self.turns(cpu, outside, observer) {
-            Ok(ending) => match self.finish(ending, cpu, outside) {
+            Ok(ending) => match self.finish(ending, cpu, outside, observer) {
                 Ok(end) => return Ok(end),
                 Err(failure) => failure,
             },
@@ -354,6 +364,8 @@ impl Machine {
             // looks at memory.
             cpu.show_clock(quick.shown(self.board.time_stamp()));
         }
+        self.pass_left_open(cpu.left_open(false), outside, observer)
+            .map_err(RunError::Closed)?;
         self.pass_output(outside, observer);
         if outside.wants_memory(exits) {
             self.cpu(cpu.settle())?;
@@ -392,6 +404,20 @@ impl Machine {
         }
         self.tally.posted += bytes.len() as u64;
         Ok(bytes)
+    }
+
+    fn pass_left_open<O: Outside + ?Sized>(
+        &mut self,
+        found: Vec<LeftOpen>,
+        outside: &mut O,
+        observer: &mut dyn Observer,
+    ) -> Result<(), Closed> {
+        for what in found {
+            outside.left_open(self.at.exits, what)?;
+            observer.left_open(self.at.exits, what);
+            self.tally.left_open.push(what);
+        }
+        Ok(())
     }
 
     fn standing(&self) -> Standing {
@@ -560,11 +586,16 @@ impl Machine {
         ending: Ending,
         cpu: &mut C,
         outside: &mut O,
+        observer: &mut dyn Observer,
     ) -> Result<End, RunError<C::Error>> {
         // A guest that was stopped between exits stands at no moment, and neither does its memory.
         let memory = match ending {
             Ending::StoppedRunning => None,
-            _ => Some(self.cpu(cpu.memory_digest())?),
+            _ => {
+                self.pass_left_open(cpu.left_open(true), outside, observer)
+                    .map_err(RunError::Closed)?;
+                Some(self.cpu(cpu.memory_digest())?)
+            }
         };
         let end = End {
             ending,

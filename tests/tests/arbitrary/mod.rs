@@ -2,7 +2,7 @@
 
 use hindsight_devices::{Access, Input, Reset, Width};
 use hindsight_replay::{
-    Answer, End, Ending, Event, Exit, Mode, Moment, Registers, TimeInstruction, Turn,
+    Answer, End, Ending, Event, Exit, LeftOpen, Mode, Moment, Registers, TimeInstruction, Turn,
 };
 use proptest::prelude::*;
 
@@ -153,5 +153,6 @@ pub fn event() -> impl Strategy<Value = Event> {
         any::<u64>().prop_map(|digest| Event::Memory { digest }),
         any::<u64>().prop_map(|check| Event::FirstReads { check }),
         prop::collection::vec(any::<u8>(), 0..40).prop_map(Event::Posted),
+        (0..LeftOpen::ALL.len()).prop_map(|which| Event::LeftOpen(LeftOpen::ALL[which])),
     ]
 }

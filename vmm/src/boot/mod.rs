@@ -23,6 +23,7 @@ mod named;
 mod payload;
 mod quick;
 mod quick_stub;
+pub mod rewritten;
 #[cfg(test)]
 mod testing;
 mod transmit;
@@ -38,6 +39,7 @@ pub use kallsyms::Symbols;
 pub use load::{BootPlan, E820Entry, Given, GuestRam, Seed, e820, load};
 pub use modules::{ModuleLayout, Modules};
 pub use quick::{QuickClock, QuickPlan};
+pub use rewritten::Rewritten;
 pub use traps::{Site, SiteKind, Sites};
 pub use windows::Window;
 

@@ -7,8 +7,8 @@ use clap::Args;
 use comfy_table::{CellAlignment, Table, presets};
 use hindsight_devices::{Nanos, POSTED_PORT};
 use hindsight_replay::{
-    Detail, Event, FRAME_HEAD_BYTES, Frame, Header, JournalReader, Moment, Observer, TailReason,
-    Turn,
+    Detail, Event, FRAME_HEAD_BYTES, Frame, Header, JournalReader, LeftOpen, Moment, Observer,
+    TailReason, Turn,
 };
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -97,6 +97,13 @@ impl<W: Write> Listing<W> {
         );
     }
 
+    fn left_open_line(&mut self, exits: u64, what: LeftOpen) {
+        self.line(
+            || format!("{exits:>9} left open: {what}"),
+            || json!({"exit": exits, "left_open": what.to_string()}),
+        );
+    }
+
     fn interrupt_line(&mut self, at: &Moment, vector: u8) {
         self.line(
             || {
@@ -126,6 +133,10 @@ impl<W: Write> Observer for Listing<W> {
     fn interrupt(&mut self, at: &Moment, vector: u8, _now: Nanos) {
         self.interrupt_line(at, vector);
     }
+
+    fn left_open(&mut self, exits: u64, what: LeftOpen) {
+        self.left_open_line(exits, what);
+    }
 }
 
 fn stdout() -> BufWriter<std::io::Stdout> {
@@ -140,6 +151,7 @@ fn list(mut journal: JournalReader<impl Read>, options: &Options) -> anyhow::Res
             match &entry.event {
                 Event::Turn(turn) => listing.turn_line(exits, turn),
                 Event::Posted(bytes) => listing.posted_line(exits, bytes),
+                Event::LeftOpen(what) => listing.left_open_line(exits, *what),
                 Event::Interrupt { vector, at } => listing.interrupt_line(at, *vector),
                 _ if options.io => {}
                 Event::Time { ahead_ns } => listing.line(
@@ -231,9 +243,18 @@ fn overview(
     let mut census = Census::default();
     let mut end = None;
     let mut places = Vec::new();
+    let mut left_open: Vec<(u64, LeftOpen)> = Vec::new();
     while let Some(frame) = journal.next_frame()? {
         census.count(&frame);
         places.push(frame.place);
+        for entry in &frame.entries {
+            // Each is told once; a journal that somebody made may say anything.
+            if let Event::LeftOpen(what) = entry.event
+                && !left_open.iter().any(|(_, told)| *told == what)
+            {
+                left_open.push((entry.exits, what));
+            }
+        }
         if let Some(Event::End(found)) = frame.entries.into_iter().next_back().map(|e| e.event) {
             end = Some(*found);
         }
@@ -254,12 +275,16 @@ fn overview(
             "end": end,
             "tail": tail.to_string(),
             "closed": tail.reason == TailReason::Closed,
+            "left_open": left_open
+                .iter()
+                .map(|(exit, what)| json!({"exit": exit, "what": what.to_string()}))
+                .collect::<Vec<_>>(),
             "disks": disks(recording, &header).collect::<Vec<_>>(),
             "journal": census,
         });
         out!("{value}");
     } else {
-        print_header(&header);
+        print_header(&header, &left_open);
         print_devices(recording, &header);
         match &end {
             Some(end) => out!(
@@ -278,7 +303,7 @@ fn overview(
     Ok(report_tail(&journal))
 }
 
-fn print_header(header: &Header) {
+fn print_header(header: &Header, left_open: &[(u64, LeftOpen)]) {
     let machine = &header.machine;
     let detail = match header.detail {
         Detail::Default => "default",
@@ -292,6 +317,9 @@ fn print_header(header: &Header) {
     );
     for hole in &header.host.holes {
         out!("left open   {hole}");
+    }
+    for (exit, what) in left_open {
+        out!("left open   {what}; from exit {} on", thousands(*exit));
     }
     out!("kernel      {}", machine.kernel_version);
     out!(

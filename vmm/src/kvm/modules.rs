@@ -4,7 +4,7 @@
 //! it). At its exit the module's text is read and decoded; with the answer the sites in it become traps, and the call is
 //! made for the guest: a return address pushed, and RIP set to where it leads.
 
-use hindsight_replay::Exit;
+use hindsight_replay::{Exit, LeftOpen};
 
 use super::vcpu::KvmCpu;
 use crate::boot::GuestRam;
@@ -51,6 +51,10 @@ impl KvmCpu {
         let Some(loading) = self.loading.take() else {
             return;
         };
+        if loading.text.is_cut {
+            self.noticed.add(LeftOpen::ModuleText);
+        }
+        self.noticed.look_soon();
         for site in &loading.text.sites {
             let (trap, length) = traps::rewrite(site.kind, site.length);
             let written = self.write_guest(site.address, &trap[..length]);

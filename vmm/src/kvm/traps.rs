@@ -5,7 +5,7 @@
 //! here. CR4.TSD is kept set, so that RDTSC in user mode raises #GP; the first instruction of the
 //! kernel's #GP entry is rewritten too, and there a user-mode time read is told from a real fault.
 
-use hindsight_replay::{Exit, Mode, TimeInstruction};
+use hindsight_replay::{Exit, LeftOpen, Mode, TimeInstruction};
 use iced_x86::Mnemonic;
 use kvm_bindings::{kvm_dtable, kvm_segment, kvm_sregs};
 
@@ -80,6 +80,13 @@ impl KvmCpu {
                 leaf: registers.rax() as u32,
                 subleaf: registers.rcx() as u32,
             },
+            TRAP_WRITE_CR4 | TRAP_READ_CR4 | TRAP_MODULE if self.operands_here().is_none() => {
+                // It runs where nobody rewrote it, and what it was to do is not known.
+                if !self.text.rewritten.is_empty() {
+                    self.noticed.add(LeftOpen::Copied);
+                }
+                return None;
+            }
             TRAP_WRITE_CR4 => match self.operands_here()?.1 {
                 SiteKind::WriteCr4 { source } => Exit::WriteCr4 {
                     value: general(&registers.0, source),

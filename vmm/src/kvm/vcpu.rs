@@ -7,7 +7,9 @@
 use std::collections::BTreeMap;
 
 use hindsight_devices::{Access, POSTED_PORT, Ram, Width};
-use hindsight_replay::{Answer, Back, Cpu, CpuidTable, Exit, Horizon, Registers, ShownClock};
+use hindsight_replay::{
+    Answer, Back, Cpu, CpuidTable, Exit, Horizon, LeftOpen, Registers, ShownClock,
+};
 use kvm_bindings::{
     KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_CAP_PMU_CAPABILITY, KVM_EXIT_HLT, KVM_EXIT_IO,
     KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVM_PMU_CAP_DISABLE,
@@ -25,11 +27,13 @@ use super::memory::GuestMemory;
 use super::modules::LoadingModule;
 use super::posted::Posted;
 use super::preemption::Preemption;
+use super::rewritten::Noticed;
 use super::run_page::{PortExit, RunPage};
 use super::traps::TrapState;
 use super::{cpuid, msr, signals};
 use crate::boot::{
-    BootPlan, Elf, EntryCaves, ModuleLayout, Modules, QuickClock, Site, SiteKind, Sites, caves,
+    BootPlan, Elf, EntryCaves, ModuleLayout, Modules, QuickClock, Rewritten, Site, SiteKind, Sites,
+    caves,
 };
 
 /// IA32_APIC_BASE at power-on: the usual address, enabled, the boot processor's.
@@ -55,6 +59,8 @@ pub struct KernelText {
     pub clock: Option<QuickClock>,
     /// Where a loaded module's text is; `None` if modules are left alone.
     pub modules: Option<ModuleLayout>,
+    /// What of the text must stay as it was written.
+    pub rewritten: Rewritten,
 }
 
 impl KernelText {
@@ -73,6 +79,7 @@ impl KernelText {
             caves: caves::find(elf),
             clock: None,
             modules: modules.layout().cloned(),
+            rewritten: Rewritten::default(),
         }
     }
 
@@ -110,6 +117,8 @@ pub struct KvmCpu {
     /// The module that is being loaded at this exit.
     pub(super) loading: Option<LoadingModule>,
     pub(super) entries: EntryState,
+    /// What traps were found to be gone.
+    pub(super) noticed: Noticed,
     pub(super) counts: VcpuCounts,
     /// How it is stopped between two exits.
     pub(super) preemption: Preemption,
@@ -181,6 +190,7 @@ impl KvmCpu {
             traps: TrapState::default(),
             loading: None,
             entries: EntryState::default(),
+            noticed: Noticed::default(),
             counts: VcpuCounts::default(),
             preemption: Preemption::default(),
             stops: Vec::new(),
@@ -543,6 +553,10 @@ impl Cpu for KvmCpu {
 
     fn site(&mut self) -> Option<u64> {
         self.user_site()
+    }
+
+    fn left_open(&mut self, at_end: bool) -> Vec<LeftOpen> {
+        self.take_noticed(at_end)
     }
 
     fn ram(&self) -> &Ram {
