@@ -95,7 +95,6 @@ fn exit_words(exit: &Exit) -> (u64, u64) {
         Exit::Preempted(place) => (place.number, place.rip),
         Exit::Module { module, sites } => (module, u64::from(sites)),
         Exit::WriteDr { number, value } => (number.into(), value),
-        Exit::ReadDr { number } => (number.into(), 0),
         Exit::Panic { message } => (message, 0),
         Exit::ReadCr4
         | Exit::ProtectionFault

@@ -44,6 +44,60 @@ pub struct End {
     pub memory: Option<u64>,
 }
 
+/// What the monitor found out while the guest ran: from here on the guest may have seen something that is recorded
+/// nowhere. Each is told once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum LeftOpen {
+    /// The guest runs another kernel than the one that was loaded.
+    OtherKernel,
+    /// The trap at which modules are rewritten is gone.
+    ModuleCall,
+    /// The function that loads modules is traced or livepatched.
+    ModuleLoader,
+    /// A module's text could not be looked at whole.
+    ModuleText,
+    /// Other traps are gone.
+    Traps,
+    /// A trap that only its place explains was met elsewhere.
+    Copied,
+}
+
+impl LeftOpen {
+    /// All of them.
+    pub const ALL: [LeftOpen; 6] = [
+        LeftOpen::OtherKernel,
+        LeftOpen::ModuleCall,
+        LeftOpen::ModuleLoader,
+        LeftOpen::ModuleText,
+        LeftOpen::Traps,
+        LeftOpen::Copied,
+    ];
+}
+
+impl std::fmt::Display for LeftOpen {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            LeftOpen::OtherKernel => {
+                "rdtsc, rdtscp and cpuid of another kernel, which runs in place of the one that was loaded (kexec)"
+            }
+            LeftOpen::ModuleCall => {
+                "rdtsc, rdtscp and cpuid in modules loaded from here on: the call that loads them was changed (a kprobe)"
+            }
+            LeftOpen::ModuleLoader => {
+                "rdtsc, rdtscp and cpuid in modules loaded from here on, if the function that loads them is \
+                 livepatched; if it is only traced, nothing"
+            }
+            LeftOpen::ModuleText => {
+                "rdtsc, rdtscp and cpuid in a module whose text could not be read whole, or has too many of them"
+            }
+            LeftOpen::Traps => "instructions of the kernel that were traps and were changed while it ran (a kprobe)",
+            LeftOpen::Copied => {
+                "a trap of the kernel's that was copied and ran elsewhere (a kprobe on it), and did nothing there"
+            }
+        })
+    }
+}
+
 /// One thing a journal says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
@@ -84,11 +138,13 @@ pub enum Event {
     },
     /// Full detail only: the bytes whose writes were posted between the exit before and this one.
     Posted(Vec<u8>),
+    /// From this exit on something reaches the guest unrecorded, or may.
+    LeftOpen(LeftOpen),
 }
 
 impl Event {
     /// Number of kinds that [`Event::kind`] tells apart.
-    pub const KINDS: usize = 10;
+    pub const KINDS: usize = 11;
     /// Their names, in order.
     pub const KIND_NAMES: [&'static str; Event::KINDS] = [
         "turns",
@@ -101,6 +157,7 @@ impl Event {
         "preemptions",
         "first reads",
         "posted writes",
+        "left open",
     ];
 
     /// Index into [`Event::KIND_NAMES`].
@@ -116,6 +173,7 @@ impl Event {
             Event::Preempted(_) => 7,
             Event::FirstReads { .. } => 8,
             Event::Posted(_) => 9,
+            Event::LeftOpen(_) => 10,
         }
     }
 }
@@ -168,6 +226,7 @@ enum Wire {
         check: [u8; 8],
     },
     Posted(Vec<u8>),
+    LeftOpen(LeftOpen),
 }
 
 /// What the differences of a frame refer to.
@@ -219,6 +278,7 @@ impl Codec {
                 check: check.to_le_bytes(),
             },
             Event::Posted(bytes) => Wire::Posted(bytes.clone()),
+            Event::LeftOpen(what) => Wire::LeftOpen(*what),
         };
         postcard::to_extend(&(delta, wire), frame).expect("a Vec takes everything")
     }
@@ -283,6 +343,7 @@ impl Codec {
                 check: u64::from_le_bytes(check),
             },
             Wire::Posted(bytes) => Event::Posted(bytes),
+            Wire::LeftOpen(what) => Event::LeftOpen(what),
             Wire::Preempted {
                 unit,
                 number,

@@ -107,15 +107,10 @@ pub enum Exit {
     },
     /// It wrote a debug register through a trap port.
     WriteDr {
-        /// Which: 0 to 3, 6 or 7.
+        /// Which: 0 to 3, or 7.
         number: u8,
         /// The value.
         value: u64,
-    },
-    /// It read a debug register through a trap port.
-    ReadDr {
-        /// Which: 0 to 3, 6 or 7.
-        number: u8,
     },
     /// Its kernel says that it panics.
     Panic {
@@ -131,7 +126,7 @@ impl Exit {
     }
 
     /// Number of kinds that [`Exit::kind`] tells apart.
-    pub const KINDS: usize = 19;
+    pub const KINDS: usize = 18;
 
     /// Index into [`Exit::KIND_NAMES`].
     pub fn kind(&self) -> usize {
@@ -157,8 +152,7 @@ impl Exit {
             Exit::Preempted(_) => Exit::PREEMPTED,
             Exit::Module { .. } => Exit::MODULE,
             Exit::WriteDr { .. } => 16,
-            Exit::ReadDr { .. } => 17,
-            Exit::Panic { .. } => 18,
+            Exit::Panic { .. } => 17,
         }
     }
 
@@ -187,7 +181,6 @@ impl Exit {
         "preemptions",
         "module loads",
         "DR writes",
-        "DR reads",
         "kernel panics",
     ];
 }
@@ -230,7 +223,6 @@ impl fmt::Display for Exit {
             Exit::Shutdown => f.write_str("shutdown"),
             Exit::Pause => f.write_str("pause"),
             Exit::Preempted(place) => write!(f, "preempted {place}"),
-            Exit::ReadDr { number } => write!(f, "read dr{number}"),
             Exit::WriteDr { number, value } => write!(f, "dr{number} = {value:#x}"),
             Exit::Module { module, sites } => write!(f, "module {module:#x}, {sites} trapped"),
             Exit::Panic { message } => write!(f, "kernel panic, reason at {message:#x}"),

@@ -83,10 +83,8 @@ pub struct TrapCounts {
     pub pause: u32,
     /// Calls with which the kernel makes a module executable; without one, modules are not looked at.
     pub module_loads: u32,
-    /// MOV to a debug register.
+    /// MOV to DR0 to DR3 or DR7.
     pub dr_writes: u32,
-    /// MOV from a debug register.
-    pub dr_reads: u32,
     /// Calls with which the kernel says that it panics; without one, its panics are not seen.
     pub panics: u32,
 }

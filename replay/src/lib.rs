@@ -30,7 +30,7 @@ pub use chaos::Chaos;
 pub use cpuid::{CpuidEntry, CpuidTable};
 pub use digest::{Digest, MemoryDigest, PAGE_BYTES};
 pub use divergence::{Difference, Divergence, first_difference};
-pub use event::{End, Ending, Entry, Event};
+pub use event::{End, Ending, Entry, Event, LeftOpen};
 pub use exit::{Answer, Exit, Mode, Registers, TimeInstruction, Turn};
 pub use frame::{Entries, FRAME_HEAD_BYTES, FRAME_MAGIC, Frame, FrameHead, IndexEntry};
 pub use header::{

@@ -5,7 +5,7 @@ use hindsight_devices::{FirstReads, Input, Nanos, Room};
 
 use crate::chaos::Chaos;
 use crate::digest::Digest;
-use crate::event::{End, Ending};
+use crate::event::{End, Ending, LeftOpen};
 use crate::exit::Turn;
 use crate::landing::{Horizon, Place, Unit};
 use crate::moment::Moment;
@@ -230,6 +230,10 @@ impl<W: World> Outside for Live<W> {
     fn wants_memory(&mut self, exits: u64) -> bool {
         self.memory_every
             .is_some_and(|every| exits.is_multiple_of(every))
+    }
+
+    fn left_open(&mut self, _exits: u64, _what: LeftOpen) -> Result<(), Closed> {
+        Ok(())
     }
 
     fn memory(&mut self, _exits: u64, _digest: u64) -> Result<(), Closed> {

@@ -11,7 +11,7 @@ use thiserror::Error;
 
 use crate::cpuid::CpuidTable;
 use crate::digest::Digest;
-use crate::event::{End, Ending};
+use crate::event::{End, Ending, LeftOpen};
 use crate::exit::{Answer, Exit, Registers, TimeInstruction, Turn};
 use crate::landing::{Horizon, Unit};
 use crate::limits::ARRIVALS_MAX;
@@ -69,6 +69,12 @@ pub trait Cpu {
     fn read(&mut self, _gva: u64, _buffer: &mut [u8]) -> usize {
         0
     }
+    /// What was found to be left open since it was asked last: asked at each counted exit, behind its answer, and once
+    /// more, `at_end`, where the machine has ended. A function of what the guest did at counted exits and of its memory
+    /// there.
+    fn left_open(&mut self, _at_end: bool) -> Vec<LeftOpen> {
+        Vec::new()
+    }
     /// Guest memory, for devices that move data by themselves.
     fn ram(&self) -> &Ram;
     /// The digest of all of memory.
@@ -87,6 +93,8 @@ pub trait Observer {
     fn turn(&mut self, _exits: u64, _turn: &Turn) {}
     /// An interrupt was delivered.
     fn interrupt(&mut self, _at: &Moment, _vector: u8, _now: Nanos) {}
+    /// Something was found to be left open.
+    fn left_open(&mut self, _exits: u64, _what: LeftOpen) {}
     /// Memory was digested.
     fn memory(&mut self, _exits: u64, _digest: u64) {}
     /// The vCPU was kicked and nothing else happened.
@@ -137,6 +145,8 @@ pub struct Tally {
     pub module_sites: u64,
     /// Writes that were posted.
     pub posted: u64,
+    /// What was found to be left open.
+    pub left_open: Vec<LeftOpen>,
 }
 
 /// The kernel formats the reason of a panic into a buffer of so many bytes (Linux, kernel/panic.c).
@@ -243,7 +253,7 @@ impl Machine {
         observer: &mut dyn Observer,
     ) -> Result<End, RunError<C::Error>> {
         let failure = match self.turns(cpu, outside, observer) {
-            Ok(ending) => match self.finish(ending, cpu, outside) {
+            Ok(ending) => match self.finish(ending, cpu, outside, observer) {
                 Ok(end) => return Ok(end),
                 Err(failure) => failure,
             },
@@ -371,6 +381,8 @@ impl Machine {
             // looks at memory.
             cpu.show_clock(quick.shown(self.board.time_stamp()));
         }
+        self.pass_left_open(cpu.left_open(false), outside, observer)
+            .map_err(RunError::Closed)?;
         self.pass_output(outside, observer);
         if outside.wants_memory(exits) {
             self.cpu(cpu.settle())?;
@@ -421,6 +433,20 @@ impl Machine {
         };
         let since = self.now;
         self.panic = reason.map(|reason| Panic { since, reason });
+    }
+
+    fn pass_left_open<O: Outside + ?Sized>(
+        &mut self,
+        found: Vec<LeftOpen>,
+        outside: &mut O,
+        observer: &mut dyn Observer,
+    ) -> Result<(), Closed> {
+        for what in found {
+            outside.left_open(self.at.exits, what)?;
+            observer.left_open(self.at.exits, what);
+            self.tally.left_open.push(what);
+        }
+        Ok(())
     }
 
     fn standing(&self) -> Standing {
@@ -510,7 +536,6 @@ impl Machine {
             | Exit::Pause
             | Exit::Preempted(_)
             | Exit::WriteDr { .. }
-            | Exit::ReadDr { .. }
             | Exit::Module { .. }
             | Exit::Panic { .. } => Answer::Done,
         })
@@ -590,11 +615,16 @@ impl Machine {
         ending: Ending,
         cpu: &mut C,
         outside: &mut O,
+        observer: &mut dyn Observer,
     ) -> Result<End, RunError<C::Error>> {
         // A guest that was stopped between exits stands at no moment, and neither does its memory.
         let memory = match ending {
             Ending::StoppedRunning => None,
-            _ => Some(self.cpu(cpu.memory_digest())?),
+            _ => {
+                self.pass_left_open(cpu.left_open(true), outside, observer)
+                    .map_err(RunError::Closed)?;
+                Some(self.cpu(cpu.memory_digest())?)
+            }
         };
         let end = End {
             ending,

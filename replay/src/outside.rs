@@ -9,7 +9,7 @@ use thiserror::Error;
 
 use crate::digest::Digest;
 use crate::divergence::Divergence;
-use crate::event::{End, Ending};
+use crate::event::{End, Ending, LeftOpen};
 use crate::exit::Turn;
 use crate::journal::{JournalError, Tail};
 use crate::landing::{Horizon, Place};
@@ -110,6 +110,9 @@ pub trait Outside {
 
     /// An interrupt was delivered.
     fn interrupt(&mut self, at: &Moment, vector: u8) -> Result<(), Closed>;
+
+    /// The monitor has found out at this exit that something is left open.
+    fn left_open(&mut self, exits: u64, what: LeftOpen) -> Result<(), Closed>;
 
     /// Whether a digest of all of memory is wanted at this exit.
     fn wants_memory(&mut self, exits: u64) -> bool;

@@ -8,7 +8,7 @@ use std::io::Write;
 use hindsight_devices::{FirstReads, Input, Nanos, Room};
 
 use crate::digest::Digest;
-use crate::event::{End, Event};
+use crate::event::{End, Event, LeftOpen};
 use crate::exit::Turn;
 use crate::frame::IndexEntry;
 use crate::header::{Detail, Header};
@@ -148,6 +148,14 @@ impl<O: Outside, W: Write> Outside for Recorder<O, W> {
         self.append(at.exits, Event::Interrupt { vector, at: *at })?;
         self.journal.close_if_full(at.exits, self.now)?;
         self.inner.interrupt(at, vector)
+    }
+
+    fn left_open(&mut self, exits: u64, what: LeftOpen) -> Result<(), Closed> {
+        self.inner.left_open(exits, what)?;
+        // What belongs to an end without a turn, the time among it, comes before.
+        self.append_pending(exits)?;
+        self.append(exits, Event::LeftOpen(what))?;
+        Ok(())
     }
 
     fn wants_memory(&mut self, exits: u64) -> bool {

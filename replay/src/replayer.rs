@@ -7,7 +7,7 @@ use hindsight_devices::{FirstReads, Input, Nanos, Room};
 
 use crate::digest::Digest;
 use crate::divergence::{Difference, Divergence, first_difference};
-use crate::event::{End, Ending, Entry, Event};
+use crate::event::{End, Ending, Entry, Event, LeftOpen};
 use crate::exit::Turn;
 use crate::header::Detail;
 use crate::journal::{JournalError, JournalReader, TailReason};
@@ -349,6 +349,25 @@ impl<R: Read> Outside for Replayer<R> {
         Err(self.diverged(*at, Difference::Interrupt { expected, found }))
     }
 
+    fn left_open(&mut self, exits: u64, what: LeftOpen) -> Result<(), Closed> {
+        let expected = self.take(exits, |event| match event {
+            Event::LeftOpen(what) => Some(*what),
+            _ => None,
+        })?;
+        if expected == Some(what) {
+            return Ok(());
+        }
+        if expected.is_none() && self.peek()?.is_none() {
+            self.cut_short(exits)?;
+        }
+        let difference = Difference::Turn {
+            field: "what is left open",
+            expected: expected.map_or("nothing".into(), |what| what.to_string()),
+            found: what.to_string(),
+        };
+        Err(self.diverged(self.last_moment(exits), difference))
+    }
+
     fn wants_memory(&mut self, exits: u64) -> bool {
         let recorded = match self.peek() {
             Ok(Some(Entry {
@@ -527,6 +546,7 @@ fn describe(entry: &Entry) -> String {
         Event::Preempted(place) => format!("exit {exits}: preempted {place}"),
         Event::FirstReads { .. } => format!("exit {exits}: blocks of a disk's image are read"),
         Event::Posted(bytes) => format!("exit {exits}: \"{}\" is written", bytes.escape_ascii()),
+        Event::LeftOpen(what) => format!("exit {exits}: left open: {what}"),
     }
 }
 

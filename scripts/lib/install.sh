@@ -10,6 +10,8 @@ packages_box=(linux-image-amd64 qemu-system-x86 busybox-static cpio kmod xz-util
 packages_images=(linux-image-cloud-amd64 cpio gcc kmod libc6-dev)
 # What images of a whole Debian are built with.
 packages_debian=(mmdebstrap e2fsprogs zstd)
+# What other releases' kernels are checked with.
+packages_kernels=(debian-archive-keyring)
 # What the tests of disks make images with.
 packages_disks=(e2fsprogs fdisk)
 # What the tests of networks drive guests with, and read what `hindsight pcap` writes with.

@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use hindsight_devices::{Devices, FirstReads, Nanos, NoDisks, Output, Room};
 use hindsight_replay::{
     Chaos, Closed, Content, CpuidEntry, CpuidTable, Detail, Divergence, End, Entry, Event, Header,
-    Horizon, Host, JournalError, JournalReader, JournalWriter, Live, Machine, MachineDescription,
-    Moment, Observer, Outside, Patience, Place, QuickReads, Recorder, Replayer, RunError, Standing,
-    Tail, TrapCounts, Turn, Unit,
+    Horizon, Host, JournalError, JournalReader, JournalWriter, LeftOpen, Live, Machine,
+    MachineDescription, Moment, Observer, Outside, Patience, Place, QuickReads, Recorder, Replayer,
+    RunError, Standing, Tail, TrapCounts, Turn, Unit,
 };
 
 use crate::sim_world::SimWorld;
@@ -176,6 +176,8 @@ pub struct Trace {
     pub output: Vec<(u64, Vec<u8>)>,
     /// What it wrote without an exit, with the exit behind it.
     pub posted: Vec<(u64, Vec<u8>)>,
+    /// What was found to be left open, and the exit.
+    pub left_open: Vec<(u64, LeftOpen)>,
 }
 
 impl Trace {
@@ -200,6 +202,12 @@ impl Trace {
                 .iter()
                 .filter(|(at, _)| *at <= exits)
                 .cloned()
+                .collect(),
+            left_open: self
+                .left_open
+                .iter()
+                .filter(|(at, _)| *at <= exits)
+                .copied()
                 .collect(),
         }
     }
@@ -245,6 +253,10 @@ impl Observer for Trace {
 
     fn interrupt(&mut self, at: &Moment, vector: u8, _now: Nanos) {
         self.interrupts.push((*at, vector));
+    }
+
+    fn left_open(&mut self, exits: u64, what: LeftOpen) {
+        self.left_open.push((exits, what));
     }
 }
 
@@ -508,6 +520,10 @@ impl Outside for Unchecked {
     }
 
     fn interrupt(&mut self, _: &Moment, _: u8) -> Result<(), Closed> {
+        Ok(())
+    }
+
+    fn left_open(&mut self, _: u64, _: LeftOpen) -> Result<(), Closed> {
         Ok(())
     }
 

@@ -11,8 +11,8 @@ use std::fmt;
 
 use hindsight_devices::{Access, POSTED_PORT, Ram, Width};
 use hindsight_replay::{
-    Ahead, Answer, Back, Cpu, Exit, Horizon, Lander, MemoryDigest, Mode, Overshoot, PAGE_BYTES,
-    Registers, ShownClock, TimeInstruction, Walk, Went,
+    Ahead, Answer, Back, Cpu, Exit, Horizon, Lander, LeftOpen, MemoryDigest, Mode, Overshoot,
+    PAGE_BYTES, Registers, ShownClock, TimeInstruction, Walk, Went,
 };
 
 use crate::toy_counter::{Pmu, ToyCounter};
@@ -119,6 +119,8 @@ pub struct ToyCpu {
     posted: VecDeque<u8>,
     /// The time that the program has seen last, unless it has set the time stamp counter since.
     seen: Option<u64>,
+    /// How often it was asked what is left open, and what it has not said yet.
+    looks: (u64, Vec<LeftOpen>),
 }
 
 /// How many writes may wait: few, so that now and then one does not.
@@ -133,7 +135,13 @@ impl ToyCpu {
         registers.0[15] = mix(seed);
         registers.0[16] = 0x1000;
         registers.0[17] = FLAG_ONE;
+        let unsaid = if mix(seed ^ 11).is_multiple_of(4) {
+            LeftOpen::ALL.to_vec()
+        } else {
+            Vec::new()
+        };
         ToyCpu {
+            looks: (mix(seed), unsaid),
             program: Program::new(seed),
             registers,
             memory: vec![0; MEMORY_BYTES],
@@ -290,6 +298,7 @@ impl ToyCpu {
             noise: self.noise.clone(),
             kicks_in_a_row: self.kicks_in_a_row,
             fault: self.fault,
+            looks: self.looks.clone(),
             pmu: None,
             lander: None,
             posted: self.posted.clone(),
@@ -532,6 +541,16 @@ impl Cpu for ToyCpu {
         let count = there.len().min(buffer.len());
         buffer[..count].copy_from_slice(&there[..count]);
         count
+    }
+
+    fn left_open(&mut self, at_end: bool) -> Vec<LeftOpen> {
+        let (looks, unsaid) = &mut self.looks;
+        *looks = looks.wrapping_add(1);
+        let found = at_end || mix(*looks).is_multiple_of(97);
+        match found {
+            true => unsaid.pop().into_iter().collect(),
+            false => Vec::new(),
+        }
     }
 
     fn ram(&self) -> &Ram {

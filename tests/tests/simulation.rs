@@ -7,8 +7,8 @@ use hindsight_devices::{Access, Input, Nanos, Ram, Room, Width};
 use hindsight_replay::rng::{Rng, mix};
 use hindsight_replay::{
     Answer, Back, Closed, Cpu, Detail, Difference, Ending, Entry, Event, Exit, Horizon,
-    JournalReader, Machine, Mode, Registers, Replayer, RunError, ShownClock, TimeInstruction,
-    WITNESS_EVERY, World,
+    JournalReader, LeftOpen, Machine, Mode, Registers, Replayer, RunError, ShownClock,
+    TimeInstruction, WITNESS_EVERY, World,
 };
 use hindsight_tests::sim::{
     Recording, Replayed, Scenario, Unchecked, Verdict, bare_machine, cpuid_table, entries_of,
@@ -427,6 +427,11 @@ fn tampered(entry: &Entry, rng: &mut Rng) -> Option<Entry> {
             _ => end.memory = end.memory.map_or(Some(0), |_| None),
         },
         Event::Posted(bytes) => bytes[0] ^= 1 << rng.below(8),
+        Event::LeftOpen(what) => {
+            let all = LeftOpen::ALL;
+            let other = (*what as usize + 1 + rng.below(all.len() as u64 - 1) as usize) % all.len();
+            *what = all[other];
+        }
         Event::Input(_) | Event::Preempted(_) => return None,
     }
     Some(entry)
@@ -520,7 +525,8 @@ fn the_seeds_reach_what_they_are_meant_to_reach() {
     );
     assert_eq!(exits[Exit::PREEMPTED], 0);
     assert!(posted >= 100, "{posted} exits behind posted writes");
-    let [_, rest @ .., _, _, _] = events;
+    let [_, rest @ .., _, _, _, left_open] = events;
+    assert!(left_open >= 100, "{left_open} events of what is left open");
     assert!(rest.iter().all(|count| *count >= 100), "events: {events:?}");
     assert!(
         endings.len() >= 6 && endings.values().all(|count| *count >= 3),

@@ -11,7 +11,7 @@ use kvm_ioctls::Kvm;
 use thiserror::Error;
 
 use crate::boot::caves::isolates_page_tables;
-use crate::boot::{self, BootError, Elf, QuickPlan};
+use crate::boot::{self, BootError, Elf, QuickPlan, Rewritten};
 use crate::doctor;
 use crate::kernel_cache::{self, Prepared};
 use crate::kvm::{GuestMemory, KernelText, KvmCpu, KvmError, cpuid, exit_cost};
@@ -86,6 +86,7 @@ impl LoadedKernel {
         let found = boot::find_sites(&elf, modules.loads())?;
         let prepared = Prepared {
             content: content(image),
+            loaders: boot::rewritten::loaders(&elf, &found.sites),
             kernel,
             sites: found.sites,
             windows: found.windows,
@@ -192,6 +193,8 @@ pub fn build(
         kernel: image,
         sites,
         modules,
+        windows,
+        loaders,
         ..
     } = &kernel.0;
     let found = sites.counts();
@@ -226,6 +229,12 @@ pub fn build(
         quick.install(&mut memory).map_err(BootError::from)?;
         text.clock = Some(quick.clock().clone());
     }
+    let windows = if text.clock.is_some() {
+        &windows[..]
+    } else {
+        &[]
+    };
+    text.rewritten = Rewritten::new(&elf, sites, loaders, windows, text.clock.as_ref());
     let mut cpu = KvmCpu::new(kvm, memory, &description.cpuid)?;
     let counts_entries = description.preemption == Some(Unit::Entries);
     if !counts_entries || isolates_page_tables(&description.cmdline, &description.cpuid.vendor()) {

@@ -82,6 +82,7 @@ struct ImageSoak<'a> {
     equal: u64,
     endings: BTreeMap<String, u64>,
     landings: BTreeMap<String, u64>,
+    exits: Vec<u64>,
     interrupts: Vec<u64>,
     journals: Vec<u64>,
     seconds: Vec<f64>,
@@ -96,6 +97,7 @@ impl<'a> ImageSoak<'a> {
             equal: 0,
             endings: BTreeMap::new(),
             landings: BTreeMap::new(),
+            exits: Vec::new(),
             interrupts: Vec::new(),
             journals: Vec::new(),
             seconds: Vec::new(),
@@ -120,7 +122,7 @@ impl<'a> ImageSoak<'a> {
         };
         println!(
             "SUMMARY {} {} {}: {} of {} replays equal (console, digest chain, all of memory); \
-             {recordings} recordings, median {:.1} s, {} interrupts, journal {} bytes; \
+             {recordings} recordings, median {:.1} s, {} exits, {} interrupts, journal {} bytes; \
              endings: {}; landings: {}",
             self.image,
             self.debian.kernel().display(),
@@ -128,6 +130,7 @@ impl<'a> ImageSoak<'a> {
             self.equal,
             recordings * replays,
             median(&self.seconds).unwrap_or(f64::NAN),
+            median(&self.exits).unwrap_or(0),
             median(&self.interrupts).unwrap_or(0),
             median(&self.journals).unwrap_or(0),
             list(&self.endings),
@@ -167,15 +170,23 @@ impl<'a> ImageSoak<'a> {
         let (good, replay_seconds) = self.replay(&name, directory, &summary);
         let journal = summary["journal_bytes"].as_u64().unwrap_or(0);
         let interrupts = summary["interrupts"].as_u64().unwrap_or(0);
+        let exits = summary["exits"].as_u64().unwrap_or(0);
         println!(
-            "{name}: {seconds:.1} s, {interrupts} interrupts, journal {journal} bytes; {ending}; \
-             {good} of {} replays equal, {replay_seconds:.1} s each",
+            "{name}: {seconds:.1} s, {exits} exits, {interrupts} interrupts, journal {journal} bytes; \
+             {ending}; {good} of {} replays equal, {replay_seconds:.1} s each",
             self.plan.replays
         );
+        // Of a kernel that boots and reboots nothing is; and a recording that does not say so may be of anything.
+        if summary["left_open"] != serde_json::json!([]) {
+            println!("{name}: FAILED, left open: {}", summary["left_open"]);
+            *self.endings.entry("left open".into()).or_default() += 1;
+            return;
+        }
         self.equal += good;
         add_landings(&mut self.landings, &summary);
         *self.endings.entry(ending).or_default() += 1;
         self.journals.push(journal);
+        self.exits.push(exits);
         self.interrupts.push(interrupts);
         self.seconds.push(seconds);
     }

@@ -21,9 +21,9 @@ use hindsight_guest_images::layout::{
 use hindsight_guest_images::micro::{self, Reach, Torture, Tortured};
 use hindsight_replay::rng::Rng;
 use hindsight_replay::{
-    Closed, Content, CpuidTable, Detail, Digest, End, Exit, Header, Horizon, JournalReader, Live,
-    MachineDescription, Moment, Observer, Outside, Recorder, Replayer, Standing, TimeQuery,
-    TrapCounts, Turn, World,
+    Closed, Content, CpuidTable, Detail, Digest, End, Exit, Header, Horizon, JournalReader,
+    LeftOpen, Live, MachineDescription, Moment, Observer, Outside, Recorder, Replayer, Standing,
+    TimeQuery, TrapCounts, Turn, World,
 };
 use hindsight_tests::sim::bare_machine;
 use kvm_ioctls::Kvm;
@@ -286,6 +286,9 @@ impl<O: Outside> Outside for Poke<O> {
     }
     fn interrupt(&mut self, at: &Moment, vector: u8) -> Result<(), Closed> {
         self.inner.interrupt(at, vector)
+    }
+    fn left_open(&mut self, exits: u64, what: LeftOpen) -> Result<(), Closed> {
+        self.inner.left_open(exits, what)
     }
     fn wants_memory(&mut self, exits: u64) -> bool {
         self.inner.wants_memory(exits)

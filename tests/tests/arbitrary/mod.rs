@@ -2,7 +2,7 @@
 
 use hindsight_devices::{Access, Input, Reset, Width};
 use hindsight_replay::{
-    Answer, End, Ending, Event, Exit, Mode, Moment, Registers, TimeInstruction, Turn,
+    Answer, End, Ending, Event, Exit, LeftOpen, Mode, Moment, Registers, TimeInstruction, Turn,
 };
 use proptest::prelude::*;
 
@@ -46,7 +46,6 @@ pub fn exit() -> impl Strategy<Value = Exit> {
         1 => any::<u64>().prop_map(|value| Exit::WriteCr4 { value }),
         1 => (any::<u8>(), any::<u64>())
             .prop_map(|(number, value)| Exit::WriteDr { number, value }),
-        1 => any::<u8>().prop_map(|number| Exit::ReadDr { number }),
         1 => (any::<u64>(), any::<u32>())
             .prop_map(|(module, sites)| Exit::Module { module, sites }),
         1 => any::<u64>().prop_map(|message| Exit::Panic { message }),
@@ -157,5 +156,6 @@ pub fn event() -> impl Strategy<Value = Event> {
         any::<u64>().prop_map(|digest| Event::Memory { digest }),
         any::<u64>().prop_map(|check| Event::FirstReads { check }),
         prop::collection::vec(any::<u8>(), 0..40).prop_map(Event::Posted),
+        (0..LeftOpen::ALL.len()).prop_map(|which| Event::LeftOpen(LeftOpen::ALL[which])),
     ]
 }

@@ -36,15 +36,42 @@ impl Alternative {
 /// feature and flags), 5.17 and later (16 bits of feature), and before (a third length).
 const LAYOUTS: [(usize, usize); 3] = [(14, 12), (12, 10), (13, 10)];
 
-/// All entries, in order; `None` if they are there and cannot be understood.
-pub fn read(elf: &Elf<'_>) -> Option<Vec<Alternative>> {
+/// All entries of a kernel, in the order of what they patch.
+#[derive(Debug, Default)]
+pub struct Alternatives {
+    entries: Vec<Alternative>,
+}
+
+/// All entries; `None` if they are there and cannot be understood.
+pub fn read(elf: &Elf<'_>) -> Option<Alternatives> {
     let Some(table) = elf.data.iter().find(|d| d.name == ".altinstructions") else {
-        return Some(Vec::new());
+        return Some(Alternatives::default());
     };
     let bytes = elf.bytes(&table.file);
-    LAYOUTS
+    let mut entries = LAYOUTS
         .into_iter()
-        .find_map(|(size, lengths)| with_layout(elf, table.address, bytes, size, lengths))
+        .find_map(|(size, lengths)| with_layout(elf, table.address, bytes, size, lengths))?;
+    // Several for one place stay in the kernel's order, in which it applies them.
+    entries.sort_by_key(|entry| entry.address);
+    Some(Alternatives { entries })
+}
+
+impl Alternatives {
+    /// All of them, by the address of the code that is patched.
+    pub fn iter(&self) -> impl Iterator<Item = &Alternative> {
+        self.entries.iter()
+    }
+
+    /// Those that patch any of these addresses.
+    pub fn touching(&self, range: Range<u64>) -> impl Iterator<Item = &Alternative> {
+        // None is longer than its length in a byte says.
+        let first = range.start.saturating_sub(u8::MAX.into());
+        let first = self.entries.partition_point(|entry| entry.address < first);
+        self.entries[first..]
+            .iter()
+            .take_while(move |entry| entry.address < range.end)
+            .filter(move |entry| range.start < entry.range().end)
+    }
 }
 
 fn with_layout(
@@ -70,11 +97,8 @@ fn with_layout(
                 replacement_bytes: raw[lengths + 1],
             };
             let is_code = |at: u64, bytes: u8| {
-                elf.code.iter().any(|code| {
-                    let offset = at.wrapping_sub(code.address);
-                    offset
-                        .checked_add(bytes.into())
-                        .is_some_and(|end| end <= code.file.len() as u64)
+                elf.code_at(at).is_some_and(|code| {
+                    u64::from(bytes) <= code.file.len() as u64 - (at - code.address)
                 })
             };
             let sound = found.replacement_bytes <= found.bytes
@@ -111,7 +135,7 @@ mod tests {
         image.extend(table);
         let sections = [(".text", 0, 64), (".altinstructions", 64, table.len())];
         let file = tiny_elf_with(&image, &sections);
-        read(&Elf::parse(&file).unwrap())
+        read(&Elf::parse(&file).unwrap()).map(|found| found.entries)
     }
 
     #[test]
@@ -148,7 +172,8 @@ mod tests {
             let kernel = super::super::unpack(&image).unwrap();
             let elf = Elf::parse(&kernel.elf).unwrap();
             let found = read(&elf).unwrap_or_else(|| panic!("{path}: not understood"));
-            assert!(found.len() > 1_000, "{path}: {}", found.len());
+            let count = found.entries.len();
+            assert!(count > 1_000, "{path}: {count}");
         }
     }
 }

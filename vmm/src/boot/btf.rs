@@ -16,6 +16,8 @@ const TYPE_BYTES: usize = 12;
 const MEMBER_BYTES: usize = 12;
 /// Chains of typedefs and qualifiers are followed this far; they could lead in a circle.
 const CHAIN: usize = 32;
+/// How many members are looked at to find one; nameless structures that hold each other may have any number.
+const MEMBERS: usize = 1 << 16;
 
 const INT: u32 = 1;
 const PTR: u32 = 2;
@@ -104,16 +106,23 @@ impl<'a> Btf<'a> {
 
     /// A member of a structure or union, or of a nameless one in it.
     pub fn member(&self, of: Type, name: &str) -> Option<Member> {
-        self.member_within(of, name, CHAIN)
+        self.member_within(of, name, CHAIN, &mut { MEMBERS })
     }
 
-    fn member_within(&self, of: Type, name: &str, depth: usize) -> Option<Member> {
+    fn member_within(
+        &self,
+        of: Type,
+        name: &str,
+        depth: usize,
+        patience: &mut usize,
+    ) -> Option<Member> {
         let head = self.head(self.plain(of)?)?;
         if !matches!(head.kind, STRUCT | UNION) {
             return None;
         }
         let members = head.rest.get(..head.count * MEMBER_BYTES)?;
         members.chunks_exact(MEMBER_BYTES).find_map(|member| {
+            *patience = patience.checked_sub(1)?;
             let of = Type(u32_at(member, 4)?);
             let bits = u32_at(member, 8)?;
             let bits = if head.has_bit_fields {
@@ -129,7 +138,7 @@ impl<'a> Btf<'a> {
             if !self.is_named(own_name, "") {
                 return None;
             }
-            let inner = self.member_within(of, name, depth.checked_sub(1)?)?;
+            let inner = self.member_within(of, name, depth.checked_sub(1)?, patience)?;
             Some(Member {
                 offset: offset.checked_add(inner.offset)?,
                 of: inner.of,

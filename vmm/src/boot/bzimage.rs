@@ -7,6 +7,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::error::BootError;
+use super::formats;
 use super::payload;
 use super::zero_page::{
     BOOT_FLAG, BOOT_FLAG_MAGIC, HDRS, HEADER_JUMP, HEADER_MAGIC, KERNEL_VERSION, LOADFLAGS,
@@ -23,6 +24,8 @@ const LOADED_HIGH: u8 = 1;
 /// `XLF_KERNEL_64` in xloadflags.
 const XLF_KERNEL_64: u16 = 1;
 const SECTOR_BYTES: usize = 512;
+/// A vmlinux with its debugging information is longer than what a bzImage holds.
+const ELF_LIMIT: u64 = 1 << 30;
 /// The version string is a line; a longer one is not a version.
 const VERSION_LIMIT: usize = 512;
 
@@ -45,9 +48,13 @@ pub struct Kernel {
 /// # Errors
 ///
 /// Says what is wrong with the file: not a kernel, cut short, for another machine, or damaged. The unpacked
-/// kernel is limited to 1 GiB.
+/// kernel is limited to 256 MiB.
 pub fn unpack(image: &[u8]) -> Result<Kernel, BootError> {
     if image.starts_with(b"\x7fELF") {
+        let (found, limit) = (image.len() as u64, ELF_LIMIT);
+        if found > limit {
+            return Err(BootError::TooLarge { found, limit });
+        }
         return Ok(Kernel {
             elf: image.to_vec(),
             version: String::new(),
@@ -55,10 +62,17 @@ pub fn unpack(image: &[u8]) -> Result<Kernel, BootError> {
             compression: "none".into(),
         });
     }
-    if image.len() >= BOOT_FLAG + 2 && u16_at(image, BOOT_FLAG)? != BOOT_FLAG_MAGIC {
-        return Err(BootError::NotAKernel {
-            found: image[..8].to_vec(),
-        });
+    let is_boot_sector = image
+        .get(BOOT_FLAG..BOOT_FLAG + 2)
+        .is_some_and(|flag| flag == BOOT_FLAG_MAGIC.to_le_bytes());
+    if !is_boot_sector || u32_at(image, HEADER_MAGIC)? != HDRS {
+        if let Some((what, advice)) = formats::name(image) {
+            return Err(BootError::OtherFormat { what, advice });
+        }
+        if image.len() >= BOOT_FLAG + 2 && !is_boot_sector {
+            let found = image[..8].to_vec();
+            return Err(BootError::NotAKernel { found });
+        }
     }
     let magic = u32_at(image, HEADER_MAGIC)?;
     if magic != HDRS {
@@ -220,7 +234,7 @@ mod tests {
 
     #[test]
     fn what_is_not_a_kernel_is_named_as_such() {
-        assert!(matches!(unpack(&[]), Err(BootError::Truncated { .. })));
+        assert!(matches!(unpack(&[7]), Err(BootError::Truncated { .. })));
         assert!(matches!(
             unpack(&[7; 4096]),
             Err(BootError::NotAKernel { .. })
@@ -247,6 +261,46 @@ mod tests {
                 ..
             })
         ));
+    }
+
+    #[test]
+    fn other_files_are_named_with_what_to_do() {
+        let at = |offset: usize, bytes: &[u8]| {
+            let mut file = vec![0; 4096];
+            file[offset..offset + bytes.len()].copy_from_slice(bytes);
+            file
+        };
+        let mut uki = at(0, b"MZ");
+        uki[0x3c] = 0x80;
+        uki[0x80..0x84].copy_from_slice(b"PE\0\0");
+        uki[0x86] = 2; // sections
+        uki[0x98 + 40..][..6].copy_from_slice(b".linux");
+        let mut efi = uki.clone();
+        efi[0x98 + 40..][..6].copy_from_slice(b".reloc");
+        for (file, name) in [
+            (at(0, &[0x1f, 0x8b]), "gzip"),
+            (at(0, b"\xfd7zXZ\0"), "xz"),
+            (at(0, &[0x28, 0xb5, 0x2f, 0xfd]), "zstd"),
+            (b"BZh9".to_vec(), "bzip2"),
+            (at(0x38, b"ARMd"), "64-bit ARM"),
+            (at(0x24, &[0x18, 0x28, 0x6f, 0x01]), "32-bit ARM"),
+            (at(0x38, b"RSC\x05"), "RISC-V"),
+            (at(0, b"MZ\0\0zimg"), "EFI zboot"),
+            (uki, "unified kernel image"),
+            (efi, "EFI program"),
+            (at(0, b"070701"), "cpio"),
+            (at(0, b"!<arch>\n"), "package"),
+            (at(0, &[0x27, 0x05, 0x19, 0x56]), "U-Boot"),
+            (at(0, &[0xd0, 0x0d, 0xfe, 0xed]), "device tree"),
+            (at(0, b"QFI\xfb"), "image of a disk"),
+            (at(0x1fe, &[0x55, 0xaa]), "boot sector"),
+            (b"#!/bin/sh\n".to_vec(), "script"),
+            (Vec::new(), "empty"),
+        ] {
+            let error = unpack(&file).unwrap_err();
+            assert!(matches!(error, BootError::OtherFormat { .. }), "{error}");
+            assert!(error.to_string().contains(name), "{name}: {error}");
+        }
     }
 
     #[test]

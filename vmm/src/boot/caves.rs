@@ -60,8 +60,8 @@ pub fn find(elf: &Elf<'_>) -> Option<EntryCaves> {
     let word = elf
         .segments
         .iter()
-        .filter(|segment| segment.writable && !segment.executable)
-        .flat_map(|segment| gaps(segment, &elf.taken))
+        .filter(|segment| segment.writable)
+        .flat_map(|segment| gaps(&kept(segment, elf), &elf.taken))
         .max_by_key(|gap| (gap.end - gap.start, std::cmp::Reverse(gap.start)))?;
     let cave = |address| {
         let physical = elf.physical(address)?;
@@ -103,29 +103,41 @@ fn longest_padding(text: &[u8], address: u64) -> Option<Range<u64>> {
     (longest.len() >= BLOCKS_MIN).then(|| offset(longest.start)..offset(longest.end))
 }
 
-/// What sections leave over in a segment, behind the end of one and on the same page: whole lines.
-fn gaps(segment: &Segment, taken: &[Range<u64>]) -> Vec<Range<u64>> {
-    let end = segment.virtual_address + segment.memory_bytes;
-    let inside = |section: &&Range<u64>| {
-        section.start >= segment.virtual_address && section.end < end && !section.is_empty()
-    };
-    taken
-        .iter()
-        .filter(inside)
-        .filter_map(|section| {
-            let start = section.end.next_multiple_of(LINE_BYTES);
-            let next = taken
-                .iter()
-                .filter(|other| other.end > section.end)
-                .map(|other| other.start.max(section.end))
-                .min();
-            let stop = end
-                .min(section.end.next_multiple_of(PAGE))
-                .min(next.unwrap_or(end))
-                & !(LINE_BYTES - 1);
-            (start < stop).then_some(start..stop)
-        })
-        .collect()
+/// The virtual addresses of a segment up to where what is freed after boot begins: 6.12 has that in a segment of its
+/// own, 7.2 in that of its data.
+fn kept(segment: &Segment, elf: &Elf<'_>) -> Range<u64> {
+    let (start, bytes) = (segment.virtual_address, segment.memory_bytes);
+    let freed = elf.code.iter().chain(&elf.data);
+    let freed =
+        freed.filter(|section| section.name.starts_with(".init") && section.address >= start);
+    let end = freed.map(|section| section.address).min();
+    start..end.map_or(start + bytes, |end| end.min(start + bytes))
+}
+
+/// What sections leave over in a range of addresses, behind the end of one and on the same page: whole lines.
+fn gaps(range: &Range<u64>, taken: &[Range<u64>]) -> Vec<Range<u64>> {
+    let mut taken: Vec<_> = taken.iter().filter(|section| !section.is_empty()).collect();
+    taken.sort_unstable_by_key(|section| section.start);
+    let mut found = Vec::new();
+    // Where all sections so far end.
+    let mut end: Option<u64> = None;
+    let beyond = range.end..u64::MAX;
+    for section in taken.into_iter().chain([&beyond]) {
+        let last = end.replace(end.map_or(section.end, |end| end.max(section.end)));
+        let Some(last) = last.filter(|last| range.start < *last && *last < range.end) else {
+            continue;
+        };
+        let start = last.next_multiple_of(LINE_BYTES);
+        let stop = section
+            .start
+            .min(range.end)
+            .min(last.next_multiple_of(PAGE))
+            & !(LINE_BYTES - 1);
+        if start < stop {
+            found.push(start..stop);
+        }
+    }
+    found
 }
 
 /// Whether Linux hides its data from the page tables that user programs run on (page-table isolation): an
@@ -182,15 +194,8 @@ mod tests {
         text
     }
 
-    fn data(bytes: u64) -> Segment {
-        Segment {
-            virtual_address: BASE,
-            physical_address: 0x100_0000,
-            file: 0..bytes as usize,
-            memory_bytes: bytes,
-            executable: false,
-            writable: true,
-        }
+    fn data(bytes: u64) -> Range<u64> {
+        BASE..BASE + bytes
     }
 
     #[test]

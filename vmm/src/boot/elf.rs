@@ -14,12 +14,19 @@ const LITTLE_ENDIAN: u8 = 1;
 const HEADER_BYTES: usize = 64;
 const PROGRAM_HEADER_BYTES: usize = 56;
 const SECTION_HEADER_BYTES: usize = 64;
+const ET_EXEC: u16 = 2;
+const ET_DYN: u16 = 3;
 const PT_LOAD: u32 = 1;
 const PF_X: u32 = 1;
 const PF_W: u32 = 2;
 const SHT_PROGBITS: u32 = 1;
+const SHF_WRITE: u64 = 1;
 const SHF_ALLOC: u64 = 2;
 const SHF_EXECINSTR: u64 = 4;
+/// No segment ends as close to the end of the address space: the kernel's half ends 1 GiB below it.
+const ROUNDING_BYTES: u64 = 2 << 20;
+/// Linux has five program headers.
+const PROGRAM_HEADERS_MAX: u16 = 128;
 
 /// A part of the kernel that goes to guest memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -72,7 +79,7 @@ pub struct Elf<'a> {
     pub entry: u64,
     /// What to load, in the file's order.
     pub segments: Vec<Segment>,
-    /// What is code, in the file's order.
+    /// What is code, in ascending order of address; no two overlap.
     pub code: Vec<Code>,
     /// The sections that are loaded and are not code, in the file's order; empty where the file names no
     /// sections.
@@ -124,15 +131,28 @@ impl<'a> Elf<'a> {
                 });
             }
         }
+        let kind = u16_in(header, 16);
+        if kind != ET_EXEC && kind != ET_DYN {
+            return Err(BootError::BadElf {
+                what: "the ELF type",
+                found: kind.into(),
+                expected: "2 or 3, a program; 1 is an object file such as a module, 4 a core dump",
+            });
+        }
         let segments = segments(file, header)?;
-        let entry = entry(&segments, u64_in(header, 24))?;
-        let Sections { code, data, taken } = match sections(file, header, &segments)? {
+        let Sections {
+            mut code,
+            data,
+            taken,
+        } = match sections(file, header, &segments)? {
             Some(found) => found,
             None => Sections {
                 code: code_of_segments(&segments)?,
                 ..Sections::default()
             },
         };
+        code.sort_by_key(|code| code.address);
+        let entry = entry(&segments, &code, u64_in(header, 24))?;
         Ok(Elf {
             file,
             entry,
@@ -176,6 +196,13 @@ impl<'a> Elf<'a> {
         &self.file[range.clone()]
     }
 
+    /// The code that holds virtual address `address`.
+    pub fn code_at(&self, address: u64) -> Option<&Code> {
+        let behind = self.code.partition_point(|code| code.address <= address);
+        let code = self.code.get(behind.checked_sub(1)?)?;
+        (address - code.address < code.file.len() as u64).then_some(code)
+    }
+
     /// The `bytes` bytes that the file has for virtual address `address`.
     pub fn at(&self, address: u64, bytes: usize) -> Option<&'a [u8]> {
         let segment = self
@@ -198,11 +225,19 @@ impl<'a> Elf<'a> {
 
 /// The PT_LOAD entries of the program header table.
 fn segments(file: &[u8], header: &[u8]) -> Result<Vec<Segment>, BootError> {
+    let count = u16_in(header, 56);
+    if count > PROGRAM_HEADERS_MAX {
+        return Err(BootError::BadElf {
+            what: "the number of program headers",
+            found: count.into(),
+            expected: "128 or fewer",
+        });
+    }
     let table = table(
         file,
         "the program headers",
         u64_in(header, 32),
-        u16_in(header, 56),
+        count,
         u16_in(header, 54),
         PROGRAM_HEADER_BYTES,
     )?;
@@ -225,8 +260,12 @@ fn segments(file: &[u8], header: &[u8]) -> Result<Vec<Segment>, BootError> {
             ("a segment's physical address", physical_address),
             ("a segment's virtual address", virtual_address),
         ] {
-            // The last byte may be the last of the address space; the end is then one more than u64 holds.
-            if address.checked_add(memory_bytes).is_none() {
+            // Nor may a few pages more wrap: whoever rounds an address up in the kernel need not think of it.
+            let end = address.checked_add(memory_bytes);
+            if end
+                .and_then(|end| end.checked_add(ROUNDING_BYTES))
+                .is_none()
+            {
                 return Err(BootError::BadElf {
                     what,
                     found: address,
@@ -251,28 +290,67 @@ fn segments(file: &[u8], header: &[u8]) -> Result<Vec<Segment>, BootError> {
             expected: "one or more",
         });
     }
+    // Each byte of the file is loaded once, to a place of its own: so what all of it costs is bounded by the file's
+    // length.
+    let in_file = segments.iter().map(|segment| &segment.file);
+    apart(
+        "a segment's place in the file",
+        in_file.map(|file| file.start as u64..file.end as u64),
+    )?;
+    let physical = |segment: &Segment| segment.physical_address..segment.physical_end();
+    apart(
+        "a segment's physical address",
+        segments.iter().map(physical),
+    )?;
+    let seen =
+        |segment: &Segment| segment.virtual_address..segment.virtual_address + segment.memory_bytes;
+    apart("a segment's virtual address", segments.iter().map(seen))?;
     Ok(segments)
 }
 
-/// The entry as a physical address. Linux gives a physical one (`phys_startup_64`), other kernels a virtual one.
-fn entry(segments: &[Segment], entry: u64) -> Result<u64, BootError> {
-    let executable = || segments.iter().filter(|segment| segment.executable);
-    let offset_in = |start: u64, segment: &Segment| {
+/// Refuses ranges of which two overlap. Empty ones overlap nothing.
+fn apart(what: &'static str, ranges: impl Iterator<Item = Range<u64>>) -> Result<(), BootError> {
+    let mut ranges: Vec<_> = ranges.filter(|range| !range.is_empty()).collect();
+    ranges.sort_unstable_by_key(|range| range.start);
+    match ranges.windows(2).find(|two| two[1].start < two[0].end) {
+        None => Ok(()),
+        Some(two) => Err(BootError::BadElf {
+            what,
+            found: two[1].start,
+            expected: "one outside of every other one",
+        }),
+    }
+}
+
+/// The entry as a physical address, in one of the sections of code. Linux gives a physical one (`phys_startup_64`), other
+/// kernels a virtual one.
+///
+/// The segments' flags are not asked: newer kernels begin in `.init.text`, in a segment that is for data.
+fn entry(segments: &[Segment], code: &[Code], entry: u64) -> Result<u64, BootError> {
+    let physical = |address: u64| {
+        segments.iter().find_map(|segment| {
+            let offset = address.checked_sub(segment.virtual_address)?;
+            (offset < segment.file.len() as u64).then(|| segment.physical_address + offset)
+        })
+    };
+    let offset_in = |start: u64, code: &Code| {
         entry
             .checked_sub(start)
-            .filter(|&offset| offset < segment.file.len() as u64)
+            .filter(|&offset| offset < code.file.len() as u64)
     };
-    if executable().any(|segment| offset_in(segment.physical_address, segment).is_some()) {
+    let places = || {
+        code.iter()
+            .filter_map(|code| Some((physical(code.address)?, code)))
+    };
+    if places().any(|(start, code)| offset_in(start, code).is_some()) {
         return Ok(entry);
     }
-    executable()
-        .find_map(|segment| {
-            Some(segment.physical_address + offset_in(segment.virtual_address, segment)?)
-        })
+    places()
+        .find_map(|(start, code)| Some(start + offset_in(code.address, code)?))
         .ok_or(BootError::BadElf {
             what: "the entry",
             found: entry,
-            expected: "an address in an executable segment",
+            expected: "an address in a section of code",
         })
 }
 
@@ -319,16 +397,27 @@ fn sections(
                 expected,
             });
         }
-        let list = match flags & SHF_EXECINSTR {
-            0 => &mut found.data,
-            _ => &mut found.code,
+        let name = name(names, u32_in(entry, 0));
+        // Since 6.14 `.data` is executable as well: it holds the little code that kexec copies elsewhere. To take
+        // data for code would be to rewrite it.
+        let is_code =
+            flags & SHF_EXECINSTR != 0 && (flags & SHF_WRITE == 0 || name.contains("text"));
+        let list = match is_code {
+            true => &mut found.code,
+            false => &mut found.data,
         };
         list.push(Code {
-            name: name(names, u32_in(entry, 0)),
+            name,
             address,
             file: range,
         });
     }
+    // Segments do not overlap, so neither do these in the file.
+    let taken = found.code.iter().chain(&found.data);
+    apart(
+        "a section's address",
+        taken.map(|code| code.address..code.address + code.file.len() as u64),
+    )?;
     Ok(Some(found))
 }
 

@@ -18,6 +18,14 @@ pub enum BootError {
         /// The first bytes of the file, at most eight.
         found: Vec<u8>,
     },
+    /// The file is something else that is known.
+    #[error("the kernel's file is {what}; {advice}")]
+    OtherFormat {
+        /// What it is.
+        what: &'static str,
+        /// What to do.
+        advice: &'static str,
+    },
     /// The file ends before something that its headers promise.
     #[error(
         "{what} needs {needed} bytes of the file, which has {found}; it was cut short, fetch it again"
@@ -131,6 +139,15 @@ pub enum BootError {
     NoTimeReads {
         /// How much code was looked at, in bytes.
         code_bytes: u64,
+    },
+    /// More to trap than any kernel has.
+    #[error(
+        "more than {limit} instructions to trap: not a kernel, but a file made to look like one; give an \
+         unmodified x86-64 Linux kernel"
+    )]
+    TooManySites {
+        /// The most that are taken.
+        limit: usize,
     },
     /// An instruction to be trapped that carries more prefixes than a compiler writes.
     #[error(

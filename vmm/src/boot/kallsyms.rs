@@ -29,7 +29,7 @@ const TOKENS_BEFORE_DIGITS_BYTES: usize = 4096;
 /// Fewer symbols than this is no kernel, but an accident of bytes.
 const FEWEST: usize = 16;
 /// How many steps the search may take before it is given up: real kernels take less than a hundredth.
-const PATIENCE: usize = 100_000_000;
+const PATIENCE: usize = 50_000_000;
 /// Kernel addresses begin here.
 const KERNEL_HALF: u64 = 1 << 63;
 /// A name is no longer (KSYM_NAME_LEN, Linux 6.1).
@@ -88,11 +88,11 @@ impl<'a> Symbols<'a> {
 
     /// The address of the first symbol of this name.
     pub fn lookup(&self, name: &str) -> Option<u64> {
-        let mut found = Vec::with_capacity(NAME_BYTES);
-        let index = self.names.from(0).position(|packed| {
-            self.unpack(packed, &mut found);
-            found == name.as_bytes()
-        })?;
+        let name = name.as_bytes();
+        let index = self
+            .names
+            .from(0)
+            .position(|packed| self.is(packed, name))?;
         Some(self.addresses.get(index))
     }
 
@@ -109,6 +109,22 @@ impl<'a> Symbols<'a> {
         let mut name = Vec::new();
         self.unpack(self.names.from(index).next()?, &mut name);
         Some(String::from_utf8_lossy(&name).into_owned())
+    }
+
+    /// Whether a packed name is `wanted`. Looks no further than where they differ.
+    fn is(&self, packed: &[u8], wanted: &[u8]) -> bool {
+        let (mut rest, mut is_type) = (wanted, true);
+        for &token in packed {
+            let mut characters = self.tokens[usize::from(token)];
+            if is_type && let Some((_, behind)) = characters.split_first() {
+                (characters, is_type) = (behind, false);
+            }
+            match rest.strip_prefix(characters) {
+                Some(left) => rest = left,
+                None => return false,
+            }
+        }
+        rest.is_empty()
     }
 
     /// A name's characters: its tokens', but the first, which is the symbol's type.
@@ -194,8 +210,9 @@ fn indexed_tokens<'a>(
     let mut at = start;
     for _ in 0..TOKENS {
         let rest = image.get(at..)?;
-        let length = rest.iter().take(NAME_BYTES).position(|&byte| byte == 0)?;
-        *patience = patience.checked_sub(length)?;
+        let length = rest.iter().take(NAME_BYTES).position(|&byte| byte == 0);
+        *patience = patience.checked_sub(length.unwrap_or(NAME_BYTES))?;
+        let length = length?;
         starts.push(at - start);
         tokens.push(&rest[..length]);
         at += length + 1;

@@ -13,6 +13,7 @@ mod bzimage;
 pub mod caves;
 mod elf;
 mod error;
+mod formats;
 pub mod kallsyms;
 pub mod layout;
 mod load;
@@ -23,6 +24,7 @@ mod panics;
 mod payload;
 mod quick;
 mod quick_stub;
+pub mod rewritten;
 #[cfg(test)]
 mod testing;
 mod transmit;
@@ -39,6 +41,7 @@ pub use kallsyms::Symbols;
 pub use load::{BootPlan, E820Entry, Given, GuestRam, Seed, e820, load};
 pub use modules::{ModuleLayout, Modules};
 pub use quick::{QuickClock, QuickPlan};
+pub use rewritten::Rewritten;
 pub use traps::{Site, SiteKind, Sites};
 pub use windows::Window;
 

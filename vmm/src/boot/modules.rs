@@ -45,8 +45,9 @@ const LOADER: &str = "load_module";
 /// No module's text is longer: of the largest known one it is some 30 MiB. A guest may claim what it likes, and map the
 /// same page over and over; what is longer is not looked at.
 const TEXT_BYTES: u32 = 64 << 20;
-/// No module has more instructions to trap; of the largest known ones, some hundreds.
-const SITES: usize = 1 << 16;
+/// No module has more instructions to trap; of the largest known ones, some hundreds. What comes after so many is left
+/// alone.
+const SITES_MAX: usize = 1 << 16;
 /// No module has more symbols.
 const SYMBOLS: u32 = 1 << 20;
 /// An entry of the symbol table (ELF-64, "Symbol Table").
@@ -119,22 +120,8 @@ pub struct ModuleText {
     pub sites: Vec<ModuleSite>,
     /// Virtual addresses of OUTs to a trap port that the module has itself.
     pub own_outs: Vec<u64>,
-    /// Why the module is left alone, if it is; then there are no sites.
-    pub refused: Option<Refused>,
-}
-
-/// Why a module is left alone.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Refused {
-    /// Its text is longer than any module's.
-    TooLong {
-        /// How long it says it is.
-        bytes: u32,
-    },
-    /// It has more instructions to trap than any module.
-    TooMany,
-    /// Its text is not all in memory.
-    NotMapped,
+    /// Not all of it could be read, or there is more than any module has: some of it is not trapped.
+    pub is_cut: bool,
 }
 
 /// Reads guest memory at a virtual address, as far as it is mapped; returns how many bytes.
@@ -207,16 +194,6 @@ impl Modules {
     }
 }
 
-impl ModuleText {
-    /// That of a module that is left alone.
-    pub fn refused(why: Refused) -> ModuleText {
-        ModuleText {
-            refused: Some(why),
-            ..ModuleText::default()
-        }
-    }
-}
-
 impl ModuleLayout {
     /// Out of the kernel's own types.
     fn find(btf: &Btf<'_>) -> Option<ModuleLayout> {
@@ -238,20 +215,22 @@ impl ModuleLayout {
             let (Some(base), Some(bytes)) = (base, bytes) else {
                 continue;
             };
-            // A module without a text of this kind, or something that is none.
-            let Some(end) = base.checked_add(bytes.into()) else {
+            if base == 0 || bytes == 0 {
+                // A module without a text of this kind.
+                continue;
+            }
+            let end = base.checked_add(bytes.into());
+            let Some(end) = end.filter(|_| bytes <= TEXT_BYTES) else {
+                found.is_cut = true;
                 continue;
             };
-            if base == 0 || bytes == 0 {
-                continue;
-            }
-            if bytes > TEXT_BYTES {
-                return ModuleText::refused(Refused::TooLong { bytes });
-            }
             let starts = starts.get_or_insert_with(|| self.starts(module, read));
             let text = read_all(read, base, bytes as usize);
             let first = starts.partition_point(|&start| start < base);
-            let swept = traps::each_instruction(&text, base, &starts[first..], |instruction| {
+            let all = traps::each_instruction(&text, base, &starts[first..], |instruction| {
+                if found.sites.len() + found.own_outs.len() == SITES_MAX {
+                    return Err(());
+                }
                 if let Some(kind) = SiteKind::of(instruction) {
                     found.sites.push(ModuleSite {
                         address: instruction.ip(),
@@ -261,14 +240,9 @@ impl ModuleLayout {
                 } else if traps::is_own_out(instruction) {
                     found.own_outs.push(instruction.ip());
                 }
-                match found.sites.len() + found.own_outs.len() {
-                    0..=SITES => Ok(()),
-                    _ => Err(Refused::TooMany),
-                }
+                Ok(())
             });
-            if let Err(refused) = swept {
-                return ModuleText::refused(refused);
-            }
+            found.is_cut |= all.is_err() || text.len() < bytes as usize;
             found.ranges.push(base..end);
         }
         found

@@ -28,6 +28,7 @@ const SILENT: [&str; 7] = [
 /// A set of addresses in code.
 #[derive(Debug)]
 pub struct Named {
+    /// In ascending order of address.
     sections: Vec<Bits>,
 }
 
@@ -99,21 +100,29 @@ impl Named {
     }
 
     fn add(&mut self, address: u64) {
-        for bits in &mut self.sections {
-            let offset = address.wrapping_sub(bits.address);
-            if offset < bits.bytes {
-                bits.words[(offset / 64) as usize] |= 1 << (offset % 64);
-                return;
-            }
+        if let Some(at) = self.section_of(address) {
+            let bits = &mut self.sections[at];
+            let offset = address - bits.address;
+            bits.words[(offset / 64) as usize] |= 1 << (offset % 64);
         }
     }
 
     /// Whether anything names this address.
     pub fn contains(&self, address: u64) -> bool {
-        self.sections.iter().any(|bits| {
-            let offset = address.wrapping_sub(bits.address);
-            offset < bits.bytes && bits.words[(offset / 64) as usize] >> (offset % 64) & 1 != 0
+        self.section_of(address).is_some_and(|at| {
+            let bits = &self.sections[at];
+            let offset = address - bits.address;
+            bits.words[(offset / 64) as usize] >> (offset % 64) & 1 != 0
         })
+    }
+
+    fn section_of(&self, address: u64) -> Option<usize> {
+        let behind = self
+            .sections
+            .partition_point(|bits| bits.address <= address);
+        let at = behind.checked_sub(1)?;
+        let bits = &self.sections[at];
+        (address - bits.address < bits.bytes).then_some(at)
     }
 }
 

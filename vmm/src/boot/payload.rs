@@ -2,8 +2,8 @@
 //!
 //! The first bytes say which, by the table of `lib/decompress.c`. The kernel's build appends the unpacked size as
 //! four little-endian bytes to every format but gzip, which ends in them by itself
-//! (`scripts/Makefile.lib`, `size_append`). So the size is known beforehand and checked afterwards, and
-//! nothing is allocated on the word of a header: buffers grow with what has really been unpacked.
+//! (`scripts/Makefile.lib`, `size_append`). So the size is known beforehand, nothing is unpacked beyond it, and
+//! nothing is allocated on its word alone: buffers grow with what has really been unpacked.
 
 use std::io::Read;
 
@@ -13,12 +13,14 @@ use super::error::BootError;
 use super::lzo;
 
 /// No kernel unpacks to more than this; Debian's take 50 to 70 MiB.
-const LIMIT: u64 = 1 << 30;
+pub(super) const LIMIT: u64 = 256 << 20;
 /// Memory that xz and lzma may use: the kernel's build asks for dictionaries up to 128 MiB.
 const LZMA_MEMORY: u64 = 192 << 20;
 /// Chunk size of the legacy lz4 frame format, unpacked.
 const LZ4_CHUNK_BYTES: usize = 8 << 20;
 const LZ4_MAGIC: [u8; 4] = 0x184c_2102_u32.to_le_bytes();
+/// Room is made for at least so much more.
+const STEP_BYTES: usize = 1 << 20;
 /// A first guess at the size never exceeds this many times the packed size.
 const LIKELY_RATIO: u64 = 16;
 
@@ -76,7 +78,7 @@ impl Compression {
 ///
 /// # Errors
 ///
-/// An unknown compression, damaged data, more than 1 GiB, or another size than the build appended.
+/// An unknown compression, damaged data, more than 256 MiB, or another size than the build appended.
 pub(super) fn unpack(payload: &[u8]) -> Result<(Vec<u8>, &'static str), BootError> {
     let Some(compression) = Compression::of(payload) else {
         return Err(BootError::UnknownCompression {
@@ -128,17 +130,13 @@ pub(super) fn unpack(payload: &[u8]) -> Result<(Vec<u8>, &'static str), BootErro
             all(decoder, expected, body).map_err(damaged)
         }
         Compression::Lzo => {
-            lzo::unpack(body, LIMIT as usize).map_err(|fault| compression.damaged(fault))
+            lzo::unpack(body, expected as usize).map_err(|fault| compression.damaged(fault))
         }
-        Compression::Lz4 => lz4(body).map_err(|fault| compression.damaged(fault)),
+        Compression::Lz4 => {
+            lz4(body, expected as usize).map_err(|fault| compression.damaged(fault))
+        }
     }?;
     let found = unpacked.len() as u64;
-    if found > LIMIT {
-        return Err(BootError::TooLarge {
-            found,
-            limit: LIMIT,
-        });
-    }
     if found != expected {
         return Err(BootError::WrongSize {
             compression: compression.name(),
@@ -149,17 +147,30 @@ pub(super) fn unpack(payload: &[u8]) -> Result<(Vec<u8>, &'static str), BootErro
     Ok((unpacked, compression.name()))
 }
 
-/// Reads everything that `decoder` gives, one byte past the limit at most.
+/// Reads everything that `decoder` gives, one byte more than is expected at most.
 fn all(decoder: impl Read, expected: u64, packed: &[u8]) -> std::io::Result<Vec<u8>> {
     // The size is not checked yet: believe it only as far as a kernel of this packed size could go.
     let likely = expected.min(packed.len() as u64 * LIKELY_RATIO);
     let mut out = Vec::with_capacity(likely as usize);
-    decoder.take(LIMIT + 1).read_to_end(&mut out)?;
-    Ok(out)
+    let mut decoder = decoder.take(expected + 1);
+    loop {
+        make_room(&mut out, 1);
+        let step = (out.capacity() - out.len()) as u64;
+        if decoder.by_ref().take(step).read_to_end(&mut out)? as u64 != step {
+            return Ok(out);
+        }
+    }
 }
 
-/// The legacy lz4 frame: a magic, then chunks of 8 MiB, each behind its packed length.
-fn lz4(body: &[u8]) -> Result<Vec<u8>, String> {
+/// Makes room for `needed` more bytes; for not much more than that, where a vector by itself takes twice what it has.
+fn make_room(out: &mut Vec<u8>, needed: usize) {
+    if out.capacity() - out.len() < needed {
+        out.reserve_exact(needed.max(out.len() / 4).max(STEP_BYTES));
+    }
+}
+
+/// The legacy lz4 frame: a magic, then chunks of 8 MiB, each behind its packed length; at most `limit` bytes and a chunk.
+fn lz4(body: &[u8], limit: usize) -> Result<Vec<u8>, String> {
     let mut rest = &body[LZ4_MAGIC.len().min(body.len())..];
     let mut out = Vec::new();
     while let Some((length, tail)) = rest.split_first_chunk::<4>() {
@@ -175,11 +186,14 @@ fn lz4(body: &[u8]) -> Result<Vec<u8>, String> {
                 tail.len()
             ));
         };
-        if out.len() as u64 + LZ4_CHUNK_BYTES as u64 > LIMIT {
-            return Err("more chunks than any kernel has".into());
+        if out.len() > limit {
+            return Err(format!("more than the {limit} bytes that it says it holds"));
         }
         let start = out.len();
-        out.resize(start + LZ4_CHUNK_BYTES, 0);
+        // LZ4 packs 255 to 1 at best.
+        let most = length.saturating_mul(255).min(LZ4_CHUNK_BYTES);
+        make_room(&mut out, most);
+        out.resize(start + most, 0);
         let unpacked = lz4_flex::block::decompress_into(chunk, &mut out[start..])
             .map_err(|error| error.to_string())?;
         out.truncate(start + unpacked);

@@ -87,8 +87,8 @@ impl QuickPlan {
                 bytes: stub.to_vec(),
             });
             if window.moved == 0 {
-                let patched = alternatives.iter().filter(|a| a.address == window.address);
-                for alternative in patched {
+                let here = window.address..window.address + 1;
+                for alternative in alternatives.touching(here) {
                     patches.extend(onto_itself(elf, alternative)?);
                 }
             }

@@ -41,12 +41,10 @@ pub const TRAP_PAUSE: u8 = 0xf7;
 pub const TRAP_ENTRY: u8 = 0xf8;
 /// Port of the call with which the kernel makes a loaded module's text executable (see [`super::modules`]).
 pub const TRAP_MODULE: u8 = 0xf9;
-/// Port of a `mov %reg,%drN`.
+/// Port of a `mov %reg,%drN` that sets a breakpoint.
 pub const TRAP_WRITE_DR: u8 = 0xfa;
-/// Port of a `mov %drN,%reg`.
-pub const TRAP_READ_DR: u8 = 0xfb;
 /// Port of the call with which the kernel says that it panics (see [`super::panics`]).
-pub const TRAP_PANIC: u8 = 0xfc;
+pub const TRAP_PANIC: u8 = 0xfb;
 /// All of these ports.
 const TRAP_PORTS: std::ops::RangeInclusive<u8> = TRAP_RDTSC..=TRAP_PANIC;
 
@@ -61,6 +59,8 @@ const LONGEST: usize = 5;
 const LONGEST_PLAIN: usize = 4;
 /// No instruction is longer (Intel SDM vol. 2, 2.3.11), so no trap in a module is.
 pub const LONGEST_INSTRUCTION: usize = 15;
+/// Linux has some 500. More is no kernel, and would cost more memory than its file has.
+const SITES_MAX: usize = 1 << 16;
 /// How much of `.text` runs before the kernel's own page tables stand (head_64.S).
 const EARLY_BYTES: u64 = 0x1000;
 
@@ -87,19 +87,12 @@ pub enum SiteKind {
     },
     /// A wait for somebody else.
     Pause,
-    /// A debug register set from a register. DR4 and DR5, which are others by another name, are left alone.
+    /// DR0 to DR3 or DR7 set from a register.
     WriteDr {
         /// Number of the debug register.
         number: u8,
         /// Number of the register that it is set from.
         source: u8,
-    },
-    /// A debug register read to a register.
-    ReadDr {
-        /// Number of the debug register.
-        number: u8,
-        /// Number of the register that it is read to.
-        target: u8,
     },
     /// A module is about to be made executable, by a direct call or a jump at a function's end.
     Module {
@@ -126,7 +119,6 @@ impl SiteKind {
             SiteKind::ReadCr4 { .. } => TRAP_READ_CR4,
             SiteKind::Pause => TRAP_PAUSE,
             SiteKind::WriteDr { .. } => TRAP_WRITE_DR,
-            SiteKind::ReadDr { .. } => TRAP_READ_DR,
             SiteKind::Module { .. } => TRAP_MODULE,
             SiteKind::Panic { .. } => TRAP_PANIC,
         }
@@ -153,7 +145,6 @@ impl SiteKind {
             SiteKind::ReadCr4 { .. } => "read of cr4",
             SiteKind::Pause => "pause",
             SiteKind::WriteDr { .. } => "write of a debug register",
-            SiteKind::ReadDr { .. } => "read of a debug register",
             SiteKind::Module { .. } => "call that makes a module executable",
             SiteKind::Panic { .. } => "call that says that the kernel panics",
         }
@@ -191,16 +182,9 @@ impl SiteKind {
                 })
             }
             Opcode::Mov_dr_r64 => match instruction.op0_register().number() as u8 {
-                number @ (0..=3 | 6 | 7) => Some(SiteKind::WriteDr {
+                number @ (0..=3 | 7) => Some(SiteKind::WriteDr {
                     number,
                     source: instruction.op1_register().number() as u8,
-                }),
-                _ => None,
-            },
-            Opcode::Mov_r64_dr => match instruction.op1_register().number() as u8 {
-                number @ (0..=3 | 6 | 7) => Some(SiteKind::ReadDr {
-                    number,
-                    target: instruction.op0_register().number() as u8,
                 }),
                 _ => None,
             },
@@ -250,6 +234,16 @@ impl Sites {
         Some(&self.sites[index])
     }
 
+    /// Whether any begins at one of these addresses.
+    pub fn any_in(&self, range: std::ops::Range<u64>) -> bool {
+        let first = self
+            .sites
+            .partition_point(|site| site.address < range.start);
+        self.sites
+            .get(first)
+            .is_some_and(|site| site.address < range.end)
+    }
+
     /// How many there are of each kind.
     pub fn counts(&self) -> TrapCounts {
         let mut counts = TrapCounts::default();
@@ -262,7 +256,6 @@ impl Sites {
                 SiteKind::ReadCr4 { .. } => &mut counts.cr4_reads,
                 SiteKind::Pause => &mut counts.pause,
                 SiteKind::WriteDr { .. } => &mut counts.dr_writes,
-                SiteKind::ReadDr { .. } => &mut counts.dr_reads,
                 SiteKind::Module { .. } => &mut counts.module_loads,
                 SiteKind::Panic { .. } => &mut counts.panics,
             } += 1;
@@ -439,6 +432,9 @@ fn sweep(
     each_instruction(elf.bytes(&code.file), code.address, &[], |instruction| {
         if let Some(kind) = kind(instruction) {
             sites.extend(site(elf, code, kind, instruction.ip(), instruction.len())?);
+            if sites.len() > SITES_MAX {
+                return Err(BootError::TooManySites { limit: SITES_MAX });
+            }
         }
         Ok(())
     })

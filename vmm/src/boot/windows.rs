@@ -14,7 +14,7 @@
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register};
 use serde::{Deserialize, Serialize};
 
-use super::alternatives::{self, Alternative};
+use super::alternatives::{self, Alternative, Alternatives};
 use super::elf::{Code, Elf};
 use super::named::Named;
 use super::quick_stub::{MOVED_MAX, WINDOW_MIN};
@@ -80,16 +80,12 @@ fn window(
     site: &Site,
     sites: &Sites,
     named: &Named,
-    alternatives: &[Alternative],
+    alternatives: &Alternatives,
 ) -> Result<Window, Refusal> {
     if site.kind != SiteKind::Rdtsc || u64::from(site.length) != RDTSC_BYTES {
         return Err(Refusal::OtherInstruction);
     }
-    let code = elf
-        .code
-        .iter()
-        .find(|code| site.address.wrapping_sub(code.address) < code.file.len() as u64)
-        .ok_or(Refusal::SectionEnd)?;
+    let code = elf.code_at(site.address).ok_or(Refusal::SectionEnd)?;
     if code.name.starts_with(".altinstr") {
         return Err(Refusal::Patched);
     }
@@ -98,15 +94,10 @@ fn window(
         None => grown(elf, code, site.address)?,
     };
     let end = window.address + u64::from(window.bytes);
-    let inside = |address: u64| (window.address + 1..end).contains(&address);
-    if sites.sites.iter().any(|other| inside(other.address)) {
+    if sites.any_in(window.address + 1..end) {
         return Err(Refusal::OtherSite);
     }
-    if window.moved != 0
-        && alternatives
-            .iter()
-            .any(|a| a.address < end && window.address < a.range().end)
-    {
+    if window.moved != 0 && alternatives.touching(window.address..end).next().is_some() {
         return Err(Refusal::Patched);
     }
     if moved_starts(elf, &window).any(|start| named.contains(start)) {
@@ -130,10 +121,10 @@ fn moved_starts(elf: &Elf<'_>, window: &Window) -> impl Iterator<Item = u64> {
 fn slot(
     elf: &Elf<'_>,
     address: u64,
-    alternatives: &[Alternative],
+    alternatives: &Alternatives,
 ) -> Result<Option<Window>, Refusal> {
     let mut slot = None;
-    for patch in alternatives.iter().filter(|a| a.range().contains(&address)) {
+    for patch in alternatives.touching(address..address + 1) {
         let same = slot.is_none_or(|bytes| bytes == patch.bytes);
         if patch.address != address || !same || !reads_time(elf, patch) {
             return Err(Refusal::Patched);

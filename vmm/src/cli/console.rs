@@ -4,7 +4,7 @@ use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
 use hindsight_devices::{Nanos, Output};
-use hindsight_replay::{Exit, Observer, OperatorConsole, Turn};
+use hindsight_replay::{Exit, LeftOpen, Observer, OperatorConsole, Turn};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::tell::tell;
@@ -87,6 +87,10 @@ impl Observer for Console {
         {
             bar.set_position(exits);
         }
+    }
+
+    fn left_open(&mut self, exits: u64, what: LeftOpen) {
+        tell!("\r\nhindsight: left open from exit {exits} on: {what}\r");
     }
 
     fn kicked(&mut self, exits: u64) {

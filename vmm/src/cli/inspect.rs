@@ -8,7 +8,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use hindsight_devices::{Nanos, POSTED_PORT};
 use hindsight_replay::{
     Detail, End, Entry, Event, FRAME_HEAD_BYTES, Frame, Header, IndexEntry, JournalError,
-    JournalReader, Moment, Observer, TailReason, Turn,
+    JournalReader, LeftOpen, Moment, Observer, TailReason, Turn,
 };
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -100,6 +100,13 @@ impl<W: Write> Listing<W> {
         );
     }
 
+    fn left_open_line(&mut self, exits: u64, what: LeftOpen) {
+        self.line(
+            || format!("{exits:>9} left open: {what}"),
+            || json!({"exit": exits, "left_open": what.to_string()}),
+        );
+    }
+
     fn interrupt_line(&mut self, at: &Moment, vector: u8) {
         self.line(
             || {
@@ -129,6 +136,7 @@ impl<W: Write> Listing<W> {
         match &entry.event {
             Event::Turn(turn) => self.turn_line(exits, turn),
             Event::Posted(bytes) => self.posted_line(exits, bytes),
+            Event::LeftOpen(what) => self.left_open_line(exits, *what),
             Event::Interrupt { vector, at } => self.interrupt_line(at, *vector),
             _ if io_only => {}
             Event::Time { ahead_ns } => self.line(
@@ -179,6 +187,10 @@ impl<W: Write> Observer for Listing<W> {
     fn interrupt(&mut self, at: &Moment, vector: u8, _now: Nanos) {
         self.interrupt_line(at, vector);
     }
+
+    fn left_open(&mut self, exits: u64, what: LeftOpen) {
+        self.left_open_line(exits, what);
+    }
 }
 
 fn stdout() -> BufWriter<std::io::Stdout> {
@@ -219,8 +231,8 @@ struct Census {
 }
 
 impl Census {
-    /// Adds a frame; returns the end, if that is in it.
-    fn count(&mut self, frame: &Frame) -> Option<End> {
+    /// Adds a frame, and shows each of its events.
+    fn count(&mut self, frame: &Frame, mut see: impl FnMut(Entry)) {
         self.frames += 1;
         self.frame_bytes += FRAME_HEAD_BYTES as u64 + u64::from(frame.head.compressed_bytes);
         self.raw_bytes += u64::from(frame.head.raw_bytes);
@@ -235,18 +247,14 @@ impl Census {
         row[1] += FRAME_HEAD_BYTES as u64 + u64::from(frame.head.compressed_bytes);
         let mut entries = frame.entries();
         let mut before = 0;
-        let mut end = None;
         while let Some(entry) = entries.next() {
             let kind = entry.event.kind();
             self.events[kind] += 1;
             self.event_bytes[kind] += (entries.position() - before) as u64;
             before = entries.position();
             row[2] += u64::from(matches!(entry.event, Event::Interrupt { .. }));
-            if let Event::End(found) = entry.event {
-                end = Some(*found);
-            }
+            see(entry);
         }
-        end
     }
 }
 
@@ -258,6 +266,9 @@ pub struct Survey {
     pub end: Option<End>,
     /// Where the frames are: what the index holds.
     pub frames: Vec<IndexEntry>,
+    /// What was found to be left open, and at which exit. Each is told once; a journal that somebody made may say
+    /// anything.
+    pub left_open: Vec<(u64, LeftOpen)>,
 }
 
 impl Survey {
@@ -265,7 +276,20 @@ impl Survey {
     pub fn of(journal: &mut JournalReader<impl Read>) -> Result<Survey, JournalError> {
         let mut survey = Survey::default();
         while let Some(frame) = journal.next_frame()? {
-            survey.end = survey.census.count(&frame);
+            let Survey {
+                census,
+                end,
+                left_open,
+                ..
+            } = &mut survey;
+            *end = None;
+            census.count(&frame, |Entry { exits, event }| match event {
+                Event::End(found) => *end = Some(*found),
+                Event::LeftOpen(what) if !left_open.iter().any(|(_, told)| *told == what) => {
+                    left_open.push((exits, what));
+                }
+                _ => {}
+            });
             survey.frames.push(frame.place);
         }
         Ok(survey)
@@ -281,6 +305,7 @@ fn overview(
         census,
         end,
         frames,
+        left_open,
     } = Survey::of(&mut journal)?;
     let header = journal.header().clone();
     let tail = journal
@@ -298,12 +323,16 @@ fn overview(
             "end": end,
             "tail": tail.to_string(),
             "closed": tail.reason == TailReason::Closed,
+            "left_open": left_open
+                .iter()
+                .map(|(exit, what)| json!({"exit": exit, "what": what.to_string()}))
+                .collect::<Vec<_>>(),
             "disks": disks(recording, &header).collect::<Vec<_>>(),
             "journal": census,
         });
         out!("{value}");
     } else {
-        print_header(&header);
+        print_header(&header, &left_open);
         print_devices(recording, &header);
         match &end {
             Some(end) => out!(
@@ -322,7 +351,7 @@ fn overview(
     Ok(report_tail(&journal))
 }
 
-fn print_header(header: &Header) {
+fn print_header(header: &Header, left_open: &[(u64, LeftOpen)]) {
     let machine = &header.machine;
     let detail = match header.detail {
         Detail::Default => "default",
@@ -337,6 +366,9 @@ fn print_header(header: &Header) {
     );
     for hole in &header.host.holes {
         out!("left open   {}", shown(hole));
+    }
+    for (exit, what) in left_open {
+        out!("left open   {what}; from exit {} on", thousands(*exit));
     }
     out!("kernel      {}", shown(&machine.kernel_version));
     out!(
@@ -360,14 +392,13 @@ fn print_header(header: &Header) {
     );
     let traps = &machine.traps;
     out!(
-        "traps       {} rdtsc, {} rdtscp, {} cpuid, {} CR4 writes, {} CR4 reads, {} DR writes, {} DR reads, {} pause, {} module loads, {} panics",
+        "traps       {} rdtsc, {} rdtscp, {} cpuid, {} CR4 writes, {} CR4 reads, {} DR writes, {} pause, {} module loads, {} panics",
         traps.rdtsc,
         traps.rdtscp,
         traps.cpuid,
         traps.cr4_writes,
         traps.cr4_reads,
         traps.dr_writes,
-        traps.dr_reads,
         traps.pause,
         traps.module_loads,
         traps.panics

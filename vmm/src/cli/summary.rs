@@ -43,6 +43,8 @@ pub struct Summary {
     pub memory_digest: Option<String>,
     /// Bytes of journal.
     pub journal_bytes: Option<u64>,
+    /// What was found to be left open while it ran.
+    pub left_open: Vec<String>,
     /// The seed of the chaos that was made.
     pub chaos_seed: Option<u64>,
     /// How many runs it took.
@@ -59,6 +61,7 @@ impl Summary {
             preempted,
             module_sites,
             posted,
+            ref left_open,
         } = *machine.tally();
         let kinds = Exit::KIND_NAMES
             .into_iter()
@@ -82,6 +85,7 @@ impl Summary {
             digest: format!("{:016x}", end.digest),
             memory_digest: end.memory.map(|digest| format!("{digest:016x}")),
             journal_bytes,
+            left_open: left_open.iter().map(ToString::to_string).collect(),
             chaos_seed: None,
             runs: None,
         }
@@ -130,6 +134,9 @@ impl Summary {
                 bytes(journal),
                 bytes(per_second as u64)
             );
+        }
+        for what in &self.left_open {
+            tell!("  left open: {what}");
         }
         if let Some(seed) = self.chaos_seed {
             tell!("  made with chaos seed {seed}");

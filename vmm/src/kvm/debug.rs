@@ -4,16 +4,16 @@
 //! (`KVM_GUESTDBG_USE_HW_BP`). Then every #DB comes to us and the guest's own breakpoints do not count. So
 //! those that the guest has enabled are set beside ours, in the registers where the guest has them; ours
 //! take what is left, and what is the guest's in a #DB is given back to it, exactly as the CPU would have raised it.
-//! Between two counted exits the guest's do not change: its accesses to debug registers are exits (see
-//! [`crate::boot::traps`]).
+//! Between two counted exits the guest's do not change: its writes of DR0 to DR3 and DR7 are exits (see
+//! [`crate::boot::traps`]). DR6, which the guest reads and clears at each #DB, is left to KVM.
 //!
 //! The same door serves what we finish for the guest: an instruction that ends with RFLAGS.TF set
 //! raises #DB, whoever executed it.
 
-use kvm_bindings::{kvm_debugregs, kvm_guest_debug_arch};
+use kvm_bindings::{KVM_GUESTDBG_ENABLE, kvm_debugregs, kvm_guest_debug, kvm_guest_debug_arch};
 
 use super::error::{KvmError, Named};
-use super::traps::{Here, general_mut};
+use super::traps::Here;
 use super::vcpu::KvmCpu;
 
 /// DR6: which breakpoints were hit (Intel SDM vol. 3, 17.2.3).
@@ -26,8 +26,6 @@ const BS: u64 = 1 << 14;
 const BT: u64 = 1 << 15;
 /// The bits of DR6 that are set whatever happened.
 const DR6_FIXED: u64 = 0xffff_0ff0;
-/// The bits of DR6 that are the guest's to set: B0 to B3, BD, BS, BT.
-const DR6_FREE: u64 = HITS | BD | BS | BT;
 /// The bits of DR7 that are the guest's to set.
 const DR7_FREE: u64 = 0xffff_2bff;
 /// The bit of DR7 that is always set.
@@ -41,6 +39,10 @@ const ICEBP: u8 = 0xf1;
 /// RFLAGS.TF: #DB after each instruction.
 pub const RFLAGS_TF: u64 = 1 << 8;
 
+/// `kvm_guest_debug::control` of a guest that has no breakpoint of ours, and may get one: each of its accesses to a debug
+/// register is KVM's to do.
+pub const WATCHED: u32 = KVM_GUESTDBG_ENABLE;
+
 /// Whose a #DB is that came to us.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DebugExit {
@@ -52,10 +54,10 @@ pub enum DebugExit {
 
 /// The guest's DR0 to DR3 and DR7: what it last wrote to them.
 ///
-/// KVM has them too, but not always. Where a guest touches a debug register by itself, KVM lets it have the real ones
-/// until its next exit and reads them back there; if a signal comes between, and breakpoints of ours are set for the
-/// next entry, it warns and reads those back as the guest's (`KVM_DEBUGREG_WONT_EXIT`, seen with Linux 6.1). So this is
-/// what counts, and code that is trapped never gets there.
+/// KVM has them too, but not always. Where nobody debugs a guest that touches a debug register, KVM lets it have the
+/// real ones until its next exit and reads them back there; if a signal comes between, and breakpoints of ours are set for
+/// the next entry, it warns and reads those back as the guest's (`KVM_DEBUGREG_WONT_EXIT`, seen with Linux 6.1). So a guest
+/// that may be led to places is always debugged ([`WATCHED`]), and this is what counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Breakpoints {
     addresses: [u64; 4],
@@ -166,6 +168,32 @@ fn judge(dr6: u64, rip: u64, guest: &Breakpoints, stops: &[u64]) -> Verdict {
 }
 
 impl KvmCpu {
+    /// Has KVM debug the guest in this way, beside watching it if it is watched.
+    pub(super) fn debug(
+        &mut self,
+        control: u32,
+        arch: kvm_guest_debug_arch,
+    ) -> Result<(), KvmError> {
+        let watched = if self.watched { WATCHED } else { 0 };
+        let debug = kvm_guest_debug {
+            control: control | watched,
+            arch,
+            ..Default::default()
+        };
+        self.fd()
+            .set_guest_debug(&debug)
+            .named("KVM_SET_GUEST_DEBUG")
+    }
+
+    /// The guest may be led to places from now on.
+    pub(super) fn watch_debug_registers(&mut self) -> Result<(), KvmError> {
+        if self.watched {
+            return Ok(());
+        }
+        self.watched = true;
+        self.debug(0, kvm_guest_debug_arch::default())
+    }
+
     /// What KVM has in the guest's debug registers.
     fn debug_registers(&self) -> Result<kvm_debugregs, KvmError> {
         self.fd().get_debug_regs().named("KVM_GET_DEBUGREGS")
@@ -269,30 +297,14 @@ impl KvmCpu {
         if self.is_guarded(here)? {
             return Ok(());
         }
-        let mut registers = self.debug_registers()?;
         match number {
-            6 | 7 if value >> 32 != 0 => return self.raise_gp(here.address),
-            6 => registers.dr6 = value & DR6_FREE | DR6_FIXED,
+            7 if value >> 32 != 0 => return self.raise_gp(here.address),
             7 => self.breakpoints.dr7 = value & DR7_FREE | DR7_FIXED,
             number => self.breakpoints.addresses[usize::from(number & 3)] = value,
         }
+        let mut registers = self.debug_registers()?;
         (registers.db, registers.dr7) = (self.breakpoints.addresses, self.breakpoints.dr7);
         self.set_debug_registers(&registers)
-    }
-
-    /// Performs a read of a debug register.
-    pub(super) fn read_dr(&mut self, here: Here, number: u8, target: u8) -> Result<(), KvmError> {
-        if self.is_guarded(here)? {
-            return Ok(());
-        }
-        let value = match number {
-            6 => self.debug_registers()?.dr6,
-            7 => self.breakpoints.dr7,
-            number => self.breakpoints.addresses[usize::from(number & 3)],
-        };
-        self.page()
-            .change_registers(|registers| *general_mut(registers, target) = value);
-        Ok(())
     }
 
     /// Raises the #DB of an access to a debug register, if the guest wants one (DR7.GD).

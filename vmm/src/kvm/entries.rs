@@ -172,6 +172,9 @@ impl KvmCpu {
 
     /// The guest has written an MSR of the board's: those that say where SYSCALL enters are ours to load.
     pub(super) fn wrote_msr(&mut self, index: u32, value: u64) -> Result<(), KvmError> {
+        if index == LSTAR {
+            self.check_entry(value);
+        }
         let stub = match index {
             LSTAR => LSTAR_STUB,
             CSTAR => CSTAR_STUB,

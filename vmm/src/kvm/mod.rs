@@ -17,6 +17,7 @@ mod posted;
 mod preemption;
 pub mod probe;
 mod real_mode;
+mod rewritten;
 mod run_page;
 mod segments;
 mod shadow;

@@ -4,13 +4,13 @@
 //! it). At its exit the module's text is read and decoded; with the answer the sites in it become traps, and the call is
 //! made for the guest: a return address pushed, and RIP set to where it leads.
 
-use hindsight_replay::Exit;
+use hindsight_replay::{Exit, LeftOpen};
 
 use super::error::KvmError;
 use super::traps::Here;
 use super::vcpu::KvmCpu;
 use crate::boot::GuestRam;
-use crate::boot::modules::{ModuleText, Refused};
+use crate::boot::modules::ModuleText;
 use crate::boot::traps;
 
 /// A module that is about to be made executable.
@@ -52,17 +52,22 @@ impl KvmCpu {
             return Default::default();
         };
         let text = layout.text(module, &|gva, buffer| view.read(gva, buffer));
-        let places = text
+        let places: Option<Vec<_>> = text
             .sites
             .iter()
             .map(|site| view.pieces(site.address, site.length))
             .collect();
-        let (text, places) = match places {
+        match places {
             Some(places) => (text, places),
-            None => (ModuleText::refused(Refused::NotMapped), Vec::new()),
-        };
-        self.counts.modules_refused += u64::from(text.refused.is_some());
-        (text, places)
+            // It is not there twice.
+            None => (
+                ModuleText {
+                    is_cut: true,
+                    ..ModuleText::default()
+                },
+                Vec::new(),
+            ),
+        }
     }
 
     /// Rewrites the module, and makes the call.
@@ -70,6 +75,10 @@ impl KvmCpu {
         let Some(loading) = self.loading.take() else {
             return Ok(());
         };
+        if loading.text.is_cut {
+            self.noticed.add(LeftOpen::ModuleText);
+        }
+        self.noticed.look_soon();
         for (site, pieces) in loading.text.sites.iter().zip(&loading.places) {
             let (trap, length) = traps::rewrite(site.kind, site.length);
             self.write_pieces(pieces, &trap[..length]);

@@ -8,7 +8,7 @@ use hindsight_replay::{Ahead, Back, Exit, Horizon, Lander, Place, Unit, Walk, We
 use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic};
 use kvm_bindings::{
     KVM_EXIT_DEBUG, KVM_EXIT_IO, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_GUESTDBG_ENABLE,
-    KVM_GUESTDBG_USE_HW_BP, kvm_guest_debug, kvm_guest_debug_arch,
+    KVM_GUESTDBG_USE_HW_BP, kvm_guest_debug_arch,
 };
 
 use super::debug::DebugExit;
@@ -114,6 +114,7 @@ impl KvmCpu {
         lander: &mut Lander<HostCounter>,
         horizon: Horizon,
     ) -> Result<Back, KvmError> {
+        self.watch_debug_registers()?;
         if horizon != Horizon::Exit && self.unfinished {
             // RIP is the guest's only behind the instruction that exited.
             hindsight_replay::Cpu::settle(self)?;
@@ -140,14 +141,7 @@ impl KvmCpu {
                 (KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP, arch)
             }
         };
-        let debug = kvm_guest_debug {
-            control,
-            arch,
-            ..Default::default()
-        };
-        self.fd()
-            .set_guest_debug(&debug)
-            .named("KVM_SET_GUEST_DEBUG")?;
+        self.debug(control, arch)?;
         self.stops = stops.to_vec();
         if stops.is_empty() {
             self.keep_own_breakpoints()?;

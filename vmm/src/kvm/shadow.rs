@@ -21,11 +21,11 @@
 use iced_x86::{Code, Instruction, Mnemonic};
 use kvm_bindings::{
     KVM_EXIT_DEBUG, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_GUESTDBG_BLOCKIRQ, KVM_GUESTDBG_ENABLE,
-    KVM_GUESTDBG_SINGLESTEP, kvm_guest_debug, kvm_sregs,
+    KVM_GUESTDBG_SINGLESTEP, kvm_guest_debug_arch, kvm_sregs,
 };
 
 use super::debug::RFLAGS_TF;
-use super::error::{KvmError, Named};
+use super::error::KvmError;
 use super::segments;
 use super::vcpu::KvmCpu;
 
@@ -157,26 +157,17 @@ impl KvmCpu {
     /// Runs one instruction with interrupts held back.
     fn step(&mut self) -> Result<u32, KvmError> {
         self.page().request_window(false);
-        self.debug(KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP | KVM_GUESTDBG_BLOCKIRQ)?;
+        let step = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP | KVM_GUESTDBG_BLOCKIRQ;
+        self.debug(step, kvm_guest_debug_arch::default())?;
         let reason = loop {
             if let Some(reason) = self.enter()? {
                 break reason;
             }
         };
-        self.debug(0)?;
+        self.debug(0, kvm_guest_debug_arch::default())?;
         // Breakpoints went with it.
         self.forget_stops();
         self.counts.shadow_steps += 1;
         Ok(reason)
-    }
-
-    fn debug(&mut self, control: u32) -> Result<(), KvmError> {
-        let debug = kvm_guest_debug {
-            control,
-            ..Default::default()
-        };
-        self.fd()
-            .set_guest_debug(&debug)
-            .named("KVM_SET_GUEST_DEBUG")
     }
 }

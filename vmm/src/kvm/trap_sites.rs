@@ -32,7 +32,10 @@ pub struct TrapSites {
 
 impl TrapSites {
     /// Those of a kernel as it is loaded, and where its alternatives may take them.
-    pub fn of_kernel(sites: &Sites, alternatives: &[Alternative]) -> TrapSites {
+    pub fn of_kernel<'a>(
+        sites: &Sites,
+        alternatives: impl IntoIterator<Item = &'a Alternative>,
+    ) -> TrapSites {
         let mut found = TrapSites {
             known: BTreeMap::new(),
             own_outs: sites.own_outs.iter().copied().collect(),
@@ -159,7 +162,7 @@ mod tests {
             ranges: vec![at..at + 0x100, at + 0x1000..at + 0x1100],
             sites,
             own_outs,
-            refused: None,
+            is_cut: false,
         };
         let at = 0xffff_ffff_c000_0000;
         let site = |address| ModuleSite {

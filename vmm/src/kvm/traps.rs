@@ -5,7 +5,7 @@
 //! here. Whatever ends an instruction for the guest ends it as the CPU would: one that is single-stepped raises #DB. CR4.TSD is kept set, so that RDTSC in user mode raises #GP; the first instruction of the
 //! kernel's #GP entry is rewritten too, and there a user-mode time read is told from a real fault.
 
-use hindsight_replay::{Exit, Mode, TimeInstruction};
+use hindsight_replay::{Exit, LeftOpen, Mode, TimeInstruction};
 use iced_x86::Mnemonic;
 use kvm_bindings::kvm_sregs;
 
@@ -115,7 +115,6 @@ impl KvmCpu {
                 number,
                 value: general(&registers.0, source),
             },
-            SiteKind::ReadDr { number, .. } => Exit::ReadDr { number },
             SiteKind::Pause => Exit::Pause,
             SiteKind::Module { target, returns } => self.module_exit(here, target, returns),
             // RSI is the second argument (System V ABI, AMD64 supplement, 3.2.3).
@@ -139,7 +138,6 @@ impl KvmCpu {
         }
         // A copy: of a kprobe, or of the kernel's first page where it runs before its page tables. User code that was
         // given the ports (iopl) talks to the board like any other.
-        let kind = SiteKind::of_port(port)?;
         let sregs = self.sregs().ok()?;
         if sregs.ss.dpl != 0 {
             return None;
@@ -152,6 +150,13 @@ impl KvmCpu {
                 && bytes == [OUT, port]
         };
         let address = candidates(rip).find(is_trap)?;
+        let Some(kind) = SiteKind::of_port(port) else {
+            // What it was to do only its place would say.
+            if !self.text.rewritten.is_empty() {
+                self.noticed.add(LeftOpen::Copied);
+            }
+            return None;
+        };
         Some(Here {
             address,
             kind,
@@ -223,7 +228,6 @@ impl KvmCpu {
             SiteKind::WriteCr4 { .. } => self.write_cr4(here, value),
             SiteKind::ReadCr4 { target } => self.read_cr4(target),
             SiteKind::WriteDr { number, .. } => self.write_dr(here, number, value),
-            SiteKind::ReadDr { number, target } => self.read_dr(here, number, target),
             SiteKind::Panic { target } => self.make_call(here.address, target, true),
             _ => Ok(()),
         }
@@ -381,7 +385,7 @@ fn general(registers: &[u64], number: u8) -> u64 {
     registers[PLACE[usize::from(number & 15)]]
 }
 
-pub(super) fn general_mut(registers: &mut kvm_bindings::kvm_regs, number: u8) -> &mut u64 {
+fn general_mut(registers: &mut kvm_bindings::kvm_regs, number: u8) -> &mut u64 {
     match number & 15 {
         0 => &mut registers.rax,
         1 => &mut registers.rcx,

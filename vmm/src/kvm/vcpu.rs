@@ -5,7 +5,9 @@
 //! unfinished register write stands between an exit and its answer.
 
 use hindsight_devices::{Access, POSTED_PORT, Ram, Width};
-use hindsight_replay::{Answer, Back, Cpu, CpuidTable, Exit, Horizon, Registers, ShownClock};
+use hindsight_replay::{
+    Answer, Back, Cpu, CpuidTable, Exit, Horizon, LeftOpen, Registers, ShownClock,
+};
 use kvm_bindings::{
     KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_CAP_PMU_CAPABILITY, KVM_EXIT_HLT, KVM_EXIT_IO,
     KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVM_PMU_CAP_DISABLE,
@@ -25,12 +27,14 @@ use super::modules::LoadingModule;
 use super::page_walk::Paging;
 use super::posted::Posted;
 use super::preemption::Preemption;
+use super::rewritten::Noticed;
 use super::run_page::{PortExit, RunPage};
 use super::trap_sites::TrapSites;
 use super::traps::TrapState;
 use super::{cpuid, msr, signals};
 use crate::boot::{
-    BootPlan, Elf, EntryCaves, ModuleLayout, Modules, QuickClock, Sites, alternatives, caves,
+    BootPlan, Elf, EntryCaves, ModuleLayout, Modules, QuickClock, Rewritten, Sites, alternatives,
+    caves,
 };
 
 /// IA32_APIC_BASE at power-on: the usual address, enabled, the boot processor's.
@@ -56,18 +60,22 @@ pub struct KernelText {
     pub clock: Option<QuickClock>,
     /// Where a loaded module's text is; `None` if modules are left alone.
     pub modules: Option<ModuleLayout>,
+    /// What of the text must stay as it was written.
+    pub rewritten: Rewritten,
 }
 
 impl KernelText {
     /// What of a kernel the vCPU needs.
     pub fn new(elf: &Elf<'_>, sites: &Sites, modules: &Modules) -> KernelText {
         let init = elf.code.iter().find(|code| code.name == ".init.text");
+        let alternatives = alternatives::read(elf).unwrap_or_default();
         KernelText {
-            sites: TrapSites::of_kernel(sites, &alternatives::read(elf).unwrap_or_default()),
+            sites: TrapSites::of_kernel(sites, alternatives.iter()),
             init: init.map(|code| (code.address, code.address + code.file.len() as u64)),
             caves: caves::find(elf),
             clock: None,
             modules: modules.layout().cloned(),
+            rewritten: Rewritten::default(),
         }
     }
 
@@ -91,8 +99,6 @@ pub struct VcpuCounts {
     pub gp_entry: Option<u64>,
     /// How many of the kernel's entry points are counted.
     pub entry_points: u32,
-    /// Modules that were loaded and not rewritten, since what the guest says of them cannot be.
-    pub modules_refused: u64,
     /// Times KVM had taken breakpoints of ours for the guest's.
     pub breakpoints_restored: u64,
 }
@@ -111,6 +117,10 @@ pub struct KvmCpu {
     pub(super) entries: EntryState,
     /// The guest's breakpoints.
     pub(super) breakpoints: Breakpoints,
+    /// Whether its accesses to debug registers are KVM's to do.
+    pub(super) watched: bool,
+    /// What traps were found to be gone.
+    pub(super) noticed: Noticed,
     pub(super) counts: VcpuCounts,
     /// How it is stopped between two exits.
     pub(super) preemption: Preemption,
@@ -183,6 +193,8 @@ impl KvmCpu {
             loading: None,
             entries: EntryState::default(),
             breakpoints: Breakpoints::default(),
+            watched: false,
+            noticed: Noticed::default(),
             counts: VcpuCounts::default(),
             preemption: Preemption::default(),
             stops: Vec::new(),
@@ -491,10 +503,9 @@ impl Cpu for KvmCpu {
             (Exit::WriteCr4 { value } | Exit::WriteDr { value, .. }, _) => {
                 self.answer_cpu_trap(value)?;
             }
-            (Exit::ReadCr4 | Exit::ReadDr { .. }, _) => self.answer_cpu_trap(0)?,
+            (Exit::ReadCr4 | Exit::Panic { .. }, _) => self.answer_cpu_trap(0)?,
             (Exit::ProtectionFault, _) => self.finish_fault(),
             (Exit::Module { .. }, _) => self.finish_module()?,
-            (Exit::Panic { .. }, _) => self.answer_cpu_trap(0)?,
             (_, Answer::Value(value)) => self.give(value),
             (_, Answer::Fault) => self.page().set_msr(None),
             (Exit::Access(Access::MsrWrite { index, value }), Answer::Done) => {
@@ -563,6 +574,10 @@ impl Cpu for KvmCpu {
 
     fn read(&mut self, gva: u64, buffer: &mut [u8]) -> usize {
         self.view().map_or(0, |view| view.read(gva, buffer))
+    }
+
+    fn left_open(&mut self, at_end: bool) -> Vec<LeftOpen> {
+        self.take_noticed(at_end)
     }
 
     fn ram(&self) -> &Ram {
