@@ -7,6 +7,7 @@
 use hindsight_devices::{Input, Nanos};
 use serde::{Deserialize, Serialize};
 
+use crate::digest::MemoryDigest;
 use crate::exit::{Answer, Exit, Registers, Turn};
 use crate::landing::{Place, Unit};
 use crate::moment::Moment;
@@ -40,7 +41,7 @@ pub struct End {
     /// The digest of every turn and interrupt.
     pub digest: u64,
     /// The digest of all of memory; `None` where the guest was still running.
-    pub memory: Option<u64>,
+    pub memory: Option<MemoryDigest>,
 }
 
 /// One thing a journal says.
@@ -70,7 +71,7 @@ pub enum Event {
     /// The digest of all of memory at this turn.
     Memory {
         /// The digest.
-        digest: u64,
+        digest: MemoryDigest,
     },
     /// The recording is complete.
     End(Box<End>),
@@ -154,7 +155,7 @@ enum Wire {
         check: [u8; 2],
     },
     Memory {
-        digest: u64,
+        digest: MemoryDigest,
     },
     End(Box<End>),
     /// `rip` against the RIP of the interrupt or preemption before.

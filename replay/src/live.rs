@@ -4,7 +4,7 @@
 use hindsight_devices::{FirstReads, Input, Nanos, Room};
 
 use crate::chaos::Chaos;
-use crate::digest::Digest;
+use crate::digest::{Digest, MemoryDigest};
 use crate::event::{End, Ending};
 use crate::exit::Turn;
 use crate::landing::{Horizon, Place, Unit};
@@ -203,7 +203,7 @@ impl<W: World> Outside for Live<W> {
             .is_some_and(|every| exits.is_multiple_of(every))
     }
 
-    fn memory(&mut self, _exits: u64, _digest: u64) -> Result<(), Closed> {
+    fn memory(&mut self, _exits: u64, _digest: MemoryDigest) -> Result<(), Closed> {
         Ok(())
     }
 

@@ -6,8 +6,8 @@ use hindsight_devices::{Devices, FirstReads, Nanos, NoDisks, Output, Room};
 use hindsight_replay::{
     Chaos, Closed, Content, CpuidEntry, CpuidTable, Detail, Divergence, End, Entry, Event, Header,
     Horizon, Host, JournalError, JournalReader, JournalWriter, Live, Machine, MachineDescription,
-    Moment, Observer, Outside, Patience, Place, QuickReads, Recorder, Replayer, RunError, Standing,
-    Tail, TrapCounts, Turn, Unit,
+    MemoryDigest, Moment, Observer, Outside, Patience, Place, QuickReads, Recorder, Replayer,
+    RunError, Standing, Tail, TrapCounts, Turn, Unit,
 };
 
 use crate::sim_world::SimWorld;
@@ -508,7 +508,7 @@ impl Outside for Unchecked {
         false
     }
 
-    fn memory(&mut self, _: u64, _: u64) -> Result<(), Closed> {
+    fn memory(&mut self, _: u64, _: MemoryDigest) -> Result<(), Closed> {
         Ok(())
     }
 

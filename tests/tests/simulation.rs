@@ -7,8 +7,8 @@ use hindsight_devices::{Access, Input, Nanos, Ram, Room, Width};
 use hindsight_replay::rng::{Rng, mix};
 use hindsight_replay::{
     Answer, Back, Closed, Cpu, Detail, Difference, Ending, Entry, Event, Exit, Horizon,
-    JournalReader, Machine, Mode, Registers, Replayer, RunError, ShownClock, TimeInstruction,
-    WITNESS_EVERY, World,
+    JournalReader, Machine, MemoryDigest, Mode, Registers, Replayer, RunError, ShownClock,
+    TimeInstruction, WITNESS_EVERY, World,
 };
 use hindsight_tests::sim::{
     Recording, Replayed, Scenario, Unchecked, Verdict, bare_machine, cpuid_table, entries_of,
@@ -419,12 +419,14 @@ fn tampered(entry: &Entry, rng: &mut Rng) -> Option<Entry> {
         },
         Event::Witness { check } => check[rng.below(2) as usize] ^= 1 << rng.below(8),
         Event::FirstReads { check } => *check ^= 1 << rng.below(64),
-        Event::Memory { digest } => *digest ^= 1 << rng.below(64),
+        Event::Memory { digest } => {
+            *digest = MemoryDigest::of_parts(digest.value(), rng.below(u64::MAX))
+        }
         Event::End(end) => match rng.below(4) {
             0 => end.digest ^= 1 << rng.below(64),
             1 => end.now += 1,
             2 => end.panic = Some("no".into()),
-            _ => end.memory = end.memory.map_or(Some(0), |_| None),
+            _ => end.memory = end.memory.map_or(Some(MemoryDigest::default()), |_| None),
         },
         Event::Posted(bytes) => bytes[0] ^= 1 << rng.below(8),
         Event::Input(_) | Event::Preempted(_) => return None,
@@ -582,8 +584,8 @@ impl Cpu for Poller {
     fn ram(&self) -> &Ram {
         &self.1
     }
-    fn memory_digest(&mut self) -> Result<u64, Broken> {
-        Ok(0)
+    fn memory_digest(&mut self) -> Result<MemoryDigest, Broken> {
+        Ok(MemoryDigest::default())
     }
 }
 

@@ -38,10 +38,10 @@ use super::traps::Sites;
 
 /// `_PAGE_ACCESSED` (Linux, arch/x86/include/asm/pgtable_types.h; Intel SDM vol. 3, 4.5).
 const ACCESSED: i64 = 0x20;
-/// `_PAGE_PRESENT` and `_PAGE_DIRTY`: an AND that takes one of these away as well compares, and makes nothing old.
-const KEPT: i64 = 0x41;
-/// All flags of an entry below the address that it holds.
-const LOW_FLAGS: i64 = 0xfff;
+/// What else is taken from an entry in the same AND where it is made old: leave to write (`_PAGE_RW`), and the bits that
+/// are software's. An AND that takes others away compares, and makes nothing old: `pmd_bad` looks at an entry without
+/// `_PAGE_USER` and this one.
+const TAKEN: i64 = ACCESSED | 0x2 | 0xe00;
 
 /// `int3`.
 const PADDING: u8 = 0xcc;
@@ -326,7 +326,7 @@ fn kept_young(instruction: &Instruction) -> Option<Rewrite> {
     }
     let mask = instruction.immediate(1).cast_signed();
     let cleared = !mask;
-    if cleared & ACCESSED == 0 || cleared & KEPT != 0 || cleared & !LOW_FLAGS != 0 {
+    if cleared & ACCESSED == 0 || cleared & !TAKEN != 0 {
         return None;
     }
     // The immediate comes last.

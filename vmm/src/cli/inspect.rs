@@ -163,8 +163,8 @@ fn list(mut journal: JournalReader<impl Read>, options: &Options) -> anyhow::Res
                     || json!({"exit": exits, "witness": u16::from_le_bytes(*check)}),
                 ),
                 Event::Memory { digest } => listing.line(
-                    || format!("{exits:>9} memory {digest:016x}"),
-                    || json!({"exit": exits, "memory": format!("{digest:016x}")}),
+                    || format!("{exits:>9} memory {:016x}", digest.value()),
+                    || json!({"exit": exits, "memory": format!("{:016x}", digest.value())}),
                 ),
                 Event::End(end) => listing.line(
                     || format!("{exits:>9} end: {}", describe_end(end)),
@@ -269,7 +269,7 @@ fn overview(
                 seconds(end.now),
                 end.digest,
                 end.memory
-                    .map_or("none".into(), |memory| format!("{memory:016x}"))
+                    .map_or("none".into(), |memory| format!("{:016x}", memory.value()))
             ),
             None => out!("end         none: {tail}"),
         }
@@ -315,14 +315,15 @@ fn print_header(header: &Header) {
     );
     let traps = &machine.traps;
     out!(
-        "traps       {} rdtsc, {} rdtscp, {} cpuid, {} CR4 writes, {} CR4 reads, {} pause, {} module loads",
+        "traps       {} rdtsc, {} rdtscp, {} cpuid, {} CR4 writes, {} CR4 reads, {} pause, {} module loads, {} kept ages of pages",
         traps.rdtsc,
         traps.rdtscp,
         traps.cpuid,
         traps.cr4_writes,
         traps.cr4_reads,
         traps.pause,
-        traps.module_loads
+        traps.module_loads,
+        traps.ages
     );
     match &machine.quick_reads {
         Some(quick) => out!(

@@ -79,7 +79,7 @@ impl Summary {
             modules: exits[Exit::MODULE],
             module_sites,
             digest: format!("{:016x}", end.digest),
-            memory_digest: end.memory.map(|digest| format!("{digest:016x}")),
+            memory_digest: end.memory.map(|digest| format!("{:016x}", digest.value())),
             journal_bytes,
             chaos_seed: None,
             runs: None,

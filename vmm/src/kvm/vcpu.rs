@@ -7,7 +7,9 @@
 use std::collections::BTreeMap;
 
 use hindsight_devices::{Access, POSTED_PORT, Ram, Width};
-use hindsight_replay::{Answer, Back, Cpu, CpuidTable, Exit, Horizon, Registers, ShownClock};
+use hindsight_replay::{
+    Answer, Back, Cpu, CpuidTable, Exit, Horizon, MemoryDigest, Registers, ShownClock,
+};
 use kvm_bindings::{
     KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_CAP_PMU_CAPABILITY, KVM_EXIT_HLT, KVM_EXIT_IO,
     KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVM_PMU_CAP_DISABLE,
@@ -549,7 +551,7 @@ impl Cpu for KvmCpu {
         self.memory.ram()
     }
 
-    fn memory_digest(&mut self) -> Result<u64, KvmError> {
+    fn memory_digest(&mut self) -> Result<MemoryDigest, KvmError> {
         self.memory.digest()
     }
 }

@@ -159,8 +159,9 @@ fn what_makes_an_entry_old_leaves_the_bit_and_takes_the_others() {
         [(3, saved.clone())]
     );
     assert_eq!(young(&[0x48, 0x25, 0xdf, 0xfb, 0xff, 0xff]), [(2, saved)]);
-    // Of 32 bits; with the dirty bit, as a look for bad tables has it; in memory; only the dirty bit; a test.
+    // Of 32 bits; with the user's or the dirty bit, as a look for bad tables has it; in memory; only the dirty bit; a test.
     assert_eq!(young(&[0x83, 0xe0, 0xdf]), none);
+    assert_eq!(young(&[0x48, 0x83, 0xe0, 0xdb]), none);
     assert_eq!(young(&[0x48, 0x83, 0xe0, 0x9f]), none);
     assert_eq!(young(&[0x48, 0x83, 0x20, 0xdf]), none);
     assert_eq!(young(&[0x48, 0x83, 0xe0, 0xbf]), none);
