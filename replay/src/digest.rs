@@ -187,6 +187,11 @@ impl MemoryDigest {
         self.whole
     }
 
+    /// The digest of it with Accessed bits masked, as a number.
+    pub fn masked(self) -> u64 {
+        self.masked
+    }
+
     /// How this memory compares with another.
     pub fn likeness(self, other: MemoryDigest) -> Likeness {
         if self.whole == other.whole && self.masked == other.masked {

@@ -274,6 +274,8 @@ pub struct Replayed {
     pub digest: u64,
     /// Memory digests compared.
     pub memories_checked: u64,
+    /// Of those, how many were equal but for Accessed bits.
+    pub memories_but_accessed: u64,
 }
 
 /// Replays `journal` on `cpu`, up to exit `until` if given.
@@ -297,13 +299,14 @@ pub fn replay_on(
     until: Option<u64>,
 ) -> Replayed {
     let mut trace = Trace::default();
-    let mut memories_checked = 0;
+    let (mut memories_checked, mut memories_but_accessed) = (0, 0);
     let verdict = match JournalReader::open(journal) {
         Err(error) => Verdict::Refused(error),
         Ok(reader) => {
             let mut replayer = Replayer::new(reader, until, None);
             let verdict = verdict(machine.run(&mut cpu, &mut replayer, &mut trace));
             memories_checked = replayer.memories_checked();
+            memories_but_accessed = replayer.memories_but_accessed();
             verdict
         }
     };
@@ -314,6 +317,7 @@ pub fn replay_on(
         memory,
         digest: machine.digest().value(),
         memories_checked,
+        memories_but_accessed,
     }
 }
 

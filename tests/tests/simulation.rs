@@ -340,6 +340,41 @@ fn one_flipped_bit_is_noticed_at_the_first_exit_it_affects() {
     );
 }
 
+#[test]
+fn memory_that_differs_in_accessed_bits_alone_is_told_and_ends_no_replay() {
+    for_seeds(20, |seed| {
+        let [here, there, _] = noises(seed);
+        let scenario = Scenario {
+            memory_every: Some(7),
+            ..Scenario::new(seed)
+        };
+        let recording = scenario.record(Detail::Default, here);
+        let replayed = replay(&recording.journal, ToyCpu::new(seed, there), None);
+        assert_eq!(replayed.memories_but_accessed, 0);
+
+        let mut entries = entries_of(&recording.journal);
+        let other = |memory: &mut MemoryDigest| {
+            *memory = MemoryDigest::of_parts(!memory.value(), memory.masked());
+        };
+        let mut others = 0;
+        for entry in &mut entries {
+            match &mut entry.event {
+                Event::Memory { digest } => other(digest),
+                Event::End(end) if end.memory.is_some() => end.memory.iter_mut().for_each(other),
+                _ => continue,
+            }
+            others += 1;
+        }
+        let header = scenario.header(Detail::Default);
+        let journal = write_entries(&header, &entries, 1000);
+        let replayed = replay(&journal, ToyCpu::new(seed, there), None);
+        let equal = matches!(replayed.verdict, Verdict::Equal(_));
+        assert!(equal, "{:?}", replayed.verdict);
+        assert_eq!(replayed.memories_but_accessed, others);
+        assert_eq!(replayed.memories_checked, others);
+    });
+}
+
 /// Replays recordings of many seeds in a machine that is wrong from its first exit on.
 fn notices_from_the_first_exit(wrong: impl Fn(&Scenario) -> Machine) {
     let late_witnesses = std::cell::Cell::new(0);
