@@ -85,7 +85,7 @@ static void work(unsigned self, uint64_t bytes, uint64_t until_ns)
     for (uint64_t page = 0; page < pages; page++)
         fill((uint64_t *)(memory + page * PAGE), page + self);
     uint64_t sum = CHECKSUM_START, rounds = 0;
-    while (now_ns() < until_ns) {
+    while (rounds < 16 || now_ns() < until_ns) {
         for (int i = 0; i < 200; i++) {
             uint64_t drawn = next(&state);
             /* Seven of eight go to the first eighth. */

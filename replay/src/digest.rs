@@ -152,7 +152,8 @@ fn could_be_entry(word: u64) -> bool {
     const PRESENT: u64 = 1;
     const FRAME: u64 = 0x0000_00ff_ffff_f000;
     const ABOVE: u64 = 0x000f_ff00_0000_0000;
-    word & PRESENT != 0 && word & FRAME != 0 && word & ABOVE == 0
+    // Without branches: this is asked of each word of memory.
+    (word & PRESENT != 0) & (word & FRAME != 0) & (word & ABOVE == 0)
 }
 
 /// Guest page size in bytes.
@@ -163,17 +164,13 @@ impl MemoryDigest {
     pub fn absorb_page(&mut self, gpa: u64, page: &[u8]) {
         assert_eq!(page.len(), PAGE_BYTES, "a page has {PAGE_BYTES} bytes");
         let words = page.as_chunks::<8>().0.iter();
-        let (mut any, mut entries) = (0, false);
-        for word in words.map(|word| u64::from_le_bytes(*word)) {
-            any |= word;
-            entries |= could_be_entry(word);
-        }
-        if any == 0 {
+        let mut words = words.map(|word| u64::from_le_bytes(*word));
+        if words.clone().all(|word| word == 0) {
             return;
         }
         // XXH64 rather than XXH3: it needs no vector unit, and emulated hosts have a slow one.
         let whole = xxh64(page, gpa);
-        let masked = if entries {
+        let masked = if words.any(could_be_entry) {
             xxh64(&without_accessed(page), gpa)
         } else {
             whole
@@ -214,9 +211,8 @@ fn without_accessed(page: &[u8]) -> [u8; PAGE_BYTES] {
     masked.copy_from_slice(page);
     for bytes in masked.as_chunks_mut::<8>().0 {
         let word = u64::from_le_bytes(*bytes);
-        if could_be_entry(word) {
-            *bytes = (word & !ACCESSED).to_le_bytes();
-        }
+        let cleared = ACCESSED * u64::from(could_be_entry(word));
+        *bytes = (word & !cleared).to_le_bytes();
     }
     masked
 }
