@@ -5,6 +5,7 @@
 //! registers, in the same order.
 
 use hindsight_devices::{Access, Width};
+use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 use xxhash_rust::xxh64::xxh64;
 
@@ -123,8 +124,39 @@ fn answer_words(answer: &Answer) -> (u64, u64, u64) {
 ///
 /// Pages that hold only zeroes do not count, so that a page never touched and a page cleared by
 /// the guest are the same, as they are to the guest.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct MemoryDigest(u64);
+///
+/// A second one leaves out what the CPU sets in page-table entries by walking them (the Accessed bit), so that a
+/// memory that differs in that alone can be told. No list of page tables is needed for it: what could be an entry
+/// is masked wherever it stands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryDigest {
+    whole: u64,
+    masked: u64,
+}
+
+/// How two memories compare.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Likeness {
+    /// They are the same.
+    Equal,
+    /// They are the same but for Accessed bits of what could be page-table entries.
+    ButAccessed,
+    /// They differ.
+    Different,
+}
+
+/// The Accessed bit of a page-table entry (Intel SDM vol. 3, 4.5).
+const ACCESSED: u64 = 1 << 5;
+
+/// Whether a word could be a page-table entry in use: present, and for a frame below 1 TiB that is not the first.
+/// Small numbers and Linux's pointers could not.
+fn could_be_entry(word: u64) -> bool {
+    const PRESENT: u64 = 1;
+    const FRAME: u64 = 0x0000_00ff_ffff_f000;
+    const ABOVE: u64 = 0x000f_ff00_0000_0000;
+    // Without branches: this is asked of each word of memory.
+    (word & PRESENT != 0) & (word & FRAME != 0) & (word & ABOVE == 0)
+}
 
 /// Guest page size in bytes.
 pub const PAGE_BYTES: usize = 4096;
@@ -133,19 +165,119 @@ impl MemoryDigest {
     /// Chains one page. Pages must come in ascending order of `gpa`.
     pub fn absorb_page(&mut self, gpa: u64, page: &[u8]) {
         assert_eq!(page.len(), PAGE_BYTES, "a page has {PAGE_BYTES} bytes");
-        if page
-            .as_chunks::<8>()
-            .0
-            .iter()
-            .any(|word| u64::from_ne_bytes(*word) != 0)
-        {
-            // XXH64 rather than XXH3: it needs no vector unit, and emulated hosts have a slow one.
-            self.0 = xxh64(page, self.0 ^ gpa);
+        let words = page.as_chunks::<8>().0.iter();
+        let mut words = words.map(|word| u64::from_le_bytes(*word));
+        if words.clone().all(|word| word == 0) {
+            return;
+        }
+        // XXH64 rather than XXH3: it needs no vector unit, and emulated hosts have a slow one.
+        let whole = xxh64(page, gpa);
+        let masked = if words.any(could_be_entry) {
+            xxh64(&without_accessed(page), gpa)
+        } else {
+            whole
+        };
+        self.whole = xxh64(&whole.to_le_bytes(), self.whole);
+        self.masked = xxh64(&masked.to_le_bytes(), self.masked);
+    }
+
+    /// The digest of all of it, as a number.
+    pub fn value(self) -> u64 {
+        self.whole
+    }
+
+    /// The digest of it with Accessed bits masked, as a number.
+    pub fn masked(self) -> u64 {
+        self.masked
+    }
+
+    /// How this memory compares with another.
+    pub fn likeness(self, other: MemoryDigest) -> Likeness {
+        if self.whole == other.whole && self.masked == other.masked {
+            Likeness::Equal
+        } else if self.masked == other.masked {
+            Likeness::ButAccessed
+        } else {
+            Likeness::Different
         }
     }
 
-    /// The digest as a number.
-    pub fn value(self) -> u64 {
-        self.0
+    /// The digest with these two numbers.
+    pub fn of_parts(whole: u64, masked: u64) -> MemoryDigest {
+        MemoryDigest { whole, masked }
+    }
+}
+
+fn without_accessed(page: &[u8]) -> [u8; PAGE_BYTES] {
+    let mut masked = [0; PAGE_BYTES];
+    masked.copy_from_slice(page);
+    for bytes in masked.as_chunks_mut::<8>().0 {
+        let word = u64::from_le_bytes(*bytes);
+        let cleared = ACCESSED * u64::from(could_be_entry(word));
+        *bytes = (word & !cleared).to_le_bytes();
+    }
+    masked
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn digest(words: &[(usize, u64)]) -> MemoryDigest {
+        let mut page = [0; PAGE_BYTES];
+        for (index, word) in words {
+            page[8 * index..][..8].copy_from_slice(&word.to_le_bytes());
+        }
+        let mut digest = MemoryDigest::default();
+        digest.absorb_page(0x3000, &page);
+        digest.absorb_page(0x9000, &[7; PAGE_BYTES]);
+        digest
+    }
+
+    /// How a page with one word compares with one in which that word has these bits the other way.
+    fn flipped(word: u64, bits: u64) -> Likeness {
+        digest(&[(0, 5), (77, word)]).likeness(digest(&[(0, 5), (77, word ^ bits)]))
+    }
+
+    #[test]
+    fn memories_that_differ_in_accessed_bits_alone_are_told_from_others() {
+        // A user's page, a table, a huge page that may not be executed, a page of the kernel's.
+        for entry in [0x1234_5067, 0x3f_ffff_f067, 1 << 63 | 0x20_00e7, 0x1063] {
+            assert_eq!(flipped(entry, ACCESSED), Likeness::ButAccessed, "{entry:x}");
+            assert_eq!(flipped(entry, 0), Likeness::Equal);
+            for bit in (0..64).filter(|bit| 1 << bit != ACCESSED) {
+                let both = 1 << bit | ACCESSED;
+                assert_eq!(flipped(entry, 1 << bit), Likeness::Different, "{bit}");
+                assert_eq!(flipped(entry, both), Likeness::Different, "{bit}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_no_entry_is_compared_whole() {
+        // Not present, small numbers, pointers of the kernel's and of a program's.
+        for word in [
+            0x1234_5066,
+            1,
+            0x21,
+            0xffd,
+            0xffff_8880_0123_4567,
+            0xffff_ffff_8100_0001,
+            0x7fff_1234_5679,
+            0x5555_5555_5555,
+        ] {
+            assert_eq!(flipped(word, ACCESSED), Likeness::Different, "{word:x}");
+        }
+    }
+
+    #[test]
+    fn a_page_of_zeroes_is_no_page_and_its_place_counts() {
+        let mut zeroes = MemoryDigest::default();
+        zeroes.absorb_page(0x1000, &[0; PAGE_BYTES]);
+        assert_eq!(zeroes, MemoryDigest::default());
+        let mut at = [MemoryDigest::default(); 2];
+        at[0].absorb_page(0x1000, &[1; PAGE_BYTES]);
+        at[1].absorb_page(0x2000, &[1; PAGE_BYTES]);
+        assert_eq!(at[0].likeness(at[1]), Likeness::Different);
     }
 }

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use crate::digest::MemoryDigest;
 use crate::exit::{Registers, Turn};
 use crate::moment::Moment;
 
@@ -48,9 +49,9 @@ pub enum Difference {
     /// All of memory differs.
     Memory {
         /// The recording's digest.
-        expected: Option<u64>,
+        expected: Option<MemoryDigest>,
         /// The replay's.
-        found: Option<u64>,
+        found: Option<MemoryDigest>,
     },
     /// The run ended differently.
     End {
@@ -153,7 +154,7 @@ impl fmt::Display for Divergence {
             }
             Difference::Memory { expected, found } => write!(
                 f,
-                "memory differs\n  recorded: {}\n  replayed: {}",
+                "memory differs, and in more than Accessed bits of page tables\n  recorded: {}\n  replayed: {}",
                 hex(*expected),
                 hex(*found)
             )?,
@@ -169,8 +170,11 @@ impl fmt::Display for Divergence {
     }
 }
 
-fn hex(digest: Option<u64>) -> String {
-    digest.map_or_else(|| "none".to_string(), |digest| format!("{digest:016x}"))
+fn hex(digest: Option<MemoryDigest>) -> String {
+    digest.map_or_else(
+        || "none".to_string(),
+        |digest| format!("{:016x}", digest.value()),
+    )
 }
 
 /// The first field in which two turns differ, with both sides.

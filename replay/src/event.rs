@@ -7,6 +7,7 @@
 use hindsight_devices::{Input, Nanos};
 use serde::{Deserialize, Serialize};
 
+use crate::digest::MemoryDigest;
 use crate::exit::{Answer, Exit, Registers, Turn};
 use crate::landing::{Place, Unit};
 use crate::limits::EVENT_RAW_MAX;
@@ -41,7 +42,7 @@ pub struct End {
     /// The digest of every turn and interrupt.
     pub digest: u64,
     /// The digest of all of memory; `None` where the guest was still running.
-    pub memory: Option<u64>,
+    pub memory: Option<MemoryDigest>,
 }
 
 /// What the monitor found out while the guest ran: from here on the guest may have seen something that is recorded
@@ -125,7 +126,7 @@ pub enum Event {
     /// The digest of all of memory at this turn.
     Memory {
         /// The digest.
-        digest: u64,
+        digest: MemoryDigest,
     },
     /// The recording is complete.
     End(Box<End>),
@@ -213,7 +214,7 @@ enum Wire {
         check: [u8; 2],
     },
     Memory {
-        digest: u64,
+        digest: MemoryDigest,
     },
     End(Box<End>),
     /// `rip` against the RIP of the interrupt or preemption before.

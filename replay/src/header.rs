@@ -66,7 +66,7 @@ pub struct Image {
     pub sample: [u8; 32],
 }
 
-/// How many instructions of each kind were rewritten into trap ports.
+/// How many places of each kind were rewritten in the kernel, all but the last into trap ports.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TrapCounts {
     /// RDTSC.
@@ -87,6 +87,8 @@ pub struct TrapCounts {
     pub dr_writes: u32,
     /// Calls with which the kernel says that it panics; without one, its panics are not seen.
     pub panics: u32,
+    /// What keeps the Accessed bits of page-table entries set, and the kernel from asking for them; 0: nothing does.
+    pub ages: u32,
 }
 
 /// The machine, as far as it decides what the guest computes.

@@ -28,7 +28,7 @@ pub mod rng;
 
 pub use chaos::Chaos;
 pub use cpuid::{CpuidEntry, CpuidTable};
-pub use digest::{Digest, MemoryDigest, PAGE_BYTES};
+pub use digest::{Digest, Likeness, MemoryDigest, PAGE_BYTES};
 pub use divergence::{Difference, Divergence, first_difference};
 pub use event::{End, Ending, Entry, Event, LeftOpen};
 pub use exit::{Answer, Exit, Mode, Registers, TimeInstruction, Turn};

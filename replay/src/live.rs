@@ -4,7 +4,7 @@
 use hindsight_devices::{FirstReads, Input, Nanos, Room};
 
 use crate::chaos::Chaos;
-use crate::digest::Digest;
+use crate::digest::{Digest, MemoryDigest};
 use crate::event::{End, Ending, LeftOpen};
 use crate::exit::Turn;
 use crate::landing::{Horizon, Place, Unit};
@@ -236,7 +236,7 @@ impl<W: World> Outside for Live<W> {
         Ok(())
     }
 
-    fn memory(&mut self, _exits: u64, _digest: u64) -> Result<(), Closed> {
+    fn memory(&mut self, _exits: u64, _digest: MemoryDigest) -> Result<(), Closed> {
         Ok(())
     }
 

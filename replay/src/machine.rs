@@ -10,7 +10,7 @@ use hindsight_devices::{
 use thiserror::Error;
 
 use crate::cpuid::CpuidTable;
-use crate::digest::Digest;
+use crate::digest::{Digest, MemoryDigest};
 use crate::event::{End, Ending, LeftOpen};
 use crate::exit::{Answer, Exit, Registers, TimeInstruction, Turn};
 use crate::landing::{Horizon, Unit};
@@ -78,7 +78,7 @@ pub trait Cpu {
     /// Guest memory, for devices that move data by themselves.
     fn ram(&self) -> &Ram;
     /// The digest of all of memory.
-    fn memory_digest(&mut self) -> Result<u64, Self::Error>;
+    fn memory_digest(&mut self) -> Result<MemoryDigest, Self::Error>;
 }
 
 /// Sees what the machine does; cannot change it.
@@ -96,7 +96,7 @@ pub trait Observer {
     /// Something was found to be left open.
     fn left_open(&mut self, _exits: u64, _what: LeftOpen) {}
     /// Memory was digested.
-    fn memory(&mut self, _exits: u64, _digest: u64) {}
+    fn memory(&mut self, _exits: u64, _digest: MemoryDigest) {}
     /// The vCPU was kicked and nothing else happened.
     fn kicked(&mut self, _exits: u64) {}
 }

@@ -7,7 +7,7 @@
 use hindsight_devices::{FirstReads, Input, Nanos, Room};
 use thiserror::Error;
 
-use crate::digest::Digest;
+use crate::digest::{Digest, MemoryDigest};
 use crate::divergence::Divergence;
 use crate::event::{End, Ending, LeftOpen};
 use crate::exit::Turn;
@@ -118,7 +118,7 @@ pub trait Outside {
     fn wants_memory(&mut self, exits: u64) -> bool;
 
     /// The digest of all of memory at this exit.
-    fn memory(&mut self, exits: u64, digest: u64) -> Result<(), Closed>;
+    fn memory(&mut self, exits: u64, digest: MemoryDigest) -> Result<(), Closed>;
 
     /// All that belongs to the last exit is done: how far may the guest run on?
     fn horizon(&mut self, standing: &Standing) -> Result<Horizon, Closed>;

@@ -7,7 +7,7 @@ use std::io::Write;
 
 use hindsight_devices::{FirstReads, Input, Nanos, Room};
 
-use crate::digest::Digest;
+use crate::digest::{Digest, MemoryDigest};
 use crate::event::{End, Event, LeftOpen};
 use crate::exit::Turn;
 use crate::frame::IndexEntry;
@@ -162,7 +162,7 @@ impl<O: Outside, W: Write> Outside for Recorder<O, W> {
         self.inner.wants_memory(exits)
     }
 
-    fn memory(&mut self, exits: u64, digest: u64) -> Result<(), Closed> {
+    fn memory(&mut self, exits: u64, digest: MemoryDigest) -> Result<(), Closed> {
         self.append(exits, Event::Memory { digest })?;
         self.inner.memory(exits, digest)
     }

@@ -5,7 +5,7 @@ use std::io::Read;
 
 use hindsight_devices::{FirstReads, Input, Nanos, Room};
 
-use crate::digest::Digest;
+use crate::digest::{Digest, Likeness, MemoryDigest};
 use crate::divergence::{Difference, Divergence, first_difference};
 use crate::event::{End, Ending, Entry, Event, LeftOpen};
 use crate::exit::Turn;
@@ -33,6 +33,7 @@ pub struct Replayer<R: Read> {
     history: VecDeque<(u64, Turn)>,
     equal_through: u64,
     memories_checked: u64,
+    memories_but_accessed: u64,
     witnesses_checked: u64,
     /// Met where nothing could be refused; the next look at the journal refuses.
     failed: Option<JournalError>,
@@ -55,6 +56,7 @@ impl<R: Read> Replayer<R> {
             history: VecDeque::with_capacity(HISTORY + 1),
             equal_through: 0,
             memories_checked: 0,
+            memories_but_accessed: 0,
             witnesses_checked: 0,
             failed: None,
         }
@@ -68,9 +70,14 @@ impl<R: Read> Replayer<R> {
         }
     }
 
-    /// How many memory digests were compared and found equal.
+    /// How many memory digests were compared and found equal, or equal but for Accessed bits of page tables.
     pub fn memories_checked(&self) -> u64 {
         self.memories_checked
+    }
+
+    /// How many of them were equal but for those bits.
+    pub fn memories_but_accessed(&self) -> u64 {
+        self.memories_but_accessed
     }
 
     /// How many witnesses were compared and found equal.
@@ -164,6 +171,28 @@ impl<R: Read> Replayer<R> {
             rip: registers.rip(),
             rcx: registers.rcx(),
         }
+    }
+
+    /// Compares memory with what was recorded of it. Which entries of its page tables a CPU has marked as accessed
+    /// is no guest's doing, so a difference there is counted and does not end the replay.
+    fn compare_memory(
+        &mut self,
+        exits: u64,
+        expected: Option<MemoryDigest>,
+        found: Option<MemoryDigest>,
+    ) -> Result<(), Closed> {
+        let likeness = match (expected, found) {
+            (None, None) => return Ok(()),
+            (Some(expected), Some(found)) => expected.likeness(found),
+            _ => Likeness::Different,
+        };
+        if likeness == Likeness::Different {
+            let difference = Difference::Memory { expected, found };
+            return Err(self.diverged(self.last_moment(exits), difference));
+        }
+        self.memories_checked += 1;
+        self.memories_but_accessed += u64::from(likeness == Likeness::ButAccessed);
+        Ok(())
     }
 
     fn diverged(&self, at: Moment, difference: Difference) -> Closed {
@@ -386,7 +415,7 @@ impl<R: Read> Outside for Replayer<R> {
                 .is_some_and(|every| exits.is_multiple_of(every))
     }
 
-    fn memory(&mut self, exits: u64, digest: u64) -> Result<(), Closed> {
+    fn memory(&mut self, exits: u64, digest: MemoryDigest) -> Result<(), Closed> {
         let recorded = self.take(exits, |event| match event {
             Event::Memory { digest } => Some(*digest),
             _ => None,
@@ -394,15 +423,7 @@ impl<R: Read> Outside for Replayer<R> {
         let Some(expected) = recorded else {
             return Ok(());
         };
-        if expected != digest {
-            let difference = Difference::Memory {
-                expected: Some(expected),
-                found: Some(digest),
-            };
-            return Err(self.diverged(self.last_moment(exits), difference));
-        }
-        self.memories_checked += 1;
-        Ok(())
+        self.compare_memory(exits, Some(expected), Some(digest))
     }
 
     fn horizon(&mut self, standing: &Standing) -> Result<Horizon, Closed> {
@@ -512,14 +533,7 @@ impl<R: Read> Outside for Replayer<R> {
                 ));
             }
         }
-        if expected.memory != found.memory {
-            let difference = Difference::Memory {
-                expected: expected.memory,
-                found: found.memory,
-            };
-            return Err(self.diverged(at, difference));
-        }
-        self.memories_checked += u64::from(found.memory.is_some());
+        self.compare_memory(exits, expected.memory, found.memory)?;
         self.ahead = None;
         // Look behind the end: a file that was tampered with or glued together is not whole.
         assert!(

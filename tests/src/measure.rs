@@ -2,6 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -22,6 +25,52 @@ pub struct Bounded {
     pub seconds: f64,
     /// It did not end by itself.
     pub stopped: bool,
+}
+
+/// Threads that compute on much memory, twice as many as there are CPUs, until it is dropped: whoever else runs is
+/// put off its CPU at every turn, and finds little of what it had in caches and TLB.
+#[derive(Debug)]
+pub struct Load {
+    done: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<u64>>,
+}
+
+impl Load {
+    /// Bytes that each thread walks over.
+    const BYTES: usize = 16 << 20;
+
+    /// Starts them.
+    pub fn start() -> Load {
+        let done = Arc::new(AtomicBool::new(false));
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        let walk = |done: Arc<AtomicBool>| {
+            move || {
+                let mut bytes = vec![1u8; Load::BYTES];
+                let mut sum = 0;
+                while !done.load(Ordering::Relaxed) {
+                    for page in bytes.chunks_mut(4096) {
+                        sum += u64::from(page[0]);
+                        page[0] = sum as u8;
+                    }
+                }
+                sum
+            }
+        };
+        let threads = (0..2 * cpus).map(|_| std::thread::spawn(walk(done.clone())));
+        Load {
+            threads: threads.collect(),
+            done,
+        }
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        self.done.store(true, Ordering::Relaxed);
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
 }
 
 /// Runs `command`; after `limit` asks it to stop, as Ctrl-C does, and then makes it. For runs that

@@ -6,8 +6,8 @@ use hindsight_devices::{Devices, FirstReads, Nanos, NoDisks, Output, Room};
 use hindsight_replay::{
     Chaos, Closed, Content, CpuidEntry, CpuidTable, Detail, Divergence, End, Entry, Event, Header,
     Horizon, Host, JournalError, JournalReader, JournalWriter, LeftOpen, Live, Machine,
-    MachineDescription, Moment, Observer, Outside, Patience, Place, QuickReads, Recorder, Replayer,
-    RunError, Standing, Tail, TrapCounts, Turn, Unit,
+    MachineDescription, MemoryDigest, Moment, Observer, Outside, Patience, Place, QuickReads,
+    Recorder, Replayer, RunError, Standing, Tail, TrapCounts, Turn, Unit,
 };
 
 use crate::sim_world::SimWorld;
@@ -290,6 +290,8 @@ pub struct Replayed {
     pub digest: u64,
     /// Memory digests compared.
     pub memories_checked: u64,
+    /// Of those, how many were equal but for Accessed bits.
+    pub memories_but_accessed: u64,
 }
 
 /// Replays `journal` on `cpu`, up to exit `until` if given.
@@ -313,13 +315,14 @@ pub fn replay_on(
     until: Option<u64>,
 ) -> Replayed {
     let mut trace = Trace::default();
-    let mut memories_checked = 0;
+    let (mut memories_checked, mut memories_but_accessed) = (0, 0);
     let verdict = match JournalReader::open(journal) {
         Err(error) => Verdict::Refused(error),
         Ok(reader) => {
             let mut replayer = Replayer::new(reader, until, None);
             let verdict = verdict(machine.run(&mut cpu, &mut replayer, &mut trace));
             memories_checked = replayer.memories_checked();
+            memories_but_accessed = replayer.memories_but_accessed();
             verdict
         }
     };
@@ -330,6 +333,7 @@ pub fn replay_on(
         memory,
         digest: machine.digest().value(),
         memories_checked,
+        memories_but_accessed,
     }
 }
 
@@ -531,7 +535,7 @@ impl Outside for Unchecked {
         false
     }
 
-    fn memory(&mut self, _: u64, _: u64) -> Result<(), Closed> {
+    fn memory(&mut self, _: u64, _: MemoryDigest) -> Result<(), Closed> {
         Ok(())
     }
 

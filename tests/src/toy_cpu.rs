@@ -557,7 +557,7 @@ impl Cpu for ToyCpu {
         &self.ram
     }
 
-    fn memory_digest(&mut self) -> Result<u64, Broken> {
+    fn memory_digest(&mut self) -> Result<MemoryDigest, Broken> {
         let mut digest = MemoryDigest::default();
         for (page, gpa) in self
             .memory
@@ -566,6 +566,6 @@ impl Cpu for ToyCpu {
         {
             digest.absorb_page(gpa, page);
         }
-        Ok(digest.value())
+        Ok(digest)
     }
 }

@@ -9,7 +9,7 @@ use std::convert::Infallible;
 
 use hindsight_devices::{Access, Devices, Ram, Slot, Width};
 use hindsight_replay::rng::mix;
-use hindsight_replay::{Answer, Back, Cpu, Exit, Horizon, Registers, ShownClock};
+use hindsight_replay::{Answer, Back, Cpu, Exit, Horizon, MemoryDigest, Registers, ShownClock};
 use vm_memory::{Bytes, GuestAddress};
 
 /// Guest memory in bytes.
@@ -282,18 +282,18 @@ impl Cpu for ToyDriver {
         &self.ram
     }
 
-    fn memory_digest(&mut self) -> Result<u64, Infallible> {
+    fn memory_digest(&mut self) -> Result<MemoryDigest, Infallible> {
         let mut bytes = vec![0; RAM_BYTES];
         self.ram
             .read_slice(&mut bytes, GuestAddress(0))
             .expect("it is RAM");
-        let mut digest = hindsight_replay::MemoryDigest::default();
+        let mut digest = MemoryDigest::default();
         for (page, bytes) in (0..)
             .step_by(hindsight_replay::PAGE_BYTES)
             .zip(bytes.chunks(hindsight_replay::PAGE_BYTES))
         {
             digest.absorb_page(page, bytes);
         }
-        Ok(digest.value())
+        Ok(digest)
     }
 }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use hindsight_replay::{Answer, Event, Exit, JournalReader, JournalWriter, VERSION};
 use hindsight_tests::debian::{Debian, Ran, copy};
+use hindsight_tests::measure::Load;
 use tempfile::TempDir;
 
 #[path = "debian/disks.rs"]
@@ -588,6 +589,35 @@ fn memory_digests_on_the_way_are_compared() {
         .expect(0)
         .json();
     assert_eq!(verdict["exits"].as_u64(), Some(2_000), "{verdict}");
+}
+
+#[test]
+#[ignore = "needs a KVM that can record"]
+fn a_guest_that_swaps_evicts_the_same_pages_in_a_replay_on_a_loaded_host() {
+    let (debian, dir) = (Debian::from_env(), scratch());
+    for mglru in ["mglru=7", "mglru=0"] {
+        let recording = dir.path().join(mglru);
+        let words = format!("quiet {mglru} seconds=4 mib=90");
+        let more = ["--memory", "256M", "--cmdline", &words];
+        let recorded = debian.record(&recording, "reclaim", &more, b"").expect(0);
+        let console = recorded.text();
+        assert!(
+            console.contains("done, 0 of 3 processes failed"),
+            "{console}"
+        );
+        let swapped_out = console.lines().find_map(|line| {
+            let count = line.trim().strip_prefix("reclaim: pswpout ")?;
+            count.parse::<u64>().ok()
+        });
+        assert!(swapped_out > Some(1_000), "it was to swap: {console}");
+        let load = Load::start();
+        let replayed = debian.replay(&recording, &[]).expect(0);
+        drop(load);
+        assert_eq!(replayed.text(), console);
+        let verdict = replayed.stderr;
+        // Every bit that the CPU could set was set: nothing is left to be masked.
+        assert!(verdict.contains("replay equal:"), "{verdict}");
+    }
 }
 
 fn path(path: &Path) -> &str {

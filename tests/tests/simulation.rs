@@ -7,8 +7,8 @@ use hindsight_devices::{Access, Input, Nanos, Ram, Room, Width};
 use hindsight_replay::rng::{Rng, mix};
 use hindsight_replay::{
     Answer, Back, Closed, Cpu, Detail, Difference, Ending, Entry, Event, Exit, Horizon,
-    JournalReader, LeftOpen, Machine, Mode, Registers, Replayer, RunError, ShownClock,
-    TimeInstruction, WITNESS_EVERY, World,
+    JournalReader, LeftOpen, Machine, MemoryDigest, Mode, Registers, Replayer, RunError,
+    ShownClock, TimeInstruction, WITNESS_EVERY, World,
 };
 use hindsight_tests::sim::{
     Recording, Replayed, Scenario, Unchecked, Verdict, bare_machine, cpuid_table, entries_of,
@@ -340,6 +340,41 @@ fn one_flipped_bit_is_noticed_at_the_first_exit_it_affects() {
     );
 }
 
+#[test]
+fn memory_that_differs_in_accessed_bits_alone_is_told_and_ends_no_replay() {
+    for_seeds(20, |seed| {
+        let [here, there, _] = noises(seed);
+        let scenario = Scenario {
+            memory_every: Some(7),
+            ..Scenario::new(seed)
+        };
+        let recording = scenario.record(Detail::Default, here);
+        let replayed = replay(&recording.journal, ToyCpu::new(seed, there), None);
+        assert_eq!(replayed.memories_but_accessed, 0);
+
+        let mut entries = entries_of(&recording.journal);
+        let other = |memory: &mut MemoryDigest| {
+            *memory = MemoryDigest::of_parts(!memory.value(), memory.masked());
+        };
+        let mut others = 0;
+        for entry in &mut entries {
+            match &mut entry.event {
+                Event::Memory { digest } => other(digest),
+                Event::End(end) if end.memory.is_some() => end.memory.iter_mut().for_each(other),
+                _ => continue,
+            }
+            others += 1;
+        }
+        let header = scenario.header(Detail::Default);
+        let journal = write_entries(&header, &entries, 1000);
+        let replayed = replay(&journal, ToyCpu::new(seed, there), None);
+        let equal = matches!(replayed.verdict, Verdict::Equal(_));
+        assert!(equal, "{:?}", replayed.verdict);
+        assert_eq!(replayed.memories_but_accessed, others);
+        assert_eq!(replayed.memories_checked, others);
+    });
+}
+
 /// Replays recordings of many seeds in a machine that is wrong from its first exit on.
 fn notices_from_the_first_exit(wrong: impl Fn(&Scenario) -> Machine) {
     let late_witnesses = std::cell::Cell::new(0);
@@ -419,12 +454,14 @@ fn tampered(entry: &Entry, rng: &mut Rng) -> Option<Entry> {
         },
         Event::Witness { check } => check[rng.below(2) as usize] ^= 1 << rng.below(8),
         Event::FirstReads { check } => *check ^= 1 << rng.below(64),
-        Event::Memory { digest } => *digest ^= 1 << rng.below(64),
+        Event::Memory { digest } => {
+            *digest = MemoryDigest::of_parts(digest.value(), rng.below(u64::MAX))
+        }
         Event::End(end) => match rng.below(4) {
             0 => end.digest ^= 1 << rng.below(64),
             1 => end.now += 1,
             2 => end.panic = Some("no".into()),
-            _ => end.memory = end.memory.map_or(Some(0), |_| None),
+            _ => end.memory = end.memory.map_or(Some(MemoryDigest::default()), |_| None),
         },
         Event::Posted(bytes) => bytes[0] ^= 1 << rng.below(8),
         Event::LeftOpen(what) => {
@@ -588,8 +625,8 @@ impl Cpu for Poller {
     fn ram(&self) -> &Ram {
         &self.1
     }
-    fn memory_digest(&mut self) -> Result<u64, Broken> {
-        Ok(0)
+    fn memory_digest(&mut self) -> Result<MemoryDigest, Broken> {
+        Ok(MemoryDigest::default())
     }
 }
 

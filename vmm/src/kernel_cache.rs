@@ -13,12 +13,12 @@ use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_128;
 use xxhash_rust::xxh64::xxh64;
 
-use crate::boot::{Kernel, Modules, Sites, Window};
+use crate::boot::{Ages, Kernel, Modules, Sites, Window};
 
 /// Overrides where the cache is; empty: there is none.
 const DIRECTORY: &str = "HINDSIGHT_CACHE";
 /// Changes whenever what is kept, or how it is found, does.
-const FORMAT: u32 = 8;
+const FORMAT: u32 = 9;
 /// An entry begins with its checksum, the length of what serde writes, and that of the ELF file.
 const HEAD_BYTES: usize = 24;
 
@@ -35,6 +35,8 @@ pub struct Prepared {
     pub windows: Vec<Window>,
     /// Which of its console's waits for the transmitter need not be.
     pub transmits: Vec<u64>,
+    /// What keeps the Accessed bits of its page tables set.
+    pub ages: Ages,
     /// What must be known to trap it in modules.
     pub modules: Modules,
     /// Where its functions that load modules begin.

@@ -5,7 +5,7 @@ use std::io::Read;
 use hindsight_devices::{Devices, Storage};
 use hindsight_replay::{
     Content, CpuidTable, Host, Image, Machine, MachineDescription, OperatorConsole, QuickReads,
-    Unit,
+    TrapCounts, Unit,
 };
 use kvm_ioctls::Kvm;
 use thiserror::Error;
@@ -54,9 +54,9 @@ pub enum MachineError {
     )]
     Traps {
         /// Now.
-        found: hindsight_replay::TrapCounts,
+        found: TrapCounts,
         /// Then.
-        expected: hindsight_replay::TrapCounts,
+        expected: TrapCounts,
     },
     /// Replay would rewrite the kernel's time reads otherwise than the recorder did.
     #[error(
@@ -91,6 +91,7 @@ impl LoadedKernel {
             sites: found.sites,
             windows: found.windows,
             transmits: found.transmits,
+            ages: found.ages,
             modules,
         };
         kernel_cache::keep(image, &prepared);
@@ -108,10 +109,18 @@ impl LoadedKernel {
         QuickPlan::new(elf, &self.0.windows, &self.0.transmits, &caves)
     }
 
+    /// How much of it is rewritten.
+    fn traps(&self) -> TrapCounts {
+        TrapCounts {
+            ages: self.0.ages.rewrites.len() as u32,
+            ..self.0.sites.counts()
+        }
+    }
+
     /// What of the world the guest may see, or the machine may not, because this kernel is as it is; in
     /// words.
     pub fn holes(&self) -> Vec<String> {
-        let calls = self.0.sites.counts().module_loads;
+        let calls = self.traps().module_loads;
         let panics = (!self.shows_panics()).then(|| {
             "panics of this kernel: its image has no call that says that it panics; only pvpanic and a \
              triple fault are known"
@@ -122,6 +131,7 @@ impl LoadedKernel {
             .hole(calls)
             .into_iter()
             .chain(panics)
+            .chain(self.0.ages.hole())
             .collect()
     }
 
@@ -153,7 +163,7 @@ pub fn describe(
         kernel: kernel.content().clone(),
         kernel_version: kernel.0.kernel.version.clone(),
         initrd: (!initrd.is_empty()).then(|| content(initrd)),
-        traps: kernel.0.sites.counts(),
+        traps: kernel.traps(),
         cpuid: cpuid::for_host(kvm)?,
         seed: random_bytes()?,
         ns_per_exit,
@@ -195,9 +205,10 @@ pub fn build(
         modules,
         windows,
         loaders,
+        ages,
         ..
     } = &kernel.0;
-    let found = sites.counts();
+    let found = kernel.traps();
     if found != description.traps {
         return Err(MachineError::Traps {
             found,
@@ -214,6 +225,7 @@ pub fn build(
     };
     let elf = Elf::parse(&image.elf)?;
     let plan = boot::load(&mut memory, image, &elf, sites, &given)?;
+    ages.install(&elf, &mut memory).map_err(BootError::from)?;
     let mut text = KernelText::new(&elf, sites, modules);
     if let Some(recorded) = &description.quick_reads {
         let quick = kernel.quick_plan(&elf);

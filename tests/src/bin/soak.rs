@@ -1,9 +1,10 @@
 //! Records guests many times, replays each recording, and compares everything.
 //!
-//! `soak [--image NAME]... RECORDINGS [REPLAYS [KERNEL...]] [-- OPTION...]`, with the environment of
+//! `soak [--loaded] [--image NAME]... RECORDINGS [REPLAYS [KERNEL...]] [-- OPTION...]`, with the environment of
 //! [`hindsight_tests::debian`]. Without an image it boots the test guest and types a line. With
 //! images, each is recorded with the OPTIONs (`{n}` in one is the number of the recording, as in
-//! `--chaos={n}`), and may end as it likes, but must end. Prints one line per recording and a
+//! `--chaos={n}`), and may end as it likes, but must end. With `--loaded` there are as many replays more, while
+//! other threads compute. Prints one line per recording and a
 //! summary for each image and kernel; exit code 1 if any replay was not equal.
 
 use std::collections::BTreeMap;
@@ -12,7 +13,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use hindsight_tests::debian::Debian;
-use hindsight_tests::measure::{Bounded, add_landings, bounded, median};
+use hindsight_tests::measure::{Bounded, Load, add_landings, bounded, median};
 use serde_json::Value;
 
 /// A recording that takes longer hangs.
@@ -24,15 +25,17 @@ struct Plan {
     replays: u64,
     kernels: Vec<PathBuf>,
     options: Vec<String>,
+    loaded: bool,
 }
 
 impl Plan {
     fn from_arguments() -> Plan {
         let mut arguments = std::env::args().skip(1);
-        let (mut images, mut words) = (Vec::new(), Vec::new());
+        let (mut images, mut words, mut loaded) = (Vec::new(), Vec::new(), false);
         while let Some(argument) = arguments.next() {
             match argument.as_str() {
                 "--image" => images.push(arguments.next().expect("--image wants a NAME")),
+                "--loaded" => loaded = true,
                 "--" => break,
                 _ => words.push(argument),
             }
@@ -49,6 +52,7 @@ impl Plan {
             replays: number(1, 2),
             kernels: words.iter().skip(2).map(PathBuf::from).collect(),
             options: arguments.collect(),
+            loaded,
         }
     }
 }
@@ -89,6 +93,11 @@ struct ImageSoak<'a> {
 }
 
 impl<'a> ImageSoak<'a> {
+    /// How many replays each recording gets.
+    fn replays(&self) -> u64 {
+        self.plan.replays << u32::from(self.plan.loaded)
+    }
+
     fn new(debian: &'a Debian, image: &'a str, plan: &'a Plan) -> ImageSoak<'a> {
         ImageSoak {
             debian,
@@ -112,10 +121,10 @@ impl<'a> ImageSoak<'a> {
         }
         let Plan {
             recordings,
-            replays,
             options,
             ..
         } = self.plan;
+        let replays = self.replays();
         let list = |counts: &BTreeMap<String, u64>| {
             let parts: Vec<String> = counts.iter().map(|(k, v)| format!("{k} {v}")).collect();
             parts.join(", ")
@@ -174,7 +183,7 @@ impl<'a> ImageSoak<'a> {
         println!(
             "{name}: {seconds:.1} s, {exits} exits, {interrupts} interrupts, journal {journal} bytes; \
              {ending}; {good} of {} replays equal, {replay_seconds:.1} s each",
-            self.plan.replays
+            self.replays()
         );
         // Of a kernel that boots and reboots nothing is; and a recording that does not say so may be of anything.
         if summary["left_open"] != serde_json::json!([]) {
@@ -196,10 +205,12 @@ impl<'a> ImageSoak<'a> {
     fn replay(&self, name: &str, directory: &Path, summary: &Value) -> (u64, f64) {
         let digest = summary["digest"].as_str().unwrap_or("no digest");
         let (mut good, mut seconds, mut console) = (0, 0.0, None);
-        for _ in 0..self.plan.replays {
+        for number in 0..self.replays() {
             let start = Instant::now();
+            let load = (number >= self.plan.replays).then(Load::start);
             let replayed = self.debian.replay(directory, &["--verify", "memory"]);
-            seconds += start.elapsed().as_secs_f64() / self.plan.replays as f64;
+            drop(load);
+            seconds += start.elapsed().as_secs_f64() / self.replays() as f64;
             let first = console.get_or_insert_with(|| replayed.stdout.clone());
             if replayed.code == 0 && replayed.stdout == *first && replayed.stderr.contains(digest) {
                 good += 1;

@@ -22,8 +22,8 @@ use hindsight_guest_images::micro::{self, Reach, Torture, Tortured};
 use hindsight_replay::rng::Rng;
 use hindsight_replay::{
     Closed, Content, CpuidTable, Detail, Digest, End, Exit, Header, Horizon, JournalReader,
-    LeftOpen, Live, MachineDescription, Moment, Observer, Outside, Recorder, Replayer, Standing,
-    TimeQuery, TrapCounts, Turn, World,
+    LeftOpen, Live, MachineDescription, MemoryDigest, Moment, Observer, Outside, Recorder,
+    Replayer, Standing, TimeQuery, TrapCounts, Turn, World,
 };
 use hindsight_tests::sim::bare_machine;
 use kvm_ioctls::Kvm;
@@ -293,7 +293,7 @@ impl<O: Outside> Outside for Poke<O> {
     fn wants_memory(&mut self, exits: u64) -> bool {
         self.inner.wants_memory(exits)
     }
-    fn memory(&mut self, exits: u64, digest: u64) -> Result<(), Closed> {
+    fn memory(&mut self, exits: u64, digest: MemoryDigest) -> Result<(), Closed> {
         self.inner.memory(exits, digest)
     }
     fn kicked(&mut self, standing: &Standing) -> Result<(), Closed> {

@@ -13,8 +13,8 @@ use hindsight::index;
 use hindsight_devices::{Board, Nanos, NetSpec, NoDisks, Output, Ram};
 use hindsight_replay::{
     Answer, Back, Cpu, Event, Exit, FRAME_HEAD_BYTES, FRAME_MAGIC, FRAME_RAW_MAX, Header, Horizon,
-    JournalReader, MAGIC, Machine, Moment, Observer, OperatorConsole, Registers, Replayer,
-    ShownClock, TailReason, Turn, VERSION,
+    JournalReader, MAGIC, Machine, MemoryDigest, Moment, Observer, OperatorConsole, Registers,
+    Replayer, ShownClock, TailReason, Turn, VERSION,
 };
 use vm_memory::GuestAddress;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
@@ -332,7 +332,7 @@ impl Cpu for NoCpu {
         &self.ram
     }
 
-    fn memory_digest(&mut self) -> Result<u64, Never> {
-        Ok(0)
+    fn memory_digest(&mut self) -> Result<MemoryDigest, Never> {
+        Ok(MemoryDigest::default())
     }
 }

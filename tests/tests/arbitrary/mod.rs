@@ -2,7 +2,8 @@
 
 use hindsight_devices::{Access, Input, Reset, Width};
 use hindsight_replay::{
-    Answer, End, Ending, Event, Exit, LeftOpen, Mode, Moment, Registers, TimeInstruction, Turn,
+    Answer, End, Ending, Event, Exit, LeftOpen, MemoryDigest, Mode, Moment, Registers,
+    TimeInstruction, Turn,
 };
 use proptest::prelude::*;
 
@@ -132,7 +133,7 @@ pub fn end() -> impl Strategy<Value = Event> {
         panic,
         any::<u64>(),
         any::<u64>(),
-        any::<Option<u64>>(),
+        proptest::option::of(memory()),
     )
         .prop_map(|(ending, panic, now, digest, memory)| {
             Event::End(Box::new(End {
@@ -145,6 +146,10 @@ pub fn end() -> impl Strategy<Value = Event> {
         })
 }
 
+fn memory() -> impl Strategy<Value = MemoryDigest> {
+    any::<(u64, u64)>().prop_map(|(whole, masked)| MemoryDigest::of_parts(whole, masked))
+}
+
 /// Every event but the end.
 pub fn event() -> impl Strategy<Value = Event> {
     prop_oneof![
@@ -153,7 +158,7 @@ pub fn event() -> impl Strategy<Value = Event> {
         input().prop_map(Event::Input),
         interrupt(),
         any::<[u8; 2]>().prop_map(|check| Event::Witness { check }),
-        any::<u64>().prop_map(|digest| Event::Memory { digest }),
+        memory().prop_map(|digest| Event::Memory { digest }),
         any::<u64>().prop_map(|check| Event::FirstReads { check }),
         prop::collection::vec(any::<u8>(), 0..40).prop_map(Event::Posted),
         (0..LeftOpen::ALL.len()).prop_map(|which| Event::LeftOpen(LeftOpen::ALL[which])),

@@ -96,6 +96,30 @@ impl<'a> Symbols<'a> {
         Some(self.addresses.get(index))
     }
 
+    /// For each of `names`: from the address of the first symbol of this name to the next address that has one.
+    pub fn extents(&self, names: &[&str]) -> Vec<Option<Range<u64>>> {
+        let mut extents = vec![None; names.len()];
+        let mut found = Vec::with_capacity(NAME_BYTES);
+        for (index, packed) in self.names.from(0).enumerate() {
+            self.unpack(packed, &mut found);
+            let wanted = names.iter().zip(&mut extents);
+            for (_, extent) in wanted.filter(|(name, _)| name.as_bytes() == found) {
+                extent.get_or_insert_with(|| self.extent(index));
+            }
+        }
+        extents
+    }
+
+    fn extent(&self, index: usize) -> Range<u64> {
+        let start = self.addresses.get(index);
+        let above = (index..self.count()).map(|later| self.addresses.get(later));
+        start
+            ..above
+                .into_iter()
+                .find(|&address| address > start)
+                .unwrap_or(start)
+    }
+
     /// The symbol that `address` lies behind or at, and how many bytes behind. Where several have one address, the
     /// first.
     pub fn at(&self, address: u64) -> Option<(String, u64)> {

@@ -25,10 +25,10 @@ const PAGE: u64 = 4096;
 const E820_RAM: u32 = 1;
 /// E820 type of memory that is not to be used.
 const E820_RESERVED: u32 = 2;
-/// Page table entry: present and writable.
-const TABLE: u64 = 0x3;
-/// Page directory entry: present, writable, and a page of 2 MiB.
-const LARGE_PAGE: u64 = 0x83;
+/// Page table entry: present, writable, accessed. What the CPU would set by walking is set, so that walks write nothing.
+const TABLE: u64 = 0x23;
+/// Page directory entry: present, writable, accessed, dirty, and a page of 2 MiB.
+const LARGE_PAGE: u64 = 0xe3;
 
 /// Random bytes that the kernel is given at boot, as firmware would.
 pub type Seed = [u8; 32];

@@ -7,6 +7,7 @@
 //! kernel file gives the same machine every time.
 
 pub mod acpi;
+mod ages;
 pub mod alternatives;
 pub mod btf;
 mod bzimage;
@@ -32,6 +33,7 @@ pub mod traps;
 mod windows;
 mod zero_page;
 
+pub use ages::Ages;
 pub use alternatives::Alternative;
 pub use bzimage::{Kernel, unpack};
 pub use caves::{Cave, EntryCaves, QuickCaves};
@@ -54,6 +56,8 @@ pub struct Found {
     pub windows: Vec<Window>,
     /// Virtual addresses of the calls with which its console waits, and need not.
     pub transmits: Vec<u64>,
+    /// What keeps the Accessed bits of its page tables set.
+    pub ages: Ages,
 }
 
 /// Finds what is to be rewritten in a kernel, in one look at its code.
@@ -64,13 +68,16 @@ pub struct Found {
 pub fn find_sites(elf: &Elf<'_>, loads: &[u64]) -> Result<Found, BootError> {
     let mut named = named::Named::by_data(elf);
     let mut transmits = transmit::Transmits::of(elf);
+    let mut ages = ages::Search::of(elf);
     let sites = traps::find_and_show(elf, loads, &mut |instruction| {
         named.see(instruction);
         transmits.see(instruction);
+        ages.see(instruction);
     })?;
     Ok(Found {
         windows: windows::find(elf, &sites, &named),
         transmits: transmits.finish(&named),
+        ages: ages.finish(elf, &sites, &named),
         sites,
     })
 }

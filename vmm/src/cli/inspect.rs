@@ -160,8 +160,8 @@ impl<W: Write> Listing<W> {
                 || json!({"exit": exits, "witness": u16::from_le_bytes(*check)}),
             ),
             Event::Memory { digest } => self.line(
-                || format!("{exits:>9} memory {digest:016x}"),
-                || json!({"exit": exits, "memory": format!("{digest:016x}")}),
+                || format!("{exits:>9} memory {:016x}", digest.value()),
+                || json!({"exit": exits, "memory": format!("{:016x}", digest.value())}),
             ),
             Event::End(end) => self.line(
                 || format!("{exits:>9} end: {}", shown(&describe_end(end))),
@@ -342,7 +342,7 @@ fn overview(
                 seconds(end.now),
                 end.digest,
                 end.memory
-                    .map_or("none".into(), |memory| format!("{memory:016x}"))
+                    .map_or("none".into(), |memory| format!("{:016x}", memory.value()))
             ),
             None => out!("end         none: {tail}"),
         }
@@ -392,7 +392,7 @@ fn print_header(header: &Header, left_open: &[(u64, LeftOpen)]) {
     );
     let traps = &machine.traps;
     out!(
-        "traps       {} rdtsc, {} rdtscp, {} cpuid, {} CR4 writes, {} CR4 reads, {} DR writes, {} pause, {} module loads, {} panics",
+        "traps       {} rdtsc, {} rdtscp, {} cpuid, {} CR4 writes, {} CR4 reads, {} DR writes, {} pause, {} module loads, {} panics, {} kept ages of pages",
         traps.rdtsc,
         traps.rdtscp,
         traps.cpuid,
@@ -401,7 +401,8 @@ fn print_header(header: &Header, left_open: &[(u64, LeftOpen)]) {
         traps.dr_writes,
         traps.pause,
         traps.module_loads,
-        traps.panics
+        traps.panics,
+        traps.ages
     );
     match &machine.quick_reads {
         Some(quick) => out!(

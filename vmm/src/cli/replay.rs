@@ -304,6 +304,8 @@ struct Verdict<'a> {
     memories_equal: u64,
     /// What the verdict does not cover, in words.
     not_compared: Option<&'static str>,
+    /// How many of these are equal but for Accessed bits of page tables.
+    memories_but_accessed: u64,
     summary: Option<&'a Summary>,
 }
 
@@ -315,10 +317,18 @@ fn conclude(
     json: bool,
 ) -> anyhow::Result<Outcome> {
     let exits = machine.at().exits;
+    let but_accessed = replayer.memories_but_accessed();
+    let (equal, equal_so_far) = match but_accessed {
+        0 => ("equal", "equal so far"),
+        _ => (
+            "equal but for Accessed bits",
+            "equal so far but for Accessed bits",
+        ),
+    };
     let (verdict, outcome, detail, end) = match result {
-        Ok(end) => ("equal", Outcome::Good, describe_end(&end), Some(end)),
+        Ok(end) => (equal, Outcome::Good, describe_end(&end), Some(end)),
         Err(RunError::Closed(Closed::Reached(_))) => (
-            "equal so far",
+            equal_so_far,
             Outcome::Good,
             format!("stopped at {}", machine.at()),
             None,
@@ -343,6 +353,7 @@ fn conclude(
             witnesses_equal: witnesses,
             memories_equal: memories,
             not_compared,
+            memories_but_accessed: but_accessed,
             summary: summary.as_ref(),
         };
         out!(
@@ -361,6 +372,13 @@ fn conclude(
         thousands(witnesses),
         thousands(memories)
     );
+    if but_accessed > 0 {
+        tell!(
+            "  memory differs in Accessed bits of page tables alone, in {} of these digests: the CPU sets them as it \
+             walks the tables, and nothing that the guest did differs",
+            thousands(but_accessed)
+        );
+    }
     if let Some(summary) = summary {
         let memory = summary.memory_digest.as_deref().unwrap_or("none");
         tell!("  digest {}, memory {memory}", summary.digest);

@@ -83,7 +83,7 @@ impl Summary {
             modules: exits[Exit::MODULE],
             module_sites,
             digest: format!("{:016x}", end.digest),
-            memory_digest: end.memory.map(|digest| format!("{digest:016x}")),
+            memory_digest: end.memory.map(|digest| format!("{:016x}", digest.value())),
             journal_bytes,
             left_open: left_open.iter().map(ToString::to_string).collect(),
             chaos_seed: None,
@@ -185,6 +185,8 @@ pub fn describe_end(end: &End) -> String {
 
 #[cfg(test)]
 mod tests {
+    use hindsight_replay::MemoryDigest;
+
     use super::*;
 
     #[test]
@@ -198,6 +200,9 @@ mod tests {
         };
         let said = not_compared(&end(Ending::StoppedRunning, None)).expect("it is said");
         assert!(said.contains("memory was not compared"), "{said}");
-        assert_eq!(not_compared(&end(Ending::Stopped, Some(0))), None);
+        assert_eq!(
+            not_compared(&end(Ending::Stopped, Some(MemoryDigest::default()))),
+            None
+        );
     }
 }

@@ -126,10 +126,10 @@ impl GuestMemory {
     }
 
     /// Digests all of RAM. Pages the host never gave the guest are zero and need no look.
-    pub fn digest(&self) -> Result<u64, KvmError> {
+    pub fn digest(&self) -> Result<MemoryDigest, KvmError> {
         let mut digest = MemoryDigest::default();
         self.each_resident_page(|gpa, page| digest.absorb_page(gpa, page))?;
-        Ok(digest.value())
+        Ok(digest)
     }
 
     /// Shows every page that the host has backed, in ascending order.

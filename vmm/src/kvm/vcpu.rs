@@ -6,7 +6,7 @@
 
 use hindsight_devices::{Access, POSTED_PORT, Ram, Width};
 use hindsight_replay::{
-    Answer, Back, Cpu, CpuidTable, Exit, Horizon, LeftOpen, Registers, ShownClock,
+    Answer, Back, Cpu, CpuidTable, Exit, Horizon, LeftOpen, MemoryDigest, Registers, ShownClock,
 };
 use kvm_bindings::{
     KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_CAP_PMU_CAPABILITY, KVM_EXIT_HLT, KVM_EXIT_IO,
@@ -584,7 +584,7 @@ impl Cpu for KvmCpu {
         self.memory.ram()
     }
 
-    fn memory_digest(&mut self) -> Result<u64, KvmError> {
+    fn memory_digest(&mut self) -> Result<MemoryDigest, KvmError> {
         self.memory.digest()
     }
 }

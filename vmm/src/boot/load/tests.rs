@@ -133,7 +133,7 @@ fn every_address_of_the_first_4_gib_is_mapped_to_itself() {
         let pdpt = ram.u64(plan.page_table) & !0xfff;
         let directory = ram.u64(pdpt + (address >> 30) * 8) & !0xfff;
         let entry = ram.u64(directory + ((address >> 21) & 511) * 8);
-        assert_eq!(entry, address | 0x83);
+        assert_eq!(entry, address | 0xe3);
     }
 }
 
