@@ -346,7 +346,13 @@ impl Program {
                 subleaf: u32::from(b & 1),
             }),
             178..180 => Op::Exit(Exit::WriteCr4 { value: wide }),
-            180 => Op::Exit(Exit::ReadCr4),
+            180 => match a & 1 {
+                0 => Op::Exit(Exit::ReadCr4),
+                _ => Op::Exit(Exit::WriteDr {
+                    number: b & 3,
+                    value: wide,
+                }),
+            },
             181 => Op::Exit(Exit::Module {
                 module: wide,
                 sites: b.into(),

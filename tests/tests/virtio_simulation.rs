@@ -5,7 +5,7 @@ use std::convert::Infallible;
 use hindsight_devices::{Devices, DiskSpec, Input, Nanos, NetSpec, Output, Room};
 use hindsight_replay::rng::Rng;
 use hindsight_replay::{
-    Closed, Detail, Difference, End, Event, Header, JournalReader, Live, Machine, Observer,
+    Closed, Detail, Difference, End, Event, Header, Image, JournalReader, Live, Machine, Observer,
     Recorder, Replayer, RunError, TailReason, World,
 };
 use hindsight_tests::sim::{Scenario, cpuid_table, entries_of};
@@ -33,6 +33,11 @@ fn devices() -> Devices {
 fn header(seed: u64) -> Header {
     let mut header = Scenario::new(seed).header(Detail::Default);
     header.machine.devices = devices();
+    let image = |disk: &DiskSpec| Image {
+        bytes: disk.bytes,
+        sample: [0; 32],
+    };
+    header.machine.images = header.machine.devices.disks.iter().map(image).collect();
     header.machine.ns_per_exit = NS_PER_EXIT;
     header
 }

@@ -164,7 +164,7 @@ impl<W: Write> Listing<W> {
                 || json!({"exit": exits, "memory": format!("{:016x}", digest.value())}),
             ),
             Event::End(end) => self.line(
-                || format!("{exits:>9} end: {}", shown(&describe_end(end))),
+                || format!("{exits:>9} end: {}", describe_end(end)),
                 || json!({"exit": exits, "end": end}),
             ),
         }
@@ -337,7 +337,7 @@ fn overview(
         match &end {
             Some(end) => out!(
                 "end         {}, after exit {} and {}\n            digest {:016x}, memory {}",
-                shown(&describe_end(end)),
+                describe_end(end),
                 thousands(journal.through()),
                 seconds(end.now),
                 end.digest,

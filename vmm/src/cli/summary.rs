@@ -172,11 +172,7 @@ pub fn describe_end(end: &End) -> String {
     match &end.panic {
         Some(reason) => {
             // It is the guest's, or a journal's.
-            let plain = |c: char| match c.is_control() {
-                true => char::REPLACEMENT_CHARACTER,
-                false => c,
-            };
-            let reason: String = reason.chars().map(plain).collect();
+            let reason = shown(reason);
             format!("kernel panic ({reason}), then {ending}")
         }
         None => ending.to_string(),

@@ -28,7 +28,9 @@ mod traps;
 mod vcpu;
 
 pub use error::KvmError;
+pub use guest_text::GuestView;
 pub use memory::GuestMemory;
+pub use page_walk::Paging;
 pub use preemption::Preemption;
 pub use signals::{
     Alarm, Kicker, install_kick, kick_signal, stop_requested, take_power_button_presses,

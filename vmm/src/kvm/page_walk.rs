@@ -53,24 +53,26 @@ pub struct Paging {
 }
 
 impl Paging {
-    /// That of these registers.
+    /// That of a vCPU with these registers.
     pub fn new(sregs: &kvm_sregs) -> Paging {
+        Paging::of(sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer)
+    }
+
+    /// The same, of the registers that count.
+    pub fn of(cr0: u64, cr3: u64, cr4: u64, efer: u64) -> Paging {
         let has = |register: u64, bit: u64| register & bit != 0;
-        let form = if !has(sregs.cr0, CR0_PG) {
+        let form = if !has(cr0, CR0_PG) {
             Form::Flat
-        } else if has(sregs.efer, EFER_LMA) {
-            let levels = if has(sregs.cr4, CR4_LA57) { 5 } else { 4 };
+        } else if has(efer, EFER_LMA) {
+            let levels = if has(cr4, CR4_LA57) { 5 } else { 4 };
             Form::Long { levels }
-        } else if has(sregs.cr4, CR4_PAE) {
+        } else if has(cr4, CR4_PAE) {
             Form::Pae
         } else {
-            let large = has(sregs.cr4, CR4_PSE);
+            let large = has(cr4, CR4_PSE);
             Form::Legacy { large }
         };
-        Paging {
-            form,
-            root: sregs.cr3,
-        }
+        Paging { form, root: cr3 }
     }
 
     /// The guest-physical address of a virtual one; `None` where nothing is mapped. `read` fills a buffer
@@ -174,18 +176,8 @@ mod tests {
         }
     }
 
-    fn paging(cr0: u64, cr3: u64, cr4: u64, efer: u64) -> Paging {
-        Paging::new(&kvm_sregs {
-            cr0,
-            cr3,
-            cr4,
-            efer,
-            ..Default::default()
-        })
-    }
-
     fn long(cr3: u64) -> Paging {
-        paging(CR0_PG, cr3, CR4_PAE, EFER_LMA)
+        Paging::of(CR0_PG, cr3, CR4_PAE, EFER_LMA)
     }
 
     const GVA: u64 = 0xffff_8123_4567_89ab;
@@ -211,7 +203,7 @@ mod tests {
     fn pages_of_each_size_are_found_with_four_levels_and_with_five() {
         for (levels, form) in [
             (4, long(0x1fff)),
-            (5, paging(CR0_PG, 0x1000, CR4_PAE | CR4_LA57, EFER_LMA)),
+            (5, Paging::of(CR0_PG, 0x1000, CR4_PAE | CR4_LA57, EFER_LMA)),
         ] {
             for (page_level, page) in [(0, 0x7000), (1, 0x20_0000), (2, 0x4000_0000)] {
                 let memory = tables(levels, page_level, page);
@@ -240,7 +232,7 @@ mod tests {
     #[test]
     fn older_modes_have_their_own_tables() {
         assert_eq!(
-            Words::default().translate(paging(0, 0, 0, 0), 0xf_fff0),
+            Words::default().translate(Paging::of(0, 0, 0, 0), 0xf_fff0),
             Some(0xf_fff0)
         );
         let mut memory = Words::default();
@@ -249,7 +241,7 @@ mod tests {
         memory
             .words
             .insert(0x1000 + 4 * 10, 0x0080_2000 | LARGE | PRESENT);
-        let two_levels = paging(CR0_PG, 0x1000, CR4_PSE, 0);
+        let two_levels = Paging::of(CR0_PG, 0x1000, CR4_PSE, 0);
         assert_eq!(memory.translate(two_levels, 0x0210_0123), Some(0x5123));
         assert_eq!(
             memory.translate(two_levels, 0x0280_0123),
@@ -259,7 +251,7 @@ mod tests {
         let mut memory = Words::default();
         memory.words.insert(0x1020 + 8 * 3, 0x2000 | PRESENT);
         memory.words.insert(0x2000 + 8, 0x60_0000 | LARGE | PRESENT);
-        let pae = paging(CR0_PG, 0x1020, CR4_PAE, 0);
+        let pae = Paging::of(CR0_PG, 0x1020, CR4_PAE, 0);
         assert_eq!(memory.translate(pae, 0xc02a_bcde), Some(0x6a_bcde));
     }
 
@@ -271,7 +263,7 @@ mod tests {
         ) {
             // Tables that lead to themselves.
             let memory = Words { words, ..Words::default() };
-            let form = paging(cr0, cr3, cr4, efer);
+            let form = Paging::of(cr0, cr3, cr4, efer);
             let found = form.translate(gva, &|at, buffer| memory.read(at & 0xfff, buffer));
             prop_assert!(*memory.reads.borrow() <= 5);
             let again = form.translate(gva, &|at, buffer| memory.read(at & 0xfff, buffer));
