@@ -3,7 +3,7 @@
 //! The bytes are decoded to steps against a board with one kind of device: accesses of any kind, drivers'
 //! work done properly but for one lie, input from outside, time, a save in the middle. Whatever the
 //! steps are, what `world` asserts after each of them holds. The target [`Target::Journal`] gives a journal to
-//! all that reads one instead.
+//! all that reads one instead, [`Target::Kernel`] loads a kernel, and [`Target::Walk`] walks page tables.
 //!
 //! This folder needs nothing of the rest of this crate: `tests/fuzz` builds it alone with a sanitizer, and the
 //! libraries that it drives.
@@ -11,13 +11,16 @@
 mod disk;
 mod guest;
 mod journal;
+mod kernel;
 mod steps;
+mod walk;
 mod world;
 
 use arbitrary::Unstructured;
 use hindsight_devices::{Devices, DiskSpec, NetSpec};
 
 pub use journal::{MEMORY_BYTES_MAX, read_file, seal_journal, sealed};
+pub use kernel::{Loaded, limit_allocations_by, load_kernel, seal_kernel};
 
 /// Decoded steps of one input; more bytes than that make are ignored.
 const STEPS_MAX: usize = 100;
@@ -39,11 +42,15 @@ pub enum Target {
     Apic,
     /// Journals, as every command reads them: head, events, tail.
     Journal,
+    /// What takes a kernel apart, finds what is to be rewritten in it, and loads it.
+    Kernel,
+    /// The walk of a guest's page tables.
+    Walk,
 }
 
 impl Target {
     /// All of them.
-    pub const ALL: [Target; 7] = [
+    pub const ALL: [Target; 9] = [
         Target::Block,
         Target::Net,
         Target::Console,
@@ -51,6 +58,8 @@ impl Target {
         Target::Legacy,
         Target::Apic,
         Target::Journal,
+        Target::Kernel,
+        Target::Walk,
     ];
 
     /// Its name: that of the fuzz target and of its folder in the corpus.
@@ -63,6 +72,8 @@ impl Target {
             Target::Legacy => "legacy",
             Target::Apic => "apic",
             Target::Journal => "journal",
+            Target::Kernel => "kernel",
+            Target::Walk => "walk",
         }
     }
 
@@ -92,9 +103,14 @@ impl Target {
 ///
 /// If a device does what it must not: that is what is looked for.
 pub fn drive(target: Target, data: &[u8]) {
-    if target == Target::Journal {
-        journal::read(data);
-        return;
+    match target {
+        Target::Journal => return journal::read(data),
+        Target::Kernel => {
+            load_kernel(data);
+            return;
+        }
+        Target::Walk => return walk::walk(data),
+        _ => {}
     }
     let mut bytes = Unstructured::new(data);
     let mut guest = guest::Guest::new(target);

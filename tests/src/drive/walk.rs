@@ -17,7 +17,13 @@ const LOOKS_MAX: usize = 32;
 /// The most entries that any form of tables has on the way to a page.
 const READS_MAX: u32 = 5;
 /// CR0.PG; CR4.PSE, PAE and LA57; EFER.LMA.
-const BITS: [(usize, u64); 5] = [(0, 1 << 31), (2, 1 << 4), (2, 1 << 5), (2, 1 << 12), (3, 1 << 10)];
+const BITS: [(usize, u64); 5] = [
+    (0, 1 << 31),
+    (2, 1 << 4),
+    (2, 1 << 5),
+    (2, 1 << 12),
+    (3, 1 << 10),
+];
 
 /// Looks up addresses in tables made of `data`.
 ///
@@ -75,7 +81,11 @@ fn look_up(memory: &GuestMemory, paging: Paging, gva: u64, bytes: u16) {
     let pieces = view.pieces(gva, bytes);
     let mut buffer = vec![0; bytes];
     let got = view.read(gva, &mut buffer);
-    assert_eq!(pieces.is_some(), got == bytes, "{gva:#x}, {bytes} bytes, {got} read");
+    assert_eq!(
+        pieces.is_some(),
+        got == bytes,
+        "{gva:#x}, {bytes} bytes, {got} read"
+    );
     let Some(pieces) = pieces else { return };
     let mut rest = &buffer[..];
     for (gpa, length) in pieces {
