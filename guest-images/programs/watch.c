@@ -26,11 +26,24 @@ static void compute(void)
 
 static void write_each(int times)
 {
-    for (int i = 0; i < times; i++)
+    for (int i = 0; i < times; i++) {
         for (int w = 0; w < WORDS; w++) {
             compute();
             words[w] = (uint64_t)i;
         }
+        /* Where only entries into the kernel can be counted, a preemption needs some. */
+        getppid();
+    }
+}
+
+/* For good. */
+static void be_busy(void)
+{
+    for (;;) {
+        for (volatile int i = 0; i < 50000; i++)
+            ;
+        getppid();
+    }
 }
 
 /* The stretch that is stepped through: between two breakpoints, one MOV and TURNS times two instructions. */
@@ -152,8 +165,7 @@ int main(void)
     for (int i = 0; i < BUSY; i++) {
         busy[i] = child();
         if (busy[i] == 0)
-            for (volatile uint64_t n = 0;; n++)
-                ;
+            be_busy();
     }
     puts("watch: as a debugger does");
     trace();

@@ -4,7 +4,7 @@ use hindsight_guest_images::Ring;
 use hindsight_guest_images::layout::DATA;
 use hindsight_guest_images::micro::{self, Attempt, Outcome};
 
-use super::finding::{Bench, Checked, Miss, Probe, Weight, expect, fails};
+use super::finding::{Bench, Checked, Miss, Probe, Weight, fails};
 use crate::kvm::probe::{Stop, exception_name};
 
 /// TSC_AUX, and a value for it that no processor number looks like.
@@ -222,8 +222,13 @@ pub fn holes(bench: &mut Bench) -> Result<Vec<String>, Miss> {
 /// X86_BUG_FXSAVE_LEAK). Older ones of Intel lose the selectors among them.
 fn x87(bench: &mut Bench) -> Checked {
     let vm = bench.start(&micro::x87_pointers())?;
-    expect(vm, &Stop::Mark)?;
-    expect(vm, &Stop::Done)?;
+    for expected in [Stop::Mark, Stop::Done] {
+        match vm.run()? {
+            stop if stop == expected => {}
+            // A KVM that emulates such guests need not know x87.
+            stop => return Err(Miss::Unknown(stop.to_string())),
+        }
+    }
     let [before, behind] =
         micro::X87_ENVIRONMENTS.map(|at| vm.bytes(at, micro::X87_ENVIRONMENT_BYTES));
     // Intel SDM vol. 1, figure 8-9: of seven words, the instruction's pointer and selector with its opcode,
