@@ -5,7 +5,7 @@
 
 use hindsight_devices::FRAME_BYTES_MAX;
 
-use crate::event::{Entry, Event};
+use crate::event::{Entry, Event, LeftOpen};
 
 /// How many inputs reach a machine at one exit; what more there is waits for the next one. Linux takes as
 /// many frames at a time from a network card.
@@ -25,9 +25,13 @@ pub const HEADER_MAX: usize = 64 << 10;
 /// Events that there is at most one of between two places where a frame can be closed: `Preempted`, `Time`,
 /// `FirstReads`, `Posted`, `Turn`, `Witness`, `Memory`, an `Interrupt`, `End`.
 const SINGLE_EVENTS: usize = 9;
+/// What is found to be left open is told once each, in a few bytes.
+const LEFT_OPEN_BYTES: usize = LeftOpen::ALL.len() * 64;
 // A frame below its goal takes one more exit, with all that can belong to one.
-const _: () =
-    assert!(FRAME_RAW_GOAL + (ARRIVALS_MAX + SINGLE_EVENTS) * EVENT_RAW_MAX <= FRAME_RAW_MAX);
+const _: () = assert!(
+    FRAME_RAW_GOAL + (ARRIVALS_MAX + SINGLE_EVENTS) * EVENT_RAW_MAX + LEFT_OPEN_BYTES
+        <= FRAME_RAW_MAX
+);
 
 /// Follows the events of a journal and refuses what no recorder says.
 #[derive(Clone, Copy, Debug, Default)]
