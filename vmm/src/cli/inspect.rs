@@ -43,8 +43,8 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     let recording = Recording::at(&options.recording);
     let journal = recording.journal()?;
     if options.io && journal.header().detail == Detail::Default {
-        let listing = Listing::new(stdout(), options.json);
-        return watch(&recording, journal, listing, Listing::finish);
+        let begin = || Ok(Listing::new(stdout(), options.json));
+        return watch(&recording, journal, begin, |listing, _| listing.finish());
     }
     if options.io || options.events {
         return list(journal, options);

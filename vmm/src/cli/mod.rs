@@ -25,6 +25,7 @@ use crate::disk::{DiskError, DiskOption, parse_disk};
 use crate::kvm::KvmError;
 use crate::machine::{MachineError, cmdline};
 use crate::net::{NetError, NetOption, Network, Publish, parse_net, parse_publish};
+use crate::output_file::OutputError;
 use crate::recording::RecordingError;
 use crate::tell::{out, tell};
 pub use summary::Summary;
@@ -243,6 +244,9 @@ fn outcome_of(error: &anyhow::Error) -> Outcome {
         return failure.outcome;
     }
     if let Some(RecordingError::Write { .. }) = error.downcast_ref() {
+        return Outcome::HostFailed;
+    }
+    if let Some(OutputError::Write { .. }) = error.downcast_ref() {
         return Outcome::HostFailed;
     }
     if let Some(CountingError::Counter(_) | CountingError::Inexact { .. }) = error.downcast_ref() {

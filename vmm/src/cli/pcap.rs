@@ -1,9 +1,8 @@
 //! `hindsight pcap`: what went over the machine's network, and when.
 
 use std::borrow::Cow;
-use std::fs::File;
-use std::io::{BufWriter, IsTerminal, Write};
-use std::path::PathBuf;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
@@ -17,9 +16,11 @@ use pcap_file::pcapng::blocks::interface_description::{
 use pcap_file::pcapng::blocks::section_header::{SectionHeaderBlock, SectionHeaderOption};
 use pcap_file::{DataLink, Endianness, PcapError};
 
+use super::output::tell_withheld;
 use super::replay::watch;
 use super::{Failure, Outcome};
-use crate::recording::{Recording, RecordingError};
+use crate::output_file::{OutputFile, Plan};
+use crate::recording::Recording;
 
 /// Options of `pcap`.
 #[derive(Debug, Args)]
@@ -34,9 +35,16 @@ Examples:
 pub struct Options {
     /// The recording.
     recording: PathBuf,
-    /// Write to FILE instead of standard output.
+    /// Write to FILE instead of standard output (-).
+    ///
+    /// The file is there when it is complete: not if the replay is refused or diverges. A pipe or a
+    /// device such as /dev/null is written as the replay goes. Nothing is written through a link to
+    /// a file, nor to a file of the recording.
     #[arg(long, short, value_name = "FILE")]
     output: Option<PathBuf>,
+    /// With -o: replace FILE if it exists.
+    #[arg(long, requires = "output")]
+    force: bool,
 }
 
 /// What the interface is called, as in the guest.
@@ -49,20 +57,15 @@ const SNAP_BYTES: u32 = hindsight_devices::FRAME_BYTES_MAX as u32;
 pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     let recording = Recording::at(&options.recording);
     let journal = recording.journal()?;
-    let out: Box<dyn Write> = match &options.output {
-        Some(path) => Box::new(File::create(path).map_err(|source| RecordingError::Write {
-            path: path.clone(),
-            source,
-        })?),
-        None if std::io::stdout().is_terminal() => {
-            let message = "a pcapng is nothing for a terminal; name a file with -o";
-            return Err(Failure::new(Outcome::BadInput, message).into());
-        }
-        None => Box::new(std::io::stdout()),
-    };
+    let path = options.output.as_deref().unwrap_or(Path::new("-"));
+    let plan = Plan::new(path, options.force, recording.kept())?;
+    if plan.is_terminal() {
+        let message = "a pcapng is nothing for a terminal; name a file with -o";
+        return Err(Failure::new(Outcome::BadInput, message).into());
+    }
     let name = format!("recorded by Hindsight in {}", options.recording.display());
-    let capture = Capture::new(BufWriter::new(out), &name);
-    watch(&recording, journal, capture, Capture::finish)
+    let begin = || Ok(Capture::new(BufWriter::new(plan.begin()?), &name));
+    watch(&recording, journal, begin, Capture::finish)
 }
 
 /// Which way a frame goes (the lowest two bits of epb_flags).
@@ -125,14 +128,22 @@ impl<W: Write> Capture<W> {
             self.writer = Err(error);
         }
     }
+}
 
-    /// A reader that closed the pipe wants no more; anything else is an error.
-    fn finish(self) -> anyhow::Result<()> {
+impl Capture<BufWriter<OutputFile>> {
+    /// Puts the file in its place if it is `right`. A reader that closed the pipe wants no more; anything
+    /// else is an error.
+    fn finish(self, right: bool) -> anyhow::Result<()> {
         let written = self.writer.and_then(|writer| {
-            let flushed = writer.into_inner().flush();
-            flushed.map_err(PcapError::IoError)
+            let output = writer.into_inner().into_inner();
+            output.map_err(|error| PcapError::IoError(error.into_error()))
         });
         match written {
+            Ok(output) if right => Ok(output.finish()?),
+            Ok(output) => {
+                tell_withheld(&output);
+                Ok(())
+            }
             Err(PcapError::IoError(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => {
                 Ok(())
             }
@@ -141,7 +152,6 @@ impl<W: Write> Capture<W> {
                 format!("cannot write the frames: {error}"),
             )
             .into()),
-            Ok(()) => Ok(()),
         }
     }
 }

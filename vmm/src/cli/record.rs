@@ -19,7 +19,7 @@ use crate::counting::{Counting, Preempt};
 use crate::host::{HostWorld, RawTerminal};
 use crate::machine::{host_facts, open_kvm, random_number};
 use crate::net::Link;
-use crate::recording::Recording;
+use crate::new_recording::NewRecording;
 use crate::tell::tell;
 
 /// How much the journal says.
@@ -100,6 +100,8 @@ pub struct Options {
 
 pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     let start = Instant::now();
+    // First of all: what stands in the way of it stands there from the start.
+    let recording = NewRecording::create(&options.output, options.force)?;
     let images = Images::read(&options.machine)?;
     let (kvm, mut holes) = open_kvm()?;
     holes.extend(images.kernel.holes());
@@ -136,7 +138,7 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
         // Before anything is written: most that can be wrong with a network is wrong from the start.
         link: network.map(Link::open).transpose()?,
         world: None,
-        recording: Recording::create(&options.output, options.force)?,
+        recording,
     };
     session.recording.write("kernel", &images.image)?;
     if !images.initrd.is_empty() {
@@ -152,9 +154,24 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
         Some(most) => session.hunt(&images, chaos, most),
     };
     drop(raw);
+    let result = result.inspect_err(|_| {
+        if let Some(replaced) = session.recording.replaced() {
+            tell!(
+                "hindsight: the recording that was there before is in {}",
+                replaced.display()
+            );
+        }
+    });
     let Some(mut summary) = result? else {
+        let before = match session.recording.replaced() {
+            Some(_) => "; what was there before is there again",
+            None => "",
+        };
+        session.recording.withdraw()?;
+        tell!("hindsight: nothing was kept{before}");
         return Ok(Outcome::Different);
     };
+    session.recording.finish()?;
     summary.host_ns = start.elapsed().as_nanos() as u64;
     let headline = format!("recorded in {}", options.output.display());
     summary.print(&headline, options.json);
@@ -171,7 +188,7 @@ struct Session<'a> {
     link: Option<Link>,
     /// From the first recording on, and out on loan while a guest runs.
     world: Option<HostWorld>,
-    recording: Recording,
+    recording: NewRecording,
 }
 
 impl Session<'_> {
@@ -204,6 +221,7 @@ impl Session<'_> {
         let journal = self.recording.create_journal()?;
         let mut recorder = Recorder::create(live, journal, &self.header)
             .map_err(|error| Failure::new(Outcome::HostFailed, error))?;
+        self.recording.begin()?;
         let mut console = Console::new(options.quiet || options.json, console);
         let result = machine.run(&mut cpu, &mut recorder, &mut console);
         drop(console);
@@ -220,7 +238,7 @@ impl Session<'_> {
             }
             Err(error) => return Err(host_failure(error).into()),
         };
-        if let Err(error) = self.recording.write_index(recorder.index()) {
+        if let Err(error) = self.recording.recording().write_index(recorder.index()) {
             tell!("hindsight: no index was written ({error}); it will be rebuilt when needed");
         }
         let world = recorder.into_inner().into_world().rest();
@@ -257,11 +275,9 @@ impl Session<'_> {
             if end.panic.is_some() || end.ending == Ending::TripleFault {
                 return Ok(Some(summary));
             }
-            self.recording.clear_journal()?;
             let stopped = matches!(end.ending, Ending::Stopped | Ending::StoppedRunning);
             if stopped || most.is_some_and(|most| run >= most) {
-                tell!("\rhindsight: no crash in {run} runs; nothing was kept\r");
-                self.recording.remove()?;
+                tell!("\rhindsight: no crash in {run} runs\r");
                 return Ok(None);
             }
             self.header.machine.seed = crate::machine::random_bytes()?;

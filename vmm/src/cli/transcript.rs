@@ -1,17 +1,18 @@
 //! `hindsight console`: what the guest wrote to its console, and when.
 
 use std::io::{BufWriter, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use hindsight_devices::{Input, Nanos};
 use hindsight_replay::{Observer, OperatorConsole};
 use serde_json::json;
 
-use super::output::Output;
+use super::output::{Output, tell_withheld};
 use super::replay::watch;
 use super::{ConsoleOption, Outcome};
-use crate::recording::{Recording, RecordingError};
+use crate::output_file::{OutputFile, Plan};
+use crate::recording::Recording;
 
 /// Options of `console`.
 #[derive(Debug, Args)]
@@ -24,9 +25,16 @@ pub struct Options {
     /// Which of the guest's consoles; without it, the one that was the operator's.
     #[arg(long = "console", value_enum, value_name = "WHICH")]
     which: Option<ConsoleOption>,
-    /// Write an asciicast (version 2), which asciinema plays, to FILE instead.
+    /// Write an asciicast (version 2), which asciinema plays, to FILE; - is standard output.
+    ///
+    /// The file is there when it is complete: not if the replay is refused or diverges. A pipe or a
+    /// device such as /dev/null is written as the replay goes. Nothing is written through a link to
+    /// a file, nor to a file of the recording.
     #[arg(long, value_name = "FILE")]
     cast: Option<PathBuf>,
+    /// With --cast: replace FILE if it exists.
+    #[arg(long, requires = "cast")]
+    force: bool,
     /// Width and height of the terminal that the asciicast is for.
     #[arg(long, value_name = "COLUMNSxROWS", default_value = "80x24", value_parser = parse_size, requires = "cast")]
     size: (u16, u16),
@@ -48,19 +56,19 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
         Some(which) => which.into(),
         None => journal.header().host.console,
     };
-    let transcript = match &options.cast {
-        None => Transcript::new(Box::new(std::io::stdout()), Form::Lines, console),
-        Some(path) => {
-            let file = std::fs::File::create(path).map_err(|source| RecordingError::Write {
-                path: path.clone(),
-                source,
-            })?;
-            let mut transcript = Transcript::new(Box::new(file), Form::Cast, console);
-            transcript.begin_cast(options.size);
-            transcript
-        }
+    let (path, form) = match &options.cast {
+        None => (Path::new("-"), Form::Lines),
+        Some(path) => (&**path, Form::Cast),
     };
-    watch(&recording, journal, transcript, Transcript::finish)
+    let plan = Plan::new(path, options.force, recording.kept())?;
+    let begin = || {
+        let mut transcript = Transcript::new(plan.begin()?, form, console);
+        if form == Form::Cast {
+            transcript.begin_cast(options.size);
+        }
+        Ok(transcript)
+    };
+    watch(&recording, journal, begin, Transcript::finish)
 }
 
 /// How a transcript looks.
@@ -73,8 +81,8 @@ enum Form {
 }
 
 /// Writes down what the guest writes to its console.
-struct Transcript {
-    out: Output<BufWriter<Box<dyn Write>>>,
+struct Transcript<W: Write> {
+    out: Output<BufWriter<W>>,
     form: Form,
     console: OperatorConsole,
     /// A line has begun and not ended.
@@ -83,8 +91,8 @@ struct Transcript {
     rest: Vec<u8>,
 }
 
-impl Transcript {
-    fn new(out: Box<dyn Write>, form: Form, console: OperatorConsole) -> Transcript {
+impl<W: Write> Transcript<W> {
+    fn new(out: W, form: Form, console: OperatorConsole) -> Transcript<W> {
         Transcript {
             out: Output::new(BufWriter::new(out)),
             form,
@@ -125,16 +133,28 @@ impl Transcript {
         let line = format!("[{seconds}.{micros:06}, \"{kind}\", {}]\n", json!(text));
         self.out.write(line.as_bytes());
     }
+}
 
-    fn finish(mut self) -> anyhow::Result<()> {
+impl Transcript<OutputFile> {
+    /// Puts the file in its place if it is `right`.
+    fn finish(mut self, right: bool) -> anyhow::Result<()> {
         if self.in_line {
             self.out.write(b"\n");
         }
-        self.out.finish()
+        let Some(buffer) = self.out.into_inner()? else {
+            return Ok(());
+        };
+        let output = buffer.into_inner().map_err(|error| error.into_error())?;
+        if right {
+            output.finish()?;
+        } else {
+            tell_withheld(&output);
+        }
+        Ok(())
     }
 }
 
-impl Observer for Transcript {
+impl<W: Write> Observer for Transcript<W> {
     fn output(&mut self, _exits: u64, now: Nanos, output: &hindsight_devices::Output) {
         let Some(bytes) = self.console.bytes(output) else {
             return;
