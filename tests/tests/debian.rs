@@ -14,6 +14,8 @@ use tempfile::TempDir;
 mod disks;
 #[path = "debian/network.rs"]
 mod network;
+#[path = "debian/outputs.rs"]
+mod outputs;
 
 fn scratch() -> TempDir {
     tempfile::tempdir().expect("a temporary directory can be made")

@@ -85,8 +85,9 @@ pub struct Options {
     /// List what the guest has written: blocks, and files.
     #[arg(long)]
     changed: bool,
-    /// Take the image of a disk from here instead of from where it was; it must be the same. Once for
-    /// each disk, in their order.
+    /// Take the image of a disk from here instead of from where it was; it must be the same.
+    ///
+    /// Once for each disk, in their order.
     #[arg(long = "image", value_name = "FILE")]
     images: Vec<PathBuf>,
     /// Print JSON: one object.

@@ -31,6 +31,7 @@ pub struct Options {
     #[arg(long, conflicts_with = "io")]
     events: bool,
     /// List every exit (device accesses, time reads, CPUID) with its value, and every interrupt.
+    ///
     /// Read from the journal if it is of full detail, else found out by replaying.
     #[arg(long)]
     io: bool,

@@ -48,6 +48,10 @@ The guest's console is standard input and output; at a terminal, Ctrl-] ends the
 Ctrl-C elsewhere (SIGINT, SIGTERM) closes it cleanly too; SIGPWR presses the guest's power button,
 and a guest that turns itself off ends its recording. The summary goes to standard error.
 
+DIR gets the journal, which grows while the guest runs, a copy of the kernel and of the initrd, and
+links to the images of disks. If anything fails before the guest runs, DIR is left as it was. One
+recorder at a time uses a DIR.
+
 A timer or an input that is due waits --patience for the guest to exit by itself, then preempts it
 at a counted place, which the replay finds again. Chaos moves timers about to bring out races:
 what it did is in the recording, and the replay needs no seed.
@@ -56,7 +60,7 @@ Examples:
   hindsight record -o boot --kernel /boot/vmlinuz-6.1.0-cloud-amd64 --initrd initrd.cpio
   hindsight record -o crash --until-crash --chaos --kernel K --initrd I")]
 pub struct Options {
-    /// The directory to write the recording to.
+    /// The directory to write the recording to; it is made if it is not there.
     #[arg(long, short, value_name = "DIR")]
     output: PathBuf,
     #[command(flatten)]
@@ -70,8 +74,10 @@ pub struct Options {
     /// What stops a guest that does not exit.
     #[arg(long, value_enum, default_value_t)]
     preempt: Preempt,
-    /// How long what is due waits for the guest to exit, in microseconds. Without it, 1,000; or more
-    /// where preemptions are slow, so that they take one part in 10 of the time, up to 5,000.
+    /// How long what is due waits for the guest to exit, in microseconds.
+    ///
+    /// Without it, 1,000; or more where preemptions are slow, so that they take one part in 10 of the
+    /// time, up to 5,000.
     #[arg(long, value_name = "US")]
     patience: Option<u64>,
     /// Force the raw event that is counted, such as 0xd1; without it, the one known for this CPU.
@@ -83,11 +89,17 @@ pub struct Options {
     /// Perturb when timers land and how long time slices are, from SEED or a random one.
     #[arg(long, value_name = "SEED", num_args = 0..=1, require_equals = true)]
     chaos: Option<Option<u64>>,
-    /// Record again and again until the guest panics or triple faults, and keep only that; give up
-    /// after RUNS, if given. With --chaos each run has the next seed.
+    /// Record again and again until the guest panics or triple faults, and keep only that.
+    ///
+    /// It gives up after RUNS, if given; then, as when it is stopped, nothing is kept, and what --force replaced
+    /// is there again. With --chaos each run has the next seed.
     #[arg(long, value_name = "RUNS", num_args = 0..=1, require_equals = true)]
     until_crash: Option<Option<u64>>,
-    /// Replace a recording that is there.
+    /// Replace the recording that is there, once the new one is closed.
+    ///
+    /// The old recording is moved to DIR/replaced-XXXXXX when the guest is about to run, and deleted when
+    /// the new one is closed and safe on the disk. If recording fails on the way, both are kept, and a
+    /// message says where. Only files of a recording are touched, and never an image of a disk.
     #[arg(long)]
     force: bool,
     /// Do not show the guest's console.

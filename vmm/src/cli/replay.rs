@@ -53,8 +53,9 @@ compared at the end of a whole recording.")]
 pub struct Options {
     /// The recording.
     recording: PathBuf,
-    /// Compare all of memory: at the end (memory), or every N exits too (memory=N), where the
-    /// recording holds digests made with the same option.
+    /// Compare all of memory: at the end (memory), or every N exits too (memory=N).
+    ///
+    /// The latter where the recording holds digests made with the same option.
     #[arg(long, value_name = "memory[=N]", value_parser = parse_verify)]
     verify: Option<Verify>,
     /// Stop behind this exit.
@@ -64,12 +65,17 @@ pub struct Options {
     #[arg(long)]
     real_time: bool,
     /// Write what the replay does as a recording of full detail.
+    ///
+    /// If the replay is refused, nothing is written. If it diverges, DIR has what was replayed until then.
     #[arg(long, value_name = "DIR")]
     relog: Option<PathBuf>,
     /// Detail of what --relog writes.
     #[arg(long, value_enum, default_value_t = DetailOption::Full, requires = "relog")]
     detail: DetailOption,
-    /// With --relog: replace a recording that is there.
+    /// With --relog: replace the recording that is there, once the new one is whole.
+    ///
+    /// The old one is moved to DIR/replaced-XXXXXX when the replay begins, and deleted when it has ended
+    /// equal; else both are kept.
     #[arg(long, requires = "relog")]
     force: bool,
     /// Take the kernel from here instead of from the recording; it must be the same.
@@ -78,8 +84,9 @@ pub struct Options {
     /// Take the initrd from here instead of from the recording; it must be the same.
     #[arg(long, value_name = "FILE")]
     initrd: Option<PathBuf>,
-    /// Take the image of a disk from here instead of from where it was; it must be the same. Once for
-    /// each disk, in their order.
+    /// Take the image of a disk from here instead of from where it was; it must be the same.
+    ///
+    /// Once for each disk, in their order.
     #[arg(long = "disk", value_name = "FILE")]
     disks: Vec<PathBuf>,
     /// Refuse unless the recorded machine has this much RAM.

@@ -127,8 +127,8 @@ impl Images {
             net: options.network()?.map(|_| NetSpec::default()),
             disks: specs.map(|(disk, image)| disk.spec(image)).collect(),
         };
-        let kernel = LoadedKernel::open(&image)
-            .with_context(|| format!("{} is no kernel to boot", options.kernel.display()))?;
+        let kernel =
+            LoadedKernel::open(&image).with_context(|| options.kernel.display().to_string())?;
         Ok(Images {
             kernel,
             image,
