@@ -52,10 +52,10 @@ impl NewRecording {
         };
         let made_directory = make(directory).map_err(failed)?;
         let lock = File::open(directory).map_err(failed)?;
-        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-            Err(Errno::WOULDBLOCK) => return Err(RecordingError::InUse(directory.into())),
-            // Some network file systems lock no directories.
-            _ => {}
+        // Any other error: some network file systems lock no directories.
+        let locked = flock(&lock, FlockOperation::NonBlockingLockExclusive);
+        if locked == Err(Errno::WOULDBLOCK) {
+            return Err(RecordingError::InUse(directory.into()));
         }
         let mut new = NewRecording {
             recording: Recording::at(directory),

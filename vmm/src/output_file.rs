@@ -1,6 +1,6 @@
 //! Files that a command writes for its user: whole or not at all, and never in the place of what must stay.
 //!
-//! What is written stands under a name of its own beside its place until it is complete, and is then renamed.
+//! What is written has no name, or one of its own beside its place, until it is complete, and then takes its place.
 //! So a command that fails leaves nothing, and nobody finds half a file. Nothing is written through a
 //! link, nothing that is there is replaced unless the user says `--force`, and the files that a command works from
 //! ([`Kept`]) are not replaced even then, by whatever name they are called. All of this is asked before the
@@ -11,11 +11,12 @@
 
 use std::fs::{File, Metadata, Permissions};
 use std::io::{ErrorKind, IsTerminal, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat, openat};
 use tempfile::{Builder, NamedTempFile};
 use thiserror::Error;
 
@@ -348,39 +349,79 @@ impl Write for OutputFile {
     }
 }
 
-/// A new file beside its place, made anew and not through any link; gone when dropped.
+/// A new file for a place in a directory, made anew and not through any link; gone when dropped.
 #[derive(Debug)]
-pub struct Unfinished(NamedTempFile);
+pub struct Unfinished(Draft);
+
+#[derive(Debug)]
+enum Draft {
+    /// It has no name, so that even a kill leaves nothing.
+    Unnamed(File),
+    /// Not all file systems have files without names.
+    Named(NamedTempFile),
+}
 
 impl Unfinished {
-    /// Makes a file beside `place`, with `mode` less the umask.
+    /// Makes a file for `place`, with `mode` less the umask.
     pub fn beside(place: &Path, mode: u32) -> std::io::Result<Unfinished> {
+        let directory = parent(place);
+        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+        let unnamed = openat(CWD, directory, flags, Mode::from_raw_mode(mode)).map(File::from);
+        if let Ok(file) = unnamed
+            && by_descriptor(&file).exists()
+        {
+            return Ok(Unfinished(Draft::Unnamed(file)));
+        }
         let file = Builder::new()
             .prefix(UNFINISHED)
             .permissions(Permissions::from_mode(mode))
-            .tempfile_in(parent(place))?;
-        Ok(Unfinished(file))
+            .tempfile_in(directory)?;
+        Ok(Unfinished(Draft::Named(file)))
     }
 
     /// The file.
     pub fn file(&self) -> &File {
-        self.0.as_file()
+        match &self.0 {
+            Draft::Unnamed(file) => file,
+            Draft::Named(file) => file.as_file(),
+        }
     }
 
     /// Waits until it is safe on the disk. Some file systems find out only now that they have no room.
     pub fn sync(&self) -> std::io::Result<()> {
-        self.0.as_file().sync_all()
+        self.file().sync_all()
     }
 
     /// Puts it in its place; if it may `replace`, over a file or a link that is there.
     pub fn put(self, place: &Path, replace: bool) -> std::io::Result<()> {
-        let placed = if replace {
-            self.0.persist(place)
-        } else {
-            self.0.persist_noclobber(place)
-        };
-        placed.map(drop).map_err(|error| error.error)
+        match self.0 {
+            Draft::Unnamed(file) if replace => {
+                // A name can be given only where there is none yet; renaming then replaces.
+                let named = Builder::new()
+                    .prefix(UNFINISHED)
+                    .make_in(parent(place), |path| name(&file, path))?;
+                named.persist(place).map(drop).map_err(|error| error.error)
+            }
+            Draft::Unnamed(file) => name(&file, place),
+            Draft::Named(file) if replace => {
+                file.persist(place).map(drop).map_err(|error| error.error)
+            }
+            Draft::Named(file) => {
+                let placed = file.persist_noclobber(place);
+                placed.map(drop).map_err(|error| error.error)
+            }
+        }
     }
+}
+
+/// Gives a file without a name one that nothing has.
+fn name(file: &File, path: &Path) -> std::io::Result<()> {
+    let flags = AtFlags::SYMLINK_FOLLOW;
+    Ok(linkat(CWD, by_descriptor(file), CWD, path, flags)?)
+}
+
+fn by_descriptor(file: &File) -> PathBuf {
+    format!("/proc/self/fd/{}", file.as_raw_fd()).into()
 }
 
 #[cfg(test)]
@@ -424,6 +465,26 @@ mod tests {
         write(&path, false, "whole").unwrap();
         assert_eq!(entries(dir.path()), ["out"]);
         assert_eq!(std::fs::read(&path).unwrap(), b"whole");
+    }
+
+    #[test]
+    fn a_file_takes_its_place_whether_it_had_a_name_before_or_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("out");
+        let named = || {
+            let file = Builder::new().prefix(UNFINISHED).tempfile_in(dir.path());
+            Unfinished(Draft::Named(file.unwrap()))
+        };
+        let as_it_comes = || Unfinished::beside(&path, 0o640).unwrap();
+        for make in [&named as &dyn Fn() -> Unfinished, &as_it_comes] {
+            let kind = |put: std::io::Result<()>| put.map_err(|error| error.kind());
+            assert_eq!(kind(make().put(&path, false)), Ok(()));
+            let there = Err(ErrorKind::AlreadyExists);
+            assert_eq!(kind(make().put(&path, false)), there);
+            assert_eq!(kind(make().put(&path, true)), Ok(()));
+            assert_eq!(entries(dir.path()), ["out"]);
+            std::fs::remove_file(&path).unwrap();
+        }
     }
 
     #[test]

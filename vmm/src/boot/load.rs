@@ -16,7 +16,9 @@ use super::layout::{
     LOW_RAM_END, PAGE_DIRECTORIES, PDPT, PML4, RAM_ABOVE_HOLE, SETUP_DATA, STACK_TOP, ZERO_PAGE,
 };
 use super::traps::{self, Sites};
-use super::zero_page::{CMDLINE_SIZE, E820_LIMIT, INITRD_ADDR_MAX, SetupHeader, ZeroPage};
+use super::zero_page::{
+    CMDLINE_SIZE, E820_LIMIT, INIT_SIZE, INITRD_ADDR_MAX, SetupHeader, ZeroPage,
+};
 
 const PAGE: u64 = 4096;
 /// E820 type of usable memory.
@@ -149,7 +151,7 @@ pub fn load(
         });
     }
     let low_end = low_memory_end(regions)?;
-    let kernel_end = kernel_end(elf, low_end)?;
+    let kernel_end = kernel_end(elf, header, low_end)?;
     let initrd_at = place_initrd(initrd.len() as u64, header, kernel_end, low_end)?;
 
     for segment in &elf.segments {
@@ -232,9 +234,8 @@ fn low_memory_end(regions: &[E820Entry]) -> Result<u64, BootError> {
         .ok_or(BootError::NoHighMemory)
 }
 
-/// First address that the kernel leaves alone while it sets up. The setup header's `init_size` says more: it counts
-/// the room to unpack the kernel in, which is done by now.
-fn kernel_end(elf: &Elf<'_>, low_end: u64) -> Result<u64, BootError> {
+/// First address that the kernel leaves alone while it sets up.
+fn kernel_end(elf: &Elf<'_>, header: SetupHeader<'_>, low_end: u64) -> Result<u64, BootError> {
     for segment in &elf.segments {
         if segment.physical_address < HIGH_MEMORY {
             return Err(BootError::SegmentTooLow {
@@ -243,8 +244,20 @@ fn kernel_end(elf: &Elf<'_>, low_end: u64) -> Result<u64, BootError> {
             });
         }
     }
-    let ends = elf.segments.iter().map(|segment| segment.physical_end());
-    let needed = ends.max().unwrap_or(HIGH_MEMORY);
+    let start = elf
+        .segments
+        .iter()
+        .map(|segment| segment.physical_address)
+        .min()
+        .unwrap_or(HIGH_MEMORY);
+    let loaded = elf
+        .segments
+        .iter()
+        .map(|segment| segment.physical_end())
+        .max()
+        .unwrap_or(start);
+    let working = start.saturating_add(u64::from(header.u32(INIT_SIZE).unwrap_or(0)));
+    let needed = loaded.max(working);
     if needed > low_end {
         return Err(BootError::MemoryTooSmall {
             what: "the kernel",

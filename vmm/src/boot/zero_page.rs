@@ -45,9 +45,7 @@ pub(super) const PAYLOAD_OFFSET: usize = 0x248;
 pub(super) const PAYLOAD_LENGTH: usize = 0x24c;
 /// u64: list of further parameters; the file's value is not ours to pass on.
 const SETUP_DATA: usize = 0x250;
-/// u32: memory that the kernel needs from its start on while it unpacks itself, which it does not do here
-/// (protocol 2.10).
-#[cfg(test)]
+/// u32: memory that the kernel needs from its start on while it sets up (protocol 2.10).
 pub(super) const INIT_SIZE: usize = 0x260;
 
 /// u64: where the RSDP is (protocol 2.14).

@@ -128,12 +128,14 @@ fn measure(options: &Options, directory: &Path) -> anyhow::Result<Report> {
         command
             .args(machine_arguments(&options.machine))
             .args(&options.record_options)
-            .args(["--json", "--force", "-o"]);
+            .args(["--json", "-o"]);
         one(&mut record, command.arg(&recording))?;
         one(
             &mut replay,
             hindsight("replay")?.arg(&recording).arg("--json"),
         )?;
+        // Not by --force, which takes care that no recording is lost.
+        std::fs::remove_dir_all(&recording).with_context(|| recording.display().to_string())?;
         if options.against_qemu.is_some_and(|times| round <= times) {
             qemu.seconds
                 .push(time(&mut qemu_record(&options.machine, directory)?)?.0);

@@ -21,6 +21,7 @@ use super::replay::watch;
 use super::{Failure, Outcome};
 use crate::output_file::{OutputFile, Plan};
 use crate::recording::Recording;
+use crate::tell::tell;
 
 /// Options of `pcap`.
 #[derive(Debug, Args)]
@@ -62,6 +63,9 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     if plan.is_terminal() {
         let message = "a pcapng is nothing for a terminal; name a file with -o";
         return Err(Failure::new(Outcome::BadInput, message).into());
+    }
+    if journal.header().machine.devices.net.is_none() {
+        tell!("hindsight: the recorded machine has no network card, so there are no frames");
     }
     let name = format!("recorded by Hindsight in {}", options.recording.display());
     let begin = || Ok(Capture::new(BufWriter::new(plan.begin()?), &name));

@@ -234,7 +234,8 @@ impl Session<'_> {
         let mut recorder = Recorder::create(live, journal, &self.header)
             .map_err(|error| Failure::new(Outcome::HostFailed, error))?;
         self.recording.begin()?;
-        let mut console = Console::new(options.quiet || options.json, console);
+        let mut console =
+            Console::new(options.quiet || options.json, console).with_preemption(unit);
         let result = machine.run(&mut cpu, &mut recorder, &mut console);
         drop(console);
 

@@ -171,7 +171,9 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
                     .abandon(through, machine.now())
                     .map_err(|error| Failure::new(Outcome::HostFailed, error))?;
             }
-            target.recording().write_index(relog.index())?;
+            if let Err(error) = target.recording().write_index(relog.index()) {
+                tell!("hindsight: no index was written ({error}); it will be rebuilt when needed");
+            }
             (result, relog.into_inner())
         }
     };

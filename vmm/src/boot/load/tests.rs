@@ -139,36 +139,31 @@ fn every_address_of_the_first_4_gib_is_mapped_to_itself() {
 
 #[test]
 fn too_little_memory_is_refused_with_how_much_it_takes() {
-    // The test image's init_size is 3 MiB, which is room to unpack it in: the kernel itself is a page.
-    let kernel = tiny();
-    let elf = Elf::parse(&kernel.elf).unwrap();
-    let end = elf.segments[0].physical_end();
-    assert_eq!(end.next_multiple_of(PAGE), TINY_PHYSICAL + PAGE);
-    let error = boot(&kernel, 16 << 20, &[], "").unwrap_err();
+    // init_size of the test image is 3 MiB from 16 MiB on.
+    let error = boot(&tiny(), 18 << 20, &[], "").unwrap_err();
     assert_eq!(
         error,
         BootError::MemoryTooSmall {
             what: "the kernel",
-            needed: end,
-            found: 16 << 20
+            needed: 19 << 20,
+            found: 18 << 20
         }
     );
-    let page = PAGE as usize;
     let initrd = vec![0; 5000];
-    let error = boot(&kernel, (16 << 20) + page, &initrd, "").unwrap_err();
-    let needed = (16 << 20) + 3 * PAGE;
+    let error = boot(&tiny(), 19 << 20, &initrd, "").unwrap_err();
+    let needed = (19 << 20) + 8192;
     assert_eq!(
         error,
         BootError::MemoryTooSmall {
             what: "the kernel with its initrd",
             needed,
-            found: (16 << 20) + PAGE
+            found: 19 << 20
         }
     );
-    assert!(error.to_string().contains("(17 MiB)"), "{error}");
-    assert!(boot(&kernel, (16 << 20) + 3 * page, &initrd, "").is_ok());
+    assert!(error.to_string().contains("(20 MiB)"), "{error}");
+    assert!(boot(&tiny(), (19 << 20) + 8192, &initrd, "").is_ok());
     assert_eq!(
-        boot(&kernel, 1 << 20, &[], "").unwrap_err(),
+        boot(&tiny(), 1 << 20, &[], "").unwrap_err(),
         BootError::NoHighMemory
     );
 }
