@@ -26,9 +26,9 @@ use crate::tell::tell;
 /// Options of `pcap`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-The recording is replayed, and checked as it runs. Times are the guest's: its wall clock when it was
-switched on, and the nanoseconds since. A frame that the guest receives is inbound, one that it sends
-outbound; what was lost before it reached the guest is not there.
+The recording is replayed, and checked as it runs. Times are the guest's: its wall clock when
+it was switched on, and the nanoseconds since. A frame that the guest receives is inbound, one
+that it sends outbound; what was lost before it reached the guest is not there.
 
 Examples:
   hindsight pcap boot -o boot.pcapng

@@ -56,9 +56,9 @@ A timer or an input that is due waits --patience for the guest to exit by itself
 at a counted place, which the replay finds again. Chaos moves timers about to bring out races:
 what it did is in the recording, and the replay needs no seed.
 
-Examples:
-  hindsight record -o boot --kernel /boot/vmlinuz-6.1.0-cloud-amd64 --initrd initrd.cpio
-  hindsight record -o crash --until-crash --chaos --kernel K --initrd I")]
+Examples (guest-images/build makes the initrds):
+  hindsight record -o boot -k /boot/vmlinuz-$(uname -r) -i .cache/images/hello.cpio
+  hindsight record -o crash --until-crash --chaos -k /boot/vmlinuz-$(uname -r) -i .cache/images/race.cpio")]
 pub struct Options {
     /// The directory to write the recording to; it is made if it is not there.
     #[arg(long, short, value_name = "DIR")]
