@@ -14,6 +14,8 @@ use tempfile::TempDir;
 mod disks;
 #[path = "debian/network.rs"]
 mod network;
+#[path = "debian/outputs.rs"]
+mod outputs;
 #[path = "debian/panics.rs"]
 mod panics;
 

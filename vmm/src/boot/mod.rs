@@ -24,7 +24,7 @@ mod payload;
 mod quick;
 mod quick_stub;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 mod transmit;
 pub mod traps;
 mod windows;

@@ -4,7 +4,7 @@ use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
 use hindsight_devices::{Nanos, Output};
-use hindsight_replay::{Exit, Observer, OperatorConsole, Turn};
+use hindsight_replay::{Exit, Observer, OperatorConsole, Turn, Unit};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::tell::tell;
@@ -17,6 +17,7 @@ const SILENCE: Duration = Duration::from_secs(10);
 pub struct Console {
     quiet: bool,
     console: OperatorConsole,
+    unit: Option<Unit>,
     pace: Option<Instant>,
     bar: Option<ProgressBar>,
     last_exit: (u64, Instant),
@@ -30,12 +31,19 @@ impl Console {
         Console {
             quiet,
             console,
+            unit: None,
             pace: None,
             bar: None,
             last_exit: (0, Instant::now()),
             warned: false,
             stamp: 0,
         }
+    }
+
+    /// The guest is preempted by `unit`, if by anything.
+    pub fn with_preemption(mut self, unit: Option<Unit>) -> Console {
+        self.unit = unit;
+        self
     }
 
     /// Shows output no earlier than it came when it was recorded.
@@ -98,12 +106,21 @@ impl Observer for Console {
             self.warned = false;
         } else if !self.warned && self.last_exit.1.elapsed() > SILENCE {
             self.warned = true;
+            let seconds = SILENCE.as_secs();
+            let (without, advice) = match self.unit {
+                Some(Unit::Branches) => (
+                    "an exit, or a branch at which its rounds could be told apart",
+                    "",
+                ),
+                Some(Unit::Entries) | None => (
+                    "an exit, a system call or a fault that it could be preempted at",
+                    " A host with an exact branch counter can preempt it (--preempt branches; \
+                     `hindsight doctor` tells whether this one has it).",
+                ),
+            };
             tell!(
-                "\r\nhindsight: the guest has computed for {} s without an exit, a system call or a fault \
-                 that it could be preempted at, so nothing can be delivered to it. A host with an \
-                 exact branch counter can preempt it (--preempt branches; `hindsight doctor` tells \
-                 whether this one has it); Ctrl-C closes the recording\r",
-                SILENCE.as_secs()
+                "\r\nhindsight: the guest has computed for {seconds} s without {without}, so nothing can be \
+                 delivered to it.{advice} Ctrl-C ends it\r"
             );
         }
     }

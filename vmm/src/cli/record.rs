@@ -17,10 +17,11 @@ use super::run::{Images, host_failure, patience};
 use super::summary::Summary;
 use super::{Failure, MachineOptions, Outcome, TimeReads};
 use crate::counting::{Counting, Preempt};
+use crate::foreign::shown_path;
 use crate::host::{HostWorld, RawTerminal};
 use crate::machine::{host_facts, open_kvm, random_number};
 use crate::net::Link;
-use crate::recording::Recording;
+use crate::new_recording::NewRecording;
 use crate::tell::tell;
 
 /// How much the journal says.
@@ -49,15 +50,19 @@ The guest's console is standard input and output; at a terminal, Ctrl-] ends the
 Ctrl-C elsewhere (SIGINT, SIGTERM) closes it cleanly too; SIGPWR presses the guest's power button,
 and a guest that turns itself off ends its recording. The summary goes to standard error.
 
+DIR gets the journal, which grows while the guest runs, a copy of the kernel and of the initrd, and
+links to the images of disks. If anything fails before the guest runs, DIR is left as it was. One
+recorder at a time uses a DIR.
+
 A timer or an input that is due waits --patience for the guest to exit by itself, then preempts it
 at a counted place, which the replay finds again. Chaos moves timers about to bring out races:
 what it did is in the recording, and the replay needs no seed.
 
-Examples:
-  hindsight record -o boot --kernel /boot/vmlinuz-6.1.0-cloud-amd64 --initrd initrd.cpio
-  hindsight record -o crash --until-crash --chaos --kernel K --initrd I")]
+Examples (guest-images/build makes the initrds):
+  hindsight record -o boot -k /boot/vmlinuz-$(uname -r) -i .cache/images/hello.cpio
+  hindsight record -o crash --until-crash --chaos -k /boot/vmlinuz-$(uname -r) -i .cache/images/race.cpio")]
 pub struct Options {
-    /// The directory to write the recording to.
+    /// The directory to write the recording to; it is made if it is not there.
     #[arg(long, short, value_name = "DIR")]
     output: PathBuf,
     #[command(flatten)]
@@ -71,8 +76,10 @@ pub struct Options {
     /// What stops a guest that does not exit.
     #[arg(long, value_enum, default_value_t)]
     preempt: Preempt,
-    /// How long what is due waits for the guest to exit, in microseconds. Without it, 1,000; or more
-    /// where preemptions are slow, so that they take one part in 10 of the time, up to 5,000.
+    /// How long what is due waits for the guest to exit, in microseconds.
+    ///
+    /// Without it, 1,000; or more where preemptions are slow, so that they take one part in 10 of the
+    /// time, up to 5,000.
     #[arg(long, value_name = "US")]
     patience: Option<u64>,
     /// Force the raw event that is counted, such as 0xd1; without it, the one known for this CPU.
@@ -84,15 +91,22 @@ pub struct Options {
     /// Perturb when timers land and how long time slices are, from SEED or a random one.
     #[arg(long, value_name = "SEED", num_args = 0..=1, require_equals = true)]
     chaos: Option<Option<u64>>,
-    /// Record again and again until the guest panics or triple faults, and keep only that; give up
-    /// after RUNS, if given. With --chaos each run has the next seed.
+    /// Record again and again until the guest panics or triple faults, and keep only that.
+    ///
+    /// It gives up after RUNS, if given; then, as when it is stopped, nothing is kept, and what --force replaced
+    /// is there again. With --chaos each run has the next seed.
     #[arg(long, value_name = "RUNS", num_args = 0..=1, require_equals = true)]
     until_crash: Option<Option<u64>>,
     /// End the recording of a guest that has not reset itself SECONDS of its time after a kernel panic.
+    ///
     /// Without it, 5 with --until-crash, else 60.
     #[arg(long, value_name = "SECONDS")]
     panic_grace: Option<u64>,
-    /// Replace a recording that is there.
+    /// Replace the recording that is there, once the new one is closed.
+    ///
+    /// The old recording is moved to DIR/replaced-XXXXXX when the guest is about to run, and deleted when
+    /// the new one is closed and safe on the disk. If recording fails on the way, both are kept, and a
+    /// message says where. Only files of a recording are touched, and never an image of a disk.
     #[arg(long)]
     force: bool,
     /// Do not show the guest's console.
@@ -115,6 +129,8 @@ impl Options {
 
 pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     let start = Instant::now();
+    // First of all: what stands in the way of it stands there from the start.
+    let recording = NewRecording::create(&options.output, options.force)?;
     let images = Images::read(&options.machine)?;
     let (kvm, mut holes) = open_kvm()?;
     holes.extend(images.kernel.holes());
@@ -155,7 +171,7 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
         // Before anything is written: most that can be wrong with a network is wrong from the start.
         link: network.map(Link::open).transpose()?,
         world: None,
-        recording: Recording::create(&options.output, options.force)?,
+        recording,
     };
     session.recording.write("kernel", &images.image)?;
     if !images.initrd.is_empty() {
@@ -171,9 +187,24 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
         Some(most) => session.hunt(&images, chaos, most),
     };
     drop(raw);
+    let result = result.inspect_err(|_| {
+        if let Some(replaced) = session.recording.replaced() {
+            tell!(
+                "hindsight: the recording that was there before is in {}",
+                shown_path(replaced)
+            );
+        }
+    });
     let Some(mut summary) = result? else {
+        let before = match session.recording.replaced() {
+            Some(_) => "; what was there before is there again",
+            None => "",
+        };
+        session.recording.withdraw()?;
+        tell!("hindsight: nothing was kept{before}");
         return Ok(Outcome::Different);
     };
+    session.recording.finish()?;
     summary.host_ns = start.elapsed().as_nanos() as u64;
     let headline = format!("recorded in {}", options.output.display());
     summary.print(&headline, options.json);
@@ -190,7 +221,7 @@ struct Session<'a> {
     link: Option<Link>,
     /// From the first recording on, and out on loan while a guest runs.
     world: Option<HostWorld>,
-    recording: Recording,
+    recording: NewRecording,
 }
 
 impl Session<'_> {
@@ -224,7 +255,9 @@ impl Session<'_> {
         let journal = self.recording.create_journal()?;
         let mut recorder = Recorder::create(live, journal, &self.header)
             .map_err(|error| Failure::new(Outcome::HostFailed, error))?;
-        let mut console = Console::new(options.quiet || options.json, console);
+        self.recording.begin()?;
+        let mut console =
+            Console::new(options.quiet || options.json, console).with_preemption(unit);
         let result = machine.run(&mut cpu, &mut recorder, &mut console);
         drop(console);
 
@@ -240,7 +273,7 @@ impl Session<'_> {
             }
             Err(error) => return Err(host_failure(error).into()),
         };
-        if let Err(error) = self.recording.write_index(recorder.index()) {
+        if let Err(error) = self.recording.recording().write_index(recorder.index()) {
             tell!("hindsight: no index was written ({error}); it will be rebuilt when needed");
         }
         let world = recorder.into_inner().into_world().rest();
@@ -283,11 +316,9 @@ impl Session<'_> {
             if end.panic.is_some() || end.ending == Ending::TripleFault {
                 return Ok(Some(summary));
             }
-            self.recording.clear_journal()?;
             let stopped = matches!(end.ending, Ending::Stopped | Ending::StoppedRunning);
             if stopped || most.is_some_and(|most| run >= most) {
-                tell!("\rhindsight: no crash in {run} runs; nothing was kept\r");
-                self.recording.remove()?;
+                tell!("\rhindsight: no crash in {run} runs\r");
                 return Ok(None);
             }
             self.header.machine.seed = crate::machine::random_bytes()?;

@@ -2,9 +2,12 @@
 
 use std::time::Instant;
 
+use anyhow::Context;
 use clap::{Args, ValueEnum};
 use hindsight_devices::{Devices, NetSpec};
-use hindsight_replay::{Live, Machine, MachineDescription, Patience, RunError, Unit};
+use hindsight_replay::{
+    KERNEL_BYTES_MAX, Live, Machine, MachineDescription, Patience, RunError, Unit,
+};
 use kvm_ioctls::Kvm;
 
 use super::console::Console;
@@ -16,7 +19,8 @@ use crate::host::{HostWorld, RawTerminal};
 use crate::kvm::{KvmCpu, KvmError, Preemption};
 use crate::machine::{LoadedKernel, build, describe, open_kvm};
 use crate::net::Link;
-use crate::recording::read;
+use crate::recording::INITRD_BYTES_MAX;
+use crate::regular_file::read;
 
 /// Options of `run`.
 #[derive(Debug, Args)]
@@ -106,13 +110,11 @@ pub struct Images {
 impl Images {
     /// Reads what `options` name.
     pub fn read(options: &MachineOptions) -> anyhow::Result<Images> {
-        let image = read(&options.kernel)?;
-        let initrd = options
-            .initrd
-            .as_deref()
-            .map(read)
-            .transpose()?
-            .unwrap_or_default();
+        let image = read(&options.kernel, KERNEL_BYTES_MAX)?;
+        let initrd = match &options.initrd {
+            Some(path) => read(path, INITRD_BYTES_MAX)?,
+            None => Vec::new(),
+        };
         let found = options.disks.len();
         if found > Devices::DISKS_MAX {
             let expected = Devices::DISKS_MAX;
@@ -127,7 +129,8 @@ impl Images {
             net: options.network()?.map(|_| NetSpec::default()),
             disks: specs.map(|(disk, image)| disk.spec(image)).collect(),
         };
-        let kernel = LoadedKernel::open(&image)?;
+        let kernel =
+            LoadedKernel::open(&image).with_context(|| options.kernel.display().to_string())?;
         Ok(Images {
             kernel,
             image,

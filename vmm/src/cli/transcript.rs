@@ -1,18 +1,19 @@
 //! `hindsight console`: what the guest wrote to its console, and when.
 
 use std::io::{BufWriter, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use hindsight_devices::{Input, Nanos};
 use hindsight_replay::{Observer, OperatorConsole};
 use serde_json::json;
 
-use super::output::Output;
+use super::output::{Output, settle};
 use super::replay::watch;
 use super::{ConsoleOption, Outcome};
 use crate::foreign::shown_bytes;
-use crate::recording::{Recording, RecordingError};
+use crate::output_file::Plan;
+use crate::recording::Recording;
 
 /// Options of `console`.
 #[derive(Debug, Args)]
@@ -29,9 +30,16 @@ pub struct Options {
     /// Which of the guest's consoles; without it, the one that was the operator's.
     #[arg(long = "console", value_enum, value_name = "WHICH")]
     which: Option<ConsoleOption>,
-    /// Write an asciicast (version 2), which asciinema plays, to FILE instead.
+    /// Write an asciicast (version 2), which asciinema plays, to FILE; - is standard output.
+    ///
+    /// The file is there when it is complete: not if the replay is refused or diverges. A pipe or a
+    /// device such as /dev/null is written as the replay goes. Nothing is written through a link to
+    /// a file, nor to a file of the recording.
     #[arg(long, value_name = "FILE")]
     cast: Option<PathBuf>,
+    /// With --cast: replace FILE if it exists.
+    #[arg(long, requires = "cast")]
+    force: bool,
     /// Leave the guest's bytes as they are, escape sequences and all.
     #[arg(long, conflicts_with = "cast")]
     raw: bool,
@@ -59,28 +67,26 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
         Some(which) => which.into(),
         None => journal.header().host.console,
     };
-    let transcript = match &options.cast {
-        None => {
-            let form = match (options.json, options.raw) {
-                (true, _) => Form::Json,
-                (_, true) => Form::Raw,
-                _ => Form::Lines,
-            };
-            let out: Box<dyn Write> = Box::new(std::io::stdout());
-            Transcript::new(out, form, console)
-        }
-        Some(path) => {
-            let file = std::fs::File::create(path).map_err(|source| RecordingError::Write {
-                path: path.clone(),
-                source,
-            })?;
-            let file: Box<dyn Write> = Box::new(file);
-            let mut transcript = Transcript::new(file, Form::Cast, console);
-            transcript.begin_cast(options.size);
-            transcript
-        }
+    let (path, form) = match &options.cast {
+        None if options.json => (Path::new("-"), Form::Json),
+        None if options.raw => (Path::new("-"), Form::Raw),
+        None => (Path::new("-"), Form::Lines),
+        Some(path) => (&**path, Form::Cast),
     };
-    watch(&recording, journal, transcript, Transcript::finish)
+    let plan = Plan::new(path, options.force, recording.kept())?;
+    let begin = || {
+        let mut transcript = Transcript::new(plan.begin()?, form, console);
+        if form == Form::Cast {
+            transcript.begin_cast(options.size);
+        }
+        Ok(transcript)
+    };
+    watch(&recording, journal, begin, |transcript, right| {
+        match transcript.finish()? {
+            Some(output) => settle(output, right),
+            None => Ok(()),
+        }
+    })
 }
 
 /// A line that is longer is shown in parts.
@@ -173,12 +179,16 @@ impl<W: Write> Transcript<W> {
         self.out.write(line.as_bytes());
     }
 
-    /// Writes what is left.
-    pub fn finish(mut self) -> anyhow::Result<()> {
+    /// Writes what is left. Where all of it went; `None` if nobody reads it any more.
+    pub fn finish(mut self) -> anyhow::Result<Option<W>> {
         if self.form != Form::Cast && !self.rest.is_empty() {
             self.end_line();
         }
-        self.out.finish()
+        let Some(buffer) = self.out.into_inner()? else {
+            return Ok(None);
+        };
+        let out = buffer.into_inner().map_err(|error| error.into_error())?;
+        Ok(Some(out))
     }
 }
 

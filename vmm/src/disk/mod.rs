@@ -61,7 +61,7 @@ pub enum DiskError {
     /// It is not the image that was recorded.
     #[error(
         "{path} is not the recorded image of disk {disk}: it has {found_bytes} bytes and sample {found}, recorded \
-         were {expected_bytes} bytes and {expected}; name the right one with --disk"
+         were {expected_bytes} bytes and {expected}; put the right one in its place, or name it (replay --disk, disk --image)"
     )]
     Other {
         /// Which.
