@@ -70,9 +70,10 @@ fn outputs_are_whole_and_never_in_the_place_of_what_must_stay() {
     }
 
     // One that diverges leaves nothing, and what was there stays.
-    copy(&recording, &at("other"));
+    let other = at("other");
+    copy(&recording, &other);
     std::fs::write(at("mine"), "precious").expect("it can be written");
-    let altered = rewrite(&at("other"), |event| match event {
+    let altered = rewrite(&other, |event| match event {
         Event::Turn(turn) => match &mut turn.answer {
             Answer::Time { tsc, .. } => flip(tsc),
             _ => false,
@@ -84,13 +85,7 @@ fn outputs_are_whole_and_never_in_the_place_of_what_must_stay() {
     for (command, option) in commands {
         for name in ["new", "mine"] {
             let output = at(name);
-            let arguments = [
-                command,
-                path(&at("other")),
-                option,
-                path(&output),
-                "--force",
-            ];
+            let arguments = [command, path(&other), option, path(&output), "--force"];
             debian.run(&arguments).expect(1);
         }
     }
