@@ -3,11 +3,12 @@
 //! The bytes are decoded to steps against a board with one kind of device: accesses of any kind, drivers'
 //! work done properly but for one lie, input from outside, time, a save in the middle. Whatever the
 //! steps are, what `world` asserts after each of them holds. The target [`Target::Journal`] reads a journal
-//! instead.
+//! instead, and [`Target::Files`] compares the files of a disk.
 //!
 //! This folder needs nothing of the rest of this crate: `tests/fuzz` builds it alone, with a sanitizer.
 
 mod disk;
+mod files;
 mod guest;
 mod journal;
 mod steps;
@@ -38,11 +39,13 @@ pub enum Target {
     Apic,
     /// The reader of journals.
     Journal,
+    /// Whatever finds partitions and file systems on a disk, and compares their files.
+    Files,
 }
 
 impl Target {
     /// All of them.
-    pub const ALL: [Target; 7] = [
+    pub const ALL: [Target; 8] = [
         Target::Block,
         Target::Net,
         Target::Console,
@@ -50,6 +53,7 @@ impl Target {
         Target::Legacy,
         Target::Apic,
         Target::Journal,
+        Target::Files,
     ];
 
     /// Its name: that of the fuzz target and of its folder in the corpus.
@@ -62,6 +66,7 @@ impl Target {
             Target::Legacy => "legacy",
             Target::Apic => "apic",
             Target::Journal => "journal",
+            Target::Files => "files",
         }
     }
 
@@ -91,9 +96,10 @@ impl Target {
 ///
 /// If a device does what it must not: that is what is looked for.
 pub fn drive(target: Target, data: &[u8]) {
-    if target == Target::Journal {
-        journal::read(data);
-        return;
+    match target {
+        Target::Journal => return journal::read(data),
+        Target::Files => return files::compare(data),
+        _ => {}
     }
     let mut bytes = Unstructured::new(data);
     let mut guest = guest::Guest::new(target);

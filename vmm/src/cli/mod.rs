@@ -118,7 +118,7 @@ pub struct MachineOptions {
     /// RAM, with K, M or G.
     #[arg(long, short, value_name = "SIZE", default_value = "256M", value_parser = format::parse_size)]
     pub memory: u64,
-    /// A disk, from a raw image that is never written: what the guest writes is forgotten when it ends.
+    /// A disk, from a raw image or a block device, which is never written: what the guest writes is forgotten when it ends.
     /// May be repeated; the guest sees vda, vdb, ... With `ro` its writes are refused; `serial` is
     /// what it is told as the disk's serial number.
     #[arg(long = "disk", value_name = "IMG[,ro][,serial=S]", value_parser = parse_disk)]

@@ -118,11 +118,6 @@ impl<S: Source> FileSystem<S> {
         Ok(!matches!(Superblock::read(source), Ok(None)))
     }
 
-    /// The source that it was opened on.
-    pub fn source(&self) -> &S {
-        &self.source
-    }
-
     /// Whether these bytes stand where they are, and not in the journal.
     pub fn is_in_place(&self, offset: u64, bytes: u64) -> bool {
         let block = self.superblock.block_bytes;

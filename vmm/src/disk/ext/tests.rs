@@ -123,3 +123,51 @@ fn a_file_that_outgrew_its_inode_in_a_fast_commit_is_as_it_was_written() {
     assert!(content[2..20_000].iter().all(|byte| *byte == 0));
     assert_eq!(content[20_000], b'x');
 }
+
+#[test]
+fn a_directory_that_leads_into_itself_is_told_and_gone_through_once() {
+    let images = unpack(include_bytes!("images/loops.zst"));
+    let files = compared(&images.before, &images.used);
+    let changed = files.changed.expect("something was compared");
+    let paths: Vec<&str> = changed.iter().map(|file| file.path.as_str()).collect();
+    assert_eq!(paths, ["/made", "/made/full", "/made/self"]);
+    let why = "it is in more than one directory, which none can be";
+    assert_eq!(
+        files.unknown,
+        [format!("/made/full: {why}"), format!("/made/self: {why}")]
+    );
+}
+
+#[test]
+fn a_superblock_that_is_not_of_its_disk_is_refused_before_anything_is_reserved() {
+    let sound = unpack(include_bytes!("images/ext4.zst")).before;
+    let mut raw = [0; superblock::BYTES];
+    sound.read_at(superblock::OFFSET, &mut raw).unwrap();
+    let parse = |at: usize, bytes: &[u8]| {
+        let mut raw = raw;
+        raw[at..at + bytes.len()].copy_from_slice(bytes);
+        Superblock::parse(&raw, sound.bytes())
+    };
+    assert!(parse(0, &raw[..4]).unwrap().is_some());
+    assert!(parse(0x38, &[0, 0]).unwrap().is_none());
+    for (at, bytes) in [
+        (0x0, &[0xff; 4][..]), // inodes
+        (0x4, &[0xff; 4]),     // blocks
+        (0x4, &[0; 4]),
+        (0x150, &[1, 0, 0, 0]), // blocks, upper half
+        (0x14, &[0xff; 4]),     // its first block
+        (0x18, &[7, 0, 0, 0]),  // size of a block
+        (0x18, &[0xff; 4]),
+        (0x20, &[0; 4]), // blocks of a group
+        (0x28, &[0; 4]), // inodes of a group
+        (0x28, &[0xff; 4]),
+        (0x58, &[0, 0]), // size of an inode
+        (0x58, &[0x81, 0]),
+        (0x58, &[0, 0x80]),
+        (0xfe, &[0, 0]), // size of a descriptor
+        (0xfe, &[0, 8]),
+        (0x60, &[0xff; 4]), // features
+    ] {
+        assert!(parse(at, bytes).is_err(), "{at:#x} {bytes:?}");
+    }
+}
