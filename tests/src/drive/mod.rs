@@ -3,12 +3,13 @@
 //! The bytes are decoded to steps against a board with one kind of device: accesses of any kind, drivers'
 //! work done properly but for one lie, input from outside, time, a save in the middle. Whatever the
 //! steps are, what `world` asserts after each of them holds. The target [`Target::Journal`] gives a journal to
-//! all that reads one instead.
+//! all that reads one instead, and [`Target::Files`] compares the files of a disk.
 //!
 //! This folder needs nothing of the rest of this crate: `tests/fuzz` builds it alone with a sanitizer, and the
 //! libraries that it drives.
 
 mod disk;
+mod files;
 mod guest;
 mod journal;
 mod steps;
@@ -39,11 +40,13 @@ pub enum Target {
     Apic,
     /// Journals, as every command reads them: head, events, tail.
     Journal,
+    /// Whatever finds partitions and file systems on a disk, and compares their files.
+    Files,
 }
 
 impl Target {
     /// All of them.
-    pub const ALL: [Target; 7] = [
+    pub const ALL: [Target; 8] = [
         Target::Block,
         Target::Net,
         Target::Console,
@@ -51,6 +54,7 @@ impl Target {
         Target::Legacy,
         Target::Apic,
         Target::Journal,
+        Target::Files,
     ];
 
     /// Its name: that of the fuzz target and of its folder in the corpus.
@@ -63,6 +67,7 @@ impl Target {
             Target::Legacy => "legacy",
             Target::Apic => "apic",
             Target::Journal => "journal",
+            Target::Files => "files",
         }
     }
 
@@ -92,9 +97,10 @@ impl Target {
 ///
 /// If a device does what it must not: that is what is looked for.
 pub fn drive(target: Target, data: &[u8]) {
-    if target == Target::Journal {
-        journal::read(data);
-        return;
+    match target {
+        Target::Journal => return journal::read(data),
+        Target::Files => return files::compare(data),
+        _ => {}
     }
     let mut bytes = Unstructured::new(data);
     let mut guest = guest::Guest::new(target);

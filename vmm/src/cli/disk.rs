@@ -58,9 +58,9 @@ fn parse_at(text: &str) -> Result<At, String> {
 The recording is replayed, and checked as it runs, up to the moment. What the guest had not yet
 written to its disk, and had in its memory alone, is not there.
 
-With --changed, each ext2, ext3 or ext4 file system, on the whole disk or on its partitions (MBR or GPT),
-is compared with the one on the image, file by file: kind, size, mode, owner, time and content; not
-extended attributes.
+With --changed, each ext2, ext3 or ext4 file system, in use or not, on the whole disk or on its partitions
+(MBR or GPT), is compared with the one on the image, file by file: kind, size, mode, owner, time and
+content; not extended attributes.
 
 Examples:
   hindsight disk boot -o vda.img

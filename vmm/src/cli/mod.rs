@@ -129,7 +129,7 @@ pub struct MachineOptions {
     /// refused with the number that it takes. Debian's 6.1 cloud kernel with a small initrd boots from 72M on.
     #[arg(long, short, value_name = "SIZE", default_value = "256M", value_parser = format::parse_size)]
     pub memory: u64,
-    /// A disk, from a raw image that is never written; may be repeated.
+    /// A disk, from a raw image or a block device, which is never written; may be repeated.
     ///
     /// What the guest writes is forgotten when it ends. The guest sees vda, vdb, ... With `ro` its writes are
     /// refused; `serial` is what it is told as the disk's serial number.
