@@ -15,7 +15,7 @@ use crate::header::Header;
 /// First bytes of every journal. The high bit and the line ends catch text-mode copies, as in PNG.
 pub const MAGIC: [u8; 8] = *b"\x89HSJ\r\n\x1a\n";
 /// The version this code writes, and the only one it reads.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 /// First bytes of every frame.
 pub const FRAME_MAGIC: [u8; 4] = *b"HSfr";
 /// Length of a frame's own head in bytes.
