@@ -5,7 +5,6 @@ pub mod cli;
 pub mod counting;
 pub mod disk;
 pub mod doctor;
-pub mod host;
 mod kernel_cache;
 // Where the project meets the kernel: ioctls, mappings, the page shared with KVM.
 #[allow(unsafe_code)]
@@ -15,3 +14,4 @@ pub mod net;
 pub mod perf;
 pub mod recording;
 mod tell;
+pub mod world;

@@ -474,7 +474,11 @@ fn a_deadline_that_has_passed_fires_a_latency_after_it_was_armed() {
         bench.write(EOI, 0);
     }
     bench.wrmsr(0x6e0, 5_000);
-    assert_eq!(bench.lapic.next_interrupt(), Some(5_000), "others are as they were");
+    assert_eq!(
+        bench.lapic.next_interrupt(),
+        Some(5_000),
+        "others are as they were"
+    );
 }
 
 #[test]
@@ -497,7 +501,11 @@ fn a_period_shorter_than_the_latency_fires_once_in_each_latency_and_keeps_its_pa
     assert_eq!(fired, (2..=11).map(|ms| ms * 1_000).collect::<Vec<_>>());
     bench.latency_ns = 0;
     bench.wait(1_000);
-    assert_eq!(bench.lapic.next_interrupt(), Some(12_200), "a multiple of the period");
+    assert_eq!(
+        bench.lapic.next_interrupt(),
+        Some(12_200),
+        "a multiple of the period"
+    );
 }
 
 #[test]

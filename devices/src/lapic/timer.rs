@@ -219,9 +219,7 @@ impl Timer {
     fn ran_down(&self) -> Option<Nanos> {
         match self.loaded {
             0 => None,
-            count => self
-                .since
-                .checked_add(u64::from(count) * self.tick_ns()),
+            count => self.since.checked_add(u64::from(count) * self.tick_ns()),
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Instant;
 
 use clap::{Args, ValueEnum};
@@ -16,11 +17,11 @@ use super::run::{Images, host_failure, patience};
 use super::summary::Summary;
 use super::{Failure, MachineOptions, Outcome, TimeReads};
 use crate::counting::{Counting, Preempt};
-use crate::host::{HostWorld, RawTerminal};
 use crate::machine::{host_facts, open_kvm, random_number};
 use crate::net::Link;
 use crate::recording::Recording;
 use crate::tell::tell;
+use crate::world::{HostWorld, Operator, RawTerminal};
 
 /// How much the journal says.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -45,7 +46,7 @@ impl From<DetailOption> for Detail {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 The guest's console is standard input and output; at a terminal, Ctrl-] ends the recording.
-Ctrl-C elsewhere (SIGINT, SIGTERM) closes it cleanly too; SIGPWR presses the guest's power button,
+Ctrl-C elsewhere (SIGINT, SIGTERM, SIGHUP) closes it cleanly too; SIGPWR presses the guest's power button,
 and a guest that turns itself off ends its recording. The summary goes to standard error.
 
 A timer or an input that is due waits --patience for the guest to exit by itself, then preempts it
@@ -100,6 +101,8 @@ pub struct Options {
 
 pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     let start = Instant::now();
+    // Before there is another thread.
+    let operator = Operator::listen()?;
     let images = Images::read(&options.machine)?;
     let (kvm, mut holes) = open_kvm()?;
     holes.extend(images.kernel.holes());
@@ -135,6 +138,7 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
         counting,
         // Before anything is written: most that can be wrong with a network is wrong from the start.
         link: network.map(Link::open).transpose()?,
+        operator,
         world: None,
         recording: Recording::create(&options.output, options.force)?,
     };
@@ -169,6 +173,7 @@ struct Session<'a> {
     counting: Counting,
     /// For the first recording.
     link: Option<Link>,
+    operator: Arc<Operator>,
     /// From the first recording on, and out on loan while a guest runs.
     world: Option<HostWorld>,
     recording: Recording,
@@ -196,17 +201,22 @@ impl Session<'_> {
         // making a machine.
         let world = match self.world.take() {
             Some(world) => world.restart()?,
-            None => HostWorld::start(self.link.take(), console)?,
+            None => HostWorld::start(Arc::clone(&self.operator), self.link.take(), console)?,
         };
+        let quiet = options.quiet || options.json;
+        let mut screen = Console::new(quiet, console, Some(world.hold()))?;
         let live = Live::new(world, memory_every)
             .with_patience(patience)
             .with_chaos(chaos.map(|seed| Chaos::new(seed, unit)));
         let journal = self.recording.create_journal()?;
         let mut recorder = Recorder::create(live, journal, &self.header)
             .map_err(|error| Failure::new(Outcome::HostFailed, error))?;
-        let mut console = Console::new(options.quiet || options.json, console);
-        let result = machine.run(&mut cpu, &mut recorder, &mut console);
-        drop(console);
+        let result = machine.run(&mut cpu, &mut recorder, &mut screen);
+        if let Some(complaint) = screen.finish().complaint() {
+            // What was asked for is there.
+            let directory = options.output.display();
+            tell!("\rhindsight: {complaint}; `hindsight console {directory}` has all of it\r");
+        }
 
         let bytes = recorder.journal_bytes();
         let end = match result {

@@ -124,7 +124,7 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
         .and_then(|index| index.last().map(|last| last.through));
 
     let quiet = options.quiet || options.json;
-    let mut console = Console::new(quiet, header.host.console);
+    let mut console = Console::new(quiet, header.host.console, None)?;
     if options.real_time {
         console = console.at_recorded_pace();
     }
@@ -163,7 +163,9 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
             (result, relog.into_inner())
         }
     };
-    drop(console);
+    if let Some(complaint) = console.finish().complaint() {
+        tell!("hindsight: {complaint}");
+    }
     let equal = matches!(result, Ok(_) | Err(RunError::Closed(Closed::Reached(_))));
     if let Some(every) = every
         && equal
