@@ -14,6 +14,8 @@ use tempfile::TempDir;
 mod disks;
 #[path = "debian/network.rs"]
 mod network;
+#[path = "debian/world.rs"]
+mod world;
 
 fn scratch() -> TempDir {
     tempfile::tempdir().expect("a temporary directory can be made")
