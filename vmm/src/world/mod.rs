@@ -13,7 +13,7 @@ mod typed;
 use std::fs::File;
 use std::io::Read;
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use hindsight_devices::{Input, Nanos, Room};
 use hindsight_replay::{OperatorConsole, World};
@@ -66,6 +66,8 @@ pub struct HostWorld {
     /// Which of the guest's consoles is the operator's.
     console: OperatorConsole,
     wall_clock: Option<u64>,
+    /// When this machine was switched on.
+    begun: Instant,
     stop_given: bool,
     /// Where random bytes come from.
     random: File,
@@ -100,6 +102,7 @@ impl HostWorld {
             typed,
             console,
             wall_clock: None,
+            begun: Instant::now(),
             stop_given: false,
             random: File::open("/dev/urandom")?,
             failure: None,
@@ -305,8 +308,9 @@ impl World for HostWorld {
 
     fn gives_up(&mut self) -> bool {
         self.forget_past_alarm();
+        // A wish that is older than the machine gives it a chance to exit, too.
         let asked = self.operator.stop_asked();
-        asked.is_some_and(|asked| asked.elapsed() > STOP_PATIENCE)
+        asked.is_some_and(|asked| asked.max(self.begun).elapsed() > STOP_PATIENCE)
     }
 }
 

@@ -18,7 +18,7 @@ use super::operator::Operator;
 use crate::tell::tell;
 
 /// Ctrl-], as in telnet and virsh: leaves the guest's console.
-pub const ESCAPE: u8 = 0x1d;
+const ESCAPE: u8 = 0x1d;
 
 /// So much waits for the guest where the writer can wait for it.
 const WAITING_MAX: usize = 4096;
