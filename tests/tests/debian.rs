@@ -18,6 +18,8 @@ mod network;
 mod outputs;
 #[path = "debian/panics.rs"]
 mod panics;
+#[path = "debian/world.rs"]
+mod world;
 
 fn scratch() -> TempDir {
     tempfile::tempdir().expect("a temporary directory can be made")

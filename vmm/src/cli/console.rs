@@ -1,13 +1,14 @@
 //! The guest's console on standard output.
 
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
 use hindsight_devices::{Nanos, Output};
-use hindsight_replay::{Exit, Observer, OperatorConsole, Turn, Unit};
+use hindsight_replay::{Observer, OperatorConsole, Turn, Unit};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::tell::tell;
+use crate::world::{Hold, Screen, Shown};
 
 /// A guest that makes no exit for this long is spoken of: nothing can be delivered to it.
 const SILENCE: Duration = Duration::from_secs(10);
@@ -15,7 +16,8 @@ const SILENCE: Duration = Duration::from_secs(10);
 /// Shows what the guest writes, and how far a replay is.
 #[derive(Debug)]
 pub struct Console {
-    quiet: bool,
+    /// Where it is shown, if it is.
+    screen: Option<Screen>,
     console: OperatorConsole,
     unit: Option<Unit>,
     pace: Option<Instant>,
@@ -26,10 +28,18 @@ pub struct Console {
 }
 
 impl Console {
-    /// Shows output of `console` as it comes, unless `quiet`.
-    pub fn new(quiet: bool, console: OperatorConsole) -> Console {
-        Console {
-            quiet,
+    /// Shows output of `console` as it comes, unless `quiet`. It may hold a machine that is recorded back.
+    pub fn new(
+        quiet: bool,
+        console: OperatorConsole,
+        hold: Option<Hold>,
+    ) -> std::io::Result<Console> {
+        let screen = match quiet {
+            true => None,
+            false => Some(Screen::stdout(hold)?),
+        };
+        Ok(Console {
+            screen,
             console,
             unit: None,
             pace: None,
@@ -37,7 +47,7 @@ impl Console {
             last_exit: (0, Instant::now()),
             warned: false,
             stamp: 0,
-        }
+        })
     }
 
     /// The guest is preempted by `unit`, if by anything.
@@ -54,8 +64,8 @@ impl Console {
 
     /// Shows a progress bar up to exit `last`, if a person can see it and it is in nobody's way.
     pub fn with_progress(mut self, last: u64) -> Console {
-        let free =
-            std::io::stderr().is_terminal() && (self.quiet || !std::io::stdout().is_terminal());
+        let free = std::io::stderr().is_terminal()
+            && (self.screen.is_none() || !std::io::stdout().is_terminal());
         if free {
             let style = ProgressStyle::with_template("{bar:40} {pos}/{len} exits, {eta} left");
             let bar = ProgressBar::new(last);
@@ -64,9 +74,11 @@ impl Console {
         self
     }
 
-    fn flush(&self) {
-        // A reader that went away is no reason to stop a recording.
-        let _ = std::io::stdout().flush();
+    /// Shows what is left. Tells what became of all of it.
+    pub fn finish(mut self) -> Shown {
+        self.screen
+            .take()
+            .map_or_else(Shown::default, |mut screen| screen.finish())
     }
 }
 
@@ -79,15 +91,12 @@ impl Observer for Console {
             let due = start + Duration::from_nanos(now);
             std::thread::sleep(due.saturating_duration_since(Instant::now()));
         }
-        if !self.quiet {
-            let _ = std::io::stdout().write_all(bytes);
+        if let Some(screen) = &mut self.screen {
+            screen.show(bytes);
         }
     }
 
-    fn turn(&mut self, exits: u64, turn: &Turn) {
-        if turn.exit == Exit::Halt && !self.quiet {
-            self.flush();
-        }
+    fn turn(&mut self, exits: u64, _turn: &Turn) {
         // A clock would be dear here, at every exit; a count is not.
         self.stamp = self.stamp.wrapping_add(1);
         if self.stamp.is_multiple_of(4096)
@@ -98,9 +107,6 @@ impl Observer for Console {
     }
 
     fn kicked(&mut self, exits: u64) {
-        if !self.quiet {
-            self.flush();
-        }
         if self.last_exit.0 != exits {
             self.last_exit = (exits, Instant::now());
             self.warned = false;
@@ -128,7 +134,9 @@ impl Observer for Console {
 
 impl Drop for Console {
     fn drop(&mut self) {
-        self.flush();
+        if let Some(screen) = &mut self.screen {
+            screen.finish();
+        }
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }

@@ -143,7 +143,7 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     let last = recording
         .read_index()
         .and_then(|index| index.last().map(|last| last.through));
-    let mut console = Console::new(true, header.host.console);
+    let mut console = Console::new(true, header.host.console, None)?;
     if let Some(last) = exit.or(last) {
         console = console.with_progress(last);
     }

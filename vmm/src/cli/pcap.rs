@@ -70,7 +70,8 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
         return Err(Failure::new(Outcome::BadInput, message).into());
     }
     if options.json && plan.is_stdout() {
-        let message = "--json goes to standard output, and so would the frames; name a file with -o";
+        let message =
+            "--json goes to standard output, and so would the frames; name a file with -o";
         return Err(Failure::new(Outcome::BadInput, message).into());
     }
     if journal.header().machine.devices.net.is_none() {

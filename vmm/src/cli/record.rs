@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Instant;
 
 use clap::{Args, ValueEnum};
@@ -17,12 +18,12 @@ use super::run::{Images, host_failure, patience};
 use super::summary::Summary;
 use super::{Failure, MachineOptions, Outcome, TimeReads};
 use crate::counting::{Counting, Preempt};
-use crate::foreign::shown_path;
-use crate::host::{HostWorld, RawTerminal};
+use crate::foreign::{shown_lines, shown_path};
 use crate::machine::{host_facts, open_kvm, random_number};
 use crate::net::Link;
 use crate::new_recording::NewRecording;
 use crate::tell::tell;
+use crate::world::{HostWorld, Operator, RawTerminal};
 
 /// How much the journal says.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -47,7 +48,7 @@ impl From<DetailOption> for Detail {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 The guest's console is standard input and output; at a terminal, Ctrl-] ends the recording.
-Ctrl-C elsewhere (SIGINT, SIGTERM) closes it cleanly too; SIGPWR presses the guest's power button,
+Ctrl-C elsewhere (SIGINT, SIGTERM, SIGHUP) closes it cleanly too; SIGPWR presses the guest's power button,
 and a guest that turns itself off ends its recording. The summary goes to standard error.
 
 DIR gets the journal, which grows while the guest runs, a copy of the kernel and of the initrd, and
@@ -129,7 +130,9 @@ impl Options {
 
 pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     let start = Instant::now();
-    // First of all: what stands in the way of it stands there from the start.
+    // Before there is another thread.
+    let operator = Operator::listen()?;
+    // First of all that can be refused: what stands in the way of it stands there from the start.
     let recording = NewRecording::create(&options.output, options.force)?;
     let images = Images::read(&options.machine)?;
     let (kvm, mut holes) = open_kvm()?;
@@ -170,6 +173,7 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
         counting,
         // Before anything is written: most that can be wrong with a network is wrong from the start.
         link: network.map(Link::open).transpose()?,
+        operator,
         world: None,
         recording,
     };
@@ -206,7 +210,7 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     };
     session.recording.finish()?;
     summary.host_ns = start.elapsed().as_nanos() as u64;
-    let headline = format!("recorded in {}", options.output.display());
+    let headline = format!("recorded in {}", shown_path(&options.output));
     summary.print(&headline, options.json);
     Ok(Outcome::Good)
 }
@@ -219,6 +223,7 @@ struct Session<'a> {
     counting: Counting,
     /// For the first recording.
     link: Option<Link>,
+    operator: Arc<Operator>,
     /// From the first recording on, and out on loan while a guest runs.
     world: Option<HostWorld>,
     recording: NewRecording,
@@ -246,8 +251,10 @@ impl Session<'_> {
         // making a machine.
         let world = match self.world.take() {
             Some(world) => world.restart()?,
-            None => HostWorld::start(self.link.take(), console)?,
+            None => HostWorld::start(Arc::clone(&self.operator), self.link.take(), console)?,
         };
+        let quiet = options.quiet || options.json;
+        let mut screen = Console::new(quiet, console, Some(world.hold()))?.with_preemption(unit);
         let live = Live::new(world, memory_every)
             .with_patience(patience)
             .with_panic_grace(Some(options.panic_grace_ns()))
@@ -256,10 +263,12 @@ impl Session<'_> {
         let mut recorder = Recorder::create(live, journal, &self.header)
             .map_err(|error| Failure::new(Outcome::HostFailed, error))?;
         self.recording.begin()?;
-        let mut console =
-            Console::new(options.quiet || options.json, console).with_preemption(unit);
-        let result = machine.run(&mut cpu, &mut recorder, &mut console);
-        drop(console);
+        let result = machine.run(&mut cpu, &mut recorder, &mut screen);
+        if let Some(complaint) = screen.finish().complaint() {
+            // What was asked for is there.
+            let directory = shown_path(&options.output);
+            tell!("\rhindsight: {complaint}; `hindsight console {directory}` has all of it\r");
+        }
 
         let bytes = recorder.journal_bytes();
         let end = match result {
@@ -274,7 +283,10 @@ impl Session<'_> {
             Err(error) => return Err(host_failure(error).into()),
         };
         if let Err(error) = self.recording.recording().write_index(recorder.index()) {
-            tell!("hindsight: no index was written ({error}); it will be rebuilt when needed");
+            tell!(
+                "hindsight: no index was written ({}); it will be rebuilt when needed",
+                shown_lines(error)
+            );
         }
         let world = recorder.into_inner().into_world().rest();
         if let Some(why) = world.failure() {

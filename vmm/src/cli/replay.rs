@@ -138,7 +138,7 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
         .and_then(|index| index.last().map(|last| last.through));
 
     let quiet = options.quiet || options.json;
-    let mut console = Console::new(quiet, header.host.console);
+    let mut console = Console::new(quiet, header.host.console, None)?;
     if options.real_time {
         console = console.at_recorded_pace();
     }
@@ -174,12 +174,17 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
                     .map_err(|error| Failure::new(Outcome::HostFailed, error))?;
             }
             if let Err(error) = target.recording().write_index(relog.index()) {
-                tell!("hindsight: no index was written ({error}); it will be rebuilt when needed");
+                tell!(
+                    "hindsight: no index was written ({}); it will be rebuilt when needed",
+                    shown_lines(error)
+                );
             }
             (result, relog.into_inner())
         }
     };
-    drop(console);
+    if let Some(complaint) = console.finish().complaint() {
+        tell!("hindsight: {complaint}");
+    }
     let equal = matches!(result, Ok(_) | Err(RunError::Closed(Closed::Reached(_))));
     if let Some(target) = target {
         if equal {

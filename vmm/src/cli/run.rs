@@ -15,18 +15,19 @@ use super::summary::Summary;
 use super::{Failure, MachineOptions, Outcome, TimeReads};
 use crate::counting::Counting;
 use crate::disk::{DiskError, Disks, OpenImage};
-use crate::host::{HostWorld, RawTerminal};
 use crate::kvm::{KvmCpu, KvmError, Preemption};
 use crate::machine::{LoadedKernel, build, describe, open_kvm};
 use crate::net::Link;
 use crate::recording::INITRD_BYTES_MAX;
 use crate::regular_file::read;
+use crate::tell::tell;
+use crate::world::{HostWorld, Operator, RawTerminal};
 
 /// Options of `run`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 The guest's console is standard input and output; at a terminal, Ctrl-] ends the run, elsewhere
-SIGINT and SIGTERM do. SIGPWR presses the guest's power button.")]
+SIGINT, SIGTERM and SIGHUP do. SIGPWR presses the guest's power button.")]
 pub struct Options {
     #[command(flatten)]
     machine: MachineOptions,
@@ -54,6 +55,8 @@ pub enum RunPreempt {
 
 pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     let start = Instant::now();
+    // Before there is another thread.
+    let operator = Operator::listen()?;
     let images = Images::read(&options.machine)?;
     let (kvm, _) = open_kvm()?;
     let words = options.machine.words();
@@ -70,20 +73,30 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
 
     let link = options.machine.network()?.map(Link::open).transpose()?;
     let raw = RawTerminal::enter();
-    let mut door = Live::new(
-        HostWorld::start(link, options.machine.console.into())?,
-        None,
-    )
-    .with_patience(patience(options.patience));
-    let mut console = Console::new(options.json, options.machine.console.into());
+    let world = HostWorld::start(operator, link, options.machine.console.into())?;
+    let mut console = Console::new(
+        options.json,
+        options.machine.console.into(),
+        Some(world.hold()),
+    )?;
+    let mut door = Live::new(world, None).with_patience(patience(options.patience));
     let result = machine.run(&mut cpu, &mut door, &mut console);
-    drop((console, raw));
+    let shown = console.finish();
+    drop(raw);
     let end = result.map_err(host_failure)?;
     let host_ns = start.elapsed().as_nanos() as u64;
     Summary::new(&machine, &end, host_ns, None).print("the guest ended", options.json);
-    match door.into_world().failure() {
-        None => Ok(Outcome::Good),
-        Some(why) => Err(Failure::new(Outcome::HostFailed, why).into()),
+    if let Some(why) = door.into_world().failure() {
+        return Err(Failure::new(Outcome::HostFailed, why).into());
+    }
+    match (shown.complaint(), shown.failed) {
+        // Nothing else has what the guest wrote.
+        (Some(complaint), Some(_)) => Err(Failure::new(Outcome::HostFailed, complaint).into()),
+        (Some(complaint), None) => {
+            tell!("hindsight: {complaint}");
+            Ok(Outcome::Good)
+        }
+        (None, _) => Ok(Outcome::Good),
     }
 }
 
