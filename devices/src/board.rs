@@ -44,7 +44,7 @@ pub const POSTED_PORT: u16 = COM1;
 pub const POSTED_MAX: usize = 1024;
 
 /// The version of [`BoardState`] that this program writes and reads.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 
 /// The machine the guest sees, apart from its CPU and memory.
 #[derive(Clone, Debug)]
@@ -53,6 +53,7 @@ pub struct Board {
     /// The earliest time at which a timer has something to do; the common
     /// [`advance`](Board::advance) only compares with it.
     due: Nanos,
+    timer_latency_ns: Nanos,
     pic: Pic,
     ioapic: IoApic,
     lapic: Lapic,
@@ -71,6 +72,7 @@ pub struct BoardState {
     /// Which layout this is; [`Board::restore`] refuses all but its own.
     pub version: u32,
     now: Nanos,
+    timer_latency_ns: Nanos,
     pic: Pic,
     ioapic: IoApic,
     lapic: Lapic,
@@ -90,6 +92,7 @@ impl Board {
         Board {
             now: 0,
             due: Nanos::MAX,
+            timer_latency_ns: 0,
             pic: Pic::new(),
             ioapic: IoApic::new(),
             lapic: Lapic::new(),
@@ -100,6 +103,14 @@ impl Board {
             chipset: Chipset::new(),
             msrs: Msrs::new(),
             virtio: Bus::new(devices),
+        }
+    }
+
+    /// The same board, whose local APIC's timer takes so long to fire, at least.
+    pub fn with_timer_latency(self, timer_latency_ns: Nanos) -> Board {
+        Board {
+            timer_latency_ns,
+            ..self
         }
     }
 
@@ -278,6 +289,7 @@ impl Board {
         BoardState {
             version: VERSION,
             now: self.now,
+            timer_latency_ns: self.timer_latency_ns,
             pic: self.pic.clone(),
             ioapic: self.ioapic.clone(),
             lapic: self.lapic.clone(),
@@ -311,12 +323,14 @@ impl Board {
         state.lapic.check(Time {
             now: state.now,
             tsc: state.msrs.time_stamp(state.now),
+            latency_ns: state.timer_latency_ns,
         })?;
         state.chipset.check()?;
         state.virtio.check()?;
         let mut board = Board {
             now: state.now,
             due: Nanos::MAX,
+            timer_latency_ns: state.timer_latency_ns,
             pic: state.pic,
             ioapic: state.ioapic,
             lapic: state.lapic,
@@ -353,6 +367,7 @@ impl Board {
         Time {
             now: self.now,
             tsc: self.time_stamp(),
+            latency_ns: self.timer_latency_ns,
         }
     }
 

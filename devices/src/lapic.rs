@@ -160,7 +160,7 @@ impl Lapic {
 
     /// Time has come to `time`: the timer has fired if it was due.
     pub fn advance(&mut self, time: Time) {
-        if self.timer.advance(time.now, self.timer_mode()) {
+        if self.timer.advance(time, self.timer_mode()) {
             self.raise(Lvt::Timer);
         }
     }
@@ -353,8 +353,8 @@ impl Lapic {
                 self.send(value);
             }
             Register::Lvt(entry) => self.write_lvt(entry, low),
-            Register::InitialCount if self.timer_mode().counts() => self.timer.load(low, time.now),
-            Register::Divide => self.timer.set_divide(low as u8, time.now),
+            Register::InitialCount if self.timer_mode().counts() => self.timer.load(low, time),
+            Register::Divide => self.timer.set_divide(low as u8, time),
             Register::SelfIpi => {
                 self.send_to_self(low as u8);
             }

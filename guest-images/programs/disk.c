@@ -1,7 +1,7 @@
 /* A guest with a disk: an ext4 file system on all of /dev/vda, as vmm's tests make it. It reads the file
  * "large" to its end, adds "added" and "directory/inside", removes "removed", writes "modified" anew and
  * a few bytes in the middle of "middle", and ends. With the word "wait" on the kernel's command line it
- * waits for a line on its console before it touches a file. */
+ * waits for a line on its console before it touches a file; with "crash" it leaves the disk in use when it ends. */
 #include "guest.h"
 
 #define DISK "/disk/"
@@ -35,12 +35,16 @@ int main(int count, char **words)
     mount_all();
     load_modules();
     mkdir("/disk", 0755);
+    // Whatever ext it is, the driver of ext4 reads it.
     must(mount("/dev/vda", "/disk", "ext4", MS_NOATIME, NULL), "mount /dev/vda");
     printf("disk: mounted\n");
     char line[80];
-    for (int i = 1; i < count; i++)
+    int crash = 0;
+    for (int i = 1; i < count; i++) {
         if (strcmp(words[i], "wait") == 0 && !fgets(line, sizeof line, stdin))
             must(-1, "stdin");
+        crash |= strcmp(words[i], "crash") == 0;
+    }
     printf("disk: large %016llx\n", (unsigned long long)read_all(DISK "large"));
     put(DISK "added", O_CREAT | O_EXCL, 0, "added\n");
     must(mkdir(DISK "directory", 0755), "mkdir");
@@ -49,7 +53,8 @@ int main(int count, char **words)
     put(DISK "modified", O_TRUNC, 0, "modified by the guest\n");
     put(DISK "middle", 0, 30000, "the middle");
     sync();
-    must(umount("/disk"), "umount");
+    if (!crash)
+        must(umount("/disk"), "umount");
     printf("disk: done\n");
     restart();
 }

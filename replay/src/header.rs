@@ -12,8 +12,9 @@ use crate::quick::QuickReads;
 pub const MEMORY_BYTES_MAX: u64 = 1 << 40;
 /// The longest disk: 64 TiB.
 pub const DISK_BYTES_MAX: u64 = 1 << 46;
-/// The longest kernel file: one with all its debugging information has not yet 1 GiB.
-pub const KERNEL_BYTES_MAX: u64 = 4 << 30;
+/// The longest file that is taken as a kernel: as much as one may unpack to; with all its debugging information
+/// one has not yet as much.
+pub const KERNEL_BYTES_MAX: u64 = 1 << 30;
 /// The longest time that an exit takes by the rule: it is tens of microseconds on the slowest host.
 const EXIT_NS_MAX: u64 = 1_000_000_000;
 /// The longest command line: Linux on x86-64 reads 2047 bytes of one.

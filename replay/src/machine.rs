@@ -19,6 +19,11 @@ use crate::moment::Moment;
 use crate::outside::{Closed, Outside, Standing, TimeQuery};
 use crate::quick::{QuickReads, ShownClock};
 
+/// A timer takes as long to fire as so many exits take by the rule of guest time, at least. Linux programs its next
+/// timer, sets up a signal's frame and is back in the program in fewer, so the program gets on even where
+/// a timer's period is shorter than an exit.
+const TIMER_LATENCY_EXITS: u64 = 4;
+
 /// What brings a vCPU back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Back {
@@ -196,7 +201,8 @@ impl Machine {
         ns_per_exit: u64,
     ) -> Machine {
         Machine {
-            board: Board::new(devices),
+            board: Board::new(devices)
+                .with_timer_latency(TIMER_LATENCY_EXITS.saturating_mul(ns_per_exit)),
             storage,
             cpuid,
             ns_per_exit,

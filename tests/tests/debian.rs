@@ -15,8 +15,12 @@ use tempfile::TempDir;
 mod disks;
 #[path = "debian/network.rs"]
 mod network;
+#[path = "debian/outputs.rs"]
+mod outputs;
 #[path = "debian/panics.rs"]
 mod panics;
+#[path = "debian/world.rs"]
+mod world;
 
 fn scratch() -> TempDir {
     tempfile::tempdir().expect("a temporary directory can be made")

@@ -515,3 +515,18 @@ fn a_journal_that_cannot_be_read_is_an_error_wherever_the_bad_sector_lies() {
         );
     }
 }
+
+#[test]
+fn the_format_that_is_documented_is_the_one_that_is_written() {
+    let page = include_str!("../../docs/journal-format.md");
+    for said in [
+        format!("The format version is **{VERSION}**."),
+        format!("| 8 | 4 | version, u32: {VERSION} |"),
+        format!("and version == {VERSION}\n"),
+    ] {
+        assert!(
+            page.contains(&said),
+            "docs/journal-format.md lacks {said:?}"
+        );
+    }
+}

@@ -6,7 +6,6 @@ pub mod counting;
 pub mod disk;
 pub mod doctor;
 pub mod foreign;
-pub mod host;
 pub mod index;
 mod kernel_cache;
 // Where the project meets the kernel: ioctls, mappings, the page shared with KVM.
@@ -14,6 +13,10 @@ mod kernel_cache;
 pub mod kvm;
 pub mod machine;
 pub mod net;
+pub mod new_recording;
+pub mod output_file;
 pub mod perf;
 pub mod recording;
+pub mod regular_file;
 mod tell;
+pub mod world;

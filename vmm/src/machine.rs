@@ -13,7 +13,7 @@ use thiserror::Error;
 use crate::boot::caves::isolates_page_tables;
 use crate::boot::{self, BootError, Elf, QuickPlan, Rewritten};
 use crate::doctor;
-use crate::kernel_cache::{self, Prepared};
+use crate::kernel_cache::{Cache, Prepared};
 use crate::kvm::{GuestMemory, KernelText, KvmCpu, KvmError, cpuid, exit_cost};
 use crate::recording::content;
 
@@ -77,24 +77,19 @@ pub struct LoadedKernel(Prepared);
 impl LoadedKernel {
     /// Unpacks a kernel and finds what must be trapped in it.
     pub fn open(image: &[u8]) -> Result<LoadedKernel, MachineError> {
-        if let Some(prepared) = kernel_cache::find(image) {
+        LoadedKernel::open_as(image, content(image))
+    }
+
+    /// The same for an image of which it is known that this is its `content`.
+    pub fn open_as(image: &[u8], content: Content) -> Result<LoadedKernel, MachineError> {
+        let cache = Cache::of_user();
+        if let Some(prepared) = cache.as_ref().and_then(|cache| cache.find(&content)) {
             return Ok(LoadedKernel(prepared));
         }
-        let kernel = boot::unpack(image)?;
-        let elf = Elf::parse(&kernel.elf)?;
-        let modules = boot::modules::find(&elf);
-        let found = boot::find_sites(&elf, modules.loads())?;
-        let prepared = Prepared {
-            content: content(image),
-            loaders: boot::rewritten::loaders(&elf, &found.sites),
-            kernel,
-            sites: found.sites,
-            windows: found.windows,
-            transmits: found.transmits,
-            ages: found.ages,
-            modules,
-        };
-        kernel_cache::keep(image, &prepared);
+        let prepared = prepare(image, content)?;
+        if let Some(cache) = cache {
+            cache.keep(&prepared);
+        }
         Ok(LoadedKernel(prepared))
     }
 
@@ -139,6 +134,24 @@ impl LoadedKernel {
     pub fn shows_panics(&self) -> bool {
         self.0.sites.counts().panics > 0
     }
+}
+
+/// Takes a kernel apart.
+pub(crate) fn prepare(image: &[u8], content: Content) -> Result<Prepared, BootError> {
+    let kernel = boot::unpack(image)?;
+    let elf = Elf::parse(&kernel.elf)?;
+    let modules = boot::modules::find(&elf);
+    let found = boot::find_sites(&elf, modules.loads())?;
+    Ok(Prepared {
+        content,
+        loaders: boot::rewritten::loaders(&elf, &found.sites),
+        kernel,
+        sites: found.sites,
+        windows: found.windows,
+        transmits: found.transmits,
+        ages: found.ages,
+        modules,
+    })
 }
 
 /// Describes a new machine to record, whose kernel reads the time without exits, as far as it can, if

@@ -2,18 +2,23 @@
 //!
 //! `journal`, the `kernel` and the `initrd` it ran, and an `index` that can be rebuilt. The images of its disks
 //! are not copied, for they are large: `disk0`, `disk1`, ... are links to them, and may be replaced by
-//! the images themselves.
+//! the images themselves. The other files are regular files, and nothing else is opened in their place.
+//! How a recording is made is in [`crate::new_recording`].
 
-use std::fs::{File, OpenOptions};
-use std::io::{BufReader, Write};
+use std::fs::File;
+use std::io::{BufReader, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use hindsight_devices::Devices;
-use hindsight_replay::{Content, Header, IndexEntry, JournalError, JournalReader};
+use hindsight_replay::{
+    Content, Header, IndexEntry, JournalError, JournalReader, KERNEL_BYTES_MAX,
+};
 use thiserror::Error;
 
 use crate::disk::{DiskError, OpenImage};
 use crate::index;
+use crate::output_file::{Kept, Unfinished};
+use crate::regular_file::{self, Links, ReadError};
 
 /// Why a recording cannot be made or used.
 #[derive(Debug, Error)]
@@ -27,15 +32,26 @@ pub enum RecordingError {
         #[source]
         source: std::io::Error,
     },
-    /// A file cannot be read.
-    #[error("{path}: {source}")]
-    File {
+    /// A file cannot be read, or is none.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// There is no journal.
+    #[error("{0} holds no recording: there is no journal in it")]
+    None(PathBuf),
+    /// The directory that is to be recorded to is none, or cannot be made.
+    #[error("cannot record to {path}: {source}; give another directory")]
+    Directory {
         /// Which.
         path: PathBuf,
         /// Why.
         #[source]
         source: std::io::Error,
     },
+    /// Somebody else is recording there.
+    #[error(
+        "{0} is being recorded to by another process; wait for its end, or give another directory"
+    )]
+    InUse(PathBuf),
     /// The journal cannot be opened.
     #[error("{path}: {source}")]
     Journal {
@@ -46,7 +62,7 @@ pub enum RecordingError {
         source: JournalError,
     },
     /// There is a recording already.
-    #[error("{0} exists; give another directory, or --force to replace it")]
+    #[error("{0} is not empty; give another directory, or --force to replace the recording in it")]
     Exists(PathBuf),
     /// What stands in the place of a link to an image may be the image.
     #[error(
@@ -54,6 +70,23 @@ pub enum RecordingError {
          directory"
     )]
     Image(PathBuf),
+    /// What stands in the place of a file is none.
+    #[error(
+        "{0} is a directory, where a recording has a file; move it away, or give another directory"
+    )]
+    NotAFile(PathBuf),
+    /// Not as long as the recorded kernel or initrd.
+    #[error("{path} is not the recorded {what}: it has {found} bytes, recorded were {expected}")]
+    Length {
+        /// The file.
+        path: PathBuf,
+        /// What it should be.
+        what: &'static str,
+        /// Its length.
+        found: u64,
+        /// The recorded length.
+        expected: u64,
+    },
     /// Not the recorded kernel or initrd.
     #[error(
         "{path} is not the recorded {what}: it has {found_bytes} bytes and BLAKE3 {found}, recorded \
@@ -75,13 +108,8 @@ pub enum RecordingError {
     },
 }
 
-/// Reads a file whole.
-pub fn read(path: &Path) -> Result<Vec<u8>, RecordingError> {
-    std::fs::read(path).map_err(|source| RecordingError::File {
-        path: path.into(),
-        source,
-    })
-}
+/// The longest file that is read as an initrd, in bytes: Linux is given one below 2 GiB.
+pub const INITRD_BYTES_MAX: u64 = 2 << 30;
 
 /// Names bytes by their content.
 pub fn content(bytes: &[u8]) -> Content {
@@ -92,11 +120,11 @@ pub fn content(bytes: &[u8]) -> Content {
 }
 
 /// The files of a recording.
-const FILES: [&str; 9] = [
+pub(crate) const FILES: [&str; 9] = [
     "journal", "kernel", "initrd", "index", "disk0", "disk1", "disk2", "disk3", "disk4",
 ];
 /// The first of its disks among them.
-const FIRST_DISK: usize = 4;
+pub(crate) const FIRST_DISK: usize = 4;
 const _: () = assert!(FIRST_DISK + Devices::DISKS_MAX == FILES.len());
 
 /// A directory that holds a recording.
@@ -113,57 +141,6 @@ impl Recording {
         }
     }
 
-    /// Makes an empty recording; with `force` in place of one that is there.
-    pub fn create(directory: &Path, force: bool) -> Result<Recording, RecordingError> {
-        let recording = Recording::at(directory);
-        let failed = |source| RecordingError::Write {
-            path: directory.into(),
-            source,
-        };
-        std::fs::create_dir_all(directory).map_err(failed)?;
-        let mut entries = std::fs::read_dir(directory).map_err(failed)?;
-        if entries.next().is_some() && !force {
-            return Err(RecordingError::Exists(directory.into()));
-        }
-        recording.clear(&FILES)?;
-        Ok(recording)
-    }
-
-    /// Removes files. Of an image, its link alone: an image is the operator's, and there may be no other.
-    fn clear(&self, names: &[&str]) -> Result<(), RecordingError> {
-        let links = names
-            .iter()
-            .filter(|name| FILES[FIRST_DISK..].contains(name));
-        for path in links.map(|name| self.path(name)) {
-            let found = std::fs::symlink_metadata(&path);
-            if found.is_ok_and(|found| !found.is_symlink()) {
-                return Err(RecordingError::Image(path));
-            }
-        }
-        for path in names.iter().map(|name| self.path(name)) {
-            match std::fs::remove_file(&path) {
-                Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(RecordingError::Write { path, source });
-                }
-                _ => {}
-            }
-        }
-        Ok(())
-    }
-
-    /// Removes what one run has left, for another run of the same machine.
-    pub fn clear_journal(&self) -> Result<(), RecordingError> {
-        self.clear(&["journal", "index"])
-    }
-
-    /// Removes the recording, and its directory if nothing else is in it.
-    pub fn remove(&self) -> Result<(), RecordingError> {
-        self.clear(&FILES)?;
-        // What somebody else put there stays.
-        let _ = std::fs::remove_dir(&self.directory);
-        Ok(())
-    }
-
     /// Path of one of its files.
     pub fn path(&self, name: &str) -> PathBuf {
         self.directory.join(name)
@@ -172,22 +149,6 @@ impl Recording {
     /// The directory.
     pub fn directory(&self) -> &Path {
         &self.directory
-    }
-
-    /// Writes one of its files.
-    pub fn write(&self, name: &str, bytes: &[u8]) -> Result<(), RecordingError> {
-        let path = self.path(name);
-        std::fs::write(&path, bytes).map_err(|source| RecordingError::Write { path, source })
-    }
-
-    /// Links to the images of its disks, by their absolute paths without links.
-    pub fn link_disks(&self, images: &[OpenImage]) -> Result<(), RecordingError> {
-        for (image, name) in images.iter().zip(&FILES[FIRST_DISK..]) {
-            let path = self.path(name);
-            std::os::unix::fs::symlink(image.target(), &path)
-                .map_err(|source| RecordingError::Write { path, source })?;
-        }
-        Ok(())
     }
 
     /// The images of its disks, or `instead` of them; refused if they cannot be the recorded ones.
@@ -217,65 +178,95 @@ impl Recording {
         FILES[FIRST_DISK..].get(disk).map(|name| self.path(name))
     }
 
-    /// Whether `path` is, or would be, one of its files.
-    pub fn has(&self, path: &Path) -> bool {
-        let Some(directory) = path.parent() else {
-            return false;
-        };
-        let directory = if directory.as_os_str().is_empty() {
-            Path::new(".")
-        } else {
-            directory
-        };
-        let (own, other) = (self.directory.canonicalize(), directory.canonicalize());
-        let named = FILES
-            .iter()
-            .any(|name| path.file_name() == Some(name.as_ref()));
-        named && own.is_ok_and(|own| other.is_ok_and(|other| own == other))
+    /// Its files, which nothing that is made of it may replace or be written to: those that are there, what
+    /// their links lead to, and the places of those that are not there.
+    pub fn kept(&self) -> Kept {
+        let mut kept = Kept::default();
+        if self.is_lone_journal() {
+            kept.keep(&self.directory, "the journal itself");
+        }
+        for (at, name) in FILES.into_iter().enumerate() {
+            let what = match at.checked_sub(FIRST_DISK) {
+                None => format!("the {name} of this recording"),
+                Some(disk) => {
+                    format!("the image of disk {disk} of this recording, or the link to it")
+                }
+            };
+            kept.keep(&self.path(name), &what);
+        }
+        kept
     }
 
-    /// Opens the journal for writing.
-    pub fn create_journal(&self) -> Result<File, RecordingError> {
-        let path = self.path("journal");
-        OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .open(&path)
-            .map_err(|source| RecordingError::Write { path, source })
+    /// A file instead of a directory is taken as the journal itself.
+    fn is_lone_journal(&self) -> bool {
+        self.directory.is_file()
     }
 
-    /// Opens the journal for reading. A file instead of a directory is taken as the journal itself.
+    fn journal_path(&self) -> (PathBuf, Links) {
+        match self.is_lone_journal() {
+            true => (self.directory.clone(), Links::Follow),
+            false => (self.path("journal"), Links::Refuse),
+        }
+    }
+
+    /// Opens the journal for reading.
     pub fn journal(&self) -> Result<JournalReader<BufReader<File>>, RecordingError> {
-        let path = if self.directory.is_file() {
-            self.directory.clone()
-        } else {
-            self.path("journal")
-        };
-        let file = File::open(&path).map_err(|source| RecordingError::File {
-            path: path.clone(),
-            source,
+        let (path, links) = self.journal_path();
+        let (file, _) = regular_file::open(&path, links).map_err(|error| match error {
+            ReadError::File { source, .. }
+                if source.kind() == ErrorKind::NotFound && self.directory.is_dir() =>
+            {
+                RecordingError::None(self.directory.clone())
+            }
+            error => error.into(),
         })?;
         JournalReader::open(BufReader::new(file))
             .map_err(|source| RecordingError::Journal { path, source })
     }
 
     /// Length of the journal in bytes.
-    pub fn journal_bytes(&self) -> Result<u64, RecordingError> {
-        let path = self.path("journal");
-        let meta = std::fs::metadata(&path);
-        meta.map(|meta| meta.len())
-            .map_err(|source| RecordingError::File { path, source })
+    fn journal_bytes(&self) -> Option<u64> {
+        let (path, links) = self.journal_path();
+        Some(regular_file::open(&path, links).ok()?.1)
     }
 
-    /// The kernel's file: the recorded one, or `instead`.
-    pub fn kernel(&self, instead: Option<&Path>) -> Result<(PathBuf, Vec<u8>), RecordingError> {
-        let path = instead.map_or_else(|| self.path("kernel"), Path::to_path_buf);
-        let bytes = read(&path)?;
-        Ok((path, bytes))
+    /// One of its files, or `instead` of it, refused if it differs from what was recorded; its length is
+    /// compared before it is read.
+    fn recorded(
+        &self,
+        name: &'static str,
+        instead: Option<&Path>,
+        expected: &Content,
+        limit: u64,
+    ) -> Result<Vec<u8>, RecordingError> {
+        let (path, links) = match instead {
+            Some(path) => (path.to_path_buf(), Links::Follow),
+            None => (self.path(name), Links::Refuse),
+        };
+        let opened = regular_file::open(&path, links)?;
+        if opened.1 != expected.bytes {
+            return Err(RecordingError::Length {
+                path,
+                what: name,
+                found: opened.1,
+                expected: expected.bytes,
+            });
+        }
+        let bytes = regular_file::read_whole(&path, opened, limit)?;
+        check(&path, name, &content(&bytes), expected)?;
+        Ok(bytes)
     }
 
-    /// The initrd's bytes: the recorded one, or `instead`; refused if they differ from what was
-    /// recorded. Empty if there was none.
+    /// The kernel's file: the recorded one, or `instead`, which must be the same.
+    pub fn kernel(
+        &self,
+        header: &Header,
+        instead: Option<&Path>,
+    ) -> Result<Vec<u8>, RecordingError> {
+        self.recorded("kernel", instead, &header.machine.kernel, KERNEL_BYTES_MAX)
+    }
+
+    /// The initrd's bytes: the recorded one, or `instead`, which must be the same. Empty if there was none.
     pub fn initrd(
         &self,
         header: &Header,
@@ -286,19 +277,19 @@ impl Recording {
             (None, Some(_)) => content(&[]),
             (None, None) => return Ok(Vec::new()),
         };
-        let path = instead.map_or_else(|| self.path("initrd"), Path::to_path_buf);
-        let bytes = read(&path)?;
-        check(&path, "initrd", &content(&bytes), &expected)?;
-        Ok(bytes)
+        let limit = INITRD_BYTES_MAX.min(header.machine.memory_bytes);
+        self.recorded("initrd", instead, &expected, limit)
     }
 
-    /// Writes the index. It can always be rebuilt, so a failure is no loss.
+    /// Writes the index, in the place of whatever stands there. It can always be rebuilt, so a failure is
+    /// no loss.
     pub fn write_index(&self, entries: &[IndexEntry]) -> Result<(), RecordingError> {
         let bytes = index::to_bytes(entries);
         let path = self.path("index");
         let write = || -> std::io::Result<()> {
-            let mut file = File::create(&path)?;
-            file.write_all(&bytes)
+            let unfinished = Unfinished::beside(&path, 0o666)?;
+            unfinished.file().write_all(&bytes)?;
+            unfinished.put(&path, true)
         };
         write().map_err(|source| RecordingError::Write {
             path: path.clone(),
@@ -308,8 +299,12 @@ impl Recording {
 
     /// The index, if there is one, it is whole, and it describes this journal's length.
     pub fn read_index(&self) -> Option<Vec<IndexEntry>> {
-        let bytes = std::fs::read(self.path("index")).ok()?;
-        index::from_bytes(&bytes, self.journal_bytes().ok()?)
+        let path = self.path("index");
+        let journal_bytes = self.journal_bytes()?;
+        let opened = regular_file::open(&path, Links::Refuse).ok()?;
+        // What it says of a frame is shorter than the frame.
+        let bytes = regular_file::read_whole(&path, opened, journal_bytes).ok()?;
+        index::from_bytes(&bytes, journal_bytes)
     }
 }
 
@@ -335,48 +330,136 @@ pub fn check(
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::symlink;
+
     use super::*;
 
-    #[test]
-    fn replacing_a_recording_removes_links_to_images_and_never_an_image() {
-        let dir = tempfile::tempdir().unwrap();
-        let (image, at) = (dir.path().join("image"), dir.path().join("r"));
-        std::fs::write(&image, [7; 512]).unwrap();
-        let opened = OpenImage::open(&image).unwrap();
-        let recording = Recording::create(&at, false).unwrap();
-        recording.link_disks(std::slice::from_ref(&opened)).unwrap();
-        // By way of the link that is about to go.
-        let through_link = OpenImage::open(&at.join("disk0")).unwrap();
-        assert!(matches!(
-            Recording::create(&at, false),
-            Err(RecordingError::Exists(_))
-        ));
-        let recording = Recording::create(&at, true).unwrap();
-        assert!(std::fs::symlink_metadata(at.join("disk0")).is_err());
-        recording.link_disks(&[through_link]).unwrap();
-        assert_eq!(std::fs::read(at.join("disk0")).unwrap(), [7; 512]);
+    fn pipe(path: &Path) {
+        let (kind, mode) = (rustix::fs::FileType::Fifo, rustix::fs::Mode::RUSR);
+        rustix::fs::mknodat(rustix::fs::CWD, path, kind, mode, 0).unwrap();
+    }
 
-        // The image itself in the place of the link: refused, before anything is removed.
-        recording.write("kernel", b"kernel").unwrap();
-        std::fs::remove_file(at.join("disk0")).unwrap();
-        std::fs::rename(&image, at.join("disk0")).unwrap();
-        for refused in [Recording::create(&at, true).map(drop), recording.remove()] {
-            assert!(
-                matches!(refused, Err(RecordingError::Image(_))),
-                "{refused:?}"
-            );
-        }
-        assert_eq!(std::fs::read(at.join("disk0")).unwrap(), [7; 512]);
-        assert_eq!(std::fs::read(at.join("kernel")).unwrap(), b"kernel");
+    fn refusal<T>(result: Result<T, RecordingError>) -> String {
+        result.map(drop).unwrap_err().to_string()
     }
 
     #[test]
-    fn its_own_files_are_known_by_any_path() {
+    fn a_recordings_files_are_regular_files_and_nothing_else_is_opened() {
         let dir = tempfile::tempdir().unwrap();
-        let recording = Recording::create(&dir.path().join("r"), false).unwrap();
-        assert!(recording.has(&dir.path().join("r/../r/disk0")));
-        assert!(recording.has(&dir.path().join("r/journal")));
-        assert!(!recording.has(&dir.path().join("r/my.img")));
-        assert!(!recording.has(&dir.path().join("journal")));
+        let recording = Recording::at(dir.path());
+        assert!(refusal(recording.journal()).contains("holds no recording"));
+        let expected = content(b"kernel");
+        for name in ["journal", "kernel", "initrd", "index"] {
+            let read = || match name {
+                "journal" => refusal(recording.journal()),
+                "index" => recording
+                    .read_index()
+                    .map_or(String::new(), |_| panic!("an index")),
+                _ => refusal(recording.recorded(name, None, &expected, 1 << 30)),
+            };
+            let path = recording.path(name);
+            pipe(&path);
+            let told = read();
+            assert!(name == "index" || told.contains("is a pipe"), "{told}");
+            for target in ["/dev/zero", "/etc/passwd"] {
+                std::fs::remove_file(&path).unwrap();
+                symlink(target, &path).unwrap();
+                let told = read();
+                assert!(name == "index" || told.contains("is a link"), "{told}");
+            }
+            std::fs::remove_file(&path).unwrap();
+            std::fs::create_dir(&path).unwrap();
+            let told = read();
+            assert!(name == "index" || told.contains("is a directory"), "{told}");
+            std::fs::remove_dir(&path).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_file_of_another_length_or_content_is_not_the_recorded_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let recording = Recording::at(dir.path());
+        let expected = content(b"kernel");
+        let read =
+            |instead: Option<&Path>| recording.recorded("kernel", instead, &expected, 1 << 30);
+        let path = recording.path("kernel");
+        // Longer than any memory: its length is compared before it is read.
+        File::create(&path).unwrap().set_len(1 << 43).unwrap();
+        assert!(matches!(read(None), Err(RecordingError::Length { .. })));
+        std::fs::write(&path, b"another").unwrap();
+        assert!(matches!(
+            read(None),
+            Err(RecordingError::Length { found: 7, .. })
+        ));
+        std::fs::write(&path, b"kernal").unwrap();
+        assert!(matches!(read(None), Err(RecordingError::Content { .. })));
+        std::fs::write(&path, b"kernel").unwrap();
+        assert_eq!(read(None).unwrap(), b"kernel");
+        // What the user names may be a link.
+        let link = dir.path().join("link");
+        symlink(&path, &link).unwrap();
+        assert_eq!(read(Some(&link)).unwrap(), b"kernel");
+        // A length that no kernel has is not believed either.
+        File::create(&path).unwrap().set_len(1 << 43).unwrap();
+        let claimed = Content {
+            bytes: 1 << 43,
+            ..expected.clone()
+        };
+        let refused = recording.recorded("kernel", None, &claimed, KERNEL_BYTES_MAX);
+        assert!(refusal(refused).contains("at most"));
+    }
+
+    #[test]
+    fn an_index_is_written_in_its_place_and_through_no_link() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = dir.path().join("r");
+        std::fs::create_dir(&at).unwrap();
+        let recording = Recording::at(&at);
+        let precious = dir.path().join("precious");
+        std::fs::write(&precious, "mine").unwrap();
+        symlink(&precious, at.join("index")).unwrap();
+        std::fs::write(at.join("journal"), [0; 4096]).unwrap();
+        let entry = IndexEntry {
+            offset: 100,
+            first: 0,
+            through: 7,
+            now: 1,
+        };
+        recording.write_index(&[entry]).unwrap();
+        assert_eq!(std::fs::read(&precious).unwrap(), b"mine");
+        assert_eq!(recording.read_index().unwrap().len(), 1);
+        // One that is longer than its journal is none.
+        let index = File::options().append(true).open(at.join("index")).unwrap();
+        index.set_len(1 << 43).unwrap();
+        assert!(recording.read_index().is_none());
+        // Nothing unfinished is left, whether it can be written or not.
+        std::fs::remove_file(at.join("index")).unwrap();
+        std::fs::create_dir(at.join("index")).unwrap();
+        recording.write_index(&[entry]).unwrap_err();
+        assert_eq!(std::fs::read_dir(&at).unwrap().count(), 2);
+    }
+
+    #[test]
+    fn its_own_files_and_what_its_links_lead_to_are_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = dir.path().join("r");
+        std::fs::create_dir(&at).unwrap();
+        std::fs::write(at.join("journal"), "").unwrap();
+        std::fs::write(dir.path().join("image"), "").unwrap();
+        symlink(dir.path().join("image"), at.join("disk1")).unwrap();
+        let refused = |recording: &Recording, path: &str| {
+            let plan =
+                crate::output_file::Plan::new(&dir.path().join(path), true, recording.kept());
+            plan.is_err()
+        };
+        let recording = Recording::at(&at);
+        for path in ["r/journal", "r/../r/disk1", "r/index", "r/disk4", "image"] {
+            assert!(refused(&recording, path), "{path}");
+        }
+        for path in ["r/my.pcapng", "journal", "disk1"] {
+            assert!(!refused(&recording, path), "{path}");
+        }
+        let lone = Recording::at(&at.join("journal"));
+        assert!(refused(&lone, "r/journal"));
     }
 }

@@ -4,6 +4,8 @@
 use std::fmt::Arguments;
 use std::io::{ErrorKind, Write};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
 use crate::cli::Outcome;
 
 /// Prints a line to standard output. A reader that closed the pipe wants no more; if it cannot be
@@ -31,8 +33,19 @@ pub fn to_stdout(line: Arguments<'_>) {
     }
 }
 
+/// A reader of standard error that takes nothing for this long is not waited for: a terminal that has
+/// stopped must not keep the program from its end.
+const PATIENCE: Timespec = Timespec {
+    tv_sec: 2,
+    tv_nsec: 0,
+};
+
 /// `tell!`, in a function.
 pub fn to_stderr(line: Arguments<'_>) {
-    // There is no other place to say that it failed.
-    let _ = writeln!(std::io::stderr().lock(), "{line}");
+    let stderr = std::io::stderr();
+    let ready = poll(&mut [PollFd::new(&stderr, PollFlags::OUT)], Some(&PATIENCE));
+    if ready != Ok(0) {
+        // There is no other place to say that it failed.
+        let _ = writeln!(stderr.lock(), "{line}");
+    }
 }

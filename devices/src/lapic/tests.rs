@@ -26,6 +26,7 @@ struct Bench {
     lapic: Lapic,
     now: Nanos,
     ahead: u64,
+    latency_ns: Nanos,
 }
 
 impl Bench {
@@ -34,6 +35,7 @@ impl Bench {
             lapic: Lapic::new(),
             now: 1_000,
             ahead: 0,
+            latency_ns: 0,
         }
     }
 
@@ -41,6 +43,7 @@ impl Bench {
         Time {
             now: self.now,
             tsc: self.now.wrapping_add(self.ahead),
+            latency_ns: self.latency_ns,
         }
     }
 
@@ -451,4 +454,70 @@ fn illegal_transitions_of_the_base_fault() {
         "off to x2APIC"
     );
     assert_eq!(bench.wrmsr(0x1b, 0xfee0_0900), Reply::Done);
+}
+
+#[test]
+fn a_deadline_that_has_passed_fires_a_latency_after_it_was_armed() {
+    let mut bench = Bench::new();
+    bench.latency_ns = 400;
+    bench.write(LVT_TIMER, DEADLINE | 0x30);
+    for deadline in [1, 1_000, 1_001, 1_399, 1_400] {
+        bench.now = 1_000;
+        bench.wrmsr(0x6e0, deadline);
+        assert!(!bench.lapic.interrupt_pending(), "{deadline}");
+        assert_eq!(bench.lapic.next_interrupt(), Some(1_400), "{deadline}");
+        bench.wait(399);
+        assert!(!bench.lapic.interrupt_pending(), "{deadline}");
+        assert_eq!(bench.lapic.check(bench.time()), Ok(()));
+        bench.wait(1);
+        assert_eq!(bench.lapic.acknowledge(), 0x30);
+        bench.write(EOI, 0);
+    }
+    bench.wrmsr(0x6e0, 5_000);
+    assert_eq!(
+        bench.lapic.next_interrupt(),
+        Some(5_000),
+        "others are as they were"
+    );
+}
+
+#[test]
+fn a_period_shorter_than_the_latency_fires_once_in_each_latency_and_keeps_its_pace() {
+    let mut bench = Bench::new();
+    bench.latency_ns = 1_000;
+    bench.write(LVT_TIMER, PERIODIC | 0x30);
+    bench.write(DIVIDE, 0xb); // by 1
+    bench.write(INITIAL, 10); // 400 ns
+    let mut fired = Vec::new();
+    for _ in 0..100 {
+        bench.wait(100);
+        assert_eq!(bench.lapic.check(bench.time()), Ok(()));
+        if bench.lapic.interrupt_pending() {
+            assert_eq!(bench.lapic.acknowledge(), 0x30);
+            bench.write(EOI, 0);
+            fired.push(bench.now);
+        }
+    }
+    assert_eq!(fired, (2..=11).map(|ms| ms * 1_000).collect::<Vec<_>>());
+    bench.latency_ns = 0;
+    bench.wait(1_000);
+    assert_eq!(
+        bench.lapic.next_interrupt(),
+        Some(12_200),
+        "a multiple of the period"
+    );
+}
+
+#[test]
+fn a_count_that_waits_for_its_latency_still_fires_once_the_divider_has_changed() {
+    let mut bench = Bench::new();
+    bench.latency_ns = 10_000;
+    bench.write(LVT_TIMER, 0x30);
+    bench.write(INITIAL, 1);
+    bench.wait(5_000);
+    assert_eq!(bench.read(CURRENT), 0);
+    bench.write(DIVIDE, 0x3);
+    assert_eq!(bench.lapic.check(bench.time()), Ok(()));
+    bench.wait(10_000);
+    assert!(bench.lapic.interrupt_pending());
 }

@@ -4,6 +4,11 @@
 //! timer, and slow enough for Linux, which uses 23 bits of it, to sleep five seconds. Or it waits until the
 //! time stamp counter has come to a deadline. However often a period has passed since the last look, the
 //! timer has fired once.
+//!
+//! It does not fire sooner than a latency after it was armed, or fired. Exits are costly to this machine: where
+//! three of them take longer than a timer's period, each timer would be due before the handler of the one before has
+//! returned, and the interrupted program would never run again. Silicon has no such bound because a
+//! handler there takes about as long as the shortest period that Linux programs.
 
 use serde::{Deserialize, Serialize};
 
@@ -24,6 +29,8 @@ pub(crate) struct Time {
     pub now: Nanos,
     /// What RDTSC reads then.
     pub tsc: u64,
+    /// How long a timer that is armed now takes to fire at least.
+    pub latency_ns: Nanos,
 }
 
 /// Bits 18:17 of the timer's LVT entry.
@@ -64,6 +71,8 @@ pub(super) struct Timer {
     since: Nanos,
     /// IA32_TSC_DEADLINE; 0 if it is not armed.
     deadline: u64,
+    /// It does not fire before this, whatever it was armed for.
+    earliest: Nanos,
     /// When it fires. Derived, and kept because it is asked at every exit.
     due: Option<Nanos>,
 }
@@ -76,6 +85,7 @@ impl Timer {
             loaded: 0,
             since: 0,
             deadline: 0,
+            earliest: 0,
             due: None,
         }
     }
@@ -85,37 +95,44 @@ impl Timer {
         self.due
     }
 
-    /// Whether it has fired by `now`.
-    pub fn advance(&mut self, now: Nanos, mode: Mode) -> bool {
-        let Some(due) = self.due.filter(|due| *due <= now) else {
+    /// Whether it has fired by now.
+    pub fn advance(&mut self, time: Time, mode: Mode) -> bool {
+        let Time { now, .. } = time;
+        if self.due.is_none_or(|due| due > now) {
             return false;
-        };
+        }
+        let ran_down = self.ran_down();
         self.deadline = 0;
         self.loaded = 0;
         self.due = None;
-        if mode == Mode::Periodic && self.initial != 0 {
+        if mode == Mode::Periodic
+            && self.initial != 0
+            && let Some(ran_down) = ran_down
+        {
             let period = u64::from(self.initial) * self.tick_ns();
-            self.start(self.initial, due + (now - due) / period * period);
+            let since = ran_down + (now - ran_down) / period * period;
+            self.start(self.initial, since, time);
         }
         true
     }
 
     /// A write to the initial-count register: starts over, or stops.
-    pub fn load(&mut self, count: u32, now: Nanos) {
+    pub fn load(&mut self, count: u32, time: Time) {
         self.initial = count;
-        self.start(count, now);
+        self.start(count, time.now, time);
     }
 
     /// A write to the divide configuration register. A count that runs goes on from where it is.
-    pub fn set_divide(&mut self, divide: u8, now: Nanos) {
-        let count = self.count(now);
+    pub fn set_divide(&mut self, divide: u8, time: Time) {
+        let count = self.count(time.now);
+        let runs = self.loaded != 0 && self.due.is_some();
         self.divide = divide;
-        if count != 0 {
-            self.start(count, now);
+        if count != 0 || runs {
+            self.start(count.max(1), time.now, time);
         }
     }
 
-    /// Arms the deadline, or disarms it with 0. Whether it has passed already, which fires at once.
+    /// Arms the deadline, or disarms it with 0. Whether it has fired at once.
     pub fn set_deadline(&mut self, deadline: u64, time: Time) -> bool {
         self.deadline = deadline;
         self.move_tsc(time)
@@ -127,16 +144,14 @@ impl Timer {
         if self.deadline == 0 {
             return false;
         }
-        match self.deadline.checked_sub(time.tsc) {
-            None | Some(0) => {
-                self.deadline = 0;
-                true
-            }
-            Some(ns) => {
-                self.due = time.now.checked_add(ns).filter(|due| *due <= NEVER);
-                false
-            }
+        self.earliest = time.now.saturating_add(time.latency_ns);
+        self.due = self.deadline_due(time);
+        let fires = self.due.is_some_and(|due| due <= time.now);
+        if fires {
+            self.deadline = 0;
+            self.due = None;
         }
+        fires
     }
 
     /// Stops everything.
@@ -182,28 +197,42 @@ impl Timer {
                 Mode::Reserved => self.loaded == 0 && self.initial == 0 && self.deadline == 0,
             },
         )?;
-        let mut settled = self.clone();
-        if self.deadline == 0 {
-            settled.start(self.loaded, self.since);
-            settled.since = self.since;
-        } else if settled.move_tsc(time) {
-            // What has passed and is armed still does not come.
-            return ensure(
-                "APIC timer deadline",
-                self.due.is_none() && time.now > NEVER,
-            );
-        }
+        let armed = self.earliest <= time.now.saturating_add(time.latency_ns);
+        ensure("APIC timer latency", armed)?;
+        let due = match self.deadline {
+            0 => self.count_due(),
+            _ => self.deadline_due(time),
+        };
         let future = self.due.is_none_or(|due| due > time.now);
-        ensure("APIC timer deadline", future && settled == *self)
+        ensure("APIC timer deadline", future && due == self.due)
     }
 
-    fn start(&mut self, count: u32, since: Nanos) {
+    /// Starts a count that has run since `since`.
+    fn start(&mut self, count: u32, since: Nanos, time: Time) {
         self.loaded = count;
         self.since = since;
-        self.due = match count {
+        self.earliest = time.now.saturating_add(time.latency_ns);
+        self.due = self.count_due();
+    }
+
+    /// When the count has run down, if it runs.
+    fn ran_down(&self) -> Option<Nanos> {
+        match self.loaded {
             0 => None,
-            _ => since.checked_add(u64::from(count) * self.tick_ns()),
-        };
+            count => self.since.checked_add(u64::from(count) * self.tick_ns()),
+        }
+    }
+
+    /// When the count that runs fires.
+    fn count_due(&self) -> Option<Nanos> {
+        self.ran_down().map(|due| due.max(self.earliest))
+    }
+
+    /// When the deadline that is armed fires.
+    fn deadline_due(&self, time: Time) -> Option<Nanos> {
+        let left_ns = self.deadline.saturating_sub(time.tsc);
+        let due = time.now.checked_add(left_ns)?;
+        Some(due.max(self.earliest)).filter(|due| *due <= NEVER)
     }
 
     /// How long one step of the count takes. The divider is a power of two: 000 is 2, 110 is 128, 111

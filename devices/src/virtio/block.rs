@@ -17,12 +17,16 @@ use crate::around::{Around, Storage};
 
 const QUEUES: [u16; 1] = [256];
 const SECTOR_BYTES: u64 = 512;
-/// Data of one request: much more than Linux ever puts into one.
-const REQUEST_BYTES_MAX: usize = 8 << 20;
+/// Data of one request. What the driver is told of segments keeps it below that.
+const REQUEST_BYTES_MAX: usize = 64 << 20;
+const _: () = assert!(SEGMENTS_MAX as usize * SEGMENT_BYTES_MAX as usize <= REQUEST_BYTES_MAX);
 /// Moved at once.
 const PIECE_BYTES: usize = 128 << 10;
 /// Segments of one request; the ring has room for them and for header and status.
 const SEGMENTS_MAX: u32 = 254;
+/// Length of one segment. A driver that is told nothing makes segments of any length, and Linux does where memory is
+/// in huge pages and `max_sectors_kb` is set for it.
+const SEGMENT_BYTES_MAX: u32 = 256 << 10;
 /// Sectors of one range of a discard: 64 MiB. The host may have to write that many zeroes.
 const CLEAR_SECTORS_MAX: u32 = 128 << 10;
 /// Ranges of one discard.
@@ -36,6 +40,7 @@ const CLEAR_COUNTS_BYTES: usize = EXIT_BYTES_MAX / 8;
 const BLOCK_SECTORS: u32 = 8;
 
 /// VIRTIO_BLK_F_* (5.2.3).
+const SIZE_MAX: u64 = 1 << 1;
 const SEG_MAX: u64 = 1 << 2;
 const READ_ONLY: u64 = 1 << 5;
 const BLK_SIZE: u64 = 1 << 6;
@@ -217,7 +222,7 @@ impl Device for Block {
         } else {
             FLUSH | DISCARD | WRITE_ZEROES
         };
-        SEG_MAX | BLK_SIZE | write
+        SIZE_MAX | SEG_MAX | BLK_SIZE | write
     }
 
     fn queues(&self) -> &'static [u16] {
@@ -229,6 +234,7 @@ impl Device for Block {
         let mut config = vec![0; 60];
         let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
         put(0, &self.sectors.to_le_bytes());
+        put(8, &SEGMENT_BYTES_MAX.to_le_bytes());
         put(12, &SEGMENTS_MAX.to_le_bytes());
         put(20, &(SECTOR_BYTES as u32).to_le_bytes());
         put(36, &CLEAR_SECTORS_MAX.to_le_bytes());

@@ -3,12 +3,14 @@
 //! The bytes are decoded to steps against a board with one kind of device: accesses of any kind, drivers'
 //! work done properly but for one lie, input from outside, time, a save in the middle. Whatever the
 //! steps are, what `world` asserts after each of them holds. The target [`Target::Journal`] gives a journal to
-//! all that reads one instead, [`Target::Kernel`] loads a kernel, and [`Target::Walk`] walks page tables.
+//! all that reads one instead, [`Target::Kernel`] loads a kernel, [`Target::Walk`] walks page tables, and
+//! [`Target::Files`] compares the files of a disk.
 //!
 //! This folder needs nothing of the rest of this crate: `tests/fuzz` builds it alone with a sanitizer, and the
 //! libraries that it drives.
 
 mod disk;
+mod files;
 mod guest;
 mod journal;
 mod kernel;
@@ -46,11 +48,13 @@ pub enum Target {
     Kernel,
     /// The walk of a guest's page tables.
     Walk,
+    /// Whatever finds partitions and file systems on a disk, and compares their files.
+    Files,
 }
 
 impl Target {
     /// All of them.
-    pub const ALL: [Target; 9] = [
+    pub const ALL: [Target; 10] = [
         Target::Block,
         Target::Net,
         Target::Console,
@@ -60,6 +64,7 @@ impl Target {
         Target::Journal,
         Target::Kernel,
         Target::Walk,
+        Target::Files,
     ];
 
     /// Its name: that of the fuzz target and of its folder in the corpus.
@@ -74,6 +79,7 @@ impl Target {
             Target::Journal => "journal",
             Target::Kernel => "kernel",
             Target::Walk => "walk",
+            Target::Files => "files",
         }
     }
 
@@ -110,6 +116,7 @@ pub fn drive(target: Target, data: &[u8]) {
             return;
         }
         Target::Walk => return walk::walk(data),
+        Target::Files => return files::compare(data),
         _ => {}
     }
     let mut bytes = Unstructured::new(data);

@@ -19,7 +19,7 @@ pub const GUARDS: [Range<u64>; 2] = [0x8000..0x9000, 0xf000..0x1_0000];
 const GUARD_BYTE: u8 = 0xa5;
 
 /// What one access may ask of the disks: a bound on how long it can take.
-const MOVED_BYTES_MAX: u64 = 80 << 20;
+const MOVED_BYTES_MAX: u64 = 128 << 20;
 const CLEARED_BYTES_MAX: u64 = 16 << 30;
 const CALLS_MAX: u64 = 20_000;
 /// What one step may send: a queue full of the longest frames.

@@ -13,8 +13,13 @@ const LENGTH: u64 = 16 << 20;
 
 /// Makes the image that the guest expects. mke2fs and e2fsck come with Debian's e2fsprogs.
 fn image(dir: &Path) -> PathBuf {
+    image_of_kind(dir, &["-t", "ext4"])
+}
+
+/// The same of another kind of file system: what mke2fs makes with these options.
+fn image_of_kind(dir: &Path, options: &[&str]) -> PathBuf {
     let (tree, image) = (dir.join("tree"), dir.join("base.img"));
-    std::fs::create_dir(&tree).expect("it can be made");
+    std::fs::create_dir_all(&tree).expect("it can be made");
     let large: Vec<u8> = (0..4 << 20).map(|i: u32| (i / 5) as u8).collect();
     for (name, content) in [
         ("large", &large[..]),
@@ -26,7 +31,7 @@ fn image(dir: &Path) -> PathBuf {
         std::fs::write(tree.join(name), content).expect("it can be written");
     }
     let mut mke2fs = Command::new("/sbin/mke2fs");
-    mke2fs.args(["-q", "-F", "-t", "ext4", "-d"]).arg(&tree);
+    mke2fs.args(["-q", "-F"]).args(options).arg("-d").arg(&tree);
     let status = mke2fs
         .arg(&image)
         .arg(format!("{}k", LENGTH >> 10))
@@ -123,6 +128,66 @@ fn what_a_guest_does_to_its_disk_replays_and_can_be_looked_at() {
         .expect(2);
     assert!(std::fs::read(&base).expect("it can be read") == pristine);
     the_image_is_looked_for_where_it_was(&debian, &recording, &base);
+}
+
+#[test]
+#[ignore = "needs a KVM that can record"]
+fn files_of_a_disk_that_is_still_in_use_are_compared_whatever_kind_of_ext_it_is() {
+    let debian = Debian::from_env();
+    for options in [
+        &["-t", "ext2"][..],
+        &["-t", "ext3"],
+        &["-t", "ext4"],
+        &["-t", "ext4", "-O", "^64bit,^metadata_csum,uninit_bg"],
+        &["-t", "ext4", "-O", "fast_commit"],
+        &[
+            "-t",
+            "ext4",
+            "-O",
+            "inline_data,casefold,ea_inode,large_dir,mmp",
+        ],
+        &[
+            "-t",
+            "ext4",
+            "-b",
+            "1024",
+            "-g",
+            "1024",
+            "-O",
+            "meta_bg,^resize_inode",
+        ],
+    ] {
+        let dir = scratch();
+        let (recording, base) = (dir.path().join("r"), image_of_kind(dir.path(), options));
+        let more = ["--disk", path(&base), "--cmdline", "crash"];
+        let recorded = debian.record(&recording, "disk", &more, b"").expect(0);
+        assert!(
+            recorded.text().contains("disk: done"),
+            "{options:?}: {}",
+            recorded.text()
+        );
+        let told = changes(&debian, &recording, &[]);
+        let found = told["files"]["changed"]
+            .as_array()
+            .expect("files were compared");
+        let found: Vec<String> = found
+            .iter()
+            .map(|file| {
+                let word = |name: &str| file[name].as_str().expect("a word").to_owned();
+                format!("{} {} {}", word("change"), word("path"), file["what"])
+            })
+            .collect();
+        let expected = [
+            "added /added []",
+            "added /directory []",
+            "added /directory/inside []",
+            r#"modified /middle ["content","time"]"#,
+            r#"modified /modified ["content","size","time"]"#,
+            "removed /removed []",
+        ];
+        assert_eq!(found, expected, "{options:?}");
+        assert_eq!(told["files"]["unknown"], json!([]), "{options:?}");
+    }
 }
 
 /// Each block that differs lies in a range that the guest is said to have written.

@@ -197,7 +197,7 @@ pub enum BootError {
     },
     /// The guest's memory cannot hold kernel and initrd.
     #[error(
-        "{what} needs guest memory up to {needed:#x} ({} MiB), but it ends at {found:#x}; give the machine more memory",
+        "{what} needs guest memory up to {needed:#x} ({} MiB), but it ends at {found:#x}; give the machine that much and some 16 MiB to work in",
         needed.div_ceil(1 << 20)
     )]
     MemoryTooSmall {

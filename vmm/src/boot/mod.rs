@@ -27,7 +27,7 @@ mod quick;
 mod quick_stub;
 pub mod rewritten;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 mod transmit;
 pub mod traps;
 mod windows;

@@ -179,7 +179,7 @@ pub(super) const TINY_PHYSICAL: u64 = 0x100_0000;
 pub(super) const TINY_OFFSET: usize = 120;
 
 /// An ELF file with one executable segment and a section `.init.text` over all of it.
-pub(super) fn tiny_elf(code: &[u8]) -> Vec<u8> {
+pub(crate) fn tiny_elf(code: &[u8]) -> Vec<u8> {
     tiny_elf_with(code, &[(".init.text", 0, code.len())])
 }
 

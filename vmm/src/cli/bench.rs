@@ -34,8 +34,9 @@ pub struct Options {
     /// Also measure QEMU's own record/replay, in the same rounds, this many times in all.
     #[arg(long, value_name = "TIMES", num_args = 0..=1, default_missing_value = "1")]
     against_qemu: Option<usize>,
-    /// Also run the machine in QEMU under KVM, with its devices in QEMU as ours are here, in the same
-    /// rounds, this many times in all.
+    /// Also run the machine in QEMU under KVM, in the same rounds, this many times in all.
+    ///
+    /// With its devices in QEMU, as ours are here.
     #[arg(long, value_name = "TIMES", num_args = 0..=1, default_missing_value = "1000000")]
     against_kvm: Option<usize>,
     /// Where the machine that is not recorded is preempted, if its guest does not exit.
@@ -88,12 +89,16 @@ struct Report {
 
 pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     let scratch = options.scratch.clone().unwrap_or_else(std::env::temp_dir);
-    let directory = scratch.join(format!("hindsight-bench-{}", std::process::id()));
-    std::fs::create_dir_all(&directory).with_context(|| directory.display().to_string())?;
-    let result = measure(options, &directory);
-    let removed = std::fs::remove_dir_all(&directory);
+    // A new directory of a name that nobody can have foreseen; it goes whatever happens.
+    let directory = tempfile::Builder::new()
+        .prefix("hindsight-bench-")
+        .tempdir_in(&scratch);
+    let directory = directory.with_context(|| format!("cannot write in {}", scratch.display()))?;
+    let result = measure(options, directory.path());
+    let path = directory.path().to_path_buf();
+    let removed = directory.close();
     let report = result?;
-    removed.with_context(|| directory.display().to_string())?;
+    removed.with_context(|| path.display().to_string())?;
     if options.json {
         out!("{}", serde_json::to_string(&report)?);
     } else {
@@ -123,12 +128,14 @@ fn measure(options: &Options, directory: &Path) -> anyhow::Result<Report> {
         command
             .args(machine_arguments(&options.machine))
             .args(&options.record_options)
-            .args(["--json", "--force", "-o"]);
+            .args(["--json", "-o"]);
         one(&mut record, command.arg(&recording))?;
         one(
             &mut replay,
             hindsight("replay")?.arg(&recording).arg("--json"),
         )?;
+        // Not by --force, which takes care that no recording is lost.
+        std::fs::remove_dir_all(&recording).with_context(|| recording.display().to_string())?;
         if options.against_qemu.is_some_and(|times| round <= times) {
             qemu.seconds
                 .push(time(&mut qemu_record(&options.machine, directory)?)?.0);

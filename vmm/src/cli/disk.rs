@@ -1,7 +1,7 @@
 //! `hindsight disk`: a machine's disk as it was at some moment, and what the guest had changed on it.
 
 use std::io::{BufWriter, IsTerminal};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::{ArgGroup, Args};
 use hindsight_devices::Nanos;
@@ -20,7 +20,8 @@ use crate::disk::{
     written_ranges,
 };
 use crate::foreign::{shown, shown_lines, shown_path};
-use crate::recording::{Recording, RecordingError};
+use crate::output_file::{OutputError, Plan};
+use crate::recording::Recording;
 use crate::tell::tell;
 
 /// A place in a recording.
@@ -57,9 +58,9 @@ fn parse_at(text: &str) -> Result<At, String> {
 The recording is replayed, and checked as it runs, up to the moment. What the guest had not yet
 written to its disk, and had in its memory alone, is not there.
 
-With --changed, each ext2, ext3 or ext4 file system, on the whole disk or on its partitions (MBR or GPT),
-is compared with the one on the image, file by file: kind, size, mode, owner, time and content; not
-extended attributes.
+With --changed, each ext2, ext3 or ext4 file system, in use or not, on the whole disk or on its partitions
+(MBR or GPT), is compared with the one on the image, file by file: kind, size, mode, owner, time and
+content; not extended attributes.
 
 Examples:
   hindsight disk boot -o vda.img
@@ -74,6 +75,9 @@ pub struct Options {
     #[arg(long, value_name = "MOMENT", value_parser = parse_at)]
     at: Option<At>,
     /// Write the disk to IMG, a raw image with holes.
+    ///
+    /// The image is there when it is complete: not if the replay is refused or diverges. Nothing is
+    /// written through a link, nor to a file of the recording or to an image of one of its disks.
     #[arg(long, short, value_name = "IMG")]
     output: Option<PathBuf>,
     /// With -o: replace a file that is there.
@@ -82,8 +86,9 @@ pub struct Options {
     /// List what the guest has written: blocks, and files.
     #[arg(long)]
     changed: bool,
-    /// Take the image of a disk from here instead of from where it was; it must be the same. Once for
-    /// each disk, in their order.
+    /// Take the image of a disk from here instead of from where it was; it must be the same.
+    ///
+    /// Once for each disk, in their order.
     #[arg(long = "image", value_name = "FILE")]
     images: Vec<PathBuf>,
     /// Print JSON: one object.
@@ -108,10 +113,25 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
         return Err(Failure::new(Outcome::BadInput, message).into());
     }
     let images = RecordedImages::open(&recording, &header, None, None, &options.images)?;
-    if let Some(output) = &options.output {
-        let is_image = images.disks().iter().any(|image| image.is(output));
-        refuse_output(&recording, output, is_image, options.force)?;
-    }
+    let plan = options.output.as_ref().map(|output| {
+        let mut kept = recording.kept();
+        for image in images.disks() {
+            kept.keep(image.path(), "the image of a disk of this recording");
+        }
+        let plan = Plan::new(output, options.force, kept)?;
+        if !plan.is_file() {
+            let message = format!(
+                "{} is no file; an image has holes, so give the name of a file",
+                output.display()
+            );
+            return Err(anyhow::Error::from(Failure::new(
+                Outcome::BadInput,
+                message,
+            )));
+        }
+        Ok(plan)
+    });
+    let plan = plan.transpose()?;
     let disks = SharedDisks::new(images.fresh_disks()?);
     let (mut cpu, mut machine) = images.machine_with(&header, disks.clone(), (None, None))?;
 
@@ -123,7 +143,7 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     let last = recording
         .read_index()
         .and_then(|index| index.last().map(|last| last.through));
-    let mut console = Console::new(true, header.host.console);
+    let mut console = Console::new(true, header.host.console, None)?;
     if let Some(last) = exit.or(last) {
         console = console.with_progress(last);
     }
@@ -151,42 +171,23 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
         }
         Err(error) => return Err(host_failure(error).into()),
     };
-    report(options, &disks, &machine)?;
+    report(options, plan, &disks, &machine)?;
     Ok(outcome)
 }
 
-/// Refuses what must not be written to, before a long replay.
-fn refuse_output(
-    recording: &Recording,
-    output: &Path,
-    is_image: bool,
-    force: bool,
-) -> Result<(), Failure> {
-    let why = if is_image {
-        "is the image of a disk of this recording, which must stay as it is"
-    } else if recording.has(output) {
-        "would be a file of the recording itself"
-    } else if output.is_dir() {
-        "is a directory"
-    } else if !force && output.symlink_metadata().is_ok() {
-        "exists; give another name, or --force to replace it"
-    } else {
-        return Ok(());
-    };
-    let message = format!("{} {why}", output.display());
-    Err(Failure::new(Outcome::BadInput, message))
-}
-
 /// Writes the image and lists the changes, whichever is wanted.
-fn report(options: &Options, disks: &SharedDisks, machine: &Machine) -> anyhow::Result<()> {
+fn report(
+    options: &Options,
+    plan: Option<Plan>,
+    disks: &SharedDisks,
+    machine: &Machine,
+) -> anyhow::Result<()> {
     let disk = options.disk;
     let length = disks.look().bytes(disk).unwrap_or(0);
     let ranges = written_ranges(&disks.look(), disk);
     let written: u64 = ranges.iter().map(|range| range.bytes).sum();
-    let kept = match &options.output {
-        None => None,
-        Some(output) => Some(write_image(disks, disk, length, output, options.force)?),
-    };
+    let kept = plan.map(|plan| write_image(disks, disk, length, plan));
+    let kept = kept.transpose()?;
     let files = options.changed.then(|| changed_files(disks, disk));
     let mut out = Output::new(BufWriter::new(std::io::stdout()));
     if options.json {
@@ -269,13 +270,9 @@ fn disk_name(disk: usize) -> String {
     format!("vd{letter}")
 }
 
-fn write_image(
-    disks: &SharedDisks,
-    disk: usize,
-    length: u64,
-    output: &Path,
-    force: bool,
-) -> anyhow::Result<u64> {
+fn write_image(disks: &SharedDisks, disk: usize, length: u64, plan: Plan) -> anyhow::Result<u64> {
+    let output = plan.begin()?;
+    let file = output.file().expect("it was planned as a file");
     let bar = std::io::stderr().is_terminal().then(|| {
         let style = ProgressStyle::with_template("{bar:40} {bytes}/{total_bytes}, {eta} left");
         let bar = ProgressBar::new(length);
@@ -286,22 +283,20 @@ fn write_image(
             bar.set_position(done);
         }
     };
-    let result = export(&disks.look(), disk, output, force, progress);
+    let result = export(&disks.look(), disk, file, progress);
     if let Some(bar) = &bar {
         bar.finish_and_clear();
     }
-    result.map_err(|error| match error {
-        ExportError::Write(source) => RecordingError::Write {
-            path: output.into(),
+    let kept = result.map_err(|error| match error {
+        ExportError::Write(source) => OutputError::Write {
+            path: output.path().into(),
             source,
         }
         .into(),
-        ExportError::Exists => {
-            let message = format!("{}: {error}", output.display());
-            Failure::new(Outcome::BadInput, message).into()
-        }
-        ExportError::Disk(error) => Failure::new(Outcome::HostFailed, error).into(),
-    })
+        ExportError::Disk(error) => anyhow::Error::from(Failure::new(Outcome::HostFailed, error)),
+    })?;
+    output.finish()?;
+    Ok(kept)
 }
 
 #[cfg(test)]
@@ -325,22 +320,5 @@ mod tests {
         ] {
             assert!(parse_at(bad).is_err(), "{bad}");
         }
-    }
-
-    #[test]
-    fn images_and_the_recordings_own_files_are_refused_even_by_force() {
-        let dir = tempfile::tempdir().unwrap();
-        let recording = Recording::create(&dir.path().join("r"), false).unwrap();
-        let there = dir.path().join("there");
-        std::fs::write(&there, "").unwrap();
-        let refused = |path: &Path, is_image, force| {
-            refuse_output(&recording, path, is_image, force).is_err()
-        };
-        assert!(refused(&there, true, true));
-        assert!(refused(&dir.path().join("r/journal"), false, true));
-        assert!(refused(dir.path(), false, true));
-        assert!(refused(&there, false, false));
-        assert!(!refused(&there, false, true));
-        assert!(!refused(&dir.path().join("new"), false, false));
     }
 }

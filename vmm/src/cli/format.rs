@@ -2,29 +2,37 @@
 
 use hindsight_replay::MEMORY_BYTES_MAX;
 
-/// Parses a size of RAM: `256M`, `1G`, `4096K` or plain bytes.
+/// RAM comes in pages.
+const PAGE_BYTES: u64 = 4096;
+
+/// Parses a size of RAM: `256M`, `1G`, `3.5G`, `4096K` or plain bytes.
 pub fn parse_size(text: &str) -> Result<u64, String> {
-    let (digits, unit) = match text.trim_end_matches(['B', 'b', 'i']).split_at_checked(
-        text.trim_end_matches(['B', 'b', 'i'])
-            .trim_end_matches(|c: char| c.is_alphabetic())
-            .len(),
-    ) {
-        Some(parts) => parts,
-        None => (text, ""),
+    let bad =
+        || format!("{text:?}: expected bytes, or a number with K, M or G, such as 512M or 3.5G");
+    let plain = text.trim_end_matches(['B', 'b']).trim_end_matches('i');
+    let (number, unit_bytes) = match plain.char_indices().next_back() {
+        Some((at, 'K' | 'k')) => (&plain[..at], 1_u128 << 10),
+        Some((at, 'M' | 'm')) => (&plain[..at], 1 << 20),
+        Some((at, 'G' | 'g')) => (&plain[..at], 1 << 30),
+        _ => (text, 1),
     };
-    let shift = match unit {
-        "" => 0,
-        "K" | "k" => 10,
-        "M" | "m" => 20,
-        "G" | "g" => 30,
-        _ => return Err(format!("unknown unit {unit:?}; use K, M or G")),
-    };
-    let number: u64 = digits
-        .parse()
-        .map_err(|error| format!("{digits:?}: {error}"))?;
-    let bytes = number.checked_mul(1 << shift).ok_or("too large")?;
-    if bytes == 0 || !bytes.is_multiple_of(4096) {
-        return Err(format!("{bytes} bytes is not a multiple of 4 KiB"));
+    let (whole, part) = number.split_once('.').unwrap_or((number, "0"));
+    let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    // Longer ones mean nothing, and their powers of ten would not fit.
+    if !digits(whole) || !digits(part) || whole.len() > 20 || part.len() > 15 {
+        return Err(bad());
+    }
+    // No floats: a fraction is so many of the unit over a power of ten.
+    let parse = |text: &str| text.parse::<u128>().map_err(|_| bad());
+    let scale = 10_u128.pow(part.len() as u32);
+    let scaled = (parse(whole)? * scale + parse(part)?) * unit_bytes;
+    let bytes = u64::try_from(scaled / scale).map_err(|_| format!("{text:?} is too large"))?;
+    if !scaled.is_multiple_of(scale) || bytes == 0 || !bytes.is_multiple_of(PAGE_BYTES) {
+        let near = (bytes / PAGE_BYTES).max(1) * PAGE_BYTES;
+        return Err(format!(
+            "{text:?} is no whole number of pages of 4 KiB; {}K would be",
+            near >> 10
+        ));
     }
     if bytes > MEMORY_BYTES_MAX {
         let most = MEMORY_BYTES_MAX >> 30;
@@ -71,6 +79,7 @@ mod tests {
         assert_eq!(parse_size("256M"), Ok(256 << 20));
         assert_eq!(parse_size("1GiB"), Ok(1 << 30));
         assert_eq!(parse_size("8192"), Ok(8192));
+        assert_eq!(parse_size("64m"), Ok(64 << 20));
         for bad in [
             "",
             "12Q",
@@ -81,9 +90,27 @@ mod tests {
             "17179869184G",
             "1025G",
             "é",
+            "é1M",
+            "M",
+            "1MM",
+            "5 G",
         ] {
             assert!(parse_size(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_fraction_that_comes_to_whole_pages_is_a_size() {
+        assert_eq!(parse_size("3.5G"), Ok((7 << 30) / 2));
+        assert_eq!(parse_size("0.5GiB"), Ok(512 << 20));
+        assert_eq!(parse_size("1.25M"), Ok(1280 << 10));
+        assert_eq!(parse_size("4096.0"), Ok(4096));
+        for bad in [".5G", "1.G", "1.2.3G", "0.0G", "3.5", "1.0000000000000001G"] {
+            assert!(parse_size(bad).is_err(), "{bad}");
+        }
+        let told = parse_size("0.1G").unwrap_err();
+        assert!(told.contains("104856K"), "{told}");
+        assert!(parse_size("104856K").is_ok());
     }
 
     #[test]

@@ -32,6 +32,7 @@ pub struct Options {
     #[arg(long, conflicts_with = "io")]
     events: bool,
     /// List every exit (device accesses, time reads, CPUID) with its value, and every interrupt.
+    ///
     /// Read from the journal if it is of full detail, else found out by replaying.
     #[arg(long)]
     io: bool,
@@ -44,8 +45,8 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     let recording = Recording::at(&options.recording);
     let journal = recording.journal()?;
     if options.io && journal.header().detail == Detail::Default {
-        let listing = Listing::new(stdout(), options.json);
-        return watch(&recording, journal, listing, Listing::finish);
+        let begin = || Ok(Listing::new(stdout(), options.json));
+        return watch(&recording, journal, begin, |listing, _| listing.finish());
     }
     if options.io || options.events {
         return list(journal, Listing::new(stdout(), options.json), options.io);

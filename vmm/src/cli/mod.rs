@@ -26,6 +26,7 @@ use crate::foreign::shown_lines;
 use crate::kvm::KvmError;
 use crate::machine::{MachineError, cmdline};
 use crate::net::{NetError, NetOption, Network, Publish, parse_net, parse_publish};
+use crate::output_file::OutputError;
 use crate::recording::RecordingError;
 use crate::tell::{out, tell};
 pub use summary::Summary;
@@ -99,12 +100,18 @@ enum Command {
 #[derive(Clone, Debug, Args)]
 pub struct MachineOptions {
     /// The kernel: a distribution's vmlinuz (bzImage), or an ELF vmlinux.
+    ///
+    /// A regular file of at most 1 GiB.
     #[arg(long, short, value_name = "FILE")]
     pub kernel: PathBuf,
     /// The initial RAM disk.
+    ///
+    /// A regular file of at most 2 GiB, which must fit into RAM beside the kernel.
     #[arg(long, short, value_name = "FILE")]
     pub initrd: Option<PathBuf>,
-    /// Words to add to the kernel's command line; what the machine itself needs is always there.
+    /// Words to add to the kernel's command line.
+    ///
+    /// What the machine itself needs is always there.
     #[arg(
         long,
         short,
@@ -116,30 +123,39 @@ pub struct MachineOptions {
     /// Take --cmdline as the whole command line.
     #[arg(long)]
     pub cmdline_exact: bool,
-    /// RAM, with K, M or G.
+    /// RAM, with K, M or G: 512M, 3.5G.
+    ///
+    /// Whole pages of 4 KiB. How much is needed depends on the kernel and the initrd: too little to load them is
+    /// refused with the number that it takes. Debian's 6.1 cloud kernel with a small initrd boots from 72M on.
     #[arg(long, short, value_name = "SIZE", default_value = "256M", value_parser = format::parse_size)]
     pub memory: u64,
-    /// A disk, from a raw image that is never written: what the guest writes is forgotten when it ends.
-    /// May be repeated; the guest sees vda, vdb, ... With `ro` its writes are refused; `serial` is
-    /// what it is told as the disk's serial number.
+    /// A disk, from a raw image or a block device, which is never written; may be repeated.
+    ///
+    /// What the guest writes is forgotten when it ends. The guest sees vda, vdb, ... With `ro` its writes are
+    /// refused; `serial` is what it is told as the disk's serial number.
     #[arg(long = "disk", value_name = "IMG[,ro][,serial=S]", value_parser = parse_disk)]
     pub disks: Vec<DiskOption>,
-    /// A network card, and what it is on: this host's network by way of passt, unprivileged (user); an
-    /// existing tap device (tap=NAME); or no card (none).
+    /// A network card, and what it is on.
+    ///
+    /// This host's network by way of passt, unprivileged (user); an existing tap device (tap=NAME); or no
+    /// card (none).
     #[arg(long, value_name = "none|user|tap=NAME", default_value = "none", value_parser = parse_net)]
     pub net: NetOption,
-    /// With --net user: lets a port of this host lead to one of the guest's. May be repeated. Without
-    /// ADDRESS only this host can reach it.
+    /// With --net user: lets a port of this host lead to one of the guest's; may be repeated.
+    ///
+    /// Without ADDRESS only this host can reach it.
     #[arg(long, value_name = "[ADDRESS:]PORT:PORT[/udp]", value_parser = parse_publish)]
     pub publish: Vec<Publish>,
-    /// Which console of the guest's standard input and output are: the serial one, which speaks from the
-    /// first line of the kernel's on, or virtio's (hvc0), which is faster, follows the size of the
-    /// terminal, and says nothing until the guest has loaded its driver; then the kernel repeats there what
-    /// it has said.
+    /// Which console of the guest's standard input and output are.
+    ///
+    /// The serial one speaks from the first line of the kernel's on. virtio's (hvc0) is faster, follows the
+    /// size of the terminal, and says nothing until the guest has loaded its driver; then the kernel
+    /// repeats there what it has said.
     #[arg(long, value_enum, default_value_t)]
     pub console: ConsoleOption,
-    /// How the guest's kernel reads the time. Without it: quick, but exit with --chaos, which meddles
-    /// with the time at exits.
+    /// How the guest's kernel reads the time.
+    ///
+    /// Without it: quick, but exit with --chaos, which meddles with the time at exits.
     #[arg(long, value_enum)]
     pub time_reads: Option<TimeReads>,
 }
@@ -192,7 +208,9 @@ pub enum TimeReads {
 
 /// Parses the arguments and does what they say.
 pub fn main() -> ExitCode {
-    let result = match Cli::parse().command {
+    let command = Cli::parse().command;
+    let is_doctor = matches!(command, Command::Doctor(_));
+    let result = match command {
         Command::Run(options) => run::main(&options),
         Command::Record(options) => record::main(&options),
         Command::Replay(options) => replay::main(&options),
@@ -214,8 +232,12 @@ pub fn main() -> ExitCode {
     match result {
         Ok(outcome) => ExitCode::from(outcome as u8),
         Err(error) => {
-            tell!("hindsight: {}", shown_lines(with_causes(&error)));
-            ExitCode::from(outcome_of(&error) as u8)
+            let (outcome, mut text) = (outcome_of(&error), with_causes(&error));
+            if outcome == Outcome::Unfit && !is_doctor && !text.contains("hindsight doctor") {
+                text.push_str("; `hindsight doctor` tells more");
+            }
+            tell!("hindsight: {}", shown_lines(text));
+            ExitCode::from(outcome as u8)
         }
     }
 }
@@ -244,6 +266,9 @@ fn outcome_of(error: &anyhow::Error) -> Outcome {
         return failure.outcome;
     }
     if let Some(RecordingError::Write { .. }) = error.downcast_ref() {
+        return Outcome::HostFailed;
+    }
+    if let Some(OutputError::Write { .. }) = error.downcast_ref() {
         return Outcome::HostFailed;
     }
     if let Some(CountingError::Counter(_) | CountingError::Inexact { .. }) = error.downcast_ref() {

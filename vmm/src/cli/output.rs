@@ -2,6 +2,11 @@
 
 use std::io::{Error, ErrorKind, Write};
 
+use super::{Failure, Outcome};
+use crate::foreign::shown_path;
+use crate::output_file::OutputFile;
+use crate::tell::tell;
+
 /// Where text goes. What goes wrong is told at the end.
 #[derive(Debug)]
 pub struct Output<W: Write> {
@@ -28,11 +33,35 @@ impl<W: Write> Output<W> {
     }
 
     /// A reader that closed the pipe wants no more; anything else is an error.
-    pub fn finish(mut self) -> anyhow::Result<()> {
+    pub fn finish(self) -> anyhow::Result<()> {
+        self.into_inner().map(drop)
+    }
+
+    /// Where it went, if all of it did; `None` if nobody reads it any more.
+    pub fn into_inner(mut self) -> anyhow::Result<Option<W>> {
         let failed = self.failed.take().or_else(|| self.to.flush().err());
         match failed {
-            Some(error) if error.kind() != ErrorKind::BrokenPipe => Err(error.into()),
-            _ => Ok(()),
+            Some(error) if error.kind() == ErrorKind::BrokenPipe => Ok(None),
+            Some(error) => Err(Failure::new(
+                Outcome::HostFailed,
+                format!("cannot write the output: {error}"),
+            )
+            .into()),
+            None => Ok(Some(self.to)),
         }
     }
+}
+
+/// Puts an output in its place if it is `right`, or says that it has not taken it, for what was seen is not
+/// what was recorded.
+pub fn settle(output: OutputFile, right: bool) -> anyhow::Result<()> {
+    if right {
+        output.finish()?;
+    } else if output.is_withheld() {
+        tell!(
+            "hindsight: {} was not written, for this is not what was recorded:",
+            shown_path(output.path())
+        );
+    }
+    Ok(())
 }

@@ -1,9 +1,8 @@
 //! `hindsight pcap`: what went over the machine's network, and when.
 
 use std::borrow::Cow;
-use std::fs::File;
-use std::io::{BufWriter, IsTerminal, Write};
-use std::path::PathBuf;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
@@ -19,17 +18,19 @@ use pcap_file::{DataLink, Endianness, PcapError};
 
 use serde_json::json;
 
+use super::output::settle;
 use super::replay::watch;
 use super::{Failure, Outcome};
-use crate::recording::{Recording, RecordingError};
-use crate::tell::out;
+use crate::output_file::Plan;
+use crate::recording::Recording;
+use crate::tell::{out, tell};
 
 /// Options of `pcap`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-The recording is replayed, and checked as it runs. Times are the guest's: its wall clock when it was
-switched on, and the nanoseconds since. A frame that the guest receives is inbound, one that it sends
-outbound; what was lost before it reached the guest is not there.
+The recording is replayed, and checked as it runs. Times are the guest's: its wall clock when
+it was switched on, and the nanoseconds since. A frame that the guest receives is inbound, one
+that it sends outbound; what was lost before it reached the guest is not there.
 
 Examples:
   hindsight pcap boot -o boot.pcapng
@@ -37,9 +38,16 @@ Examples:
 pub struct Options {
     /// The recording.
     recording: PathBuf,
-    /// Write to FILE instead of standard output.
+    /// Write to FILE instead of standard output (-).
+    ///
+    /// The file is there when it is complete: not if the replay is refused or diverges. A pipe or a
+    /// device such as /dev/null is written as the replay goes. Nothing is written through a link to
+    /// a file, nor to a file of the recording.
     #[arg(long, short, value_name = "FILE")]
     output: Option<PathBuf>,
+    /// With -o: replace FILE if it exists.
+    #[arg(long, requires = "output")]
+    force: bool,
     /// With -o: print what was written as JSON, one object.
     #[arg(long, requires = "output")]
     json: bool,
@@ -55,26 +63,32 @@ const SNAP_BYTES: u32 = hindsight_devices::FRAME_BYTES_MAX as u32;
 pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     let recording = Recording::at(&options.recording);
     let journal = recording.journal()?;
-    let out: Box<dyn Write> = match &options.output {
-        Some(path) => Box::new(File::create(path).map_err(|source| RecordingError::Write {
-            path: path.clone(),
-            source,
-        })?),
-        None if std::io::stdout().is_terminal() => {
-            let message = "a pcapng is nothing for a terminal; name a file with -o";
-            return Err(Failure::new(Outcome::BadInput, message).into());
-        }
-        None => Box::new(std::io::stdout()),
-    };
+    let path = options.output.as_deref().unwrap_or(Path::new("-"));
+    let plan = Plan::new(path, options.force, recording.kept())?;
+    if plan.is_terminal() {
+        let message = "a pcapng is nothing for a terminal; name a file with -o";
+        return Err(Failure::new(Outcome::BadInput, message).into());
+    }
+    if options.json && plan.is_stdout() {
+        let message =
+            "--json goes to standard output, and so would the frames; name a file with -o";
+        return Err(Failure::new(Outcome::BadInput, message).into());
+    }
+    if journal.header().machine.devices.net.is_none() {
+        tell!("hindsight: the recorded machine has no network card, so there are no frames");
+    }
     let name = format!("recorded by Hindsight in {}", options.recording.display());
-    let capture = Capture::new(BufWriter::new(out), &name);
-    watch(&recording, journal, capture, |capture| {
+    let begin = || Ok(Capture::new(plan.begin()?, &name));
+    watch(&recording, journal, begin, |capture, right| {
         let frames = capture.frames;
-        capture.finish()?;
-        if let Some(output) = options.output.as_ref().filter(|_| options.json) {
+        let Some(output) = capture.finish()? else {
+            return Ok(());
+        };
+        settle(output, right)?;
+        if let Some(path) = options.output.as_ref().filter(|_| options.json && right) {
             let [inbound, outbound] =
                 frames.map(|Frames { count, bytes }| json!({"frames": count, "bytes": bytes}));
-            let output = output.to_string_lossy();
+            let output = path.to_string_lossy();
             out!(
                 "{}",
                 json!({"output": output, "inbound": inbound, "outbound": outbound})
@@ -101,7 +115,7 @@ struct Frames {
 /// Writes down what goes over the network.
 pub struct Capture<W: Write> {
     /// The file, or why there is none any more.
-    writer: Result<PcapNgWriter<W>, PcapError>,
+    writer: Result<PcapNgWriter<BufWriter<W>>, PcapError>,
     /// The guest's wall clock when it was switched on.
     power_on: Duration,
     /// What went in, and what went out.
@@ -140,7 +154,7 @@ impl<W: Write> Capture<W> {
                 InterfaceDescriptionOption::IfTsResol(NANOSECONDS),
             ],
         };
-        let writer = PcapNgWriter::with_section_header(to, section);
+        let writer = PcapNgWriter::with_section_header(BufWriter::new(to), section);
         let writer = writer.and_then(|mut writer| {
             writer.write_pcapng_block(interface)?;
             Ok(writer)
@@ -169,22 +183,23 @@ impl<W: Write> Capture<W> {
         }
     }
 
-    /// A reader that closed the pipe wants no more; anything else is an error.
-    pub fn finish(self) -> anyhow::Result<()> {
+    /// Where all of it went. A reader that closed the pipe wants no more (`None`); anything else is an
+    /// error.
+    pub fn finish(self) -> anyhow::Result<Option<W>> {
         let written = self.writer.and_then(|writer| {
-            let flushed = writer.into_inner().flush();
-            flushed.map_err(PcapError::IoError)
+            let output = writer.into_inner().into_inner();
+            output.map_err(|error| PcapError::IoError(error.into_error()))
         });
         match written {
+            Ok(output) => Ok(Some(output)),
             Err(PcapError::IoError(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => {
-                Ok(())
+                Ok(None)
             }
             Err(error) => Err(Failure::new(
                 Outcome::HostFailed,
                 format!("cannot write the frames: {error}"),
             )
             .into()),
-            Ok(()) => Ok(()),
         }
     }
 }
@@ -220,10 +235,8 @@ mod tests {
         capture.input(5, 1_000_000_001, &Input::Frame(vec![1; 61]));
         capture.output(6, 1_000_000_002, &Output::Console(vec![3; 64]));
         capture.output(6, 1_000_000_002, &Output::Frame(vec![2; 1514]));
-        capture
-            .writer
-            .expect("a vector takes anything")
-            .into_inner()
+        let written = capture.finish().expect("a vector takes anything");
+        written.expect("somebody reads it")
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Instant;
 
 use clap::{Args, ValueEnum};
@@ -17,11 +18,12 @@ use super::run::{Images, host_failure, patience};
 use super::summary::Summary;
 use super::{Failure, MachineOptions, Outcome, TimeReads};
 use crate::counting::{Counting, Preempt};
-use crate::host::{HostWorld, RawTerminal};
+use crate::foreign::{shown_lines, shown_path};
 use crate::machine::{host_facts, open_kvm, random_number};
 use crate::net::Link;
-use crate::recording::Recording;
+use crate::new_recording::NewRecording;
 use crate::tell::tell;
+use crate::world::{HostWorld, Operator, RawTerminal};
 
 /// How much the journal says.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -46,18 +48,22 @@ impl From<DetailOption> for Detail {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 The guest's console is standard input and output; at a terminal, Ctrl-] ends the recording.
-Ctrl-C elsewhere (SIGINT, SIGTERM) closes it cleanly too; SIGPWR presses the guest's power button,
+Ctrl-C elsewhere (SIGINT, SIGTERM, SIGHUP) closes it cleanly too; SIGPWR presses the guest's power button,
 and a guest that turns itself off ends its recording. The summary goes to standard error.
+
+DIR gets the journal, which grows while the guest runs, a copy of the kernel and of the initrd, and
+links to the images of disks. If anything fails before the guest runs, DIR is left as it was. One
+recorder at a time uses a DIR.
 
 A timer or an input that is due waits --patience for the guest to exit by itself, then preempts it
 at a counted place, which the replay finds again. Chaos moves timers about to bring out races:
 what it did is in the recording, and the replay needs no seed.
 
-Examples:
-  hindsight record -o boot --kernel /boot/vmlinuz-6.1.0-cloud-amd64 --initrd initrd.cpio
-  hindsight record -o crash --until-crash --chaos --kernel K --initrd I")]
+Examples (guest-images/build makes the initrds):
+  hindsight record -o boot -k /boot/vmlinuz-$(uname -r) -i .cache/images/hello.cpio
+  hindsight record -o crash --until-crash --chaos -k /boot/vmlinuz-$(uname -r) -i .cache/images/race.cpio")]
 pub struct Options {
-    /// The directory to write the recording to.
+    /// The directory to write the recording to; it is made if it is not there.
     #[arg(long, short, value_name = "DIR")]
     output: PathBuf,
     #[command(flatten)]
@@ -71,8 +77,10 @@ pub struct Options {
     /// What stops a guest that does not exit.
     #[arg(long, value_enum, default_value_t)]
     preempt: Preempt,
-    /// How long what is due waits for the guest to exit, in microseconds. Without it, 1,000; or more
-    /// where preemptions are slow, so that they take one part in 10 of the time, up to 5,000.
+    /// How long what is due waits for the guest to exit, in microseconds.
+    ///
+    /// Without it, 1,000; or more where preemptions are slow, so that they take one part in 10 of the
+    /// time, up to 5,000.
     #[arg(long, value_name = "US")]
     patience: Option<u64>,
     /// Force the raw event that is counted, such as 0xd1; without it, the one known for this CPU.
@@ -84,15 +92,22 @@ pub struct Options {
     /// Perturb when timers land and how long time slices are, from SEED or a random one.
     #[arg(long, value_name = "SEED", num_args = 0..=1, require_equals = true)]
     chaos: Option<Option<u64>>,
-    /// Record again and again until the guest panics or triple faults, and keep only that; give up
-    /// after RUNS, if given. With --chaos each run has the next seed.
+    /// Record again and again until the guest panics or triple faults, and keep only that.
+    ///
+    /// It gives up after RUNS, if given; then, as when it is stopped, nothing is kept, and what --force replaced
+    /// is there again. With --chaos each run has the next seed.
     #[arg(long, value_name = "RUNS", num_args = 0..=1, require_equals = true)]
     until_crash: Option<Option<u64>>,
     /// End the recording of a guest that has not reset itself SECONDS of its time after a kernel panic.
+    ///
     /// Without it, 5 with --until-crash, else 60.
     #[arg(long, value_name = "SECONDS")]
     panic_grace: Option<u64>,
-    /// Replace a recording that is there.
+    /// Replace the recording that is there, once the new one is closed.
+    ///
+    /// The old recording is moved to DIR/replaced-XXXXXX when the guest is about to run, and deleted when
+    /// the new one is closed and safe on the disk. If recording fails on the way, both are kept, and a
+    /// message says where. Only files of a recording are touched, and never an image of a disk.
     #[arg(long)]
     force: bool,
     /// Do not show the guest's console.
@@ -115,6 +130,10 @@ impl Options {
 
 pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     let start = Instant::now();
+    // Before there is another thread.
+    let operator = Operator::listen()?;
+    // First of all that can be refused: what stands in the way of it stands there from the start.
+    let recording = NewRecording::create(&options.output, options.force)?;
     let images = Images::read(&options.machine)?;
     let (kvm, mut holes) = open_kvm()?;
     holes.extend(images.kernel.holes());
@@ -154,8 +173,9 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
         counting,
         // Before anything is written: most that can be wrong with a network is wrong from the start.
         link: network.map(Link::open).transpose()?,
+        operator,
         world: None,
-        recording: Recording::create(&options.output, options.force)?,
+        recording,
     };
     session.recording.write("kernel", &images.image)?;
     if !images.initrd.is_empty() {
@@ -171,11 +191,26 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
         Some(most) => session.hunt(&images, chaos, most),
     };
     drop(raw);
+    let result = result.inspect_err(|_| {
+        if let Some(replaced) = session.recording.replaced() {
+            tell!(
+                "hindsight: the recording that was there before is in {}",
+                shown_path(replaced)
+            );
+        }
+    });
     let Some(mut summary) = result? else {
+        let before = match session.recording.replaced() {
+            Some(_) => "; what was there before is there again",
+            None => "",
+        };
+        session.recording.withdraw()?;
+        tell!("hindsight: nothing was kept{before}");
         return Ok(Outcome::Different);
     };
+    session.recording.finish()?;
     summary.host_ns = start.elapsed().as_nanos() as u64;
-    let headline = format!("recorded in {}", options.output.display());
+    let headline = format!("recorded in {}", shown_path(&options.output));
     summary.print(&headline, options.json);
     Ok(Outcome::Good)
 }
@@ -188,9 +223,10 @@ struct Session<'a> {
     counting: Counting,
     /// For the first recording.
     link: Option<Link>,
+    operator: Arc<Operator>,
     /// From the first recording on, and out on loan while a guest runs.
     world: Option<HostWorld>,
-    recording: Recording,
+    recording: NewRecording,
 }
 
 impl Session<'_> {
@@ -215,8 +251,10 @@ impl Session<'_> {
         // making a machine.
         let world = match self.world.take() {
             Some(world) => world.restart()?,
-            None => HostWorld::start(self.link.take(), console)?,
+            None => HostWorld::start(Arc::clone(&self.operator), self.link.take(), console)?,
         };
+        let quiet = options.quiet || options.json;
+        let mut screen = Console::new(quiet, console, Some(world.hold()))?.with_preemption(unit);
         let live = Live::new(world, memory_every)
             .with_patience(patience)
             .with_panic_grace(Some(options.panic_grace_ns()))
@@ -224,9 +262,13 @@ impl Session<'_> {
         let journal = self.recording.create_journal()?;
         let mut recorder = Recorder::create(live, journal, &self.header)
             .map_err(|error| Failure::new(Outcome::HostFailed, error))?;
-        let mut console = Console::new(options.quiet || options.json, console);
-        let result = machine.run(&mut cpu, &mut recorder, &mut console);
-        drop(console);
+        self.recording.begin()?;
+        let result = machine.run(&mut cpu, &mut recorder, &mut screen);
+        if let Some(complaint) = screen.finish().complaint() {
+            // What was asked for is there.
+            let directory = shown_path(&options.output);
+            tell!("\rhindsight: {complaint}; `hindsight console {directory}` has all of it\r");
+        }
 
         let bytes = recorder.journal_bytes();
         let end = match result {
@@ -240,8 +282,11 @@ impl Session<'_> {
             }
             Err(error) => return Err(host_failure(error).into()),
         };
-        if let Err(error) = self.recording.write_index(recorder.index()) {
-            tell!("hindsight: no index was written ({error}); it will be rebuilt when needed");
+        if let Err(error) = self.recording.recording().write_index(recorder.index()) {
+            tell!(
+                "hindsight: no index was written ({}); it will be rebuilt when needed",
+                shown_lines(error)
+            );
         }
         let world = recorder.into_inner().into_world().rest();
         if let Some(why) = world.failure() {
@@ -283,11 +328,9 @@ impl Session<'_> {
             if end.panic.is_some() || end.ending == Ending::TripleFault {
                 return Ok(Some(summary));
             }
-            self.recording.clear_journal()?;
             let stopped = matches!(end.ending, Ending::Stopped | Ending::StoppedRunning);
             if stopped || most.is_some_and(|most| run >= most) {
-                tell!("\rhindsight: no crash in {run} runs; nothing was kept\r");
-                self.recording.remove()?;
+                tell!("\rhindsight: no crash in {run} runs\r");
                 return Ok(None);
             }
             self.header.machine.seed = crate::machine::random_bytes()?;

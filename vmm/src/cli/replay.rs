@@ -20,10 +20,11 @@ use super::summary::{Summary, describe_end, not_compared};
 use super::{Failure, Outcome};
 use crate::counting::Counting;
 use crate::disk::{DiskError, Disks, OpenImage};
-use crate::foreign::shown_lines;
+use crate::foreign::{shown_lines, shown_path};
 use crate::kvm::{KvmCpu, KvmError};
 use crate::machine::{LoadedKernel, build, check_cpu, open_kvm};
-use crate::recording::{Recording, check, content};
+use crate::new_recording::NewRecording;
+use crate::recording::Recording;
 use crate::tell::{out, tell};
 
 /// What to verify: all of memory, at the end or every so many exits.
@@ -54,8 +55,9 @@ verdict says that it was not.")]
 pub struct Options {
     /// The recording.
     recording: PathBuf,
-    /// Compare all of memory: at the end (memory), or every N exits too (memory=N), where the
-    /// recording holds digests made with the same option.
+    /// Compare all of memory: at the end (memory), or every N exits too (memory=N).
+    ///
+    /// The latter where the recording holds digests made with the same option.
     #[arg(long, value_name = "memory[=N]", value_parser = parse_verify)]
     verify: Option<Verify>,
     /// Stop behind this exit.
@@ -65,12 +67,17 @@ pub struct Options {
     #[arg(long)]
     real_time: bool,
     /// Write what the replay does as a recording of full detail.
+    ///
+    /// If the replay is refused, nothing is written. If it diverges, DIR has what was replayed until then.
     #[arg(long, value_name = "DIR")]
     relog: Option<PathBuf>,
     /// Detail of what --relog writes.
     #[arg(long, value_enum, default_value_t = DetailOption::Full, requires = "relog")]
     detail: DetailOption,
-    /// With --relog: replace a recording that is there.
+    /// With --relog: replace the recording that is there, once the new one is whole.
+    ///
+    /// The old one is moved to DIR/replaced-XXXXXX when the replay begins, and deleted when it has ended
+    /// equal; else both are kept.
     #[arg(long, requires = "relog")]
     force: bool,
     /// Take the kernel from here instead of from the recording; it must be the same.
@@ -79,8 +86,9 @@ pub struct Options {
     /// Take the initrd from here instead of from the recording; it must be the same.
     #[arg(long, value_name = "FILE")]
     initrd: Option<PathBuf>,
-    /// Take the image of a disk from here instead of from where it was; it must be the same. Once for
-    /// each disk, in their order.
+    /// Take the image of a disk from here instead of from where it was; it must be the same.
+    ///
+    /// Once for each disk, in their order.
     #[arg(long = "disk", value_name = "FILE")]
     disks: Vec<PathBuf>,
     /// Refuse unless the recorded machine has this much RAM.
@@ -114,9 +122,13 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
         );
         return Err(Failure::new(Outcome::BadInput, message).into());
     }
-    if let Some(relog) = &options.relog {
-        refuse_same_place(&options.recording, relog)?;
-    }
+    let mut target = match &options.relog {
+        None => None,
+        Some(relog) => {
+            refuse_same_place(&options.recording, relog)?;
+            Some(NewRecording::create(relog, options.force)?)
+        }
+    };
     let (kernel, initrd) = (options.kernel.as_deref(), options.initrd.as_deref());
     let images = RecordedImages::open(&recording, &header, kernel, initrd, &options.disks)?;
     let forced = (options.event.as_deref(), options.margin);
@@ -126,7 +138,7 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
         .and_then(|index| index.last().map(|last| last.through));
 
     let quiet = options.quiet || options.json;
-    let mut console = Console::new(quiet, header.host.console);
+    let mut console = Console::new(quiet, header.host.console, None)?;
     if options.real_time {
         console = console.at_recorded_pace();
     }
@@ -137,10 +149,9 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     // A relog asks for digests of its own; a plain replay only for those that can be compared.
     let own_digests = every.filter(|_| options.relog.is_some());
     let mut replayer = Replayer::new(journal, options.until.map(|until| until.0), own_digests);
-    let (result, replayer) = match &options.relog {
+    let (result, replayer) = match &mut target {
         None => (machine.run(&mut cpu, &mut replayer, &mut console), replayer),
-        Some(directory) => {
-            let target = Recording::create(directory, options.force)?;
+        Some(target) => {
             target.write("kernel", &images.image)?;
             if header.machine.initrd.is_some() {
                 target.write("initrd", &images.initrd)?;
@@ -152,6 +163,7 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
             };
             let mut relog = Recorder::create(replayer, target.create_journal()?, &header)
                 .map_err(|error| Failure::new(Outcome::HostFailed, error))?;
+            target.begin()?;
             let result = machine.run(&mut cpu, &mut relog, &mut console);
             if let Err(error) = &result {
                 // A turn that diverged was not finished; the one before it was.
@@ -161,12 +173,26 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
                     .abandon(through, machine.now())
                     .map_err(|error| Failure::new(Outcome::HostFailed, error))?;
             }
-            target.write_index(relog.index())?;
+            if let Err(error) = target.recording().write_index(relog.index()) {
+                tell!(
+                    "hindsight: no index was written ({}); it will be rebuilt when needed",
+                    shown_lines(error)
+                );
+            }
             (result, relog.into_inner())
         }
     };
-    drop(console);
+    if let Some(complaint) = console.finish().complaint() {
+        tell!("hindsight: {complaint}");
+    }
     let equal = matches!(result, Ok(_) | Err(RunError::Closed(Closed::Reached(_))));
+    if let Some(target) = target {
+        if equal {
+            target.finish()?;
+        } else {
+            tell_what_is_kept(&target, machine.at().exits);
+        }
+    }
     if let Some(every) = every
         && equal
         && options.relog.is_none()
@@ -194,6 +220,21 @@ fn refuse_same_place(recording: &Path, relog: &Path) -> Result<(), Failure> {
     }
 }
 
+/// A relog that does not go to the end is kept, for it shows what led up to that.
+fn tell_what_is_kept(target: &NewRecording, exits: u64) {
+    tell!(
+        "hindsight: {} has what was replayed, up to exit {}",
+        shown_path(target.recording().directory()),
+        thousands(exits)
+    );
+    if let Some(replaced) = target.replaced() {
+        tell!(
+            "hindsight: the recording that was there before is in {}",
+            shown_path(replaced)
+        );
+    }
+}
+
 /// The files a recording is of, found to be the recorded ones.
 pub struct RecordedImages {
     image: Vec<u8>,
@@ -212,17 +253,12 @@ impl RecordedImages {
         disks: &[PathBuf],
     ) -> anyhow::Result<RecordedImages> {
         let initrd = recording.initrd(header, initrd)?;
-        let (path, image) = recording.kernel(kernel)?;
-        // A file that is no kernel at all is first of all not the recorded one.
-        let opened = LoadedKernel::open(&image);
-        let found = match &opened {
-            Ok(kernel) => kernel.content().clone(),
-            Err(_) => content(&image),
-        };
-        check(&path, "kernel", &found, &header.machine.kernel)?;
+        // Nothing is unpacked, nor taken from the cache, but what is known to be the recorded kernel.
+        let image = recording.kernel(header, kernel)?;
+        let kernel = LoadedKernel::open_as(&image, header.machine.kernel.clone())?;
         Ok(RecordedImages {
             image,
-            kernel: opened?,
+            kernel,
             initrd,
             disks: recording.disks(header, disks)?,
         })
@@ -265,20 +301,27 @@ impl RecordedImages {
     }
 }
 
-/// Replays `recording` for somebody who only looks, and who is done with `finish` before it is told
-/// what went wrong, if anything did.
+/// Replays `recording` for somebody who only looks. The observer is made by `begin` when all is ready, and is
+/// done with `finish` before it is told what went wrong, if anything did: `finish` is told whether what was seen
+/// is right as far as the recording goes.
 pub fn watch<O: Observer>(
     recording: &Recording,
     journal: JournalReader<impl Read>,
-    mut observer: O,
-    finish: impl FnOnce(O) -> anyhow::Result<()>,
+    begin: impl FnOnce() -> anyhow::Result<O>,
+    finish: impl FnOnce(O, bool) -> anyhow::Result<()>,
 ) -> anyhow::Result<Outcome> {
     let header = journal.header().clone();
     let images = RecordedImages::open(recording, &header, None, None, &[])?;
     let (mut cpu, mut machine) = images.machine(&header, (None, None))?;
     let mut replayer = Replayer::new(journal, None, None);
+    let mut observer = begin()?;
     let result = machine.run(&mut cpu, &mut replayer, &mut observer);
-    finish(observer)?;
+    let right = matches!(result, Ok(_) | Err(RunError::Closed(Closed::CutShort(_))));
+    let finished = finish(observer, right);
+    // A divergence is worth more than word of what could not be written of it.
+    if right {
+        finished?;
+    }
     match result {
         Ok(_) => Ok(Outcome::Good),
         Err(RunError::Closed(Closed::CutShort(tail))) => {

@@ -2,9 +2,12 @@
 
 use std::time::Instant;
 
+use anyhow::Context;
 use clap::{Args, ValueEnum};
 use hindsight_devices::{Devices, NetSpec};
-use hindsight_replay::{Live, Machine, MachineDescription, Patience, RunError, Unit};
+use hindsight_replay::{
+    KERNEL_BYTES_MAX, Live, Machine, MachineDescription, Patience, RunError, Unit,
+};
 use kvm_ioctls::Kvm;
 
 use super::console::Console;
@@ -12,17 +15,19 @@ use super::summary::Summary;
 use super::{Failure, MachineOptions, Outcome, TimeReads};
 use crate::counting::Counting;
 use crate::disk::{DiskError, Disks, OpenImage};
-use crate::host::{HostWorld, RawTerminal};
 use crate::kvm::{KvmCpu, KvmError, Preemption};
 use crate::machine::{LoadedKernel, build, describe, open_kvm};
 use crate::net::Link;
-use crate::recording::read;
+use crate::recording::INITRD_BYTES_MAX;
+use crate::regular_file::read;
+use crate::tell::tell;
+use crate::world::{HostWorld, Operator, RawTerminal};
 
 /// Options of `run`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 The guest's console is standard input and output; at a terminal, Ctrl-] ends the run, elsewhere
-SIGINT and SIGTERM do. SIGPWR presses the guest's power button.")]
+SIGINT, SIGTERM and SIGHUP do. SIGPWR presses the guest's power button.")]
 pub struct Options {
     #[command(flatten)]
     machine: MachineOptions,
@@ -50,6 +55,8 @@ pub enum RunPreempt {
 
 pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     let start = Instant::now();
+    // Before there is another thread.
+    let operator = Operator::listen()?;
     let images = Images::read(&options.machine)?;
     let (kvm, _) = open_kvm()?;
     let words = options.machine.words();
@@ -66,20 +73,30 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
 
     let link = options.machine.network()?.map(Link::open).transpose()?;
     let raw = RawTerminal::enter();
-    let mut door = Live::new(
-        HostWorld::start(link, options.machine.console.into())?,
-        None,
-    )
-    .with_patience(patience(options.patience));
-    let mut console = Console::new(options.json, options.machine.console.into());
+    let world = HostWorld::start(operator, link, options.machine.console.into())?;
+    let mut console = Console::new(
+        options.json,
+        options.machine.console.into(),
+        Some(world.hold()),
+    )?;
+    let mut door = Live::new(world, None).with_patience(patience(options.patience));
     let result = machine.run(&mut cpu, &mut door, &mut console);
-    drop((console, raw));
+    let shown = console.finish();
+    drop(raw);
     let end = result.map_err(host_failure)?;
     let host_ns = start.elapsed().as_nanos() as u64;
     Summary::new(&machine, &end, host_ns, None).print("the guest ended", options.json);
-    match door.into_world().failure() {
-        None => Ok(Outcome::Good),
-        Some(why) => Err(Failure::new(Outcome::HostFailed, why).into()),
+    if let Some(why) = door.into_world().failure() {
+        return Err(Failure::new(Outcome::HostFailed, why).into());
+    }
+    match (shown.complaint(), shown.failed) {
+        // Nothing else has what the guest wrote.
+        (Some(complaint), Some(_)) => Err(Failure::new(Outcome::HostFailed, complaint).into()),
+        (Some(complaint), None) => {
+            tell!("hindsight: {complaint}");
+            Ok(Outcome::Good)
+        }
+        (None, _) => Ok(Outcome::Good),
     }
 }
 
@@ -106,13 +123,11 @@ pub struct Images {
 impl Images {
     /// Reads what `options` name.
     pub fn read(options: &MachineOptions) -> anyhow::Result<Images> {
-        let image = read(&options.kernel)?;
-        let initrd = options
-            .initrd
-            .as_deref()
-            .map(read)
-            .transpose()?
-            .unwrap_or_default();
+        let image = read(&options.kernel, KERNEL_BYTES_MAX)?;
+        let initrd = match &options.initrd {
+            Some(path) => read(path, INITRD_BYTES_MAX)?,
+            None => Vec::new(),
+        };
         let found = options.disks.len();
         if found > Devices::DISKS_MAX {
             let expected = Devices::DISKS_MAX;
@@ -127,7 +142,8 @@ impl Images {
             net: options.network()?.map(|_| NetSpec::default()),
             disks: specs.map(|(disk, image)| disk.spec(image)).collect(),
         };
-        let kernel = LoadedKernel::open(&image)?;
+        let kernel =
+            LoadedKernel::open(&image).with_context(|| options.kernel.display().to_string())?;
         Ok(Images {
             kernel,
             image,

@@ -1,18 +1,19 @@
 //! `hindsight console`: what the guest wrote to its console, and when.
 
 use std::io::{BufWriter, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use hindsight_devices::{Input, Nanos};
 use hindsight_replay::{Observer, OperatorConsole};
 use serde_json::json;
 
-use super::output::Output;
+use super::output::{Output, settle};
 use super::replay::watch;
 use super::{ConsoleOption, Outcome};
 use crate::foreign::shown_bytes;
-use crate::recording::{Recording, RecordingError};
+use crate::output_file::Plan;
+use crate::recording::Recording;
 
 /// Options of `console`.
 #[derive(Debug, Args)]
@@ -29,9 +30,16 @@ pub struct Options {
     /// Which of the guest's consoles; without it, the one that was the operator's.
     #[arg(long = "console", value_enum, value_name = "WHICH")]
     which: Option<ConsoleOption>,
-    /// Write an asciicast (version 2), which asciinema plays, to FILE instead.
+    /// Write an asciicast (version 2), which asciinema plays, to FILE; - is standard output.
+    ///
+    /// The file is there when it is complete: not if the replay is refused or diverges. A pipe or a
+    /// device such as /dev/null is written as the replay goes. Nothing is written through a link to
+    /// a file, nor to a file of the recording.
     #[arg(long, value_name = "FILE")]
     cast: Option<PathBuf>,
+    /// With --cast: replace FILE if it exists.
+    #[arg(long, requires = "cast")]
+    force: bool,
     /// Leave the guest's bytes as they are, escape sequences and all.
     #[arg(long, conflicts_with = "cast")]
     raw: bool,
@@ -39,9 +47,14 @@ pub struct Options {
     #[arg(long, conflicts_with_all = ["raw", "cast"])]
     json: bool,
     /// Width and height of the terminal that the asciicast is for.
-    #[arg(long, value_name = "COLUMNSxROWS", default_value = "80x24", value_parser = parse_size, requires = "cast")]
-    size: (u16, u16),
+    ///
+    /// Without it, those of the operator's terminal if the recording has them, else 80x24.
+    #[arg(long, value_name = "COLUMNSxROWS", value_parser = parse_size, requires = "cast")]
+    size: Option<(u16, u16)>,
 }
+
+/// The size of a terminal of which nothing is known.
+const USUAL_SIZE: (u16, u16) = (80, 24);
 
 fn parse_size(text: &str) -> Result<(u16, u16), String> {
     let sides = text
@@ -59,28 +72,27 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
         Some(which) => which.into(),
         None => journal.header().host.console,
     };
-    let transcript = match &options.cast {
-        None => {
-            let form = match (options.json, options.raw) {
-                (true, _) => Form::Json,
-                (_, true) => Form::Raw,
-                _ => Form::Lines,
-            };
-            let out: Box<dyn Write> = Box::new(std::io::stdout());
-            Transcript::new(out, form, console)
-        }
-        Some(path) => {
-            let file = std::fs::File::create(path).map_err(|source| RecordingError::Write {
-                path: path.clone(),
-                source,
-            })?;
-            let file: Box<dyn Write> = Box::new(file);
-            let mut transcript = Transcript::new(file, Form::Cast, console);
-            transcript.begin_cast(options.size);
-            transcript
-        }
+    let (path, form) = match &options.cast {
+        None if options.json => (Path::new("-"), Form::Json),
+        None if options.raw => (Path::new("-"), Form::Raw),
+        None => (Path::new("-"), Form::Lines),
+        Some(path) => (&**path, Form::Cast),
     };
-    watch(&recording, journal, transcript, Transcript::finish)
+    let plan = Plan::new(path, options.force, recording.kept())?;
+    let begin = || {
+        let mut transcript = Transcript::new(plan.begin()?, form, console);
+        transcript.size = options.size;
+        Ok(transcript)
+    };
+    watch(
+        &recording,
+        journal,
+        begin,
+        |transcript, right| match transcript.finish()? {
+            Some(output) => settle(output, right),
+            None => Ok(()),
+        },
+    )
 }
 
 /// A line that is longer is shown in parts.
@@ -109,6 +121,10 @@ pub struct Transcript<W: Write> {
     began: Nanos,
     /// What came of that line; in an asciicast, the beginning of a character whose end has not come yet.
     rest: Vec<u8>,
+    /// The size for the head of an asciicast, as far as it is known.
+    size: Option<(u16, u16)>,
+    /// The head is written.
+    begun: bool,
 }
 
 impl<W: Write> Transcript<W> {
@@ -120,10 +136,18 @@ impl<W: Write> Transcript<W> {
             console,
             began: 0,
             rest: Vec::new(),
+            size: None,
+            begun: false,
         }
     }
 
-    fn begin_cast(&mut self, (width, height): (u16, u16)) {
+    /// Writes the head of an asciicast, if it is not there. A size that came before anything was shown is
+    /// the size that the terminal had from the start.
+    fn begin_cast(&mut self) {
+        if std::mem::replace(&mut self.begun, true) {
+            return;
+        }
+        let (width, height) = self.size.unwrap_or(USUAL_SIZE);
         let header = json!({"version": 2, "width": width, "height": height});
         self.out.write(format!("{header}\n").as_bytes());
     }
@@ -168,17 +192,36 @@ impl<W: Write> Transcript<W> {
 
     /// One event of an asciicast: "o" for output, "r" for a new size.
     fn cast_event(&mut self, now: Nanos, kind: &str, text: &str) {
+        self.begin_cast();
         let (seconds, micros) = split(now);
         let line = format!("[{seconds}.{micros:06}, \"{kind}\", {}]\n", json!(text));
         self.out.write(line.as_bytes());
     }
 
-    /// Writes what is left.
-    pub fn finish(mut self) -> anyhow::Result<()> {
-        if self.form != Form::Cast && !self.rest.is_empty() {
+    fn resized(&mut self, now: Nanos, columns: u16, rows: u16) {
+        // Players choke on a terminal without columns or rows, which is one that does not know its size.
+        if columns == 0 || rows == 0 {
+            return;
+        }
+        if !self.begun && self.size.is_none_or(|size| size == (columns, rows)) {
+            self.size = Some((columns, rows));
+        } else {
+            self.cast_event(now, "r", &format!("{columns}x{rows}"));
+        }
+    }
+
+    /// Writes what is left. Where all of it went; `None` if nobody reads it any more.
+    pub fn finish(mut self) -> anyhow::Result<Option<W>> {
+        if self.form == Form::Cast {
+            self.begin_cast();
+        } else if !self.rest.is_empty() {
             self.end_line();
         }
-        self.out.finish()
+        let Some(buffer) = self.out.into_inner()? else {
+            return Ok(None);
+        };
+        let out = buffer.into_inner().map_err(|error| error.into_error())?;
+        Ok(Some(out))
     }
 }
 
@@ -195,7 +238,7 @@ impl<W: Write> Observer for Transcript<W> {
 
     fn input(&mut self, _exits: u64, now: Nanos, input: &Input) {
         if let (Form::Cast, Input::Resize { columns, rows }) = (self.form, input) {
-            self.cast_event(now, "r", &format!("{columns}x{rows}"));
+            self.resized(now, *columns, *rows);
         }
     }
 }
@@ -306,6 +349,63 @@ mod tests {
         let part = vec![b'x'; LINE_BYTES_MAX];
         let text = transcript(Form::Lines, &[&part, &part]);
         assert_eq!(text.lines().count(), 2);
+    }
+
+    /// What becomes of these inputs and outputs, line by line.
+    fn cast(size: Option<(u16, u16)>, events: &[(&str, (u16, u16))]) -> Vec<String> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let out = Box::new(file.reopen().unwrap());
+        let mut transcript = Transcript::new(out, Form::Cast, OperatorConsole::Virtio);
+        transcript.size = size;
+        for (second, (text, (columns, rows))) in (0..).zip(events) {
+            let now = second * 1_000_000_000;
+            if text.is_empty() {
+                let (columns, rows) = (*columns, *rows);
+                transcript.input(0, now, &Input::Resize { columns, rows });
+            } else {
+                let bytes = text.as_bytes().to_vec();
+                transcript.output(0, now, &hindsight_devices::Output::VirtioConsole(bytes));
+            }
+        }
+        transcript.finish().unwrap();
+        let text = std::fs::read_to_string(file.path()).unwrap();
+        text.lines().map(String::from).collect()
+    }
+
+    const RESIZED: &str = "";
+
+    #[test]
+    fn a_cast_begins_with_the_size_that_the_terminal_had() {
+        let no = (0, 0);
+        let head =
+            |width: u16, height: u16| json!({"version": 2, "width": width, "height": height});
+        let shown = cast(
+            None,
+            &[(RESIZED, (132, 43)), ("a", no), (RESIZED, (100, 30))],
+        );
+        assert_eq!(shown[0], head(132, 43).to_string());
+        assert_eq!(
+            shown[1..],
+            ["[1.000000, \"o\", \"a\"]", "[2.000000, \"r\", \"100x30\"]"]
+        );
+        assert_eq!(cast(None, &[("a", no)])[0], head(80, 24).to_string());
+        assert_eq!(cast(None, &[]), [head(80, 24).to_string()]);
+        let asked = cast(Some((90, 20)), &[(RESIZED, (132, 43)), ("a", no)]);
+        assert_eq!(asked[0], head(90, 20).to_string());
+        assert_eq!(asked[1], "[0.000000, \"r\", \"132x43\"]");
+    }
+
+    #[test]
+    fn a_cast_has_no_terminal_of_size_0() {
+        let events = [
+            (RESIZED, (0, 0)),
+            ("a", (0, 0)),
+            (RESIZED, (80, 0)),
+            (RESIZED, (0, 24)),
+        ];
+        let shown = cast(None, &events);
+        assert_eq!(shown.len(), 2, "{shown:?}");
+        assert!(shown[0].contains("\"width\":80"), "{shown:?}");
     }
 
     #[test]

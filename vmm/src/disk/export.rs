@@ -1,9 +1,8 @@
 //! A disk written out as an image of its own.
 
-use std::fs::Permissions;
-use std::io::{Error, ErrorKind};
-use std::os::unix::fs::{FileExt, PermissionsExt};
-use std::path::Path;
+use std::fs::File;
+use std::io::Error;
+use std::os::unix::fs::FileExt;
 
 use hindsight_devices::StorageError;
 use thiserror::Error;
@@ -22,57 +21,33 @@ pub enum ExportError {
     /// The image cannot be written.
     #[error(transparent)]
     Write(#[from] Error),
-    /// Somebody else has made it meanwhile.
-    #[error("it exists; give another name, or --force to replace it")]
-    Exists,
 }
 
-/// Writes a disk as it is now to a raw image at `to`, leaving holes where it is zero. Until all of it is
-/// written it stands under another name beside `to`; with `force` it then takes the place of a file
-/// that is there. `progress` is told how many bytes of the disk are done.
+/// Writes a disk as it is now as a raw image to the empty file `to`, leaving holes where it is zero.
+/// `progress` is told how many bytes of the disk are done.
 ///
 /// Returns how many bytes are not in holes.
 pub fn export(
     disks: &Disks,
     disk: usize,
-    to: &Path,
-    force: bool,
+    to: &File,
     mut progress: impl FnMut(u64),
 ) -> Result<u64, ExportError> {
-    let directory = match to.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    let file = tempfile::Builder::new()
-        .prefix(".hindsight-disk-")
-        .permissions(Permissions::from_mode(0o666))
-        .tempfile_in(directory)?;
     let length = disks.bytes(disk).unwrap_or(0);
-    file.as_file().set_len(length)?;
+    to.set_len(length)?;
     let mut piece = vec![0; PIECE_BYTES as usize];
     let mut kept = 0;
     for offset in (0..length).step_by(PIECE_BYTES as usize) {
         let piece = &mut piece[..(length - offset).min(PIECE_BYTES) as usize];
         disks.peek(disk, offset, piece)?;
-        kept += write_blocks(file.as_file(), offset, piece)?;
+        kept += write_blocks(to, offset, piece)?;
         progress(offset + piece.len() as u64);
     }
-    // Some file systems find out only now that they have no room.
-    file.as_file().sync_all()?;
-    let placed = if force {
-        file.persist(to)
-    } else {
-        file.persist_noclobber(to)
-    };
-    match placed {
-        Ok(_) => Ok(kept),
-        Err(error) if error.error.kind() == ErrorKind::AlreadyExists => Err(ExportError::Exists),
-        Err(error) => Err(error.error.into()),
-    }
+    Ok(kept)
 }
 
 /// Writes those blocks of `piece` that are not zero, neighbours at once; returns how many bytes.
-fn write_blocks(file: &std::fs::File, offset: u64, piece: &[u8]) -> Result<u64, Error> {
+fn write_blocks(file: &File, offset: u64, piece: &[u8]) -> Result<u64, Error> {
     let (mut start, mut kept) = (0, 0);
     while start < piece.len() {
         let zero = |block: &[u8]| block.iter().all(|byte| *byte == 0);
@@ -115,19 +90,11 @@ mod tests {
         content[length - 512..].fill(3);
         content[5000] = 0;
         let mut last = 0;
-        let kept = export(&disks, 0, &to, false, |done| last = done).unwrap();
+        let file = File::create_new(&to).unwrap();
+        let kept = export(&disks, 0, &file, |done| last = done).unwrap();
         assert_eq!((kept, last), (4096 + 512, length as u64));
         assert!(std::fs::read(&to).unwrap() == content);
         let found = std::fs::metadata(&to).unwrap();
         assert!(found.blocks() * 512 < PIECE_BYTES, "it has no holes");
-
-        // What is there stays, unless it may go; and nothing is left beside it.
-        std::fs::write(&to, "mine").unwrap();
-        let refused = export(&disks, 0, &to, false, |_| ());
-        assert!(matches!(refused, Err(ExportError::Exists)), "{refused:?}");
-        assert_eq!(std::fs::read(&to).unwrap(), b"mine");
-        export(&disks, 0, &to, true, |_| ()).unwrap();
-        assert!(std::fs::read(&to).unwrap() == content);
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 2);
     }
 }

@@ -1,24 +1,23 @@
 //! The files of a disk that are not as they were when the machine was switched on.
 //!
 //! An ext2, ext3 or ext4 file system, on the whole disk or on a partition, is read twice, from the image and
-//! as the guest has left it, its journal included, and the two trees are compared name by name. What a running
-//! guest still has in its memory alone is not there yet.
+//! as the guest has left it, its journal included ([`ext`]), and the two are compared name by name ([`compare`]).
+//! What a running guest still has in its memory alone is not there yet.
+//!
+//! [`ext`]: super::ext
+//! [`compare`]: super::compare
 
 use std::collections::BTreeMap;
+use std::rc::Rc;
 
-use ext4_view::{Ext4, Ext4Error, Ext4Read, File, Metadata};
 use serde::Serialize;
 
+use super::budget::Budget;
+use super::compare::{Compared, Untouched, compare};
+use super::ext::{ExtError, FileSystem, Source};
 use super::partitions::{Partition, partitions};
 use super::{OpenImage, SharedDisks};
 
-/// How deep directories may nest, and how many names there may be: a damaged file system can have a directory
-/// in itself.
-const DEPTH_MAX: usize = 512;
-const NAMES_MAX: u64 = 50_000_000;
-/// Where ext4 has its magic number, and what it is (Linux, Documentation/filesystems/ext4/super.rst).
-const MAGIC_OFFSET: u64 = 1024 + 0x38;
-const MAGIC: [u8; 2] = [0x53, 0xef];
 const NO_FILE_SYSTEM: &str = "there is no ext2, ext3 or ext4 file system";
 
 /// What has become of a file.
@@ -58,56 +57,93 @@ pub struct Files {
 
 impl Files {
     /// Adds what was found on the disk, or on one of its partitions.
-    fn add(&mut self, partition: Option<u32>, found: Result<Vec<FileChange>, String>) {
-        match (found, partition) {
-            (Ok(changes), _) => {
-                let changes = changes.into_iter().map(|change| FileChange {
+    fn add(&mut self, partition: Option<u32>, found: Result<Compared, String>) {
+        let notes = match found {
+            Ok(compared) => {
+                let changes = compared.changes.into_iter().map(|change| FileChange {
                     partition,
                     ..change
                 });
                 self.changed.get_or_insert_default().extend(changes);
+                compared.notes
             }
-            (Err(why), None) => self.unknown.push(why),
-            (Err(why), Some(number)) => self.unknown.push(format!("partition {number}: {why}")),
-        }
+            Err(why) => vec![why],
+        };
+        self.unknown
+            .extend(notes.into_iter().map(|why| match partition {
+                None => why,
+                Some(number) => format!("partition {number}: {why}"),
+            }));
     }
 }
 
-/// Compares the files that are on the disk with those on its image: on the disk itself, or else on each of its
-/// partitions.
+/// Compares the files that are on a machine's disk with those on its image.
 pub fn changed_files(disks: &SharedDisks, disk: usize) -> Files {
+    let (image, bytes) = {
+        let disks = disks.look();
+        let Some(image) = disks.image(disk) else {
+            let mut files = Files::default();
+            files.add(None, Err("there is no such disk".into()));
+            return files;
+        };
+        (image.clone(), image.image.bytes)
+    };
+    let whole = |content| Reader {
+        content,
+        offset: 0,
+        bytes,
+    };
+    let before = whole(When::Start(image));
+    let now = whole(When::Present(disks.clone(), disk));
+    let untouched = |was, is, bytes| was == is && !disks.look().has_written(disk, is, bytes);
+    changes(&before, &now, &untouched)
+}
+
+/// A disk, or a part of one, at one of two times.
+pub trait Medium: Source + Clone {
+    /// A part of it.
+    fn part(&self, offset: u64, bytes: u64) -> Self;
+}
+
+/// Compares the files of a disk as it was with those that are on it now: those of a file system that has the whole
+/// disk, and those of its partitions. `untouched` knows which bytes of the disk are the same without their being
+/// read.
+pub fn changes<M: Medium>(before: &M, now: &M, untouched: Untouched<'_>) -> Files {
     let mut files = Files::default();
-    if let Err(why) = compare_disk(disks, disk, &mut files) {
-        files.add(None, Err(why));
+    if let Err(why) = compare_disk(before, now, untouched, &mut files) {
+        files.add(None, Err(why.to_string()));
     }
     files
 }
 
-fn compare_disk(disks: &SharedDisks, disk: usize, files: &mut Files) -> Result<(), String> {
-    let (image, bytes) = {
-        let disks = disks.look();
-        let image = disks.image(disk).ok_or("there is no such disk")?.clone();
-        (image, disks.bytes(disk).unwrap_or(0))
-    };
-    let whole = |source| Reader {
-        source,
-        offset: 0,
-        bytes,
-    };
-    let before = whole(Source::Image(image));
-    let now = whole(Source::Present(disks.clone(), disk));
-    if before.is_ext()? || now.is_ext()? {
-        files.add(None, compare(Some(before), Some(now)));
-        return Ok(());
+fn compare_disk<M: Medium>(
+    before: &M,
+    now: &M,
+    untouched: Untouched<'_>,
+    files: &mut Files,
+) -> Result<(), ExtError> {
+    let budget = Rc::new(Budget::new(before.bytes().max(now.bytes())));
+    let whole = FileSystem::is_there(before)? || FileSystem::is_there(now)?;
+    if whole {
+        let both = (Some(before.clone()), Some(now.clone()));
+        files.add(None, compare_parts(both, untouched, &budget));
     }
-    let both = both_tables(&before, &now)?;
-    if both.is_empty() {
-        return Err(NO_FILE_SYSTEM.into());
+    let both = both_tables(before, now)?;
+    if both.is_empty() && !whole {
+        files.add(None, Err(NO_FILE_SYSTEM.into()));
     }
     for pair in both {
-        let old = pair.old.map(|partition| before.of(partition));
-        let new = pair.new.map(|partition| now.of(partition));
-        files.add(pair.number(), compare(old, new));
+        let part = |medium: &M, partition: Option<Partition>| {
+            partition.map(|partition| medium.part(partition.offset, partition.bytes))
+        };
+        let both = (part(before, pair.old), part(now, pair.new));
+        // Both begin in the same place if there are both.
+        let start = pair
+            .new
+            .or(pair.old)
+            .map_or(0, |partition| partition.offset);
+        let untouched = |was, is, bytes| untouched(start + was, start + is, bytes);
+        files.add(pair.number(), compare_parts(both, &untouched, &budget));
     }
     Ok(())
 }
@@ -127,12 +163,13 @@ impl Pair {
 
 /// The partitions that the disk had, beside those that it has, in the order of their numbers. Two that begin
 /// in the same place are the same: one may have grown, or have another number.
-fn both_tables(before: &Reader, now: &Reader) -> Result<Vec<Pair>, String> {
+fn both_tables<M: Medium>(before: &M, now: &M) -> Result<Vec<Pair>, ExtError> {
+    let find = |medium: &M| partitions(medium.bytes(), |offset, into| medium.read_at(offset, into));
     let mut both: BTreeMap<u64, Pair> = BTreeMap::new();
-    for partition in before.partitions()? {
+    for partition in find(before)? {
         both.entry(partition.offset).or_default().old = Some(partition);
     }
-    for partition in now.partitions()? {
+    for partition in find(now)? {
         both.entry(partition.offset).or_default().new = Some(partition);
     }
     let mut both: Vec<Pair> = both.into_values().collect();
@@ -141,9 +178,15 @@ fn both_tables(before: &Reader, now: &Reader) -> Result<Vec<Pair>, String> {
 }
 
 /// Compares a file system that was there, is there, or both.
-fn compare(before: Option<Reader>, now: Option<Reader>) -> Result<Vec<FileChange>, String> {
-    let load = |reader: Option<Reader>, what| match reader {
-        Some(reader) => reader.load(what),
+fn compare_parts<M: Medium>(
+    (before, now): (Option<M>, Option<M>),
+    untouched: Untouched<'_>,
+    budget: &Rc<Budget>,
+) -> Result<Compared, String> {
+    let open = |medium| FileSystem::open(medium, budget.clone());
+    let load = |medium: Option<M>, what| match medium.map(open) {
+        Some(Ok(system)) => Ok(system),
+        Some(Err(error)) => Err(format!("{what} cannot be read: {error}")),
         None => Ok(None),
     };
     let before = load(before, "the file system on its image")?;
@@ -151,266 +194,109 @@ fn compare(before: Option<Reader>, now: Option<Reader>) -> Result<Vec<FileChange
     if before.is_none() && now.is_none() {
         return Err(NO_FILE_SYSTEM.into());
     }
-    let mut comparison = Comparison {
-        before,
-        now,
-        changes: Vec::new(),
-        names: 0,
-    };
-    let both = (comparison.before.is_some(), comparison.now.is_some());
-    comparison
-        .directory(b"/", both, 0)
-        .map_err(|error| format!("the file system cannot be read: {error}"))?;
-    Ok(comparison.changes)
+    Ok(compare(before, now, untouched, budget))
 }
 
-/// A disk at one of two times, or a partition of it.
+/// A disk of a machine at one of two times, or a part of it.
 #[derive(Clone)]
 struct Reader {
-    source: Source,
+    content: When,
     /// Where it begins on the disk.
     offset: u64,
     bytes: u64,
 }
 
 #[derive(Clone)]
-enum Source {
+enum When {
     /// When the machine was switched on.
-    Image(OpenImage),
+    Start(OpenImage),
     /// Now.
     Present(SharedDisks, usize),
 }
 
-impl Reader {
-    /// One of the disk's partitions.
-    fn of(&self, partition: Partition) -> Reader {
-        Reader {
-            source: self.source.clone(),
-            offset: partition.offset,
-            bytes: partition.bytes,
-        }
+impl Source for Reader {
+    fn bytes(&self) -> u64 {
+        self.bytes
     }
 
-    fn partitions(&self) -> Result<Vec<Partition>, String> {
-        partitions(self.bytes, |offset, into| self.read_at(offset, into))
-            .map_err(|error| error.to_string())
-    }
-
-    /// Whether it says that there is a file system.
-    fn is_ext(&self) -> Result<bool, String> {
-        let mut found = [0; MAGIC.len()];
-        if MAGIC_OFFSET + MAGIC.len() as u64 > self.bytes {
-            return Ok(false);
-        }
-        self.read_at(MAGIC_OFFSET, &mut found)
-            .map_err(|error| error.to_string())?;
-        Ok(found == MAGIC)
-    }
-
-    fn read_at(
-        &self,
-        start: u64,
-        into: &mut [u8],
-    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), ExtError> {
         // The guest may have written any numbers to where the file system is described.
-        let end = start.checked_add(into.len() as u64);
+        let end = offset.checked_add(into.len() as u64);
         if end.is_none_or(|end| end > self.bytes) {
-            return Err("it reaches beyond its end".into());
+            return Err(ExtError::Damaged("it reaches beyond its end".into()));
         }
-        let offset = self.offset + start;
-        match &self.source {
-            Source::Image(image) => image.read_at(offset, into)?,
-            Source::Present(disks, disk) => disks.look().peek(*disk, offset, into)?,
-        }
-        Ok(())
-    }
-
-    /// The file system, if there is one.
-    fn load(self, what: &str) -> Result<Option<Ext4>, String> {
-        if !self.is_ext()? {
-            return Ok(None);
-        }
-        Ext4::load(Box::new(self))
-            .map(Some)
-            .map_err(|error| format!("{what} cannot be read: {error}"))
-    }
-}
-
-impl Ext4Read for Reader {
-    fn read(
-        &mut self,
-        start: u64,
-        into: &mut [u8],
-    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-        self.read_at(start, into)
-    }
-}
-
-struct Comparison {
-    before: Option<Ext4>,
-    now: Option<Ext4>,
-    changes: Vec<FileChange>,
-    names: u64,
-}
-
-type Names = BTreeMap<Vec<u8>, Metadata>;
-
-impl Comparison {
-    /// Compares a directory that is there before, now, or both.
-    fn directory(
-        &mut self,
-        path: &[u8],
-        (before, now): (bool, bool),
-        depth: usize,
-    ) -> Result<(), Ext4Error> {
-        if depth > DEPTH_MAX || self.names > NAMES_MAX {
-            return Err(Ext4Error::PathTooLong);
-        }
-        let list = |there: bool, system: &Option<Ext4>| match system {
-            Some(system) if there => names(system, path),
-            _ => Ok(Names::new()),
+        let offset = self.offset + offset;
+        let read = match &self.content {
+            When::Start(image) => image
+                .read_at(offset, into)
+                .map_err(|error| error.to_string()),
+            When::Present(disks, disk) => {
+                let read = disks.look().peek(*disk, offset, into);
+                read.map_err(|error| error.to_string())
+            }
         };
-        let mut old = list(before, &self.before)?;
-        let new = list(now, &self.now)?;
-        self.names += (old.len() + new.len()) as u64;
-        let mut all: BTreeMap<Vec<u8>, (Option<Metadata>, Option<Metadata>)> = BTreeMap::new();
-        for (name, metadata) in new {
-            let before = old.remove(&name);
-            all.insert(name, (before, Some(metadata)));
-        }
-        all.extend(old.into_iter().map(|(name, old)| (name, (Some(old), None))));
-        for (name, (old, new)) in all {
-            let path = [path.strip_suffix(b"/").unwrap_or(path), b"/", &name].concat();
-            self.name(&path, old, new, depth)?;
-        }
-        Ok(())
+        read.map_err(ExtError::Source)
     }
+}
 
-    fn name(
-        &mut self,
-        path: &[u8],
-        old: Option<Metadata>,
-        new: Option<Metadata>,
-        depth: usize,
-    ) -> Result<(), Ext4Error> {
-        let is_dir = |metadata: &Option<Metadata>| metadata.as_ref().is_some_and(Metadata::is_dir);
-        let directories = (is_dir(&old), is_dir(&new));
-        match (old, new) {
-            (Some(old), Some(new)) if old.file_type() == new.file_type() => {
-                let what = self.differences(path, &old, &new)?;
-                if !what.is_empty() {
-                    self.tell(Change::Modified, path, what);
-                }
-            }
-            (old, new) => {
-                if old.is_some() {
-                    self.tell(Change::Removed, path, Vec::new());
-                }
-                if new.is_some() {
-                    self.tell(Change::Added, path, Vec::new());
-                }
-            }
-        }
-        if directories == (false, false) {
-            return Ok(());
-        }
-        self.directory(path, directories, depth + 1)
-    }
-
-    fn tell(&mut self, change: Change, path: &[u8], what: Vec<&'static str>) {
-        self.changes.push(FileChange {
-            change,
-            partition: None,
-            path: printable(path),
-            what,
-        });
-    }
-
-    /// What two files of one kind and name do not have in common. A directory's size and time say only that
-    /// something in it has changed, which is told by itself.
-    fn differences(
-        &self,
-        path: &[u8],
-        old: &Metadata,
-        new: &Metadata,
-    ) -> Result<Vec<&'static str>, Ext4Error> {
-        let time = |of: &Metadata| (of.modified().seconds(), of.modified().nanoseconds());
-        let is_dir = old.is_dir();
-        let same_size = old.len() == new.len();
-        let mut what = Vec::new();
-        if !is_dir && (!same_size || !self.same_content(path, old)?) {
-            what.push("content");
-        }
-        for (name, differs) in [
-            ("size", !is_dir && !same_size),
-            ("mode", old.mode() != new.mode()),
-            ("owner", (old.uid(), old.gid()) != (new.uid(), new.gid())),
-            ("time", !is_dir && time(old) != time(new)),
-        ] {
-            if differs {
-                what.push(name);
-            }
-        }
-        Ok(what)
-    }
-
-    /// Whether two files of one kind, name and size have the same in them. All of both is read: a change
-    /// need not show in the times, and blocks that were never written can have come from another file.
-    fn same_content(&self, path: &[u8], metadata: &Metadata) -> Result<bool, Ext4Error> {
-        let (Some(before), Some(now)) = (&self.before, &self.now) else {
-            return Ok(false);
-        };
-        if metadata.is_symlink() {
-            return Ok(before.read_link(path)? == now.read_link(path)?);
-        }
-        if !metadata.file_type().is_regular_file() {
-            return Ok(true);
-        }
-        let mut files = (before.open(path)?, now.open(path)?);
-        let mut buffers = (vec![0; 1 << 16], vec![0; 1 << 16]);
-        loop {
-            let old = fill(&mut files.0, &mut buffers.0)?;
-            let new = fill(&mut files.1, &mut buffers.1)?;
-            if buffers.0[..old] != buffers.1[..new] {
-                return Ok(false);
-            }
-            if old == 0 {
-                return Ok(true);
-            }
+impl Medium for Reader {
+    fn part(&self, offset: u64, bytes: u64) -> Reader {
+        Reader {
+            content: self.content.clone(),
+            offset: self.offset + offset,
+            bytes,
         }
     }
 }
 
-/// Reads on until `into` is full or the file at its end.
-fn fill(file: &mut File, into: &mut [u8]) -> Result<usize, Ext4Error> {
-    let mut done = 0;
-    while done < into.len() {
-        match file.read_bytes(&mut into[done..])? {
-            0 => break,
-            count => done += count,
+#[cfg(test)]
+pub mod testing {
+    //! A disk in memory.
+
+    use super::*;
+
+    #[derive(Clone)]
+    pub struct Memory {
+        data: Rc<Vec<u8>>,
+        offset: u64,
+        bytes: u64,
+    }
+
+    impl Memory {
+        pub fn new(data: Vec<u8>) -> Memory {
+            Memory {
+                bytes: data.len() as u64,
+                data: Rc::new(data),
+                offset: 0,
+            }
         }
     }
-    Ok(done)
-}
 
-fn names(system: &Ext4, path: &[u8]) -> Result<Names, Ext4Error> {
-    let mut names = Names::new();
-    for entry in system.read_dir(path)? {
-        let entry = entry?;
-        let name = entry.file_name();
-        let name: &[u8] = name.as_ref();
-        if name != b"." && name != b".." {
-            names.insert(name.to_vec(), entry.metadata()?);
+    impl Source for Memory {
+        fn bytes(&self) -> u64 {
+            self.bytes
+        }
+
+        fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), ExtError> {
+            let end = offset.checked_add(into.len() as u64);
+            if end.is_none_or(|end| end > self.bytes) {
+                return Err(ExtError::Damaged("it reaches beyond its end".into()));
+            }
+            let start = (self.offset + offset) as usize;
+            into.copy_from_slice(&self.data[start..start + into.len()]);
+            Ok(())
         }
     }
-    Ok(names)
-}
 
-/// A name that can be shown to a person: guests may choose any bytes.
-fn printable(path: &[u8]) -> String {
-    match std::str::from_utf8(path) {
-        Ok(text) if !text.contains(char::is_control) => text.into(),
-        _ => path.escape_ascii().to_string(),
+    impl Medium for Memory {
+        fn part(&self, offset: u64, bytes: u64) -> Memory {
+            let offset = self.offset + offset;
+            Memory {
+                data: self.data.clone(),
+                offset,
+                bytes,
+            }
+        }
     }
 }
 

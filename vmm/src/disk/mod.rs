@@ -6,9 +6,13 @@
 //! journal, so that nobody has to read an image of many gigabytes before the guest can start, and a replay still
 //! notices whatever differs in what its guest sees.
 
+mod budget;
 mod changes;
+mod compare;
 mod export;
+mod ext;
 mod files;
+mod formats;
 mod image;
 mod option;
 mod overlay;
@@ -20,7 +24,8 @@ use thiserror::Error;
 
 pub use changes::{Range, written_ranges};
 pub use export::{ExportError, export};
-pub use files::{Change, FileChange, Files, changed_files};
+pub use ext::{ExtError, Source};
+pub use files::{Change, FileChange, Files, Medium, changed_files, changes};
 pub use image::OpenImage;
 pub use option::{DiskOption, parse_disk};
 pub use overlay::{Disks, SharedDisks};
@@ -40,13 +45,23 @@ pub enum DiskError {
         #[source]
         source: std::io::Error,
     },
-    /// It is no raw image.
-    #[error(
-        "{path} is a qcow2 image, expected a raw one; convert it: qemu-img convert -O raw {path} disk.img"
-    )]
-    Qcow {
+    /// It is nothing that a disk can be made over.
+    #[error("{path} is {found}, expected a raw disk image or a block device")]
+    Kind {
         /// Which.
         path: PathBuf,
+        /// What it is.
+        found: &'static str,
+    },
+    /// It is no raw image.
+    #[error("{path} is {found}, expected a raw disk image; {advice}")]
+    Format {
+        /// Which.
+        path: PathBuf,
+        /// What it is.
+        found: &'static str,
+        /// What makes a raw image of it.
+        advice: &'static str,
     },
     /// It cannot be divided into sectors.
     #[error(
@@ -61,7 +76,7 @@ pub enum DiskError {
     /// It is not the image that was recorded.
     #[error(
         "{path} is not the recorded image of disk {disk}: it has {found_bytes} bytes and sample {found}, recorded \
-         were {expected_bytes} bytes and {expected}; name the right one with --disk"
+         were {expected_bytes} bytes and {expected}; put the right one in its place, or name it (replay --disk, disk --image)"
     )]
     Other {
         /// Which.

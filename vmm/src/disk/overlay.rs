@@ -1,6 +1,7 @@
 //! What the guest has written, over the images.
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::rc::Rc;
@@ -10,24 +11,57 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::{BLOCK_BYTES, DiskError, OpenImage};
 
-/// One bit for each block of a disk.
-#[derive(Debug)]
-struct BlockSet(Vec<u64>);
+/// Blocks of a disk that one leaf of a [`BlockSet`] has.
+const LEAF_BLOCKS: u64 = 64 * 64;
+
+/// Some of the blocks of a disk. It takes room for those regions that have any: an image can be a few kilobytes in
+/// a file that says it has exabytes.
+#[derive(Debug, Default)]
+struct BlockSet(BTreeMap<u64, Box<[u64; 64]>>);
 
 impl BlockSet {
-    fn new(blocks: u64) -> BlockSet {
-        BlockSet(vec![0; blocks.div_ceil(64) as usize])
+    fn place(block: u64) -> (u64, usize, u64) {
+        let within = block % LEAF_BLOCKS;
+        (
+            block / LEAF_BLOCKS,
+            (within / 64) as usize,
+            1 << (within % 64),
+        )
     }
 
     fn has(&self, block: u64) -> bool {
-        self.0[(block / 64) as usize] >> (block % 64) & 1 != 0
+        let (leaf, word, bit) = BlockSet::place(block);
+        self.0
+            .get(&leaf)
+            .is_some_and(|words| words[word] & bit != 0)
     }
 
     /// Adds a block; whether it was new.
     fn insert(&mut self, block: u64) -> bool {
-        let new = !self.has(block);
-        self.0[(block / 64) as usize] |= 1 << (block % 64);
+        let (leaf, word, bit) = BlockSet::place(block);
+        let words = self.0.entry(leaf).or_insert_with(|| Box::new([0; 64]));
+        let new = words[word] & bit == 0;
+        words[word] |= bit;
         new
+    }
+
+    /// Whether one of these blocks is in it.
+    fn has_any(&self, blocks: std::ops::Range<u64>) -> bool {
+        let leaves = blocks.start / LEAF_BLOCKS..blocks.end.div_ceil(LEAF_BLOCKS);
+        self.0.range(leaves).any(|(leaf, _)| {
+            let start = leaf * LEAF_BLOCKS;
+            (blocks.start.max(start)..blocks.end.min(start + LEAF_BLOCKS))
+                .any(|block| self.has(block))
+        })
+    }
+
+    /// All of them, ascending.
+    fn iter(&self) -> impl Iterator<Item = u64> {
+        self.0.iter().flat_map(|(leaf, words)| {
+            let blocks = (0..LEAF_BLOCKS)
+                .filter(|within| words[(within / 64) as usize] >> (within % 64) & 1 != 0);
+            blocks.map(move |within| leaf * LEAF_BLOCKS + within)
+        })
     }
 }
 
@@ -63,12 +97,11 @@ impl Disks {
             overlay
                 .set_len(bytes.next_multiple_of(BLOCK_BYTES))
                 .map_err(failed)?;
-            let blocks = bytes.div_ceil(BLOCK_BYTES);
             Ok(Disk {
                 image,
                 overlay,
-                written: BlockSet::new(blocks),
-                seen: BlockSet::new(blocks),
+                written: BlockSet::default(),
+                seen: BlockSet::default(),
             })
         });
         Ok(Disks {
@@ -89,11 +122,18 @@ impl Disks {
 
     /// The blocks of a disk that the guest has written, ascending.
     pub fn written(&self, disk: usize) -> impl Iterator<Item = u64> {
-        let blocks = self
-            .disks
+        self.disks
             .get(disk)
-            .map_or(0, |disk| disk.image.image.bytes.div_ceil(BLOCK_BYTES));
-        (0..blocks).filter(move |block| self.disks[disk].written.has(*block))
+            .into_iter()
+            .flat_map(|disk| disk.written.iter())
+    }
+
+    /// Whether the guest has written anything to these bytes of a disk, or to the blocks that they are in.
+    pub fn has_written(&self, disk: usize, offset: u64, bytes: u64) -> bool {
+        let blocks = offset / BLOCK_BYTES..offset.saturating_add(bytes).div_ceil(BLOCK_BYTES);
+        self.disks
+            .get(disk)
+            .is_some_and(|disk| disk.written.has_any(blocks))
     }
 
     /// Reads what the guest would, and leaves no trace of it.
@@ -314,6 +354,27 @@ impl Storage for Disks {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_set_of_blocks_has_those_that_were_put_in_and_no_others() {
+        let mut rng = hindsight_replay::rng::Rng::new(3, 7);
+        let (mut set, mut model) = (BlockSet::default(), std::collections::BTreeSet::new());
+        for _ in 0..2_000 {
+            let block = [
+                rng.below(200),
+                LEAF_BLOCKS - 100 + rng.below(200),
+                u64::MAX / 4096 - rng.below(9),
+            ][rng.below(3) as usize];
+            assert_eq!(set.insert(block), model.insert(block));
+            let start = rng.below(2 * LEAF_BLOCKS);
+            let range = start..start + rng.below(200);
+            assert_eq!(
+                set.has_any(range.clone()),
+                model.range(range).next().is_some()
+            );
+        }
+        assert!(set.iter().eq(model));
+    }
 
     fn image(content: &[u8]) -> (tempfile::NamedTempFile, Disks) {
         let file = tempfile::NamedTempFile::new().unwrap();

@@ -1,7 +1,12 @@
-//! Where a disk's partitions are (UEFI 2.10: 5.2 for the master boot record, 5.3 for a GPT).
+//! Where a disk's partitions are (UEFI 2.10: 5.2 for the master boot record, 5.3 for a GPT), numbered as Linux numbers
+//! them (block/partitions/msdos.c and efi.c).
 //!
-//! The tables are the guest's own and may say anything: what reaches beyond the disk is left out, and so is
-//! whatever comes behind more partitions than anybody makes.
+//! The tables are the guest's own and may say anything. What begins beyond the disk's end is left out, what ends there
+//! is cut, and chains and tables have a greatest length. There are crates for both tables, and neither is fit for this:
+//! mbrman numbers logical partitions by their links, and follows a chain for ever; gpt reserves what a header asks for
+//! before it looks at its checksum, and panics where entries have another length.
+
+use crc::{CRC_32_ISO_HDLC, Crc};
 
 /// The unit that both kinds of table count in, in bytes.
 const SECTOR_BYTES: u64 = 512;
@@ -14,13 +19,20 @@ const ENTRY_BYTES: usize = 16;
 const PROTECTIVE: u8 = 0xee;
 /// The types of an entry that leads to logical partitions.
 const EXTENDED: [u8; 3] = [0x05, 0x0f, 0x85];
-/// The number of the first logical partition, as Linux counts them.
+/// The number of the first logical partition.
 const FIRST_LOGICAL: u32 = 5;
-/// The most partitions looked for; Linux takes 256 of any disk.
-const PARTITIONS_MAX: u32 = 256;
+/// Partitions have numbers less than this.
+const NUMBERS_END: u32 = 256;
+/// Links of a chain without a partition that are followed one after the other.
+const EMPTY_LINKS_MAX: u32 = 100;
 const GPT_SIGNATURE: &[u8] = b"EFI PART";
-/// How long an entry of a GPT is at least, and at most for us.
-const GPT_ENTRY_BYTES: std::ops::RangeInclusive<u64> = 128..=4096;
+/// How long the header of a GPT is at least, and each of its entries.
+const GPT_HEADER_BYTES: usize = 92;
+const GPT_ENTRY_BYTES: u32 = 128;
+/// The most entries that are read: 4 MiB, as in Linux.
+const GPT_ENTRIES_MAX: u32 = (4 << 20) / GPT_ENTRY_BYTES;
+
+const CRC: Crc<u32> = Crc::<u32>::new(&CRC_32_ISO_HDLC);
 
 type Sector = [u8; SECTOR_BYTES as usize];
 
@@ -58,9 +70,17 @@ struct Tables<R> {
 /// An entry of a master boot record.
 #[derive(Clone, Copy)]
 struct Entry {
+    boot: u8,
     kind: u8,
     first: u64,
     sectors: u64,
+}
+
+impl Entry {
+    /// Whether it leads to logical partitions. An entry without sectors is not in use, whatever its type.
+    fn is_extended(&self) -> bool {
+        self.sectors > 0 && EXTENDED.contains(&self.kind)
+    }
 }
 
 impl<E, R: Fn(u64, &mut [u8]) -> Result<(), E>> Tables<R> {
@@ -68,77 +88,114 @@ impl<E, R: Fn(u64, &mut [u8]) -> Result<(), E>> Tables<R> {
         let Some(entries) = self.boot_record(0)? else {
             return Ok(());
         };
-        if entries.iter().any(|entry| entry.kind == PROTECTIVE) {
+        let mut protective = entries.iter().filter(|entry| entry.kind == PROTECTIVE);
+        if protective.clone().any(|entry| entry.first == 1) {
             return self.gpt();
         }
+        // The first sector of a FAT file system ends as a table does, and has code or text in the place of one.
+        let is_table = entries.iter().all(|entry| matches!(entry.boot, 0 | 0x80));
+        if !is_table || protective.next().is_some() {
+            return Ok(());
+        }
+        let mut next = FIRST_LOGICAL;
         for (number, entry) in (1..).zip(entries) {
-            if EXTENDED.contains(&entry.kind) {
-                self.logical(entry.first)?;
-            } else if entry.kind != 0 {
+            if entry.is_extended() {
+                self.logical(entry, &mut next)?;
+            } else {
                 self.add(number, entry.first, entry.sectors);
             }
         }
         Ok(())
     }
 
-    /// Follows a chain of logical partitions. Each link tells of one, relative to itself, and of the next
-    /// link, relative to the first.
-    fn logical(&mut self, chain: u64) -> Result<(), E> {
-        let mut link = chain;
-        for number in FIRST_LOGICAL..PARTITIONS_MAX {
+    /// Follows a chain of logical partitions. Each link tells of partitions, relative to itself, and of the next
+    /// link, relative to the first. Only a partition takes a number, and a second chain goes on counting.
+    fn logical(&mut self, chain: Entry, next_number: &mut u32) -> Result<(), E> {
+        let (mut link, mut link_sectors) = (chain.first, chain.sectors);
+        let mut empty_links = 0;
+        while empty_links < EMPTY_LINKS_MAX && *next_number < NUMBERS_END {
+            empty_links += 1;
             let Some(entries) = self.boot_record(link)? else {
                 return Ok(());
             };
-            let of_kind = |extended| {
-                let wanted =
-                    |entry: &&Entry| entry.kind != 0 && EXTENDED.contains(&entry.kind) == extended;
-                entries.iter().find(wanted)
-            };
-            if let Some(entry) = of_kind(false) {
-                self.add(number, link + entry.first, entry.sectors);
+            for (index, entry) in entries.iter().enumerate() {
+                if entry.sectors == 0 || entry.is_extended() {
+                    continue;
+                }
+                let first = link + entry.first;
+                // Nobody uses the last two, and some have left rubbish there.
+                let is_inside = entry.first + entry.sectors <= link_sectors
+                    && first >= chain.first
+                    && first + entry.sectors <= chain.first + chain.sectors;
+                if index >= 2 && !is_inside {
+                    continue;
+                }
+                self.add(*next_number, first, entry.sectors);
+                empty_links = 0;
+                *next_number += 1;
+                if *next_number == NUMBERS_END {
+                    return Ok(());
+                }
             }
-            let Some(next) = of_kind(true) else {
+            let Some(next) = entries.iter().find(|entry| entry.is_extended()) else {
                 return Ok(());
             };
-            link = chain + next.first;
+            (link, link_sectors) = (chain.first + next.first, next.sectors);
         }
         Ok(())
     }
 
-    /// Reads a GPT, or the copy of it at the disk's end if there is none where it should be.
+    /// Reads a GPT, or the copy of it at the disk's end if that where it should be is not whole. (Linux takes the copy
+    /// only where it is booted with `gpt`; who looks at a damaged disk wants what is there.) Two that are whole
+    /// and not alike: the first counts, as in Linux.
     fn gpt(&mut self) -> Result<(), E> {
         let last = (self.bytes / SECTOR_BYTES).saturating_sub(1);
-        for header in [1, last] {
-            let Some(header) = self.sector(header)? else {
+        for place in [1, last] {
+            let Some(entries) = self.gpt_entries(place, last)? else {
                 continue;
             };
-            if !header.starts_with(GPT_SIGNATURE) {
-                continue;
-            }
-            let (entries, count) = (long(&header, 72), word(&header, 80));
-            let entry_bytes = u64::from(word(&header, 84));
-            if !GPT_ENTRY_BYTES.contains(&entry_bytes) {
-                continue;
-            }
-            for number in 1..=count.min(PARTITIONS_MAX) {
-                let before = u64::from(number - 1) * entry_bytes;
-                let Some(offset) = in_bytes(entries).and_then(|start| start.checked_add(before))
-                else {
-                    break;
-                };
-                let mut entry = [0; 48];
-                if !self.fill(offset, &mut entry)? {
-                    break;
-                }
-                let (first, last) = (long(&entry, 32), long(&entry, 40));
+            let entries = entries.chunks_exact(GPT_ENTRY_BYTES as usize);
+            for (number, entry) in (1..NUMBERS_END).zip(entries) {
+                let (first, end) = (long(entry, 32), long(entry, 40));
                 // An entry without a type is not in use.
-                if entry[..16] != [0; 16] && first <= last {
-                    self.add(number, first, (last - first).saturating_add(1));
+                if entry[..16] != [0; 16] && first <= end && end <= last {
+                    self.add(number, first, end - first + 1);
                 }
             }
             break;
         }
         Ok(())
+    }
+
+    /// The entries of the GPT whose header is in this sector, if the checksums of both are right.
+    fn gpt_entries(&self, place: u64, last: u64) -> Result<Option<Vec<u8>>, E> {
+        let Some(mut header) = self.sector(place)? else {
+            return Ok(None);
+        };
+        let bytes = word(&header, 12) as usize;
+        if !header.starts_with(GPT_SIGNATURE) || !(GPT_HEADER_BYTES..=header.len()).contains(&bytes)
+        {
+            return Ok(None);
+        }
+        let checksum = word(&header, 16);
+        header[16..20].fill(0);
+        let (first_usable, last_usable) = (long(&header, 40), long(&header, 48));
+        let count = word(&header, 80);
+        if CRC.checksum(&header[..bytes]) != checksum
+            || long(&header, 24) != place
+            || first_usable > last_usable
+            || last_usable > last
+            || word(&header, 84) != GPT_ENTRY_BYTES
+            || count > GPT_ENTRIES_MAX
+        {
+            return Ok(None);
+        }
+        let Some(start) = in_bytes(long(&header, 72)) else {
+            return Ok(None);
+        };
+        let mut entries = vec![0; (count * GPT_ENTRY_BYTES) as usize];
+        let whole = self.fill(start, &mut entries)? && CRC.checksum(&entries) == word(&header, 88);
+        Ok(whole.then_some(entries))
     }
 
     /// The entries of the master boot record, or of a link, in a sector.
@@ -150,6 +207,7 @@ impl<E, R: Fn(u64, &mut [u8]) -> Result<(), E>> Tables<R> {
                 std::array::from_fn(|index| {
                     let entry = &sector[ENTRIES_OFFSET + index * ENTRY_BYTES..];
                     Entry {
+                        boot: entry[0],
                         kind: entry[4],
                         first: word(entry, 8).into(),
                         sectors: word(entry, 12).into(),
@@ -178,11 +236,13 @@ impl<E, R: Fn(u64, &mut [u8]) -> Result<(), E>> Tables<R> {
     }
 
     fn add(&mut self, number: u32, first: u64, sectors: u64) {
-        let (Some(offset), Some(bytes)) = (in_bytes(first), in_bytes(sectors)) else {
+        let Some(offset) = in_bytes(first).filter(|offset| *offset < self.bytes) else {
             return;
         };
-        let end = offset.checked_add(bytes);
-        if bytes > 0 && end.is_some_and(|end| end <= self.bytes) {
+        // One that goes on after the disk's end ends there.
+        let room = self.bytes - offset;
+        let bytes = in_bytes(sectors).map_or(room, |bytes| bytes.min(room));
+        if bytes > 0 {
             self.found.push(Partition {
                 number,
                 offset,
@@ -298,10 +358,123 @@ mod tests {
             (15, 44 * MIB, 8 * MIB),
         ];
         assert_eq!(found(&disk), expected);
+        // Whatever is not as its checksum says, in header or entries, or is gone: the copy has all.
+        let sound = disk.clone();
+        for at in [512, 512 + 24, 512 + 60, 1024 + 40, 1024 + 100 * 128] {
+            disk[at] ^= 1;
+            assert_eq!(found(&disk), expected, "{at}");
+            disk[at] ^= 1;
+        }
         disk[512..512 + 34 * 512].fill(0);
         assert_eq!(found(&disk), expected);
         let end = disk.len() - 512;
+        let mut bad = disk.clone();
+        bad[end - 32 * 512 + 40] ^= 1;
+        assert_eq!(found(&bad), [], "no copy is whole");
         disk[end..].fill(0);
+        assert_eq!(found(&disk), []);
+        // Without a protective entry that begins in sector 1 there is no GPT, and with one nothing else.
+        let mut bare = sound.clone();
+        bare[446 + 8] = 2;
+        assert_eq!(found(&bare), []);
+    }
+
+    #[test]
+    fn of_two_whole_gpts_that_differ_the_first_counts() {
+        let (Some(disk), Some(other)) = (
+            disk(GPT),
+            disk("label: gpt\n1: start=9MiB, size=1MiB, type=L\n"),
+        ) else {
+            return;
+        };
+        let mut both = disk.clone();
+        let end = both.len() - 33 * 512;
+        both[end..].copy_from_slice(&other[end..]);
+        assert_eq!(found(&both), found(&disk));
+        both[512] = 0;
+        assert_eq!(found(&both), [(1, 9 * MIB, MIB)]);
+    }
+
+    #[test]
+    fn a_gpt_that_asks_for_more_than_can_be_is_none() {
+        let Some(mut disk) = disk(GPT) else { return };
+        let end = disk.len() - 512;
+        disk[end..].fill(0);
+        for (at, value) in [
+            (80, u32::MAX),
+            (80, GPT_ENTRIES_MAX + 1),
+            (84, 0),
+            (84, 256),
+            (12, 0),
+            (12, 513),
+        ] {
+            let mut bad = disk.clone();
+            bad[512 + at..512 + at + 4].copy_from_slice(&value.to_le_bytes());
+            bad[512 + 16..512 + 20].fill(0);
+            let bytes = word(&bad, 512 + 12).min(512) as usize;
+            let checksum = CRC.checksum(&bad[512..512 + bytes]);
+            bad[512 + 16..512 + 20].copy_from_slice(&checksum.to_le_bytes());
+            assert_eq!(found(&bad), [], "{at} {value}");
+        }
+    }
+
+    /// A master boot record, or a link, of these entries: type, first sector, sectors.
+    fn record(disk: &mut [u8], sector: u64, entries: &[(u8, u32, u32)]) {
+        let sector = &mut disk[(sector * 512) as usize..][..512];
+        for (index, (kind, first, sectors)) in entries.iter().enumerate() {
+            let entry = &mut sector[ENTRIES_OFFSET + index * ENTRY_BYTES..][..ENTRY_BYTES];
+            entry[4] = *kind;
+            entry[8..12].copy_from_slice(&first.to_le_bytes());
+            entry[12..].copy_from_slice(&sectors.to_le_bytes());
+        }
+        sector[510..].copy_from_slice(&SIGNATURE);
+    }
+
+    #[test]
+    fn only_a_partition_takes_a_number_and_a_second_chain_goes_on_counting() {
+        // What Linux makes of these is in the comments: `losetup -P`, then the sizes in /sys/block.
+        let mut disk = vec![0; 1000 * 512];
+        record(
+            &mut disk,
+            0,
+            &[
+                (0x05, 10, 400),
+                (0x0f, 500, 400),
+                (0, 950, 10),
+                (0x83, 990, 100),
+            ],
+        );
+        record(&mut disk, 10, &[(0, 0, 0), (0x05, 50, 100)]);
+        record(&mut disk, 60, &[(0x05, 200, 90), (0x83, 5, 20)]);
+        record(
+            &mut disk,
+            210,
+            &[(0x83, 1, 9), (0x82, 20, 9), (0x83, 40, 9), (0x83, 85, 9)],
+        );
+        record(&mut disk, 500, &[(0x83, 10, 30)]);
+        let expected = [
+            (5, 65, 20), // 5: the first link is empty.
+            (6, 211, 9), // 6, 7 and 8 are of one link; its fourth entry leaves the link and does not count.
+            (7, 230, 9),
+            (8, 250, 9),
+            (9, 510, 30), // The second chain.
+            (3, 950, 10), // An entry without a type has sectors, and is one.
+            (4, 990, 10), // Cut at the disk's end.
+        ];
+        assert_eq!(
+            found(&disk),
+            expected.map(|(number, first, sectors)| (number, first * 512, sectors * 512))
+        );
+        // A sector of code that ends as a table does.
+        disk[446] = 0x33;
+        assert_eq!(found(&disk), []);
+    }
+
+    #[test]
+    fn a_chain_without_partitions_ends() {
+        let mut disk = vec![0; 1000 * 512];
+        record(&mut disk, 0, &[(0x05, 10, 400)]);
+        record(&mut disk, 10, &[(0x05, 0, 100)]);
         assert_eq!(found(&disk), []);
     }
 
@@ -311,7 +484,7 @@ mod tests {
         // The second entry of the first link, its offset from the chain's start: back to that.
         let second = 8 * MIB as usize + ENTRIES_OFFSET + ENTRY_BYTES;
         disk[second + 8..second + 12].fill(0);
-        assert!(found(&disk).len() < PARTITIONS_MAX as usize + 4);
+        assert!(found(&disk).len() < NUMBERS_END as usize);
     }
 
     #[test]

@@ -6,9 +6,7 @@ use thiserror::Error;
 #[derive(Debug, Error)]
 pub enum KvmError {
     /// `/dev/kvm` is missing or closed to us.
-    #[error(
-        "cannot open /dev/kvm: {0}; load kvm_intel or kvm_amd, or join group kvm; see `hindsight doctor`"
-    )]
+    #[error("cannot open /dev/kvm: {0}; load kvm_intel or kvm_amd, or join group kvm")]
     Open(#[source] kvm_ioctls::Error),
     /// One of KVM's calls failed.
     #[error("{call} failed: {source}")]
@@ -20,7 +18,7 @@ pub enum KvmError {
         source: kvm_ioctls::Error,
     },
     /// KVM lacks something that Hindsight cannot do without.
-    #[error("this KVM lacks {0}; see `hindsight doctor`")]
+    #[error("this KVM lacks {0}")]
     Lacks(&'static str),
     /// The host's CPU lacks something.
     #[error("this host's CPU is not the recorded one: {0}")]

@@ -32,9 +32,7 @@ pub use guest_text::GuestView;
 pub use memory::GuestMemory;
 pub use page_walk::Paging;
 pub use preemption::Preemption;
-pub use signals::{
-    Alarm, Kicker, install_kick, kick_signal, stop_requested, take_power_button_presses,
-};
+pub use signals::{Alarm, Kicker, before_crash, install_kick, kick_signal};
 pub use tap::open_tap;
 pub use trap_sites::{Trap, TrapSites};
 pub use vcpu::{KernelText, KvmCpu, VcpuCounts};

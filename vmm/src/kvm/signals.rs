@@ -1,4 +1,4 @@
-//! Signals: the kick that brings a vCPU back, the operator's wish to stop, and the power button.
+//! Signals of our own: the kick that brings a vCPU back; and a last act before a crash.
 //!
 //! A kick interrupts `KVM_RUN`. One that comes just before `KVM_RUN` would interrupt nothing, and
 //! the guest would run on for as long as it likes. So the handler sets `immediate_exit` in the page
@@ -7,7 +7,8 @@
 //! kept for the next one. None is lost; two may be reported as one.
 
 use std::cell::Cell;
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, Ordering, compiler_fence};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicPtr, Ordering, compiler_fence};
 
 use kvm_bindings::{KVM_EXIT_INTR, KVM_EXIT_SET_TPR};
 use kvm_ioctls::VcpuFd;
@@ -16,9 +17,6 @@ use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 use super::error::{KvmError, Named};
 use super::run_page::RunPage;
 
-static STOP: AtomicBool = AtomicBool::new(false);
-static PRESSES: AtomicU32 = AtomicU32::new(0);
-
 // A kick is sent to the vCPU's thread, so its handler runs there, and these need no order but the
 // compiler's. Both are constants at first and have no destructor: a handler may touch them.
 thread_local! {
@@ -26,16 +24,6 @@ thread_local! {
     static FLAG: AtomicPtr<u8> = const { AtomicPtr::new(std::ptr::null_mut()) };
     /// Whether a kick has come that no entry has reported.
     static KICKED: Cell<bool> = const { Cell::new(false) };
-}
-
-/// Whether SIGINT or SIGTERM has come.
-pub fn stop_requested() -> bool {
-    STOP.load(Ordering::Relaxed)
-}
-
-/// How often the power button has been pressed, by SIGPWR, since this was last asked.
-pub fn take_power_button_presses() -> u32 {
-    PRESSES.swap(0, Ordering::Relaxed)
 }
 
 /// The signal that kicks.
@@ -52,14 +40,6 @@ extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_v
         // caller lends it a flag that is valid for as long.
         unsafe { flag.write_volatile(1) };
     }
-}
-
-extern "C" fn on_stop(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
-    STOP.store(true, Ordering::Relaxed);
-}
-
-extern "C" fn on_power(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
-    PRESSES.fetch_add(1, Ordering::Relaxed);
 }
 
 /// Installs the handler of kicks, for all threads.
@@ -188,27 +168,87 @@ impl Drop for Alarm {
 /// Kicks a thread out of `KVM_RUN`.
 #[derive(Clone, Copy, Debug)]
 pub struct Kicker {
-    thread: libc::pthread_t,
+    process: libc::pid_t,
+    thread: libc::pid_t,
 }
 
 impl Kicker {
-    /// A kicker for the calling thread, which must outlive every kick. Installs the handlers.
+    /// A kicker for the calling thread. Installs the handler.
     pub fn for_this_thread() -> Result<Kicker, std::io::Error> {
         install_kick()?;
-        for signal in [libc::SIGINT, libc::SIGTERM] {
-            register_signal_handler(signal, on_stop).map_err(std::io::Error::from)?;
-        }
-        register_signal_handler(libc::SIGPWR, on_power).map_err(std::io::Error::from)?;
-        // SAFETY: pthread_self has no preconditions.
-        let thread = unsafe { libc::pthread_self() };
-        Ok(Kicker { thread })
+        // SAFETY: neither has preconditions.
+        let (process, thread) = unsafe { (libc::getpid(), libc::gettid()) };
+        Ok(Kicker { process, thread })
     }
 
-    /// Brings the thread's vCPU back, now or as soon as it is entered.
+    /// Brings the thread's vCPU back, now or as soon as it is entered. If the thread is gone, nobody hears
+    /// it, or another thread of this program, to which a kick is nothing.
     pub fn kick(&self) {
-        // SAFETY: the thread that made this kicker outlives it; that is `for_this_thread`'s
-        // condition, and it is the main thread that meets it.
-        unsafe { libc::pthread_kill(self.thread, kick_signal()) };
+        let (process, thread) = (self.process, self.thread);
+        // SAFETY: tgkill takes numbers alone, and the signal has a handler in each of our threads.
+        unsafe { libc::syscall(libc::SYS_tgkill, process, thread, kick_signal()) };
+    }
+}
+
+/// Signals that come of a bug, ours or of a library or of the host's memory.
+const CRASHES: [libc::c_int; 5] = [
+    libc::SIGSEGV,
+    libc::SIGBUS,
+    libc::SIGILL,
+    libc::SIGFPE,
+    libc::SIGABRT,
+];
+
+/// What is done before a crash.
+static LAST_ACT: OnceLock<fn()> = OnceLock::new();
+/// What these signals did before that was known, in the order of [`CRASHES`].
+static FORMER: OnceLock<[libc::sigaction; CRASHES.len()]> = OnceLock::new();
+
+/// Has `last_act` called before a signal that comes of a bug does what it did so far. It must do nothing but
+/// what a handler may: system calls and atomics. Only the first call counts.
+pub fn before_crash(last_act: fn()) -> std::io::Result<()> {
+    if LAST_ACT.set(last_act).is_err() {
+        return Ok(());
+    }
+    // SAFETY: all zeroes is a sigaction, with an empty mask and the default action.
+    let empty: libc::sigaction = unsafe { std::mem::zeroed() };
+    let mut former = [empty; CRASHES.len()];
+    for (signal, former) in CRASHES.into_iter().zip(&mut former) {
+        // SAFETY: the pointer is to a value of ours that outlives the call.
+        if unsafe { libc::sigaction(signal, std::ptr::null(), former) } < 0 {
+            return Err(std::io::Error::last_os_error());
+        }
+    }
+    FORMER.get_or_init(|| former);
+    let mut action = empty;
+    action.sa_sigaction = on_crash as *const () as usize;
+    // A stack that has overflowed has no room for a handler; std has given each thread another one.
+    action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+    for signal in CRASHES {
+        // SAFETY: `action` is whole and outlives the call; its handler makes system calls and looks at
+        // statics that were set before it was installed, and allocates nothing.
+        if unsafe { libc::sigaction(signal, &action, std::ptr::null_mut()) } < 0 {
+            return Err(std::io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
+extern "C" fn on_crash(signal: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    if let Some(last_act) = LAST_ACT.get() {
+        last_act();
+    }
+    let at = CRASHES.iter().position(|crash| *crash == signal);
+    if let (Some(former), Some(at)) = (FORMER.get(), at) {
+        // SAFETY: the kernel gave us this action before.
+        unsafe { libc::sigaction(signal, &former[at], std::ptr::null_mut()) };
+    }
+    // SAFETY: the kernel hands its handlers a siginfo.
+    let sent = unsafe { (*info).si_code } <= 0;
+    if sent {
+        // Nothing faults again when this returns.
+        // SAFETY: raise has no preconditions.
+        unsafe { libc::raise(signal) };
     }
 }
 
@@ -254,6 +294,16 @@ mod tests {
     fn a_kick_that_an_exit_outran_is_kept_for_the_next_entry() {
         assert_eq!(entry(kick_myself, false), (0, 1));
         assert_eq!(entry(|| {}, true), (1, 1));
+        assert_eq!(entry(|| {}, true), (0, 0));
+    }
+
+    #[test]
+    fn a_kick_of_a_thread_that_is_gone_reaches_nobody() {
+        let gone = std::thread::spawn(|| Kicker::for_this_thread().unwrap());
+        let kicker = gone.join().unwrap();
+        for _ in 0..100 {
+            kicker.kick();
+        }
         assert_eq!(entry(|| {}, true), (0, 0));
     }
 

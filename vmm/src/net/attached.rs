@@ -1,8 +1,5 @@
 //! A machine's network while it runs: the link, what has come over it, and whom to wake.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-
 use super::receiver::{Bell, Receiver};
 use super::{Link, NetError, Network};
 
@@ -22,8 +19,6 @@ pub struct Attached {
     network: Network,
     /// In this order: the receiver's thread must not see the link end.
     up: Option<(Receiver, Link)>,
-    /// Nobody runs that could be kicked.
-    asleep: Arc<AtomicBool>,
 }
 
 impl Attached {
@@ -32,22 +27,16 @@ impl Attached {
         let mut attached = Attached {
             network: link.network.clone(),
             up: None,
-            asleep: Arc::new(AtomicBool::new(false)),
         };
         attached.listen(link, waker)?;
         Ok(attached)
     }
 
     fn listen(&mut self, link: Link, waker: &impl Waker) -> Result<(), NetError> {
-        let asleep = Arc::clone(&self.asleep);
         let [came, overdue, lost] = [(); 3].map(|()| waker.clone());
         let receiver = link.listen(Bell {
             frames: Box::new(move || came.frames_came()),
-            overdue: Box::new(move || {
-                if !asleep.load(Ordering::SeqCst) {
-                    overdue.kick();
-                }
-            }),
+            overdue: Box::new(move || overdue.kick()),
             lost: Box::new(move |seen| lost.link_lost(seen)),
         })?;
         self.up = Some((receiver, link));
@@ -63,12 +52,6 @@ impl Attached {
     pub fn put_up(&mut self, waker: &impl Waker) -> Result<(), NetError> {
         self.take_down();
         self.listen(Link::open(self.network.clone())?, waker)
-    }
-
-    /// The world sleeps from now on, or does not: a kick would come to nobody, and be kept for the next
-    /// entry.
-    pub fn set_asleep(&self, asleep: bool) {
-        self.asleep.store(asleep, Ordering::SeqCst);
     }
 
     /// Whether a frame waits.

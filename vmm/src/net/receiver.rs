@@ -14,9 +14,7 @@ use rustix::io::{Errno, read};
 
 use super::inbox::Inbox;
 use super::stream::{Deframer, Nonsense};
-
-/// So long a frame waits for the guest to exit. As long as a timer that is due does, at least.
-const PATIENCE: Duration = Duration::from_nanos(hindsight_replay::Patience::SHORTEST_NS);
+use crate::world::PATIENCE;
 
 /// What whoever waits for frames wants to be told.
 pub struct Bell {

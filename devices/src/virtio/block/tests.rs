@@ -1,7 +1,8 @@
 use super::*;
 use crate::virtio::Kind;
 use crate::virtio::testing::{
-    Buffer, CONFIG, Driver, F_EVENT_INDEX, F_INDIRECT, INTERRUPT_ACK, In, Out, STATUS, Used,
+    Buffer, CONFIG, Descriptor, Driver, F_EVENT_INDEX, F_INDIRECT, INDIRECT, INTERRUPT_ACK, In,
+    NEXT, Out, STATUS, Used, WRITE,
 };
 use crate::{Reply, Width};
 
@@ -87,6 +88,121 @@ fn a_request_is_done_when_its_notification_is_over() {
     let (status, bytes, places) = request(&mut driver, &[Out(&header(8, 0)), In(20)]);
     assert_eq!((status, bytes), (OK, 21));
     assert_eq!(driver.get(places[1], 20), b"a-serial-number-of-s");
+}
+
+/// Makes a request of `segments` of `bytes` each available, in a table of its own. All segments are the same memory,
+/// which is returned, with where the status is.
+fn large(driver: &mut Driver, kind: u32, segments: u16, bytes: u32) -> (u64, u64) {
+    let data = 4 << 20;
+    let (table, head, status) = (
+        driver.allocate(0x4000),
+        driver.allocate(16),
+        driver.allocate(1),
+    );
+    driver.put(head, &header(kind, 0));
+    driver.put(status, &[0xee]);
+    let describe = |index, gpa, bytes, flags| {
+        let next = index + 1;
+        let descriptor = Descriptor {
+            gpa,
+            bytes,
+            flags,
+            next,
+        };
+        driver.describe(table, index, descriptor);
+    };
+    let flags = if kind == 0 { WRITE } else { 0 };
+    describe(0, head, 16, NEXT);
+    for index in 1..=segments {
+        describe(index, data, bytes, flags | NEXT);
+    }
+    describe(segments + 1, status, 1, WRITE);
+    let one = Descriptor {
+        gpa: table,
+        bytes: 16 * (u32::from(segments) + 2),
+        flags: INDIRECT,
+        next: 0,
+    };
+    driver.describe(driver.base(0), 0, one);
+    driver.offer_head(0, 0);
+    (data, status)
+}
+
+/// A disk of 65 MiB.
+fn large_disk() -> Driver {
+    let bytes = 65 << 20;
+    let spec = DiskSpec {
+        bytes,
+        ..spec(false)
+    };
+    let mut driver = Driver::start(Kind::Block(Block::new(0, &spec)), F_INDIRECT);
+    driver.disk.0 = (0..bytes)
+        .map(|at| (at >> 9) as u8 ^ (at >> 18) as u8)
+        .collect();
+    driver
+}
+
+#[test]
+fn a_request_as_large_as_the_driver_was_told_is_done_whole() {
+    let mut driver = large_disk();
+    let (size, segments) = (driver.read(CONFIG + 8), driver.read(CONFIG + 12));
+    assert_ne!(driver.features() & SIZE_MAX, 0);
+    let whole = size * segments;
+    let (data, status) = large(&mut driver, 0, segments as u16, size);
+    driver.notify(0);
+    assert_eq!(
+        driver.used(0)[..],
+        [Used {
+            head: 0,
+            bytes: whole + 1
+        }]
+    );
+    assert_eq!(driver.get(status, 1), [OK]);
+    let last = (whole - size) as usize;
+    assert!(driver.get(data, size as usize) == driver.disk.0[last..][..size as usize]);
+    driver.put(data, &vec![0x77; size as usize]);
+    let (_, status) = large(&mut driver, 1, segments as u16, size);
+    driver.notify(0);
+    assert_eq!(driver.get(status, 1), [OK]);
+    assert!(
+        driver.disk.0[..whole as usize]
+            .iter()
+            .all(|byte| *byte == 0x77)
+    );
+    assert!(driver.disk.0[whole as usize] != 0x77);
+}
+
+#[test]
+fn a_driver_that_was_told_of_sizes_and_makes_larger_ones_is_served_up_to_64_mib_in_all() {
+    for (segments, bytes, expected) in [
+        (16, 4 << 20, OK),
+        (1, 3 << 20, OK),
+        (17, 4 << 20, IO_ERROR),
+        (900, 512, OK),
+    ] {
+        let mut driver = large_disk();
+        let (_, status) = large(&mut driver, 0, segments, bytes);
+        driver.notify(0);
+        assert_eq!(driver.get(status, 1), [expected], "{segments} of {bytes}");
+    }
+}
+
+#[test]
+fn a_discard_of_as_much_as_the_driver_was_told_is_done_whole() {
+    let sectors = u64::from(CLEAR_SECTORS_MAX);
+    let spec = DiskSpec {
+        bytes: sectors * SECTOR_BYTES,
+        ..spec(false)
+    };
+    for kind in [11, 13] {
+        let mut driver = Driver::start(Kind::Block(Block::new(0, &spec)), F_INDIRECT);
+        driver.disk.0 = vec![1; spec.bytes as usize];
+        assert_eq!(driver.read(CONFIG + 36), CLEAR_SECTORS_MAX);
+        let ranges = vec![range(0, CLEAR_SECTORS_MAX); CLEAR_SEGMENTS_MAX as usize].concat();
+        let (status, ..) = request(&mut driver, &[Out(&header(kind, 0)), Out(&ranges)]);
+        assert_eq!(status, OK);
+        assert!(driver.disk.0.iter().all(|byte| *byte == 0));
+    }
 }
 
 #[test]

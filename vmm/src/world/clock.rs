@@ -1,0 +1,155 @@
+//! Host time, as far as the guest is to see it: less the time for which this program did not run.
+//!
+//! A recorder that is stopped (by a shell, a debugger, a frozen cgroup, or a host too busy to run it) and goes on
+//! after a minute must not hand its guest that minute in one step: the guest would find that a task
+//! has held the CPU for all of it, and say so as a soft lockup, or panic. So time is what lies between one
+//! look at the host's clock and the next, but no more than a second of it; somebody looks ten times a second
+//! as long as the program runs at all.
+
+use std::sync::{Mutex, MutexGuard};
+use std::time::Instant;
+
+use hindsight_devices::Nanos;
+
+/// From one look to the next at most so much time passes: far more than a host that runs us lets go by between
+/// two looks, and far less than any watchdog of a guest waits.
+pub const STEP_MAX_NS: Nanos = 1_000_000_000;
+
+/// How much time has passed, by a clock that is looked at now and then.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RunningTime {
+    /// The host's time at the last look.
+    seen: Nanos,
+    passed: Nanos,
+    /// Nothing passes.
+    held: bool,
+}
+
+impl RunningTime {
+    /// How much time has passed when the host's clock shows `host`. Looks may come in any order.
+    pub fn look(&mut self, host: Nanos) -> Nanos {
+        let step = host.saturating_sub(self.seen);
+        self.seen = self.seen.max(host);
+        if !self.held {
+            self.passed += step.min(STEP_MAX_NS);
+        }
+        self.passed
+    }
+
+    /// Nothing passes from now on, or time goes on.
+    pub fn hold(&mut self, held: bool, host: Nanos) {
+        self.look(host);
+        self.held = held;
+    }
+
+    /// How much of the host's time was left out so far.
+    pub fn left_out(&self) -> Nanos {
+        self.seen - self.passed
+    }
+}
+
+/// The clock that all threads of a recorder look at.
+#[derive(Debug)]
+pub struct HostClock(Mutex<(Instant, RunningTime)>);
+
+impl HostClock {
+    /// A clock that starts now.
+    pub fn new() -> HostClock {
+        HostClock(Mutex::new((Instant::now(), RunningTime::default())))
+    }
+
+    fn look<T>(&self, at: impl FnOnce(&mut RunningTime, Nanos) -> T) -> T {
+        let mut clock = self.lock();
+        // Inside the lock: looks come in the order of their times.
+        let host = u64::try_from(clock.0.elapsed().as_nanos()).expect("584 years have not passed");
+        at(&mut clock.1, host)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, (Instant, RunningTime)> {
+        self.0.lock().expect("nobody panics with the clock in hand")
+    }
+
+    /// Nanoseconds since it started, as far as the program ran. Never runs backwards.
+    pub fn now(&self) -> Nanos {
+        self.look(RunningTime::look)
+    }
+
+    /// Stands still until [`HostClock::go_on`].
+    pub fn hold(&self) {
+        self.look(|time, host| time.hold(true, host));
+    }
+
+    /// Goes on.
+    pub fn go_on(&self) {
+        self.look(|time, host| time.hold(false, host));
+    }
+
+    /// How much of the host's time was left out by the last look.
+    pub fn left_out(&self) -> Nanos {
+        self.lock().1.left_out()
+    }
+
+    /// Starts over.
+    pub fn restart(&self) {
+        *self.lock() = (Instant::now(), RunningTime::default());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const SECOND: Nanos = 1_000_000_000;
+
+    #[test]
+    fn a_minute_in_which_nobody_looked_passes_as_a_second() {
+        let mut time = RunningTime::default();
+        assert_eq!(time.look(SECOND / 2), SECOND / 2);
+        assert_eq!(time.look(70 * SECOND), SECOND / 2 + STEP_MAX_NS);
+        assert_eq!(time.left_out(), 70 * SECOND - SECOND / 2 - STEP_MAX_NS);
+        assert_eq!(time.look(70 * SECOND + 5), SECOND / 2 + STEP_MAX_NS + 5);
+    }
+
+    #[test]
+    fn nothing_passes_while_it_is_held() {
+        let mut time = RunningTime::default();
+        time.hold(true, 100);
+        for host in [200, 300, 400] {
+            assert_eq!(time.look(host), 100);
+        }
+        time.hold(false, 500);
+        assert_eq!((time.look(500), time.look(510)), (100, 110));
+    }
+
+    proptest! {
+        #[test]
+        fn time_never_runs_backwards_nor_faster_than_the_host(
+            looks in prop::collection::vec((0..100 * SECOND, any::<bool>()), 0..200)
+        ) {
+            let mut time = RunningTime::default();
+            let (mut before, mut latest) = (0, 0);
+            for (host, held) in looks {
+                let now = time.look(host);
+                prop_assert!(now >= before, "backwards");
+                prop_assert!(now - before <= host.saturating_sub(latest).min(STEP_MAX_NS));
+                latest = latest.max(host);
+                prop_assert_eq!(now + time.left_out(), latest);
+                time.hold(held, host);
+                before = now;
+            }
+        }
+
+        #[test]
+        fn a_host_that_looks_often_enough_sees_its_own_time(
+            steps in prop::collection::vec(0..=STEP_MAX_NS, 0..100)
+        ) {
+            let mut time = RunningTime::default();
+            let mut host = 0;
+            for step in steps {
+                host += step;
+                prop_assert_eq!(time.look(host), host);
+            }
+        }
+    }
+}

@@ -1,0 +1,232 @@
+//! The operator: what a terminal's keys and signals ask for, at once and out of any queue's order.
+//!
+//! The signals are blocked in all threads and taken by one that waits for them. So none interrupts the
+//! vCPU's thread at something that it could fail, and each takes effect when it comes.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, OnceLock};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{SigSet, Signal, raise};
+
+use super::bell::Bell;
+use super::terminal;
+use crate::tell::tell;
+
+/// A signal to stop that comes so long after the first one, or later, does not wait for the recording to be closed.
+const LAST_WARNING: Duration = Duration::from_secs(2);
+
+/// What the operator wants.
+#[derive(Debug)]
+pub struct Operator {
+    bell: Bell,
+    stop: OnceLock<Instant>,
+    presses: AtomicU32,
+    /// The size that the terminal has now and that nobody was told: columns above rows, 0 if there is none.
+    size: AtomicU32,
+    /// Whether anybody wants to be told.
+    watches_size: Mutex<bool>,
+}
+
+impl Operator {
+    /// Listens to signals from now on. To be called by the main thread while it is the only one.
+    pub fn listen() -> std::io::Result<Arc<Operator>> {
+        let operator = Arc::new(Operator::new(Bell::default()));
+        let mut signals = SigSet::empty();
+        for signal in [
+            Signal::SIGINT,
+            Signal::SIGTERM,
+            Signal::SIGPWR,
+            Signal::SIGWINCH,
+            Signal::SIGTSTP,
+            Signal::SIGCONT,
+        ] {
+            signals.add(signal);
+        }
+        // nohup has SIGHUP ignored. (So has a script SIGINT for what it starts with &, where those who
+        // send it nevertheless mean it.)
+        let ignored = ignored_signals(&std::fs::read_to_string("/proc/self/status")?);
+        for signal in [Signal::SIGHUP, Signal::SIGQUIT] {
+            if ignored & 1 << (signal as u64 - 1) == 0 {
+                signals.add(signal);
+            }
+        }
+        signals.thread_block()?;
+        let theirs = Arc::clone(&operator);
+        let thread = std::thread::Builder::new().name("signals".into());
+        thread.spawn(move || {
+            loop {
+                match signals.wait() {
+                    Ok(signal) => theirs.take(signal),
+                    Err(error) => panic!("sigwait: {error}"),
+                }
+            }
+        })?;
+        Ok(operator)
+    }
+
+    /// An operator without signals.
+    pub fn new(bell: Bell) -> Operator {
+        Operator {
+            bell,
+            stop: OnceLock::new(),
+            presses: AtomicU32::new(0),
+            size: AtomicU32::new(0),
+            watches_size: Mutex::new(false),
+        }
+    }
+
+    /// What wakes the machine.
+    pub fn bell(&self) -> &Bell {
+        &self.bell
+    }
+
+    /// Wants the machine to stop.
+    pub fn stop(&self) {
+        let _ = self.stop.set(Instant::now());
+        self.bell.ring_and_kick();
+    }
+
+    /// Since when.
+    pub fn stop_asked(&self) -> Option<Instant> {
+        self.stop.get().copied()
+    }
+
+    /// Whether there is a press of the power button or a size that the guest was not told.
+    pub fn wants(&self) -> bool {
+        self.presses.load(Ordering::SeqCst) > 0 || self.size.load(Ordering::SeqCst) != 0
+    }
+
+    /// Takes one press of the power button, if there is one.
+    pub fn take_press(&self) -> bool {
+        let one_less = |presses: u32| presses.checked_sub(1);
+        let taken = self
+            .presses
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_less);
+        taken.is_ok()
+    }
+
+    /// Forgets what was meant for the machine before, and whether this one's terminal has a size to tell.
+    pub fn begin(&self, watches_size: bool) {
+        self.presses.store(0, Ordering::SeqCst);
+        self.size.store(0, Ordering::SeqCst);
+        *self.watches() = watches_size;
+        self.look_at_size();
+    }
+
+    /// The terminal's columns and rows, if it has a size that nobody was told.
+    pub fn take_size(&self) -> Option<(u16, u16)> {
+        if self.size.load(Ordering::SeqCst) == 0 {
+            return None;
+        }
+        let size = self.size.swap(0, Ordering::SeqCst);
+        (size != 0).then_some(((size >> 16) as u16, size as u16))
+    }
+
+    fn look_at_size(&self) {
+        if let (true, Some((columns, rows))) = (*self.watches(), terminal::size()) {
+            let size = u32::from(columns) << 16 | u32::from(rows);
+            self.size.store(size, Ordering::SeqCst);
+            self.bell.ring();
+        }
+    }
+
+    fn watches(&self) -> std::sync::MutexGuard<'_, bool> {
+        self.watches_size.lock().expect("nobody panics here")
+    }
+
+    fn take(&self, signal: Signal) {
+        match signal {
+            Signal::SIGPWR => {
+                self.presses.fetch_add(1, Ordering::SeqCst);
+                self.bell.ring_and_kick();
+            }
+            Signal::SIGWINCH => {
+                self.look_at_size();
+                self.bell.kick();
+            }
+            Signal::SIGTSTP => {
+                terminal::restore();
+                take_by_default(signal);
+            }
+            Signal::SIGCONT => {
+                terminal::enter_again();
+                // It may have changed while we were in the background, and that is not told.
+                self.look_at_size();
+            }
+            _ => match self.stop_asked() {
+                Some(asked) if asked.elapsed() >= LAST_WARNING => {
+                    terminal::restore();
+                    tell!("hindsight: told to stop again; what was not written yet is lost");
+                    take_by_default(signal);
+                }
+                _ => self.stop(),
+            },
+        }
+    }
+}
+
+/// Lets a signal do to this program what it does to one that knows nothing of it.
+fn take_by_default(signal: Signal) {
+    let only = SigSet::from(signal);
+    // It is blocked in this thread alone when it comes back: a stopped program goes on here.
+    let _ = only.thread_unblock();
+    let _ = raise(signal);
+    let _ = only.thread_block();
+}
+
+/// The signals that are ignored by what /proc/self/status says: bit 0 is signal 1.
+fn ignored_signals(status: &str) -> u64 {
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_wish_is_there_at_once_and_is_taken_once() {
+        let operator = Operator::new(Bell::default());
+        assert!(!operator.wants() && !operator.take_press());
+        operator.take(Signal::SIGPWR);
+        operator.take(Signal::SIGPWR);
+        assert!(operator.bell().wait(None), "whoever sleeps is woken");
+        assert!(operator.take_press() && operator.take_press() && !operator.take_press());
+        for signal in [
+            Signal::SIGHUP,
+            Signal::SIGTERM,
+            Signal::SIGINT,
+            Signal::SIGQUIT,
+        ] {
+            let operator = Operator::new(Bell::default());
+            operator.take(signal);
+            assert!(operator.stop_asked().is_some(), "{signal}");
+            assert!(operator.bell().wait(None));
+            // A second one, at once, as a session that ends sends them.
+            operator.take(Signal::SIGHUP);
+        }
+    }
+
+    #[test]
+    fn a_button_pressed_between_two_machines_is_not_the_next_ones() {
+        let operator = Operator::new(Bell::default());
+        operator.take(Signal::SIGPWR);
+        operator.begin(false);
+        assert!(!operator.take_press());
+        operator.take(Signal::SIGWINCH);
+        assert_eq!(operator.take_size(), None, "nobody wants to know");
+    }
+
+    #[test]
+    fn ignored_signals_are_read_from_the_status() {
+        let status = "Name:\thindsight\nSigBlk:\t0000000000000000\nSigIgn:\t0000000000001001\n";
+        assert_eq!(
+            ignored_signals(status),
+            1 << (libc::SIGHUP - 1) | 1 << (libc::SIGPIPE - 1)
+        );
+        assert_eq!(ignored_signals(""), 0);
+    }
+}
