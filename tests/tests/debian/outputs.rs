@@ -82,12 +82,10 @@ fn outputs_are_whole_and_never_in_the_place_of_what_must_stay() {
     });
     assert!(altered.is_some());
     let before = tree(dir.path());
-    for (command, option) in commands {
-        for name in ["new", "mine"] {
-            let output = at(name);
-            let arguments = [command, path(&other), option, path(&output), "--force"];
-            debian.run(&arguments).expect(1);
-        }
+    for ((command, option), name) in commands.into_iter().zip(["new", "mine", "mine"]) {
+        let output = at(name);
+        let arguments = [command, path(&other), option, path(&output), "--force"];
+        debian.run(&arguments).expect(1);
     }
     assert!(tree(dir.path()) == before, "something was touched");
 }

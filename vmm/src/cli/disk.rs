@@ -112,11 +112,10 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
         };
         return Err(Failure::new(Outcome::BadInput, message).into());
     }
-    let images = RecordedImages::open(&recording, &header, None, None, &options.images)?;
     let plan = options.output.as_ref().map(|output| {
         let mut kept = recording.kept();
-        for image in images.disks() {
-            kept.keep(image.path(), "the image of a disk of this recording");
+        for image in &options.images {
+            kept.keep(image, "the image of a disk of this recording");
         }
         let plan = Plan::new(output, options.force, kept)?;
         if !plan.is_file() {
@@ -132,6 +131,7 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
         Ok(plan)
     });
     let plan = plan.transpose()?;
+    let images = RecordedImages::open(&recording, &header, None, None, &options.images)?;
     let disks = SharedDisks::new(images.fresh_disks()?);
     let (mut cpu, mut machine) = images.machine_with(&header, disks.clone(), (None, None))?;
 

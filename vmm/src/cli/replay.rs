@@ -274,11 +274,6 @@ impl RecordedImages {
         self.machine_with(header, self.fresh_disks()?, forced)
     }
 
-    /// The images of its disks.
-    pub fn disks(&self) -> &[OpenImage] {
-        &self.disks
-    }
-
     /// Disks over the images, with nothing written to them yet.
     pub fn fresh_disks(&self) -> Result<Disks, DiskError> {
         Disks::new(self.disks.clone())
