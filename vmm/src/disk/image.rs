@@ -51,7 +51,7 @@ impl OpenImage {
         // A block device says that it has no bytes, and has an end all the same.
         let bytes = file.seek(SeekFrom::End(0)).map_err(failed)?;
         check_format(path, &file, bytes)?;
-        if bytes == 0 || bytes % 512 != 0 {
+        if bytes == 0 || !bytes.is_multiple_of(512) {
             return Err(DiskError::Length {
                 path: path.into(),
                 found: bytes,

@@ -66,7 +66,7 @@ impl<S: Source> FileSystem<S> {
                 return Err(bad("an entry does not fit"));
             }
             let bytes = entry_bytes(le16(entry, 4), block.len());
-            if bytes < 8 || bytes % 4 != 0 || bytes > entry.len() {
+            if bytes < 8 || !bytes.is_multiple_of(4) || bytes > entry.len() {
                 // What is left of a directory in its inode may be no entry at all.
                 if at > 0 && entry.iter().all(|byte| *byte == 0) {
                     return Ok(());
