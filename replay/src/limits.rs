@@ -68,6 +68,9 @@ impl Rules {
                 ));
             }
         }
+        if matches!(&entry.event, Event::Posted(bytes) if bytes.is_empty()) {
+            return Err(format!("it has posted writes of no bytes at exit {exits}"));
+        }
         self.ended = matches!(entry.event, Event::End(_));
         Ok(())
     }

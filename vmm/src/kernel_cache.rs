@@ -26,7 +26,7 @@ use crate::regular_file::{self, Links};
 /// Overrides where the cache is; empty: there is none.
 const DIRECTORY: &str = "HINDSIGHT_CACHE";
 /// Changes whenever what is kept, or how it is found, does.
-const FORMAT: u32 = 10;
+const FORMAT: u32 = 11;
 /// An entry begins with its checksum, the length of what serde writes, and that of the ELF file.
 const HEAD_BYTES: usize = 24;
 /// How the name of an entry begins, of whatever format.

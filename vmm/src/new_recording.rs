@@ -39,7 +39,7 @@ pub struct NewRecording {
     /// The recording that was there before, once its place is taken.
     replaced: Option<Recording>,
     /// The directory, locked.
-    _lock: File,
+    lock: File,
 }
 
 impl NewRecording {
@@ -63,7 +63,7 @@ impl NewRecording {
             begun: false,
             made_directory,
             replaced: None,
-            _lock: lock,
+            lock,
         };
         let empty = new.remove_old_drafts().map_err(failed)?;
         if !empty && !force {
@@ -242,6 +242,8 @@ impl Drop for NewRecording {
             // What somebody else put there stays, and so does it.
             let _ = std::fs::remove_dir(self.recording.directory());
         }
+        // A process that was forked meanwhile has the file, too, and the lock with it, until it runs another program.
+        let _ = flock(&self.lock, FlockOperation::Unlock);
     }
 }
 

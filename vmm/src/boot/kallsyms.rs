@@ -304,6 +304,13 @@ fn counted_names<'a>(
         at = packed_name(packed, at)?.end;
     }
     let markers = at.next_multiple_of(align);
+    // Up to the tokens there is nothing else, or a sequence number of three bytes for each symbol. A few bytes that look
+    // like names are soon found; that they end where they must is what tells.
+    let end = (markers + 4 * marked.len()).next_multiple_of(align);
+    let sequences = (3 * count).next_multiple_of(align);
+    if ![end, end + sequences].contains(&packed.len()) {
+        return None;
+    }
     let (markers, _) = packed
         .get(markers..markers + 4 * marked.len())?
         .as_chunks::<4>();

@@ -31,7 +31,8 @@ pub struct TrapSites {
 }
 
 impl TrapSites {
-    /// Those of a kernel as it is loaded, and where its alternatives may take them.
+    /// Those of a kernel as it is loaded, and where its alternatives may take them. Each by its physical address, too,
+    /// where it runs until its own page tables stand.
     pub fn of_kernel<'a>(
         sites: &Sites,
         alternatives: impl IntoIterator<Item = &'a Alternative>,
@@ -42,6 +43,7 @@ impl TrapSites {
         };
         for site in &sites.sites {
             found.insert(site.address, site.kind, site.length);
+            found.insert(site.physical, site.kind, site.length);
         }
         for alternative in alternatives {
             let start = alternative.replacement;
@@ -112,9 +114,9 @@ mod tests {
     const SITE: u64 = 0xffff_ffff_8100_1000;
 
     fn sites() -> Sites {
-        let site = |address, kind, length| Site {
+        let site = |address: u64, kind, length| Site {
             address,
-            physical: 0,
+            physical: address & 0xfff_ffff,
             length,
             kind,
         };
@@ -135,6 +137,7 @@ mod tests {
             assert_eq!((at, trap.kind, trap.length), (SITE, SiteKind::Rdtsc, 2));
             assert_eq!(known.at(rip, TRAP_CPUID), None);
         }
+        assert!(known.at(SITE & 0xfff_ffff, TRAP_RDTSC).is_some());
         assert_eq!(known.at(SITE + 1, TRAP_RDTSC), None);
         assert!(known.is_own_out(SITE + 0x40) && !known.is_own_out(SITE));
     }

@@ -129,19 +129,21 @@ impl KvmCpu {
     /// The trap at which the guest wrote to `port`.
     fn trap_here(&mut self, port: u8) -> Option<Here> {
         let rip = self.rip();
-        if let Some((address, trap)) = self.text.sites.at(rip, port) {
-            return Some(Here {
-                address,
-                kind: trap.kind,
-                length: trap.length,
-            });
+        let known = self.text.sites.at(rip, port);
+        let known = known.map(|(address, trap)| Here {
+            address,
+            kind: trap.kind,
+            length: trap.length,
+        });
+        if known.is_some() && rip >= KERNEL_HALF {
+            return known;
         }
-        // A copy: of a kprobe, or of the kernel's first page where it runs before its page tables. User code that was
-        // given the ports (iopl) talks to the board like any other.
+        // User code that was given the ports (iopl) talks to the board like any other.
         let sregs = self.sregs().ok()?;
-        if sregs.ss.dpl != 0 {
-            return None;
+        if sregs.ss.dpl != 0 || known.is_some() {
+            return known.filter(|_| sregs.ss.dpl == 0);
         }
+        // A copy, such as a kprobe's.
         let view = self.view().ok()?;
         let is_trap = |&at: &u64| {
             let mut bytes = [0; SHORTEST];

@@ -159,7 +159,7 @@ fn what_a_killed_recorder_left_before_it_began_is_in_nobodys_way() {
     let at = dir.path().join("r");
     let killed = prepare(&at, false, "killed").unwrap();
     // As a kill does: nothing is tidied up, and the lock goes with the process.
-    flock(&killed._lock, FlockOperation::Unlock).unwrap();
+    flock(&killed.lock, FlockOperation::Unlock).unwrap();
     std::mem::forget(killed);
     assert!(names(&at).contains(&".new-/kernel".to_string()));
     let mut new = prepare(&at, false, "new").unwrap();
