@@ -158,7 +158,7 @@ fn a_terminal_is_as_it_was_after_each_way_to_end() {
         std::fs::write(&run, text).expect("it can be written");
         // A shell that looks at the terminal before and after, and has set it up as nobody else would.
         let shell = format!(
-            "stty -echoctl min 3; stty -g; sh {}; echo; stty -g; echo over",
+            "stty -echoctl min 3; stty -g; sh {}; echo; stty -g; echo looked at twice",
             run.display()
         );
         let mut script = std::process::Command::new("script")
@@ -181,7 +181,7 @@ fn a_terminal_is_as_it_was_after_each_way_to_end() {
                 .status();
             assert!(killed.expect("kill starts").success());
         }
-        read_until(&mut screen, &mut shown, "over");
+        read_until(&mut screen, &mut shown, "looked at twice");
         let shown = String::from_utf8_lossy(&shown);
         let modes: Vec<&str> = shown
             .lines()

@@ -83,8 +83,8 @@ pub fn enter_again() {
     }
 }
 
-/// A program in the background would be stopped if it touched the terminal.
-fn is_ours() -> bool {
+/// Whether no other program has the terminal: one in the background would be stopped if it touched it.
+pub fn is_ours() -> bool {
     match tcgetpgrp(std::io::stdin()) {
         Ok(group) => group == rustix::process::getpgrp(),
         // Whose session has another terminal, or none, is in nobody's background.

@@ -10,11 +10,14 @@ use std::io::{ErrorKind, IsTerminal, Read};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::Duration;
 
+use nix::sys::signal::{SigSet, Signal};
 use rustix::event::{PollFd, PollFlags, poll};
 
 use super::bell::{Bell, PATIENCE};
 use super::operator::Operator;
+use super::terminal;
 use crate::tell::tell;
 
 /// Ctrl-], as in telnet and virsh: leaves the guest's console.
@@ -24,6 +27,9 @@ const ESCAPE: u8 = 0x1d;
 const WAITING_MAX: usize = 4096;
 /// And where it cannot: what somebody pastes.
 const PASTED_MAX: usize = 1 << 20;
+
+/// How often a recording in the background looks whether it has the terminal again.
+const BACKGROUND_LOOK: Duration = Duration::from_millis(200);
 
 /// What has been typed and is not the guest's yet.
 #[derive(Debug)]
@@ -65,6 +71,8 @@ impl Typed {
         let theirs = Arc::clone(&typed);
         let thread = std::thread::Builder::new().name("input".into());
         thread.spawn(move || {
+            // Reading in the background fails then, instead of stopping the whole recording.
+            let _ = SigSet::from(Signal::SIGTTIN).thread_block();
             // A descriptor of our own: std's lock, held through a blocking read, would keep whoever wants to
             // set the terminal back waiting for a key.
             if let Ok(input) = std::io::stdin().as_fd().try_clone_to_owned() {
@@ -125,6 +133,11 @@ impl Typed {
                 // Somebody else has made it so; it is the same file to them.
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
                     let _ = poll(&mut [PollFd::new(&input, PollFlags::IN)], None);
+                    continue;
+                }
+                // In the background the keys are another program's; a terminal that is gone says the same.
+                Err(error) if error.raw_os_error() == Some(libc::EIO) && !terminal::is_ours() => {
+                    std::thread::sleep(BACKGROUND_LOOK);
                     continue;
                 }
                 Ok(0) | Err(_) => return,
@@ -197,7 +210,7 @@ impl Typed {
 mod tests {
     use super::*;
     use std::io::Write;
-    use std::time::{Duration, Instant};
+    use std::time::Instant;
 
     /// Reads a pipe whose writing end is returned.
     fn piped(terminal: bool) -> (Arc<Typed>, Arc<Operator>, std::io::PipeWriter) {
