@@ -191,7 +191,7 @@ mod tests {
             let entry = if level == page_level {
                 page | PRESENT | if level > 0 { LARGE } else { 0 }
             } else {
-                table + 0x1000 | PRESENT | 1 << 63
+                (table + 0x1000) | PRESENT | 1 << 63
             };
             memory.words.insert(at, entry);
             table += 0x1000;
