@@ -72,7 +72,7 @@ pub struct Rewritten {
     text: Option<(Range<u64>, u64)>,
 }
 
-/// The beginnings of the functions that load modules: those that have a trapped call, and [`LOADER`].
+/// The beginnings of the functions that load modules: those that have a trapped call, and `load_module`.
 pub fn loaders(elf: &Elf<'_>, sites: &Sites) -> Vec<u64> {
     let calls = sites.sites.iter().filter(|site| is_module_call(site.kind));
     let calls: Vec<u64> = calls.map(|site| site.address).collect();

@@ -44,7 +44,7 @@ pub const TRAP_ENTRY: u8 = 0xf8;
 pub const TRAP_MODULE: u8 = 0xf9;
 /// Port of a `mov %reg,%drN` that sets a breakpoint.
 pub const TRAP_WRITE_DR: u8 = 0xfa;
-/// Port of the call with which the kernel says that it panics (see [`super::panics`]).
+/// Port of the call with which the kernel says that it panics (see `super::panics`).
 pub const TRAP_PANIC: u8 = 0xfb;
 /// All of these ports.
 const TRAP_PORTS: std::ops::RangeInclusive<u8> = TRAP_RDTSC..=TRAP_PANIC;

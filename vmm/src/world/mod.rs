@@ -1,7 +1,7 @@
 //! The live world: the host's clock, its standard input, the network, and the operator.
 //!
-//! Each source of input has a place of its own, so that none waits behind another: [`typed`] bytes, the
-//! network's frames, the [`operator`]'s wishes. All wake the machine by one [`bell`].
+//! Each source of input has a place of its own, so that none waits behind another: `typed` bytes, the
+//! network's frames, the `operator`'s wishes. All wake the machine by one `bell`.
 
 mod bell;
 mod clock;
