@@ -18,7 +18,7 @@ use crate::boot::{Kernel, Modules, Sites, Window};
 /// Overrides where the cache is; empty: there is none.
 const DIRECTORY: &str = "HINDSIGHT_CACHE";
 /// Changes whenever what is kept, or how it is found, does.
-const FORMAT: u32 = 7;
+const FORMAT: u32 = 9;
 /// An entry begins with its checksum, the length of what serde writes, and that of the ELF file.
 const HEAD_BYTES: usize = 24;
 

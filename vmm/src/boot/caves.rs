@@ -9,6 +9,8 @@
 
 use std::ops::Range;
 
+use hindsight_replay::ShownClock;
+
 use super::elf::{Elf, Segment};
 
 /// Length and alignment of the block for the stubs, so that it never crosses a page.
@@ -19,6 +21,9 @@ pub const PADDING: u8 = 0xcc;
 const BLOCKS_MIN: usize = 64;
 /// The word has a cache line of its own, so that counting disturbs nobody.
 const LINE_BYTES: u64 = 64;
+/// Where in the word's line the clock is if there is no line for it: what is left of a page is a matter of chance.
+const CLOCK_IN_LINE: u64 = LINE_BYTES / 2;
+const _: () = assert!(CLOCK_IN_LINE as usize + ShownClock::BYTES <= LINE_BYTES as usize);
 const PAGE: u64 = 4096;
 
 /// A place in the kernel's image.
@@ -48,7 +53,7 @@ pub struct QuickCaves {
     pub stubs: Cave,
     /// How much of it there is, in bytes.
     pub stub_bytes: u64,
-    /// A zeroed cache line, for the clock.
+    /// Zeroed, for the clock.
     pub clock: Cave,
 }
 
@@ -68,11 +73,14 @@ pub fn find(elf: &Elf<'_>) -> Option<EntryCaves> {
         Some(Cave { address, physical })
     };
     let quick = || {
-        let clock = word.start + LINE_BYTES;
+        let clock = match word.end - word.start {
+            LINE_BYTES => word.start + CLOCK_IN_LINE,
+            _ => word.start + LINE_BYTES,
+        };
         Some(QuickCaves {
             stubs: cave(stubs + BLOCK_BYTES)?,
             stub_bytes: padding.end - padding.start - BLOCK_BYTES,
-            clock: cave(clock).filter(|_| clock + LINE_BYTES <= word.end)?,
+            clock: cave(clock)?,
         })
     };
     Some(EntryCaves {
@@ -196,6 +204,18 @@ mod tests {
 
     fn data(bytes: u64) -> Range<u64> {
         BASE..BASE + bytes
+    }
+
+    #[test]
+    fn debians_kernels_have_room_for_stubs_a_word_and_a_clock() {
+        for (path, image) in super::super::testing::debian_kernels() {
+            let kernel = super::super::unpack(&image).unwrap();
+            let elf = Elf::parse(&kernel.elf).unwrap();
+            let caves = find(&elf).unwrap_or_else(|| panic!("{path}: no room"));
+            let quick = caves.quick.unwrap_or_else(|| panic!("{path}: no clock"));
+            eprintln!("{path}: {caves:x?}");
+            assert!(quick.stub_bytes >= 16 << 10, "{path}: {}", quick.stub_bytes);
+        }
     }
 
     #[test]

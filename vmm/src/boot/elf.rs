@@ -214,6 +214,14 @@ impl<'a> Elf<'a> {
         Some(&self.file[start..start + bytes])
     }
 
+    /// The virtual address of the file's byte at `offset`, if a segment loads it.
+    pub fn address_of(&self, offset: usize) -> Option<u64> {
+        self.segments.iter().find_map(|segment| {
+            let inside = segment.file.contains(&offset);
+            inside.then(|| segment.virtual_address + (offset - segment.file.start) as u64)
+        })
+    }
+
     /// Where virtual address `address` is loaded, if the kernel's segments cover it.
     pub fn physical(&self, address: u64) -> Option<u64> {
         self.segments.iter().find_map(|segment| {

@@ -5,19 +5,22 @@
 //! are packed with: the characters that names consist of stand for themselves, so the digits follow each other in it, and
 //! an index behind it repeats where each token begins. From there all else is found and checked against each other.
 //!
-//! The layout is that of `scripts/kallsyms.c`, each part aligned to 8 bytes:
+//! The layout is that of `scripts/kallsyms.c`, each part aligned to 8 bytes, of late to 4:
 //!
 //! | Linux | order |
 //! |---|---|
 //! | 4.20 to 6.4 | offsets, base, number, names, markers, (6.2: sequence numbers), tokens, index |
 //! | 6.5 and later | number, names, markers, tokens, index, offsets, base, sequence numbers |
+//! | 7.2 (seen there; 6.12 is not so) | the same without a base, aligned to 4: each offset is from its own place |
 //!
 //! Symbols are sorted by address. Names stay packed: a [`Symbols`] borrows the image and reads what it is asked for.
 
 use std::ops::Range;
 
-/// Alignment of each table.
-const ALIGN: usize = 8;
+use super::elf::Elf;
+
+/// Alignments of the tables, and at the same time lengths of the number of symbols.
+const ALIGNS: [usize; 2] = [8, 4];
 /// How many tokens there are: one for each byte of a packed name.
 const TOKENS: usize = 256;
 /// Every so many symbols a marker says where the name is.
@@ -63,22 +66,27 @@ enum Addresses<'a> {
     /// Those below zero count down from the base, the others are addresses of per-CPU data
     /// (CONFIG_KALLSYMS_ABSOLUTE_PERCPU).
     Signed { offsets: &'a [u8], base: u64 },
+    /// 32 bits each, to be added to where they stand themselves: the first at this address.
+    FromItself { offsets: &'a [u8], at: u64 },
 }
 
 impl<'a> Symbols<'a> {
     /// The symbol table in a kernel's image (an ELF file, or memory); `None` if there is none that holds together.
     pub fn find(image: &'a [u8]) -> Option<Symbols<'a>> {
         let mut patience = PATIENCE;
-        memchr::memmem::find_iter(image, DIGITS).find_map(|digits| {
-            let (place, tokens) = tokens(image, digits, &mut patience)?;
-            let names = names(image, place.start, &mut patience)?;
-            let addresses = addresses(image, &names, place.end)?;
+        let elf = Elf::parse(image).ok();
+        let mut found = |digits, align| {
+            let (place, tokens) = tokens(image, digits, align, &mut patience)?;
+            let names = names(image, place.start, align, &mut patience)?;
+            let addresses = addresses(image, &names, place.end, align, elf.as_ref())?;
             Some(Symbols {
                 tokens,
                 names,
                 addresses,
             })
-        })
+        };
+        memchr::memmem::find_iter(image, DIGITS)
+            .find_map(|digits| ALIGNS.into_iter().find_map(|align| found(digits, align)))
     }
 
     /// How many there are.
@@ -171,6 +179,11 @@ impl Addresses<'_> {
                     offset => base.wrapping_add((-1 - i64::from(offset)) as u64),
                 }
             }
+            Addresses::FromItself { offsets, at } => {
+                let offset = u32_at(offsets, 4 * index).unwrap_or(0).cast_signed();
+                let place = at.wrapping_add(4 * index as u64);
+                place.wrapping_add_signed(offset.into())
+            }
         }
     }
 }
@@ -179,6 +192,7 @@ impl Addresses<'_> {
 fn tokens<'a>(
     image: &'a [u8],
     digits: usize,
+    align: usize,
     patience: &mut usize,
 ) -> Option<(Range<usize>, Vec<&'a [u8]>)> {
     let least = digits.saturating_sub(TOKENS_BEFORE_DIGITS_BYTES);
@@ -190,8 +204,8 @@ fn tokens<'a>(
             return None;
         }
         if before == usize::from(b'0')
-            && start.is_multiple_of(ALIGN)
-            && let Some(found) = indexed_tokens(image, start, patience)
+            && start.is_multiple_of(align)
+            && let Some(found) = indexed_tokens(image, start, align, patience)
         {
             return Some(found);
         }
@@ -203,6 +217,7 @@ fn tokens<'a>(
 fn indexed_tokens<'a>(
     image: &'a [u8],
     start: usize,
+    align: usize,
     patience: &mut usize,
 ) -> Option<(Range<usize>, Vec<&'a [u8]>)> {
     let mut tokens = Vec::with_capacity(TOKENS);
@@ -217,7 +232,7 @@ fn indexed_tokens<'a>(
         tokens.push(&rest[..length]);
         at += length + 1;
     }
-    let index = at.next_multiple_of(ALIGN);
+    let index = at.next_multiple_of(align);
     let end = index + 2 * TOKENS;
     let (index, _) = image.get(index..end)?.as_chunks::<2>();
     let indexed = index.iter().map(|&at| usize::from(u16::from_le_bytes(at)));
@@ -225,14 +240,22 @@ fn indexed_tokens<'a>(
 }
 
 /// The names before the table of tokens at `tokens`: their number, they themselves, and markers that agree with them.
-fn names<'a>(image: &'a [u8], tokens: usize, patience: &mut usize) -> Option<Names<'a>> {
-    for start in (ALIGN..tokens).rev().filter(|at| at.is_multiple_of(ALIGN)) {
+fn names<'a>(
+    image: &'a [u8],
+    tokens: usize,
+    align: usize,
+    patience: &mut usize,
+) -> Option<Names<'a>> {
+    for start in (align..tokens).rev().filter(|at| at.is_multiple_of(align)) {
         *patience = patience.checked_sub(1)?;
-        let count_at = start - ALIGN;
-        let count = u64_at(image, count_at)? as usize;
+        let count_at = start - align;
+        let count = match align {
+            4 => u32_at(image, count_at)?.into(),
+            _ => u64_at(image, count_at)?,
+        } as usize;
         // Each takes a byte for its length and one for its type.
         if (FEWEST..=(tokens - start) / 2).contains(&count)
-            && let Some(names) = counted_names(image, start..tokens, count, patience)
+            && let Some(names) = counted_names(image, start..tokens, count, align, patience)
         {
             return Some(names);
         }
@@ -244,6 +267,7 @@ fn counted_names<'a>(
     image: &'a [u8],
     place: Range<usize>,
     count: usize,
+    align: usize,
     patience: &mut usize,
 ) -> Option<Names<'a>> {
     let packed = &image[place.clone()];
@@ -255,7 +279,14 @@ fn counted_names<'a>(
         }
         at = packed_name(packed, at)?.end;
     }
-    let markers = at.next_multiple_of(ALIGN);
+    let markers = at.next_multiple_of(align);
+    // Up to the tokens there is nothing else, or a sequence number of three bytes for each symbol. A few bytes that look
+    // like names are soon found; that they end where they must is what tells.
+    let end = (markers + 4 * marked.len()).next_multiple_of(align);
+    let sequences = (3 * count).next_multiple_of(align);
+    if ![end, end + sequences].contains(&packed.len()) {
+        return None;
+    }
     let (markers, _) = packed
         .get(markers..markers + 4 * marked.len())?
         .as_chunks::<4>();
@@ -267,7 +298,7 @@ fn counted_names<'a>(
         count,
         packed: &packed[..at],
         marked,
-        count_at: place.start - ALIGN,
+        count_at: place.start - align,
     })
 }
 
@@ -284,12 +315,18 @@ fn packed_name(packed: &[u8], at: usize) -> Option<Range<usize>> {
 }
 
 /// The addresses: before the number of symbols, or behind the index of tokens at `index_end`.
-fn addresses<'a>(image: &'a [u8], names: &Names<'_>, index_end: usize) -> Option<Addresses<'a>> {
+fn addresses<'a>(
+    image: &'a [u8],
+    names: &Names<'_>,
+    index_end: usize,
+    align: usize,
+    elf: Option<&Elf<'_>>,
+) -> Option<Addresses<'a>> {
     let (count, number) = (names.count, names.count_at);
     let relative = |start: usize| {
         let end = start.checked_add(4 * count)?;
         let offsets = image.get(start..end)?;
-        let base = u64_at(image, end.next_multiple_of(ALIGN))?;
+        let base = u64_at(image, end.next_multiple_of(align))?;
         let signed = u32_at(offsets, 4 * (count - 1))?.cast_signed() < 0;
         Some(match signed {
             true => Addresses::Signed { offsets, base },
@@ -301,13 +338,19 @@ fn addresses<'a>(image: &'a [u8], names: &Names<'_>, index_end: usize) -> Option
             image.get(start..start.checked_add(8 * count)?)?,
         ))
     };
-    let behind = index_end.next_multiple_of(ALIGN);
+    let from_itself = |start: usize| {
+        let at = elf?.address_of(start)?;
+        let offsets = image.get(start..start.checked_add(4 * count)?)?;
+        Some(Addresses::FromItself { offsets, at })
+    };
+    let behind = index_end.next_multiple_of(align);
     let before = |bytes: usize| number.checked_sub(bytes);
     [
-        before(8 + (4 * count).next_multiple_of(ALIGN)).and_then(relative),
+        before(8 + (4 * count).next_multiple_of(align)).and_then(relative),
         relative(behind),
         before(8 * count).and_then(whole),
         whole(behind),
+        from_itself(behind),
     ]
     .into_iter()
     .flatten()

@@ -62,10 +62,11 @@ pub struct Found {
 pub fn find_sites(elf: &Elf<'_>, loads: &[u64]) -> Result<Found, BootError> {
     let mut named = named::Named::by_data(elf);
     let mut transmits = transmit::Transmits::of(elf);
-    let sites = traps::find_and_show(elf, loads, &mut |instruction| {
+    let mut sites = traps::find_and_show(elf, loads, &mut |instruction| {
         named.see(instruction);
         transmits.see(instruction);
     })?;
+    sites.leave_alone(Symbols::find(elf.file()).as_ref());
     Ok(Found {
         windows: windows::find(elf, &sites, &named),
         transmits: transmits.finish(&named),

@@ -14,8 +14,11 @@ use iced_x86::{Instruction, OpKind};
 use super::elf::{Code, Elf};
 
 /// Sections without anything that leads to code: text, types, and what the unwinder knows of each
-/// instruction, reached or not. The alternatives are read by [`super::alternatives`].
-const SILENT: [&str; 7] = [
+/// instruction, reached or not. The alternatives are read by [`super::alternatives`]. The list of all calls is there to
+/// patch where they lead, and Linux passes over what is no call any more (arch/x86/kernel/callthunks.c,
+/// `call_get_dest`).
+const SILENT: [&str; 8] = [
+    ".call_sites",
     ".BTF",
     ".notes",
     "__ksymtab_strings",

@@ -272,6 +272,21 @@ mod tests {
     }
 
     #[test]
+    fn a_payload_is_unpacked_no_further_than_it_says_it_goes() {
+        let bomb = vec![0; 64 << 20];
+        for (name, compress) in ALL_COMPRESSIONS {
+            let mut payload = compress(&bomb);
+            let last = payload.len() - 4;
+            payload[last..].copy_from_slice(&(3_u32 << 20).to_le_bytes());
+            assert!(unpack(&payload).is_err(), "{name}");
+        }
+        // One byte more than is expected is looked for, and room for that is all there is.
+        let out = all(std::io::repeat(7), 3 << 20, &[0; 16]).unwrap();
+        assert_eq!(out.len(), (3 << 20) + 1);
+        assert!(out.capacity() <= 5 << 20, "{}", out.capacity());
+    }
+
+    #[test]
     fn an_unknown_compression_shows_its_first_bytes() {
         assert_eq!(
             unpack(b"QQ"),

@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use super::elf::{Code, Elf};
 use super::error::BootError;
+use super::kallsyms::Symbols;
 
 /// Port of a RDTSC.
 pub const TRAP_RDTSC: u8 = 0xf1;
@@ -54,6 +55,9 @@ const LONGEST_PLAIN: usize = 4;
 pub const LONGEST_INSTRUCTION: usize = 15;
 /// Linux has some 500. More is no kernel, and would cost more memory than its file has.
 const SITES_MAX: usize = 1 << 16;
+/// What kexec copies, and how much of it (`KEXEC_CONTROL_CODE_MAX_SIZE`, Linux, arch/x86/include/asm/kexec.h).
+const COPIED: &str = "relocate_kernel";
+const COPIED_BYTES: u64 = 2048;
 /// How much of `.text` runs before the kernel's own page tables stand (head_64.S).
 const EARLY_BYTES: u64 = 0x1000;
 
@@ -190,6 +194,17 @@ impl Sites {
             .binary_search_by_key(&address, |site| site.address)
             .ok()?;
         Some(&self.sites[index])
+    }
+
+    /// Leaves the CR4 accesses alone of the code that kexec copies elsewhere and runs there, where nobody would know which
+    /// they are; what comes after is another kernel.
+    pub fn leave_alone(&mut self, symbols: Option<&Symbols<'_>>) {
+        let Some(start) = symbols.and_then(|symbols| symbols.lookup(COPIED)) else {
+            return;
+        };
+        let copied = start..start.saturating_add(COPIED_BYTES);
+        self.sites
+            .retain(|site| !(site.kind.is_cr4() && copied.contains(&site.address)));
     }
 
     /// Whether any begins at one of these addresses.

@@ -49,7 +49,8 @@ const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
 /// What the vCPU knows of the kernel's text.
 #[derive(Clone, Debug, Default)]
 pub struct KernelText {
-    /// The rewritten instructions of which the port does not say all, by virtual address.
+    /// The rewritten instructions of which the port does not say all, by virtual address; those of the kernel by physical
+    /// address, too, where it runs until its own page tables stand.
     pub operands: BTreeMap<u64, SiteKind>,
     /// Virtual addresses of `.init.text`, start and end.
     pub init: Option<(u64, u64)>,
@@ -73,7 +74,7 @@ impl KernelText {
                 .sites
                 .iter()
                 .filter(with_operands)
-                .map(|s| (s.address, s.kind))
+                .flat_map(|site| [(site.address, site.kind), (site.physical, site.kind)])
                 .collect(),
             init: init.map(|code| (code.address, code.address + code.file.len() as u64)),
             caves: caves::find(elf),

@@ -134,3 +134,80 @@ fn no_cut_and_no_spoilt_byte_is_a_panic() {
         }
     }
 }
+
+#[test]
+fn code_is_what_sections_say_whatever_their_segment_is_for() {
+    let mut file = tiny_elf_with(
+        &[0x90; 24],
+        &[(".text", 0, 8), (".init.text", 8, 8), (".data", 16, 8)],
+    );
+    file[68] = 6; // the segment is for data
+    file[24..32].copy_from_slice(&(TINY_PHYSICAL + 12).to_le_bytes());
+    let headers = u64_in(&file, 40) as usize;
+    file[headers + 3 * 64 + 8] = 7; // .data is writable, and executable too
+    let elf = Elf::parse(&file).unwrap();
+    assert_eq!(elf.entry, TINY_PHYSICAL + 12);
+    let names =
+        |list: &[Code]| -> Vec<String> { list.iter().map(|code| code.name.clone()).collect() };
+    assert_eq!(names(&elf.code), [".text", ".init.text"]);
+    assert_eq!(names(&elf.data), [".data"]);
+    file[24..32].copy_from_slice(&(TINY_PHYSICAL + 16).to_le_bytes());
+    let error = Elf::parse(&file).unwrap_err();
+    assert!(
+        matches!(
+            error,
+            BootError::BadElf {
+                what: "the entry",
+                ..
+            }
+        ),
+        "{error}"
+    );
+}
+
+#[test]
+fn overlapping_sections_and_segments_are_refused() {
+    let sections = [(".text", 0, 8), (".init.text", 4, 8)];
+    let error = Elf::parse(&tiny_elf_with(&[0x90; 16], &sections)).unwrap_err();
+    let overlaps = |error: &BootError| {
+        matches!(
+            error,
+            BootError::BadElf {
+                expected: "one outside of every other one",
+                ..
+            }
+        )
+    };
+    assert!(overlaps(&error), "{error}");
+
+    // Two segments of the same bytes, at other addresses.
+    let file = tiny_elf_with(&[0x90; 200], &[(".text", 100, 100)]);
+    let mut twice = file.clone();
+    let second = file[64..TINY_OFFSET].to_vec();
+    twice[TINY_OFFSET..TINY_OFFSET + second.len()].copy_from_slice(&second);
+    twice[TINY_OFFSET + 16..][..8].copy_from_slice(&(TINY_VIRTUAL + 0x10_0000).to_le_bytes());
+    twice[TINY_OFFSET + 24..][..8].copy_from_slice(&(TINY_PHYSICAL + 0x10_0000).to_le_bytes());
+    twice[56] = 2;
+    let error = Elf::parse(&twice).unwrap_err();
+    assert!(overlaps(&error), "{error}");
+}
+
+#[test]
+fn counts_and_lengths_that_no_kernel_has_are_refused_before_they_cost_anything() {
+    let file = tiny_elf(&[0x90; 16]);
+    let mut segments = file.clone();
+    segments[56..58].fill(0xff);
+    let mut module = file.clone();
+    module[16] = 1;
+    let mut memory = file.clone();
+    memory[64 + 40..64 + 48].fill(0xff);
+    for file in [segments, module, memory] {
+        let error = Elf::parse(&file).unwrap_err();
+        assert!(matches!(error, BootError::BadElf { .. }), "{error}");
+    }
+    let mut section = file;
+    let headers = u64_in(&section, 40) as usize;
+    section[headers + 64 + 32..][..8].copy_from_slice(&(1_u64 << 40).to_le_bytes());
+    let error = Elf::parse(&section).unwrap_err();
+    assert!(matches!(error, BootError::Truncated { .. }), "{error}");
+}

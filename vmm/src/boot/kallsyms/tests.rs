@@ -2,10 +2,11 @@
 
 use proptest::prelude::*;
 
-use super::super::testing::debian_kernels;
+use super::super::testing::{TINY_VIRTUAL, debian_kernels, tiny_elf_with};
 use super::*;
 
 const BASE: u64 = 0xffff_ffff_8100_0000;
+const ALIGN: usize = 8;
 
 /// How the addresses are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -209,5 +210,55 @@ fn debians_kernels_name_what_is_where_their_headers_say() {
         );
         let entry = symbols.lookup("startup_64").and_then(|at| elf.physical(at));
         assert_eq!(entry, Some(elf.entry), "{path}");
+    }
+}
+
+/// What is in front of the tables in [`image_from_itself`], in bytes.
+const FRONT_BYTES: usize = 4096;
+
+/// As 7.2 has it: aligned to 4, and each address from the place where it stands, of which `at` is that of the image.
+fn image_from_itself(symbols: &[(u64, String)], at: u64) -> Vec<u8> {
+    let old = image(symbols, Form::Relative, true, false);
+    let start = FRONT_BYTES + 2 * usize::from(b'~' - b'!' + 1);
+    let start = start.next_multiple_of(ALIGN);
+    let tables = &old[start..];
+    let digits = memchr::memmem::find(tables, DIGITS).unwrap();
+    let (place, _) = tokens(tables, digits, ALIGN, &mut { PATIENCE }).unwrap();
+    let names = names(tables, place.start, ALIGN, &mut { PATIENCE }).unwrap();
+    let align = |part: &mut Vec<u8>| part.resize(part.len().next_multiple_of(4), 0);
+    // Something that keeps what follows from being aligned to 8.
+    let mut image = vec![0x11; FRONT_BYTES + 4];
+    image.extend((symbols.len() as u32).to_le_bytes());
+    image.extend(names.packed);
+    align(&mut image);
+    let markers = names.marked.iter();
+    image.extend(markers.flat_map(|&mark| (mark as u32).to_le_bytes()));
+    let index = place.end - 2 * TOKENS;
+    image.extend(&tables[place.start..index]);
+    while image.ends_with(&[0, 0]) {
+        image.pop();
+    }
+    align(&mut image);
+    image.extend(&tables[index..place.end]);
+    for &(address, _) in symbols {
+        let here = at + image.len() as u64;
+        image.extend((address.wrapping_sub(here) as u32).to_le_bytes());
+    }
+    image.extend([0x22; 100]);
+    image
+}
+
+#[test]
+fn addresses_from_their_own_places_are_read_where_the_file_says_they_are() {
+    let symbols = some(600, Form::Relative);
+    let image = image_from_itself(&symbols, TINY_VIRTUAL);
+    assert!(Symbols::find(&image).is_none(), "nobody says where it is");
+    let sections = [(".text", 0, 16), (".rodata", 16, image.len() - 16)];
+    let file = tiny_elf_with(&image, &sections);
+    let found = Symbols::find(&file).expect("a table");
+    assert_eq!(found.count(), symbols.len());
+    for (address, name) in &symbols[3..] {
+        assert_eq!(found.lookup(name), Some(*address), "{name}");
+        assert_eq!(found.at(address + 5), Some((name.clone(), 5)));
     }
 }
