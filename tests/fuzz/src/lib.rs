@@ -3,3 +3,14 @@
 
 #[path = "../../src/drive/mod.rs"]
 pub mod drive;
+
+/// An allocation beyond its limit fails, and that ends the program: a finding.
+#[global_allocator]
+static ALLOCATOR: cap::Cap<std::alloc::System> = cap::Cap::new(std::alloc::System, usize::MAX);
+
+/// From here on, at most so many bytes more are allocated at any time.
+pub fn limit_allocations(bytes: usize) {
+    let limit = ALLOCATOR.allocated().saturating_add(bytes);
+    ALLOCATOR.set_limit(usize::MAX).expect("all is below it");
+    ALLOCATOR.set_limit(limit).expect("it is above what is allocated");
+}

@@ -3,13 +3,14 @@
 //! The bytes are decoded to steps against a board with one kind of device: accesses of any kind, drivers'
 //! work done properly but for one lie, input from outside, time, a save in the middle. Whatever the
 //! steps are, what `world` asserts after each of them holds. The target [`Target::Journal`] reads a journal
-//! instead.
+//! instead, and [`Target::Kernel`] loads a kernel.
 //!
 //! This folder needs nothing of the rest of this crate: `tests/fuzz` builds it alone, with a sanitizer.
 
 mod disk;
 mod guest;
 mod journal;
+mod kernel;
 mod steps;
 mod world;
 
@@ -17,6 +18,7 @@ use arbitrary::Unstructured;
 use hindsight_devices::{Devices, DiskSpec, NetSpec};
 
 pub use journal::seal;
+pub use kernel::{Loaded, limit_allocations_by, load_kernel, seal_kernel};
 
 /// Decoded steps of one input; more bytes than that make are ignored.
 const STEPS_MAX: usize = 100;
@@ -38,11 +40,13 @@ pub enum Target {
     Apic,
     /// The reader of journals.
     Journal,
+    /// What takes a kernel apart, finds what is to be rewritten in it, and loads it.
+    Kernel,
 }
 
 impl Target {
     /// All of them.
-    pub const ALL: [Target; 7] = [
+    pub const ALL: [Target; 8] = [
         Target::Block,
         Target::Net,
         Target::Console,
@@ -50,6 +54,7 @@ impl Target {
         Target::Legacy,
         Target::Apic,
         Target::Journal,
+        Target::Kernel,
     ];
 
     /// Its name: that of the fuzz target and of its folder in the corpus.
@@ -62,6 +67,7 @@ impl Target {
             Target::Legacy => "legacy",
             Target::Apic => "apic",
             Target::Journal => "journal",
+            Target::Kernel => "kernel",
         }
     }
 
@@ -91,9 +97,13 @@ impl Target {
 ///
 /// If a device does what it must not: that is what is looked for.
 pub fn drive(target: Target, data: &[u8]) {
-    if target == Target::Journal {
-        journal::read(data);
-        return;
+    match target {
+        Target::Journal => return journal::read(data),
+        Target::Kernel => {
+            load_kernel(data);
+            return;
+        }
+        _ => {}
     }
     let mut bytes = Unstructured::new(data);
     let mut guest = guest::Guest::new(target);
