@@ -504,6 +504,49 @@ fn the_power_button_turns_a_guest_off_that_listens() {
     assert!(replayed.text() == shown, "{}", replayed.text());
 }
 
+#[test]
+#[ignore = "needs a KVM that can record"]
+fn a_module_loader_that_is_led_away_from_is_told_at_once_and_shown_as_left_open() {
+    let (debian, dir) = (Debian::from_env(), scratch());
+    let recording = dir.path().join("r");
+    let recorded = debian.record(&recording, "changed", &[], b"").expect(0);
+    let what = "the function that loads modules is livepatched";
+    let told = |text: &str| text.contains("left open") && text.contains(what);
+    assert!(told(&recorded.stderr), "{}", recorded.stderr);
+    let inspected = debian.inspect(&recording, &[]).expect(0).text();
+    assert!(told(&inspected), "{inspected}");
+    debian.replay(&recording, &[]).expect(0);
+
+    // A guest that leaves its kernel alone is not spoken of.
+    let recorded = debian
+        .record(&recording, "hello", &["--force"], b"")
+        .expect(0);
+    assert!(
+        !recorded.stderr.contains("left open"),
+        "{}",
+        recorded.stderr
+    );
+}
+
+#[test]
+#[ignore = "needs a KVM that can record"]
+fn another_kernel_that_the_guest_starts_is_told_and_shown_as_left_open() {
+    let (debian, dir) = (Debian::from_env(), scratch());
+    let (recording, initrd) = (dir.path().join("r"), dir.path().join("initrd"));
+    let kernel = std::fs::read(debian.kernel()).expect("it reads");
+    let mut archives = std::fs::read(debian.image("changed")).expect("the image is built");
+    archives.extend(archive_of("kernel", &kernel));
+    std::fs::write(&initrd, archives).expect("it can be written");
+    let mut command = debian.command(&["record", "-q", "--memory", "512M", "-o", path(&recording)]);
+    command.arg("--kernel").arg(debian.kernel());
+    command.arg("--initrd").arg(&initrd);
+    let recorded = Ran::new(command.output().expect("it runs")).expect(0);
+    let what = "another kernel, which runs in place of the one that was loaded";
+    assert!(recorded.stderr.contains(what), "{}", recorded.stderr);
+    let inspected = debian.inspect(&recording, &[]).expect(0).text();
+    assert!(inspected.contains(what), "{inspected}");
+}
+
 /// An archive with one file, as the kernel unpacks it behind another (cpio's format `newc`; Linux,
 /// Documentation/driver-api/early-userspace/buffer-format.rst).
 fn archive_of(name: &str, content: &[u8]) -> Vec<u8> {
