@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{SigSet, Signal, raise};
@@ -17,6 +17,15 @@ use crate::tell::tell;
 /// A signal to stop that comes so long after the first one, or later, does not wait for the recording to be closed.
 const LAST_WARNING: Duration = Duration::from_secs(2);
 
+/// What the guest knows of the terminal.
+#[derive(Debug, Default)]
+struct Watched {
+    /// Whether it is told.
+    wanted: bool,
+    /// The size that it was told last, or is about to be.
+    last: Option<(u16, u16)>,
+}
+
 /// What the operator wants.
 #[derive(Debug)]
 pub struct Operator {
@@ -25,8 +34,7 @@ pub struct Operator {
     presses: AtomicU32,
     /// The size that the terminal has now and that nobody was told: columns above rows, 0 if there is none.
     size: AtomicU32,
-    /// Whether anybody wants to be told.
-    watches_size: Mutex<bool>,
+    watched: Mutex<Watched>,
 }
 
 impl Operator {
@@ -73,7 +81,7 @@ impl Operator {
             stop: OnceLock::new(),
             presses: AtomicU32::new(0),
             size: AtomicU32::new(0),
-            watches_size: Mutex::new(false),
+            watched: Mutex::default(),
         }
     }
 
@@ -111,7 +119,10 @@ impl Operator {
     pub fn begin(&self, watches_size: bool) {
         self.presses.store(0, Ordering::SeqCst);
         self.size.store(0, Ordering::SeqCst);
-        *self.watches() = watches_size;
+        *self.watched() = Watched {
+            wanted: watches_size,
+            last: None,
+        };
         self.look_at_size();
     }
 
@@ -125,15 +136,21 @@ impl Operator {
     }
 
     fn look_at_size(&self) {
-        if let (true, Some((columns, rows))) = (*self.watches(), terminal::size()) {
+        self.has_size(terminal::size());
+    }
+
+    fn has_size(&self, size: Option<(u16, u16)>) {
+        let mut watched = self.watched();
+        if let Some((columns, rows)) = size.filter(|_| watched.wanted && watched.last != size) {
+            watched.last = size;
             let size = u32::from(columns) << 16 | u32::from(rows);
             self.size.store(size, Ordering::SeqCst);
             self.bell.ring();
         }
     }
 
-    fn watches(&self) -> std::sync::MutexGuard<'_, bool> {
-        self.watches_size.lock().expect("nobody panics here")
+    fn watched(&self) -> MutexGuard<'_, Watched> {
+        self.watched.lock().expect("nobody panics here")
     }
 
     fn take(&self, signal: Signal) {
@@ -218,6 +235,25 @@ mod tests {
         assert!(!operator.take_press());
         operator.take(Signal::SIGWINCH);
         assert_eq!(operator.take_size(), None, "nobody wants to know");
+    }
+
+    #[test]
+    fn a_size_is_told_once_and_again_only_when_it_has_changed() {
+        let operator = Operator::new(Bell::default());
+        operator.has_size(Some((80, 24)));
+        assert_eq!(operator.take_size(), None, "nobody wants to know");
+        operator.watched().wanted = true;
+        for size in [Some((132, 43)), Some((132, 43)), None] {
+            operator.has_size(size);
+        }
+        assert_eq!(operator.take_size(), Some((132, 43)));
+        assert_eq!(operator.take_size(), None);
+        operator.has_size(Some((132, 43)));
+        assert_eq!(operator.take_size(), None, "it is known");
+        operator.has_size(Some((80, 24)));
+        operator.has_size(Some((100, 30)));
+        assert!(operator.wants());
+        assert_eq!(operator.take_size(), Some((100, 30)), "the last one");
     }
 
     #[test]
