@@ -160,7 +160,7 @@ pub fn event() -> impl Strategy<Value = Event> {
         any::<[u8; 2]>().prop_map(|check| Event::Witness { check }),
         memory().prop_map(|digest| Event::Memory { digest }),
         any::<u64>().prop_map(|check| Event::FirstReads { check }),
-        prop::collection::vec(any::<u8>(), 0..40).prop_map(Event::Posted),
+        prop::collection::vec(any::<u8>(), 1..40).prop_map(Event::Posted),
         (0..LeftOpen::ALL.len()).prop_map(|which| Event::LeftOpen(LeftOpen::ALL[which])),
     ]
 }
