@@ -53,7 +53,9 @@ fn exit_plan() -> impl Strategy<Value = Vec<Event>> {
             let mut events = vec![time];
             events.extend(inputs);
             if full {
-                events.push(Event::Posted(posted));
+                if !posted.is_empty() {
+                    events.push(Event::Posted(posted));
+                }
                 events.push(Event::Turn(Box::new(turn)));
             }
             events.extend(interrupts);
