@@ -243,7 +243,10 @@ impl KvmCpu {
         events.interrupt.shadow = 0;
         self.fd()
             .set_vcpu_events(&events)
-            .named("KVM_SET_VCPU_EVENTS")
+            .named("KVM_SET_VCPU_EVENTS")?;
+        // Whether an interrupt can be taken KVM said before that. It cannot: settling asks again.
+        self.unfinished = true;
+        Ok(())
     }
 
     /// The instruction of a trap has ended, and the guest single-steps.
