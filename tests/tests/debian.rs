@@ -519,7 +519,7 @@ fn a_module_loader_that_is_led_away_from_is_told_at_once_and_shown_as_left_open(
     let (debian, dir) = (Debian::from_env(), scratch());
     let recording = dir.path().join("r");
     let recorded = debian.record(&recording, "changed", &[], b"").expect(0);
-    let what = "the function that loads modules is livepatched";
+    let what = "the function that loads them is livepatched";
     let told = |text: &str| text.contains("left open") && text.contains(what);
     assert!(told(&recorded.stderr), "{}", recorded.stderr);
     let inspected = debian.inspect(&recording, &[]).expect(0).text();
