@@ -12,7 +12,7 @@ use crate::measure::{Bounded, stop};
 
 /// How long an operator takes to see that somebody asks. A login throws away what was typed before it asked,
 /// and asks a little after it says so.
-const BEFORE_TYPING: Duration = Duration::from_secs(1);
+const BEFORE_TYPING: Duration = Duration::from_secs(3);
 
 /// A step of a session.
 #[derive(Clone, Debug, PartialEq, Eq)]
