@@ -155,11 +155,6 @@ impl Plan {
         })
     }
 
-    /// The same for what goes to standard output.
-    pub fn stdout(kept: Kept) -> Result<Plan, OutputError> {
-        Plan::new(Path::new(STDOUT), false, kept)
-    }
-
     /// Whether a person reads it as it comes.
     pub fn is_terminal(&self) -> bool {
         match self.way {

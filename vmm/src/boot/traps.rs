@@ -228,16 +228,6 @@ pub struct Sites {
 }
 
 impl Sites {
-    /// The site whose instruction begins at virtual address `address`: the trap's RIP, less the OUT's
-    /// two bytes once KVM has moved on.
-    pub fn at(&self, address: u64) -> Option<&Site> {
-        let index = self
-            .sites
-            .binary_search_by_key(&address, |site| site.address)
-            .ok()?;
-        Some(&self.sites[index])
-    }
-
     /// Leaves the CR4 accesses alone of the code that kexec copies elsewhere and runs there, where nobody would know which
     /// they are; what comes after is another kernel.
     pub fn leave_alone(&mut self, symbols: Option<&Symbols<'_>>) {

@@ -51,7 +51,7 @@ pub enum Outcome {
 const EXIT_CODES: &str = "\
 Exit codes:
   0  it worked; a replay was equal to the end
-  1  a replay diverged, two recordings differ, or a hunt found no crash
+  1  a replay diverged, two recordings differ, a hunt found no crash, or it was stopped before the guest ran
   2  bad arguments, a file that cannot be used, a recording that does not fit
   3  the recording was cut short or is damaged; what there is replays equal
   4  this host cannot record (see `hindsight doctor`)
@@ -265,6 +265,10 @@ fn outcome_of(error: &anyhow::Error) -> Outcome {
     if let Some(failure) = error.downcast_ref::<Failure>() {
         return failure.outcome;
     }
+    // What cannot be read says of which file; what says nothing but this is of threads and descriptors.
+    if error.is::<std::io::Error>() {
+        return Outcome::HostFailed;
+    }
     if let Some(RecordingError::Write { .. }) = error.downcast_ref() {
         return Outcome::HostFailed;
     }
@@ -300,7 +304,7 @@ fn outcome_of(error: &anyhow::Error) -> Outcome {
 }
 
 /// An error with its causes, each said once: many of our errors quote theirs.
-fn with_causes(error: &anyhow::Error) -> String {
+pub fn with_causes(error: &anyhow::Error) -> String {
     let mut text = error.to_string();
     for cause in error.chain().skip(1).map(ToString::to_string) {
         if !text.contains(&cause) {

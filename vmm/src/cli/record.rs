@@ -134,7 +134,7 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     let operator = Operator::listen()?;
     // First of all that can be refused: what stands in the way of it stands there from the start.
     let recording = NewRecording::create(&options.output, options.force)?;
-    let images = Images::read(&options.machine)?;
+    let images = Images::read(&options.machine, &operator)?;
     let (kvm, mut holes) = open_kvm()?;
     holes.extend(images.kernel.holes());
     let words = options.machine.words();

@@ -17,7 +17,7 @@ use super::format::{parse_size, seconds, thousands};
 use super::record::DetailOption;
 use super::run::host_failure;
 use super::summary::{Summary, describe_end, not_compared};
-use super::{Failure, Outcome};
+use super::{Failure, Outcome, with_causes};
 use crate::counting::Counting;
 use crate::disk::{DiskError, Disks, OpenImage};
 use crate::foreign::{shown_lines, shown_path};
@@ -313,9 +313,10 @@ pub fn watch<O: Observer>(
     let result = machine.run(&mut cpu, &mut replayer, &mut observer);
     let right = matches!(result, Ok(_) | Err(RunError::Closed(Closed::CutShort(_))));
     let finished = finish(observer, right);
-    // A divergence is worth more than word of what could not be written of it.
-    if right {
-        finished?;
+    match finished {
+        // A divergence decides how the program ends.
+        Err(error) if !right => tell!("hindsight: {}", shown_lines(with_causes(&error))),
+        finished => finished?,
     }
     match result {
         Ok(_) => Ok(Outcome::Good),

@@ -57,7 +57,7 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     let start = Instant::now();
     // Before there is another thread.
     let operator = Operator::listen()?;
-    let images = Images::read(&options.machine)?;
+    let images = Images::read(&options.machine, &operator)?;
     let (kvm, _) = open_kvm()?;
     let words = options.machine.words();
     let unit = Counting::likely_unit();
@@ -121,8 +121,8 @@ pub struct Images {
 }
 
 impl Images {
-    /// Reads what `options` name.
-    pub fn read(options: &MachineOptions) -> anyhow::Result<Images> {
+    /// Reads what `options` name; an error if the operator wants to stop meanwhile.
+    pub fn read(options: &MachineOptions, operator: &Operator) -> anyhow::Result<Images> {
         let image = read(&options.kernel, KERNEL_BYTES_MAX)?;
         let initrd = match &options.initrd {
             Some(path) => read(path, INITRD_BYTES_MAX)?,
@@ -142,10 +142,15 @@ impl Images {
             net: options.network()?.map(|_| NetSpec::default()),
             disks: specs.map(|(disk, image)| disk.spec(image)).collect(),
         };
-        let kernel =
-            LoadedKernel::open(&image).with_context(|| options.kernel.display().to_string())?;
+        // A kernel seen for the first time takes seconds.
+        let prepared = operator.unless_stopped(
+            "preparing the kernel, as it was not seen before",
+            move || (LoadedKernel::open(&image), image),
+        );
+        let (kernel, image) = prepared?
+            .ok_or_else(|| Failure::new(Outcome::Different, "stopped before the guest ran"))?;
         Ok(Images {
-            kernel,
+            kernel: kernel.with_context(|| options.kernel.display().to_string())?,
             image,
             initrd,
             disks,

@@ -2,7 +2,7 @@
 
 use std::fs::{File, FileType, OpenOptions};
 use std::io::{Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -75,17 +75,6 @@ impl OpenImage {
     /// is where it was said to be.
     pub fn target(&self) -> &Path {
         &self.target
-    }
-
-    /// Whether `path` is this very file or device, by whatever name.
-    pub fn is(&self, path: &Path) -> bool {
-        let (Ok(own), Ok(other)) = (self.file.metadata(), std::fs::metadata(path)) else {
-            return false;
-        };
-        if own.file_type().is_block_device() && other.file_type().is_block_device() {
-            return own.rdev() == other.rdev();
-        }
-        (own.dev(), own.ino()) == (other.dev(), other.ino())
     }
 
     /// Fills `into` with what stands at `offset`.
@@ -265,7 +254,6 @@ mod tests {
         let device = Path::new(&device.0);
         let opened = OpenImage::open(device).unwrap();
         assert_eq!(opened.image, OpenImage::open(file.path()).unwrap().image);
-        assert!(opened.is(device) && !opened.is(file.path()));
         let mut part = [0; 1000];
         opened.read_at(999_999, &mut part).unwrap();
         assert_eq!(part, content[999_999..][..1000]);

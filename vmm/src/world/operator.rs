@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -16,6 +17,9 @@ use crate::tell::tell;
 
 /// A signal to stop that comes so long after the first one, or later, does not wait for the recording to be closed.
 const LAST_WARNING: Duration = Duration::from_secs(2);
+
+/// What is being prepared for this long is told.
+const WORTH_SAYING: Duration = Duration::from_secs(1);
 
 /// What the guest knows of the terminal.
 #[derive(Debug, Default)]
@@ -99,6 +103,35 @@ impl Operator {
     /// Since when.
     pub fn stop_asked(&self) -> Option<Instant> {
         self.stop.get().copied()
+    }
+
+    /// Does what takes seconds before there is a machine: its result, or `None` as soon as the operator wants
+    /// to stop. What is left undone ends with the program, so it must not leave anything half written.
+    pub fn unless_stopped<T: Send + 'static>(
+        &self,
+        what: &str,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> std::io::Result<Option<T>> {
+        let (give, take) = std::sync::mpsc::channel();
+        let thread = std::thread::Builder::new().name("preparing".into());
+        let thread = thread.spawn(move || give.send(work()))?;
+        let mut said_at = Some(Instant::now() + WORTH_SAYING);
+        while self.stop_asked().is_none() {
+            match take.recv_timeout(Duration::from_millis(20)) {
+                Ok(done) => return Ok(Some(done)),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => {
+                    // Our own panic, in the other thread.
+                    let panic = thread.join().expect_err("it sends what it has made");
+                    std::panic::resume_unwind(panic);
+                }
+            }
+            if said_at.is_some_and(|at| at <= Instant::now()) {
+                tell!("hindsight: {what}");
+                said_at = None;
+            }
+        }
+        Ok(None)
     }
 
     /// Whether there is a press of the power button or a size that the guest was not told.
@@ -225,6 +258,20 @@ mod tests {
             // A second one, at once, as a session that ends sends them.
             operator.take(Signal::SIGHUP);
         }
+    }
+
+    #[test]
+    fn what_is_prepared_is_left_undone_as_soon_as_the_operator_wants_to_stop() {
+        let operator = Arc::new(Operator::new(Bell::default()));
+        let done = operator.unless_stopped("", || 7).unwrap();
+        assert_eq!(done, Some(7));
+        let (_keep, never) = std::sync::mpsc::channel::<()>();
+        let theirs = Arc::clone(&operator);
+        let done = operator.unless_stopped("", move || {
+            theirs.take(Signal::SIGINT);
+            never.recv()
+        });
+        assert_eq!(done.unwrap(), None);
     }
 
     #[test]
