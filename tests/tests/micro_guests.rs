@@ -9,12 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use hindsight::boot::modules::TextPlace;
-use hindsight::boot::traps::{
-    TRAP_CPUID, TRAP_MODULE, TRAP_PANIC, TRAP_PAUSE, TRAP_RDTSC, TRAP_RDTSCP, TRAP_READ_CR4,
-    TRAP_WRITE_CR4,
-};
-use hindsight::boot::{BootPlan, GuestRam, ModuleLayout, SiteKind};
+use hindsight::boot::{BootPlan, GuestRam};
 use hindsight::kvm::probe::{Stuck, bounded};
 use hindsight::kvm::{GuestMemory, KernelText, KvmCpu, KvmError, VcpuCounts};
 use hindsight_devices::{Access, Input, Output, POSTED_MAX, Reset, Width};
@@ -23,6 +18,12 @@ use hindsight_guest_images::layout::{
     STACK0,
 };
 use hindsight_guest_images::micro;
+use hindsight_kernel::rewrite::modules::TextPlace;
+use hindsight_kernel::rewrite::traps::{
+    TRAP_CPUID, TRAP_MODULE, TRAP_PANIC, TRAP_PAUSE, TRAP_RDTSC, TRAP_RDTSCP, TRAP_READ_CR4,
+    TRAP_WRITE_CR4,
+};
+use hindsight_kernel::{ModuleLayout, SiteKind};
 use hindsight_replay::{
     Answer, Closed, CpuidTable, Detail, End, Ending, Event, Exit, JournalReader, Live, Mode,
     Moment, Observer, Recorder, Registers, Replayer, RunError, Tally, TimeInstruction, Turn,

@@ -19,9 +19,9 @@ use hindsight_replay::Content;
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh64::xxh64;
 
-use crate::boot::{Ages, Kernel, Modules, Sites, Window};
 use crate::output_file::{UNFINISHED, Unfinished};
 use crate::regular_file::{self, Links};
+use hindsight_kernel::{Ages, Kernel, Modules, Sites, Window};
 
 /// Overrides where the cache is; empty: there is none.
 const DIRECTORY: &str = "HINDSIGHT_CACHE";
@@ -195,9 +195,9 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::boot::testing::tiny_elf;
     use crate::machine::prepare;
     use crate::recording::content;
+    use hindsight_kernel::testing::tiny_elf;
 
     const CODE_BYTES: usize = 10_000;
 

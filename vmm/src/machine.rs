@@ -5,17 +5,19 @@ use std::io::Read;
 use hindsight_devices::{Devices, Storage};
 use hindsight_replay::{
     Content, CpuidTable, Host, Image, Machine, MachineDescription, OperatorConsole, QuickReads,
-    TrapCounts, Unit,
+    ShownClock, TrapCounts, Unit,
 };
 use kvm_ioctls::Kvm;
 use thiserror::Error;
 
-use crate::boot::caves::isolates_page_tables;
-use crate::boot::{self, BootError, Elf, QuickPlan, Rewritten};
+use crate::boot::{self, BootError};
 use crate::doctor;
 use crate::kernel_cache::{Cache, Prepared};
 use crate::kvm::{GuestMemory, KernelText, KvmCpu, KvmError, cpuid, exit_cost};
 use crate::recording::content;
+use hindsight_kernel::rewrite::caves::isolates_page_tables;
+use hindsight_kernel::rewrite::{caves, modules, rewritten};
+use hindsight_kernel::{Elf, KernelError, QuickPlan, Rewritten, find_sites, unpack};
 
 /// What the kernel must be told on this machine: where its console is, and to end on a panic; the
 /// TSC counts nanoseconds and is read through traps, which the vDSO would go round; its random
@@ -70,6 +72,12 @@ pub enum MachineError {
     },
 }
 
+impl From<KernelError> for MachineError {
+    fn from(error: KernelError) -> MachineError {
+        MachineError::Boot(error.into())
+    }
+}
+
 /// A kernel taken apart.
 #[derive(Debug)]
 pub struct LoadedKernel(Prepared);
@@ -100,15 +108,24 @@ impl LoadedKernel {
 
     /// What lets it read the time, and print, without exits; `None` if it cannot.
     fn quick_plan(&self, elf: &Elf<'_>) -> Option<QuickPlan> {
-        let caves = boot::caves::find(elf)?.quick?;
+        let caves = caves::find(elf)?.quick?;
         QuickPlan::new(elf, &self.0.windows, &self.0.transmits, &caves)
     }
 
     /// How much of it is rewritten.
     fn traps(&self) -> TrapCounts {
+        let found = self.0.sites.counts();
         TrapCounts {
+            rdtsc: found.rdtsc,
+            rdtscp: found.rdtscp,
+            cpuid: found.cpuid,
+            cr4_writes: found.cr4_writes,
+            cr4_reads: found.cr4_reads,
+            pause: found.pause,
+            module_loads: found.module_loads,
+            dr_writes: found.dr_writes,
+            panics: found.panics,
             ages: self.0.ages.rewrites.len() as u32,
-            ..self.0.sites.counts()
         }
     }
 
@@ -137,14 +154,14 @@ impl LoadedKernel {
 }
 
 /// Takes a kernel apart.
-pub(crate) fn prepare(image: &[u8], content: Content) -> Result<Prepared, BootError> {
-    let kernel = boot::unpack(image)?;
+pub(crate) fn prepare(image: &[u8], content: Content) -> Result<Prepared, KernelError> {
+    let kernel = unpack(image)?;
     let elf = Elf::parse(&kernel.elf)?;
-    let modules = boot::modules::find(&elf);
-    let found = boot::find_sites(&elf, modules.loads())?;
+    let modules = modules::find(&elf);
+    let found = find_sites(&elf, modules.loads())?;
     Ok(Prepared {
         content,
-        loaders: boot::rewritten::loaders(&elf, &found.sites),
+        loaders: rewritten::loaders(&elf, &found.sites),
         kernel,
         sites: found.sites,
         windows: found.windows,
@@ -181,7 +198,7 @@ pub fn describe(
         seed: random_bytes()?,
         ns_per_exit,
         preemption: None,
-        quick_reads: plan.map(|plan| plan.describe(ns_per_exit)),
+        quick_reads: plan.map(|plan| quick_reads(&plan, ns_per_exit)),
         devices,
         images,
     })
@@ -202,6 +219,17 @@ pub fn random_number() -> Result<u64, MachineError> {
         unreachable!("32 bytes are four words")
     };
     Ok(u64::from_le_bytes(first))
+}
+
+/// What a recording says of quick time reads, where an exit advances guest time by `ns_per_exit`.
+fn quick_reads(plan: &QuickPlan, ns_per_exit: u64) -> QuickReads {
+    const {
+        assert!(
+            ShownClock::BYTES == caves::CLOCK_BYTES,
+            "what the stubs read is what is shown"
+        )
+    };
+    QuickReads::new(plan.sites(), plan.check(), ns_per_exit)
 }
 
 /// Builds the machine that `description` describes; `storage` has the bytes of its disks.
@@ -237,12 +265,14 @@ pub fn build(
         slots: &description.devices.slots(),
     };
     let elf = Elf::parse(&image.elf)?;
-    let plan = boot::load(&mut memory, image, &elf, sites, &given)?;
-    ages.install(&elf, &mut memory).map_err(BootError::from)?;
+    let mut patches = sites.patches(&elf).map_err(BootError::from)?;
+    patches.extend(ages.patches(&elf));
     let mut text = KernelText::new(&elf, sites, modules);
     if let Some(recorded) = &description.quick_reads {
         let quick = kernel.quick_plan(&elf);
-        let found = quick.as_ref().map(|q| q.describe(description.ns_per_exit));
+        let found = quick
+            .as_ref()
+            .map(|plan| quick_reads(plan, description.ns_per_exit));
         let same =
             |found: &QuickReads| (found.sites, found.check) == (recorded.sites, recorded.check);
         let Some(quick) = quick.filter(|_| found.as_ref().is_some_and(same)) else {
@@ -251,7 +281,7 @@ pub fn build(
                 expected: *recorded,
             });
         };
-        quick.install(&mut memory).map_err(BootError::from)?;
+        patches.extend_from_slice(quick.patches());
         text.clock = Some(quick.clock().clone());
     }
     let windows = if text.clock.is_some() {
@@ -260,6 +290,7 @@ pub fn build(
         &[]
     };
     text.rewritten = Rewritten::new(&elf, sites, loaders, windows, text.clock.as_ref());
+    let plan = boot::load(&mut memory, image, &elf, &patches, &given)?;
     let mut cpu = KvmCpu::new(kvm, memory, &description.cpuid)?;
     let counts_entries = description.preemption == Some(Unit::Entries);
     if !counts_entries || isolates_page_tables(&description.cmdline, &description.cpuid.vendor()) {

@@ -1,6 +1,6 @@
 //! A guest that debugs itself: single-steps, debug registers, and interrupts beside them.
 
-use hindsight::boot::traps::TRAP_WRITE_DR;
+use hindsight_kernel::rewrite::traps::TRAP_WRITE_DR;
 
 use super::*;
 

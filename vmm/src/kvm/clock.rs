@@ -1,9 +1,10 @@
-//! The clock in guest memory that the kernel reads without an exit (see [`crate::boot::QuickPlan`]).
+//! The clock in guest memory that the kernel reads without an exit (see [`hindsight_kernel::QuickPlan`]).
 
 use hindsight_replay::ShownClock;
 
 use super::vcpu::KvmCpu;
-use crate::boot::{GuestRam, QuickClock};
+use crate::boot::GuestRam;
+use hindsight_kernel::QuickClock;
 
 impl KvmCpu {
     /// Sets the clock, if there is one and it is still the recorded kernel's: another one may have taken

@@ -22,8 +22,9 @@ use super::error::KvmError;
 use super::memory::GuestMemory;
 use super::msr::{self, CSTAR, LSTAR};
 use super::vcpu::KvmCpu;
-use crate::boot::traps::TRAP_ENTRY;
-use crate::boot::{EntryCaves, GuestRam};
+use crate::boot::GuestRam;
+use hindsight_kernel::EntryCaves;
+use hindsight_kernel::rewrite::traps::TRAP_ENTRY;
 
 /// The exceptions that are counted, and Linux's 32-bit system call: one stub for each, in this order.
 const VECTORS: [u8; 14] = [0, 3, 4, 5, 6, 7, 10, 11, 12, PAGE_FAULT, 16, 17, 19, 0x80];
@@ -261,7 +262,7 @@ fn leading_to(gate: u128, to: u64) -> u128 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::boot::Cave;
+    use hindsight_kernel::Cave;
 
     const WORD: u64 = 0x1040;
 

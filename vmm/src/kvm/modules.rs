@@ -1,6 +1,6 @@
 //! Loadable modules: rewritten at the call with which the kernel makes them executable.
 //!
-//! That call is a trap (see [`crate::boot::modules`], which also says what is looked for in a module and why nothing undoes
+//! That call is a trap (see [`hindsight_kernel::rewrite::modules`], which also says what is looked for in a module and why nothing undoes
 //! it). At its exit the module's text is read and decoded; with the answer the sites in it become traps, and the call is
 //! made for the guest: a return address pushed, and RIP set to where it leads.
 
@@ -10,8 +10,8 @@ use super::error::KvmError;
 use super::traps::Here;
 use super::vcpu::KvmCpu;
 use crate::boot::GuestRam;
-use crate::boot::modules::ModuleText;
-use crate::boot::traps;
+use hindsight_kernel::rewrite::modules::ModuleText;
+use hindsight_kernel::rewrite::traps;
 
 /// A module that is about to be made executable.
 #[derive(Clone, Debug)]

@@ -1,4 +1,4 @@
-//! Notices while the guest runs that a trap is gone (see [`crate::boot::rewritten`]): the guest may then see what is
+//! Notices while the guest runs that a trap is gone (see [`hindsight_kernel::rewrite::rewritten`]): the guest may then see what is
 //! recorded nowhere, and whoever records it is told so.
 //!
 //! It is looked for where a counted exit makes it likely, where modules are loaded and where a kernel says where system
@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 use hindsight_replay::LeftOpen;
 
 use super::vcpu::KvmCpu;
-use crate::boot::rewritten::Changes;
+use hindsight_kernel::rewrite::rewritten::Changes;
 
 /// Counted exits from one look to the next. A look reads some hundred instructions.
 const EVERY: u64 = 1 << 14;

@@ -1,6 +1,6 @@
 //! What the trap ports lead to: CR4 with its TSD bit, debug registers, and the #GP entry.
 //!
-//! The loader rewrote certain instructions of the kernel into OUTs (see [`crate::boot::traps`]).
+//! The loader rewrote certain instructions of the kernel into OUTs (see [`hindsight_kernel::rewrite::traps`]).
 //! Time reads and CPUID are answered by the machine; the rest concerns the CPU alone and is done
 //! here. Whatever ends an instruction for the guest ends it as the CPU would: one that is single-stepped raises #DB. CR4.TSD is kept set, so that RDTSC in user mode raises #GP; the first instruction of the
 //! kernel's #GP entry is rewritten too, and there a user-mode time read is told from a real fault.
@@ -15,7 +15,7 @@ use super::run_page::PortExit;
 use super::segments;
 use super::trap_sites::candidates;
 use super::vcpu::KvmCpu;
-use crate::boot::traps::{OUT, SHORTEST, SiteKind, TRAP_GP_ENTRY, is_trap_port};
+use hindsight_kernel::rewrite::traps::{OUT, SHORTEST, SiteKind, TRAP_GP_ENTRY, is_trap_port};
 
 /// CR4.TSD: RDTSC and RDTSCP are for ring 0 alone (Intel SDM vol. 3, 2.5).
 pub const CR4_TSD: u64 = 1 << 2;

@@ -32,10 +32,9 @@ use super::run_page::{PortExit, RunPage};
 use super::trap_sites::TrapSites;
 use super::traps::TrapState;
 use super::{cpuid, msr, signals};
-use crate::boot::{
-    BootPlan, Elf, EntryCaves, ModuleLayout, Modules, QuickClock, Rewritten, Sites, alternatives,
-    caves,
-};
+use crate::boot::BootPlan;
+use hindsight_kernel::rewrite::{alternatives, caves};
+use hindsight_kernel::{Elf, EntryCaves, ModuleLayout, Modules, QuickClock, Rewritten, Sites};
 
 /// IA32_APIC_BASE at power-on: the usual address, enabled, the boot processor's.
 const APIC_ENABLED: u64 = 0xfee0_0000 | 1 << 11 | 1 << 8;
