@@ -9,9 +9,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use hindsight::boot::{BootPlan, GuestRam};
-use hindsight::kvm::probe::{Stuck, bounded};
-use hindsight::kvm::{GuestMemory, KernelText, KvmCpu, KvmError, VcpuCounts};
 use hindsight_devices::{Access, Input, Output, POSTED_MAX, Reset, Width};
 use hindsight_guest_images::layout::{
     CODE, DATA, DESCRIPTORS, GDT, IDT, KERNEL_CS, KERNEL_SS, MMIO, PML4, PORT_FAULT, RAM_BYTES,
@@ -30,6 +27,9 @@ use hindsight_replay::{
 };
 use hindsight_tests::sim::{Scenario, Trace, entries_of, machine_of};
 use hindsight_tests::sim_world::SimWorld;
+use hindsight_vmm::boot::{BootPlan, GuestRam};
+use hindsight_vmm::kvm::probe::{Stuck, bounded};
+use hindsight_vmm::kvm::{GuestMemory, KernelText, KvmCpu, KvmError, VcpuCounts};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 use kvm_ioctls::Kvm;
@@ -285,7 +285,7 @@ fn record(kvm: &Kvm, guest: &Guest, how: How) -> Ran {
     };
     let mut header = scenario.header(how.detail);
     header.machine.memory_bytes = RAM_BYTES;
-    header.machine.cpuid = hindsight::kvm::cpuid::for_host(kvm).expect("KVM tells of its CPU");
+    header.machine.cpuid = hindsight_vmm::kvm::cpuid::for_host(kvm).expect("KVM tells of its CPU");
     let world = SimWorld::new(scenario.seed, scenario.pace_ns);
     let live = Live::new(world, scenario.memory_every);
     let mut journal = Vec::new();
@@ -672,7 +672,7 @@ fn cpuid_through_its_trap_port_answers_from_the_table() {
         let [first, _, second, halt] = ran.trace.turns[..] else {
             panic!("four exits, not {:?}", ran.exits());
         };
-        let table = in_time(|kvm| hindsight::kvm::cpuid::for_host(kvm).expect("a table"));
+        let table = in_time(|kvm| hindsight_vmm::kvm::cpuid::for_host(kvm).expect("a table"));
         let answer = table.answer(0x8000_0002, 0xffff_ffff);
         let cpuid = |leaf| Exit::Cpuid {
             leaf,
@@ -972,7 +972,7 @@ fn a_pending_interrupt_lands_behind_the_instruction_that_follows_sti() {
     });
     for ran in proved(&guest) {
         if ran.tally.windows == 0
-            && let Err(why) = in_time(hindsight::doctor::check_recorder)
+            && let Err(why) = in_time(hindsight_vmm::doctor::check_recorder)
         {
             eprintln!("skipped: no window opened, and {why}");
             return;

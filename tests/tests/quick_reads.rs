@@ -1,7 +1,5 @@
 //! Time reads without exits on the host's KVM: a kernel of a few instructions, loaded as Linux is.
 
-use hindsight::kvm::KvmCpu;
-use hindsight::machine::{LoadedKernel, build, describe};
 use hindsight_devices::Reset;
 use hindsight_devices::{Devices, NoDisks};
 use hindsight_replay::{
@@ -10,6 +8,8 @@ use hindsight_replay::{
 };
 use hindsight_tests::sim::{Scenario, Trace};
 use hindsight_tests::sim_world::SimWorld;
+use hindsight_vmm::kvm::KvmCpu;
+use hindsight_vmm::session::{LoadedKernel, build, describe};
 use kvm_ioctls::Kvm;
 
 /// How often the kernel reads the time.

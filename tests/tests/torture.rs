@@ -4,11 +4,11 @@
 
 use std::time::Duration;
 
-use hindsight::kvm::probe::{Fault, Late, ProbeVm, Stop, bounded};
-use hindsight::kvm::{KvmError, cpuid};
 use hindsight_guest_images::layout::DATA;
 use hindsight_guest_images::micro::{self, Reach, TORTURE_VECTOR, Torture, Tortured};
 use hindsight_guest_images::{MicroGuest, Ring};
+use hindsight_vmm::kvm::probe::{Fault, Late, ProbeVm, Stop, bounded};
+use hindsight_vmm::kvm::{KvmError, cpuid};
 use kvm_bindings::{KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP};
 use kvm_ioctls::Kvm;
 

@@ -20,6 +20,8 @@ use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat, openat};
 use tempfile::{Builder, NamedTempFile};
 use thiserror::Error;
 
+use crate::failure::{Classified, Kind};
+
 /// How a file that is not complete is called: this, and letters by chance.
 pub const UNFINISHED: &str = ".hindsight-";
 /// The name of standard output.
@@ -422,6 +424,15 @@ fn name(file: &File, path: &Path) -> std::io::Result<()> {
 
 fn by_descriptor(file: &File) -> PathBuf {
     format!("/proc/self/fd/{}", file.as_raw_fd()).into()
+}
+
+impl Classified for OutputError {
+    fn kind(&self) -> Kind {
+        match self {
+            OutputError::Refused { .. } => Kind::BadInput,
+            OutputError::Write { .. } => Kind::HostFailed,
+        }
+    }
 }
 
 #[cfg(test)]

@@ -7,10 +7,10 @@
 use std::collections::BTreeMap;
 use std::sync::OnceLock;
 
-use hindsight::boot::{self, Given, GuestRam, OutOfRam};
 use hindsight_kernel::rewrite::rewritten::{self, Changes, Rewritten};
 use hindsight_kernel::rewrite::{caves, modules};
 use hindsight_kernel::{Elf, Found, Kernel, Modules, QuickPlan, find_sites, unpack};
+use hindsight_vmm::boot::{self, Given, GuestRam, OutOfRam};
 
 const PAGE: u64 = 4096;
 const RAM_BYTES: u64 = 64 << 20;

@@ -178,7 +178,7 @@ fn has_windows(ran: &Ran) -> bool {
     if ran.tally.windows > 0 {
         return true;
     }
-    let Err(why) = in_time(hindsight::doctor::check_recorder) else {
+    let Err(why) = in_time(hindsight_vmm::doctor::check_recorder) else {
         panic!("no window opened: {:?}", ran.counts);
     };
     eprintln!("skipped: no window opened, and {why}");
@@ -230,7 +230,7 @@ fn flags_that_are_pushed_or_popped_after_sti_are_those_of_a_cpu() {
 fn no_instruction_after_the_byte_of_an_sti_ends_a_recording() {
     // `mov al, 0xfb`, whose last byte looks like STI, and then what KVM cannot step over. The guest comes there by IRETQ,
     // with an interrupt pending, which is what opens the window right there.
-    if let Err(why) = in_time(hindsight::doctor::check_recorder) {
+    if let Err(why) = in_time(hindsight_vmm::doctor::check_recorder) {
         eprintln!("skipped: {why}");
         return;
     }

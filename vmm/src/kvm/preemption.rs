@@ -15,7 +15,7 @@ use super::debug::DebugExit;
 use super::entries::EntryStop;
 use super::error::{KvmError, Named};
 use super::vcpu::KvmCpu;
-use crate::counting::HostCounter;
+use crate::perf::HostCounter;
 
 /// RFLAGS.RF: the next instruction runs past its breakpoint (Intel SDM vol. 3, 17.3.1.1).
 const RFLAGS_RF: u64 = 1 << 16;

@@ -111,12 +111,6 @@ pub fn share(kvm: &Kvm) -> std::io::Result<Kvm> {
     Ok(unsafe { Kvm::from_raw_fd(fd) })
 }
 
-/// EAX, EBX, ECX and EDX of the host's own CPUID.
-pub fn host_cpuid(leaf: u32) -> [u32; 4] {
-    let answer = std::arch::x86_64::__cpuid(leaf);
-    [answer.eax, answer.ebx, answer.ecx, answer.edx]
-}
-
 /// An exception or interrupt that the guest has no entry for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fault {
