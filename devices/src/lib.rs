@@ -1,9 +1,9 @@
 //! The machine the guest sees, as plain state machines.
 //!
-//! No unsafe, no clock, no file, no thread, no KVM. A [`Board`] takes an [`Access`] and
-//! answers with a [`Reply`], working on what is [`Around`] it; takes an [`Input`]; is told what time it is; and says whether it
-//! wants an interrupt delivered. Whatever a guest does is answered with data; an assertion
-//! that fails is a bug of ours.
+//! No unsafe, no clock, no file, no thread, no KVM. A [`Board`] takes an [`Access`] and answers with a
+//! [`Reply`], working on what is [`Around`] it; takes an [`Input`]; is told what time it is; and says whether
+//! it wants an interrupt delivered. Whatever a guest does is answered with data; an assertion that fails is a
+//! bug of ours.
 #![forbid(unsafe_code)]
 
 mod access;

@@ -1,5 +1,7 @@
 //! The one loop: a vCPU, a board, and the door.
 //!
+//! Long, because the loop is one thing, and reads best from top to bottom.
+//!
 //! Recording, replaying and running bare are this loop over different doors. Nothing in it asks
 //! which.
 

@@ -8,6 +8,7 @@ use hindsight_replay::{
 };
 use hindsight_tests::sim::{Scenario, Trace};
 use hindsight_tests::sim_world::SimWorld;
+use hindsight_tests::skip::skip;
 use hindsight_vmm::kvm::KvmCpu;
 use hindsight_vmm::session::{LoadedKernel, build, describe};
 use kvm_ioctls::Kvm;
@@ -100,7 +101,7 @@ fn kernel() -> Vec<u8> {
 /// The host's KVM, or word of what is missing.
 fn kvm() -> Option<Kvm> {
     Kvm::new()
-        .inspect_err(|error| eprintln!("skipped: /dev/kvm does not open: {error}"))
+        .inspect_err(|error| skip(&format!("/dev/kvm does not open: {error}")))
         .ok()
 }
 

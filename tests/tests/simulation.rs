@@ -1,5 +1,7 @@
 //! Thousands of seeds, each a machine, a program and a world, through the production loop.
 //!
+//! Long, because each is one claim about the same loop over the same seeds.
+//!
 //! `HINDSIGHT_SIM_SEEDS` says how many seeds (default 5,000), `HINDSIGHT_SIM_SEED` picks one. A
 //! failure names its seed and how to run it alone.
 

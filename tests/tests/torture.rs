@@ -2,6 +2,7 @@
 //! interrupt one instruction off changes that. Rings 0 and 3, where the host's KVM has both;
 //! else the test says so and passes.
 
+use hindsight_tests::skip::skip;
 use std::time::Duration;
 
 use hindsight_guest_images::layout::DATA;
@@ -68,7 +69,7 @@ fn reaches(reach: Reach) -> bool {
 /// Does `work` with a VM, where the host's KVM reaches so far.
 fn with_vm(reach: Reach, work: impl FnOnce(&mut ProbeVm) + Send + 'static) {
     if !reaches(reach) {
-        eprintln!("skipped: there is no KVM here that does {reach:?}");
+        skip(&format!("there is no KVM here that does {reach:?}"));
         return;
     }
     let result = bounded(LIMIT, |late| {

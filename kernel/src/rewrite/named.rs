@@ -13,10 +13,10 @@ use iced_x86::{Instruction, OpKind};
 
 use crate::image::{Code, Elf};
 
-/// Sections without anything that leads to code: text, types, and what the unwinder knows of each
-/// instruction, reached or not. The alternatives are read by [`crate::rewrite::alternatives`]. The list of all calls is there to
-/// patch where they lead, and Linux passes over what is no call any more (arch/x86/kernel/callthunks.c,
-/// `call_get_dest`).
+/// Sections without anything that leads to code: text, types, and what the unwinder knows of each instruction,
+/// reached or not. The alternatives are read by [`crate::rewrite::alternatives`]. The list of all calls is
+/// there to patch where they lead, and Linux passes over what is no call any more
+/// (arch/x86/kernel/callthunks.c, `call_get_dest`).
 const SILENT: [&str; 8] = [
     ".call_sites",
     ".BTF",

@@ -14,13 +14,14 @@ impl KvmCpu {
             words,
             stub,
             stub_bytes,
-        }) = &self.text.clock
+        }) = &self.vm.text.clock
         else {
             return;
         };
         let mut found = stub_bytes.map(|_| 0);
-        if self.memory.read(*stub, &mut found) && found == *stub_bytes {
-            self.memory
+        if self.vm.memory.read(*stub, &mut found) && found == *stub_bytes {
+            self.vm
+                .memory
                 .write(*words, &clock.to_bytes())
                 .expect("the loader wrote behind it");
         }

@@ -149,8 +149,8 @@ impl KvmCpu {
     /// The counter of kernel entries.
     pub fn entries(&mut self) -> EntryCounter<'_> {
         EntryCounter {
-            memory: &mut self.memory,
-            state: &mut self.entries,
+            memory: &mut self.vm.memory,
+            state: &mut self.vm.entries,
         }
     }
 
@@ -165,8 +165,8 @@ impl KvmCpu {
         let rip = self.rip();
         let out = [rip, rip.wrapping_sub(2)]
             .into_iter()
-            .find(|&at| self.entries.stub_at(at).is_some())?;
-        let number = self.entries.target?;
+            .find(|&at| self.vm.entries.stub_at(at).is_some())?;
+        let number = self.vm.entries.target?;
         let reached = self.entries().done() == number;
         reached.then_some(EntryStop { number, rip: out })
     }
@@ -187,7 +187,7 @@ impl KvmCpu {
 
     /// Puts stubs between the gates of the IDT and the entries they lead to, if those are final.
     pub(super) fn hook_gates(&mut self, sregs: &kvm_sregs) -> Result<(), KvmError> {
-        if self.entries.caves.is_none() {
+        if self.vm.entries.caves.is_none() {
             return Ok(());
         }
         let mut table = [0; (VECTORS[VECTORS.len() - 1] as usize + 1) * GATE_BYTES];
@@ -209,35 +209,35 @@ impl KvmCpu {
 
     /// The gate with a stub before its entry; `None` if it is to stay as it is.
     fn hooked(&mut self, index: usize, gate: u128) -> Option<u128> {
-        let entry = entry_of(gate).filter(|&entry| !self.text.is_init(entry))?;
+        let entry = entry_of(gate).filter(|&entry| !self.vm.text.is_init(entry))?;
         Some(leading_to(gate, self.install(index, entry)?))
     }
 
     /// Writes the stub that counts and goes on at `entry`. Returns its address; `None` if it stands
     /// there already, or cannot.
     fn install(&mut self, index: usize, entry: u64) -> Option<u64> {
-        let caves = self.entries.caves?;
+        let caves = self.vm.entries.caves?;
         let offset = index as u64 * STUB_BYTES;
         let (at, gpa) = (caves.stubs.address + offset, caves.stubs.physical + offset);
-        let behind = self.entries.behind[index].take();
+        let behind = self.vm.entries.behind[index].take();
         if entry == at {
-            self.entries.behind[index] = behind;
+            self.vm.entries.behind[index] = behind;
             return None;
         }
         // Another kernel may have taken this one's place (kexec): then these addresses are no longer ours.
         let mut found = NO_STUB;
-        let ours = self.memory.read(gpa, &mut found)
+        let ours = self.vm.memory.read(gpa, &mut found)
             && (found == NO_STUB
                 || behind.is_some_and(|e| Some(found) == stub(at, caves.word.address, e)));
         let view = self.view().ok()?;
         let mapped = view.translate(at) == Some(gpa)
             && view.translate(caves.word.address) == Some(caves.word.physical);
         let bytes = stub(at, caves.word.address, entry)?;
-        if !ours || !mapped || self.memory.write(gpa, &bytes).is_err() {
+        if !ours || !mapped || self.vm.memory.write(gpa, &bytes).is_err() {
             return None;
         }
-        self.entries.behind[index] = Some(entry);
-        self.counts.entry_points = self.entries.behind.iter().flatten().count() as u32;
+        self.vm.entries.behind[index] = Some(entry);
+        self.counts.entry_points = self.vm.entries.behind.iter().flatten().count() as u32;
         Some(at)
     }
 }

@@ -43,7 +43,8 @@ pub struct Operator {
 }
 
 impl Operator {
-    /// Listens to signals from now on; `notice` tells the operator something, in words, from whatever thread. To be called by the main thread while it is the only one.
+    /// Listens to signals from now on; `notice` tells the operator something, in words, from whatever thread.
+    /// To be called by the main thread while it is the only one.
     pub fn listen(notice: fn(&str)) -> std::io::Result<Arc<Operator>> {
         let operator = Arc::new(Operator {
             notice,
