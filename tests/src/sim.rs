@@ -492,6 +492,8 @@ impl Unchecked {
 }
 
 impl Outside for Unchecked {
+    type Closed = Closed;
+
     fn time(&mut self, query: &hindsight_replay::TimeQuery) -> Result<Nanos, Closed> {
         let ahead_ns = self.times.get(&query.exits).copied().unwrap_or(0);
         Ok(query

@@ -144,7 +144,7 @@ impl Bench {
     fn run(
         &self,
         seed: u64,
-        outside: &mut dyn Outside,
+        outside: &mut dyn Outside<Closed = Closed>,
     ) -> Result<(End, Ran), Box<dyn std::error::Error>> {
         let guest = micro::torture(Torture {
             seed,
@@ -255,7 +255,9 @@ struct Poke<O> {
     drawn: Option<(u64, Horizon)>,
 }
 
-impl<O: Outside> Outside for Poke<O> {
+impl<O: Outside<Closed = Closed>> Outside for Poke<O> {
+    type Closed = Closed;
+
     fn horizon(&mut self, standing: &Standing) -> Result<Horizon, Closed> {
         self.inner.horizon(standing)?;
         Ok(match self.drawn {

@@ -5,11 +5,9 @@
 
 use hindsight_devices::FRAME_BYTES_MAX;
 
-use crate::event::{Entry, Event, LeftOpen};
+use super::event::{Entry, Event};
+use crate::machine::{ARRIVALS_MAX, LeftOpen};
 
-/// How many inputs reach a machine at one exit; what more there is waits for the next one. Linux takes as
-/// many frames at a time from a network card.
-pub const ARRIVALS_MAX: usize = 64;
 /// The longest event: an input that is the longest Ethernet frame, and what stands before its bytes.
 pub const EVENT_RAW_MAX: usize = FRAME_BYTES_MAX + 64;
 /// A frame with this many raw bytes is closed as soon as it can be.

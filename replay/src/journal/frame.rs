@@ -3,8 +3,9 @@
 use hindsight_devices::Nanos;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
-use crate::event::{Codec, Entry};
-use crate::limits::{FRAME_PAYLOAD_MAX, FRAME_RAW_MAX, Rules};
+use super::codec::Codec;
+use super::event::Entry;
+use super::limits::{FRAME_PAYLOAD_MAX, FRAME_RAW_MAX, Rules};
 
 /// First bytes of every frame.
 pub const FRAME_MAGIC: [u8; 4] = *b"HSfr";

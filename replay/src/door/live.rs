@@ -3,13 +3,13 @@
 
 use hindsight_devices::{FirstReads, Input, Nanos, Room};
 
-use crate::chaos::Chaos;
-use crate::digest::{Digest, MemoryDigest};
-use crate::event::{End, Ending, LeftOpen};
-use crate::exit::Turn;
-use crate::landing::{Horizon, Place, Unit};
-use crate::moment::Moment;
-use crate::outside::{Closed, Outside, Standing, TimeQuery, World};
+use super::chaos::Chaos;
+use super::closed::Closed;
+use super::world::World;
+use crate::machine::{
+    Digest, End, Ending, Horizon, LeftOpen, MemoryDigest, Moment, Outside, Place, Standing,
+    TimeQuery, Turn, Unit,
+};
 
 /// Guest time may be this far from the host's before it is corrected. A smaller tolerance buys a
 /// finer clock with a larger journal.
@@ -157,6 +157,8 @@ impl<W: World> Live<W> {
 }
 
 impl<W: World> Outside for Live<W> {
+    type Closed = Closed;
+
     fn time(&mut self, query: &TimeQuery) -> Result<Nanos, Closed> {
         let TimeQuery {
             earliest,

@@ -14,8 +14,7 @@ use std::collections::BTreeMap;
 
 use hindsight_devices::Nanos;
 
-use crate::landing::{Horizon, Unit};
-use crate::outside::{Standing, TimeQuery};
+use crate::machine::{Horizon, Standing, TimeQuery, Unit};
 use crate::rng::Rng;
 
 /// A stall is at most this long, unless the next timer is further away. Two or three time slices

@@ -5,16 +5,14 @@ use std::io::Read;
 
 use hindsight_devices::{FirstReads, Input, Nanos, Room};
 
-use crate::digest::{Digest, Likeness, MemoryDigest};
-use crate::divergence::{Difference, Divergence, first_difference};
-use crate::event::{End, Ending, Entry, Event, LeftOpen};
-use crate::exit::Turn;
-use crate::header::Detail;
-use crate::journal::{JournalError, JournalReader, TailReason};
-use crate::landing::{Horizon, Place};
-use crate::moment::Moment;
-use crate::outside::{Closed, Outside, Standing, TimeQuery};
-use crate::recorder::WITNESS_EVERY;
+use super::closed::Closed;
+use super::divergence::{Difference, Divergence, first_difference};
+use super::recorder::WITNESS_EVERY;
+use crate::journal::{Detail, Entry, Event, JournalError, JournalReader, TailReason};
+use crate::machine::{
+    Digest, End, Ending, Horizon, LeftOpen, Likeness, MemoryDigest, Moment, Outside, Place,
+    Standing, TimeQuery, Turn,
+};
 
 /// How many turns a divergence report shows.
 const HISTORY: usize = 8;
@@ -206,6 +204,8 @@ impl<R: Read> Replayer<R> {
 }
 
 impl<R: Read> Outside for Replayer<R> {
+    type Closed = Closed;
+
     fn time(&mut self, query: &TimeQuery) -> Result<Nanos, Closed> {
         let exits = query.exits;
         self.nothing_missed(exits)?;

@@ -2,9 +2,7 @@
 
 use std::fmt;
 
-use crate::digest::MemoryDigest;
-use crate::exit::{Registers, Turn};
-use crate::moment::Moment;
+use crate::machine::{MemoryDigest, Moment, Registers, Turn};
 
 /// One thing that differs.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -3,115 +3,50 @@
 //! Recording, replaying and running bare are this loop over different doors. Nothing in it asks
 //! which.
 
+mod cpu;
+mod cpuid_table;
+mod digest;
+mod ending;
+mod exit;
+mod landing;
+mod left_open;
+mod moment;
+mod observer;
+mod outside;
+mod place;
+mod quick_clock;
+
 use hindsight_devices::{
     Access, Around, Board, Devices, Input, Nanos, Output, POSTED_PORT, Ram, Reply, Room, Storage,
     StorageError, Width,
 };
 use thiserror::Error;
 
-use crate::cpuid::CpuidTable;
-use crate::digest::{Digest, MemoryDigest};
-use crate::event::{End, Ending, LeftOpen};
-use crate::exit::{Answer, Exit, Registers, TimeInstruction, Turn};
-use crate::landing::{Horizon, Unit};
-use crate::limits::ARRIVALS_MAX;
-use crate::moment::Moment;
-use crate::outside::{Closed, Outside, Standing, TimeQuery};
-use crate::quick::{QuickReads, ShownClock};
+pub use cpu::{Back, Cpu};
+pub use cpuid_table::{CpuidEntry, CpuidTable};
+pub use digest::{Digest, Likeness, MemoryDigest, PAGE_BYTES};
+pub use ending::{End, Ending};
+pub use exit::{Answer, Exit, Mode, Registers, TimeInstruction, Turn};
+pub use landing::{Ahead, Counter, Lander, Overshoot, Walk, Went};
+pub use left_open::LeftOpen;
+pub use moment::{ExitNumber, Moment};
+pub use observer::Observer;
+pub use outside::{Closing, Outside, Standing, TimeQuery};
+pub use place::{Horizon, Place, Unit};
+pub use quick_clock::{QuickReads, ShownClock};
+
+/// How many inputs reach a machine at one exit; what more there is waits for the next one. Linux takes as
+/// many frames at a time from a network card.
+pub const ARRIVALS_MAX: usize = 64;
 
 /// A timer takes as long to fire as so many exits take by the rule of guest time, at least. Linux programs its next
 /// timer, sets up a signal's frame and is back in the program in fewer, so the program gets on even where
 /// a timer's period is shorter than an exit.
 const TIMER_LATENCY_EXITS: u64 = 4;
 
-/// What brings a vCPU back.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Back {
-    /// Something the guest did, or the place at which it was stopped. It counts.
-    Exit(Exit),
-    /// The interrupt window that was asked for is open. Does not count: the place is the guest's,
-    /// but whether KVM needs an exit to reach it is not.
-    Window,
-    /// The host interrupted it. Does not count.
-    Kicked,
-}
-
-/// A vCPU and the memory it works on.
-pub trait Cpu {
-    /// What can go wrong on the host.
-    type Error: std::error::Error;
-
-    /// Runs until something brings it back, at the latest at the horizon. A vCPU that cannot count
-    /// what a horizon between exits asks for runs to its next exit.
-    fn run(&mut self, horizon: Horizon) -> Result<Back, Self::Error>;
-    /// The next write that the guest has made since the exit before this one without an exit of its own, in
-    /// the order in which they were made: of bytes to [`POSTED_PORT`], of which at most
-    /// [`hindsight_devices::POSTED_MAX`] wait. Asked for at each counted exit until there is none.
-    fn posted(&mut self) -> Result<Option<u8>, Self::Error> {
-        Ok(None)
-    }
-    /// The registers as the guest left them when it came back.
-    fn registers(&mut self) -> Registers;
-    /// Hands the answer to the exit; the instruction may stay unfinished until it runs again. HLT
-    /// may not: the registers behind it are read at each wake-up, before anything runs.
-    fn answer(&mut self, exit: &Exit, answer: &Answer) -> Result<(), Self::Error>;
-    /// Finishes the instruction of the last exit. Tells whether an interrupt can be taken there.
-    fn settle(&mut self) -> Result<bool, Self::Error>;
-    /// Delivers an interrupt; [`Cpu::settle`] has just said that it can be taken.
-    fn interrupt(&mut self, vector: u8) -> Result<(), Self::Error>;
-    /// Asks for [`Back::Window`] as soon as the guest takes interrupts, or no more.
-    fn request_window(&mut self, wanted: bool);
-    /// Sets the clock that the guest reads without an exit. Asked for at each counted exit, behind its
-    /// answer, of a machine with [`QuickReads`].
-    fn show_clock(&mut self, clock: ShownClock);
-    /// A number for the place in its programs that the guest is at, or that its kernel works for, as
-    /// far as that can be told. A hint: nothing that a replay does may depend on it.
-    fn site(&mut self) -> Option<u64> {
-        None
-    }
-    /// Reads guest memory at a guest-virtual address, as far as it is mapped; returns how many bytes. Asked
-    /// for at counted exits only.
-    fn read(&mut self, _gva: u64, _buffer: &mut [u8]) -> usize {
-        0
-    }
-    /// What was found to be left open since it was asked last: asked at each counted exit, behind its answer, and once
-    /// more, `at_end`, where the machine has ended. A function of what the guest did at counted exits and of its memory
-    /// there.
-    fn left_open(&mut self, _at_end: bool) -> Vec<LeftOpen> {
-        Vec::new()
-    }
-    /// Guest memory, for devices that move data by themselves.
-    fn ram(&self) -> &Ram;
-    /// The digest of all of memory.
-    fn memory_digest(&mut self) -> Result<MemoryDigest, Self::Error>;
-}
-
-/// Sees what the machine does; cannot change it.
-pub trait Observer {
-    /// Something left the machine.
-    fn output(&mut self, _exits: u64, _now: Nanos, _output: &Output) {}
-    /// Something reached it from outside.
-    fn input(&mut self, _exits: u64, _now: Nanos, _input: &Input) {}
-    /// These bytes were written between the exit before and this one, without an exit.
-    fn posted(&mut self, _exits: u64, _bytes: &[u8]) {}
-    /// A turn has happened.
-    fn turn(&mut self, _exits: u64, _turn: &Turn) {}
-    /// An interrupt was delivered.
-    fn interrupt(&mut self, _at: &Moment, _vector: u8, _now: Nanos) {}
-    /// Something was found to be left open.
-    fn left_open(&mut self, _exits: u64, _what: LeftOpen) {}
-    /// Memory was digested.
-    fn memory(&mut self, _exits: u64, _digest: MemoryDigest) {}
-    /// The vCPU was kicked and nothing else happened.
-    fn kicked(&mut self, _exits: u64) {}
-}
-
-/// Sees nothing.
-impl Observer for () {}
-
 /// Why the loop came to its end other than by the run's own ending.
 #[derive(Debug, Error)]
-pub enum RunError<E: std::error::Error> {
+pub enum RunError<E: std::error::Error, D: Closing> {
     /// The host's virtual CPU failed.
     #[error("at {at}: {source}")]
     Cpu {
@@ -132,7 +67,7 @@ pub enum RunError<E: std::error::Error> {
     },
     /// The door closed.
     #[error("{0}")]
-    Closed(Closed),
+    Closed(D),
 }
 
 /// What was counted during a run.
@@ -257,7 +192,7 @@ impl Machine {
         cpu: &mut C,
         outside: &mut O,
         observer: &mut dyn Observer,
-    ) -> Result<End, RunError<C::Error>> {
+    ) -> Result<End, RunError<C::Error, O::Closed>> {
         let failure = match self.turns(cpu, outside, observer) {
             Ok(ending) => match self.finish(ending, cpu, outside, observer) {
                 Ok(end) => return Ok(end),
@@ -281,7 +216,7 @@ impl Machine {
         cpu: &mut C,
         outside: &mut O,
         observer: &mut dyn Observer,
-    ) -> Result<Ending, RunError<C::Error>> {
+    ) -> Result<Ending, RunError<C::Error, O::Closed>> {
         loop {
             let horizon = match outside.horizon(&self.standing()) {
                 Ok(horizon) => horizon,
@@ -320,7 +255,7 @@ impl Machine {
         cpu: &mut C,
         outside: &mut O,
         observer: &mut dyn Observer,
-    ) -> Result<Next, RunError<C::Error>> {
+    ) -> Result<Next, RunError<C::Error, O::Closed>> {
         let registers = cpu.registers();
         self.at = Moment {
             exits: self.at.exits + 1,
@@ -413,7 +348,10 @@ impl Machine {
 
     /// What the guest has written since the exit before: it was then, so it comes before all that this
     /// exit brings.
-    fn pass_posted<C: Cpu>(&mut self, cpu: &mut C) -> Result<Vec<u8>, RunError<C::Error>> {
+    fn pass_posted<C: Cpu, D: Closing>(
+        &mut self,
+        cpu: &mut C,
+    ) -> Result<Vec<u8>, RunError<C::Error, D>> {
         let mut bytes = Vec::new();
         while let Some(byte) = self.cpu(cpu.posted())? {
             let write = Access::PortWrite {
@@ -446,7 +384,7 @@ impl Machine {
         found: Vec<LeftOpen>,
         outside: &mut O,
         observer: &mut dyn Observer,
-    ) -> Result<(), Closed> {
+    ) -> Result<(), O::Closed> {
         for what in found {
             outside.left_open(self.at.exits, what)?;
             observer.left_open(self.at.exits, what);
@@ -467,12 +405,12 @@ impl Machine {
         }
     }
 
-    fn pass_time<O: Outside + ?Sized, E: std::error::Error>(
+    fn pass_time<E: std::error::Error, O: Outside + ?Sized>(
         &mut self,
         exit: &Exit,
         site: Option<u64>,
         outside: &mut O,
-    ) -> Result<(), RunError<E>> {
+    ) -> Result<(), RunError<E, O::Closed>> {
         let deadline = self.board.deadline();
         // What a running guest may have been shown since the last exit lies below this.
         let earliest = match &self.quick_reads {
@@ -511,11 +449,11 @@ impl Machine {
         Ok(())
     }
 
-    fn answer<E: std::error::Error>(
+    fn answer<E: std::error::Error, D: Closing>(
         &mut self,
         exit: &Exit,
         ram: &Ram,
-    ) -> Result<Answer, RunError<E>> {
+    ) -> Result<Answer, RunError<E, D>> {
         Ok(match *exit {
             Exit::Access(access) => match self.access(access, ram)? {
                 Reply::Value(value) => Answer::Value(value),
@@ -547,11 +485,11 @@ impl Machine {
         })
     }
 
-    fn access<E: std::error::Error>(
+    fn access<E: std::error::Error, D: Closing>(
         &mut self,
         access: Access,
         ram: &Ram,
-    ) -> Result<Reply, RunError<E>> {
+    ) -> Result<Reply, RunError<E, D>> {
         let mut around = Around {
             ram,
             storage: &mut *self.storage,
@@ -591,7 +529,7 @@ impl Machine {
         cpu: &mut C,
         outside: &mut O,
         observer: &mut dyn Observer,
-    ) -> Result<(), RunError<C::Error>> {
+    ) -> Result<(), RunError<C::Error, O::Closed>> {
         // IF alone decides whether settling is worth a round trip: no exit changes it, and where it
         // is clear no interrupt can be taken.
         if self.board.interrupt_pending()
@@ -622,7 +560,7 @@ impl Machine {
         cpu: &mut C,
         outside: &mut O,
         observer: &mut dyn Observer,
-    ) -> Result<End, RunError<C::Error>> {
+    ) -> Result<End, RunError<C::Error, O::Closed>> {
         // A guest that was stopped between exits stands at no moment, and neither does its memory.
         let memory = match ending {
             Ending::StoppedRunning => None,
@@ -643,7 +581,10 @@ impl Machine {
         Ok(end)
     }
 
-    fn cpu<T, E: std::error::Error>(&self, result: Result<T, E>) -> Result<T, RunError<E>> {
+    fn cpu<T, E: std::error::Error, D: Closing>(
+        &self,
+        result: Result<T, E>,
+    ) -> Result<T, RunError<E, D>> {
         result.map_err(|source| RunError::Cpu {
             at: self.at,
             source,
@@ -661,9 +602,10 @@ fn panic_reason<C: Cpu>(message: u64, cpu: &mut C) -> String {
     String::from_utf8_lossy(line.unwrap_or_default()).into_owned()
 }
 
-fn ended<E: std::error::Error>(closed: Closed) -> Result<Ending, RunError<E>> {
-    match closed {
-        Closed::End(ending) => Ok(ending),
-        closed => Err(RunError::Closed(closed)),
+/// How the run is over, if that is why the door closed.
+fn ended<E: std::error::Error, D: Closing>(closed: D) -> Result<Ending, RunError<E, D>> {
+    match closed.ending() {
+        Some(ending) => Ok(ending.clone()),
+        None => Err(RunError::Closed(closed)),
     }
 }

@@ -1,21 +1,17 @@
 //! Writes down what passes through another door.
 //!
-//! Over a [`crate::Live`] door this is the recorder; over a [`crate::Replayer`] it turns one
+//! Over a [`super::Live`] door this is the recorder; over a [`super::Replayer`] it turns one
 //! recording into another of a different detail.
 
 use std::io::Write;
 
 use hindsight_devices::{FirstReads, Input, Nanos, Room};
 
-use crate::digest::{Digest, MemoryDigest};
-use crate::event::{End, Event, LeftOpen};
-use crate::exit::Turn;
-use crate::frame::IndexEntry;
-use crate::header::{Detail, Header};
-use crate::journal::{JournalError, JournalWriter};
-use crate::landing::Horizon;
-use crate::moment::Moment;
-use crate::outside::{Closed, Outside, Standing, TimeQuery};
+use super::closed::Closed;
+use crate::journal::{Detail, Event, Header, IndexEntry, JournalError, JournalWriter};
+use crate::machine::{
+    Digest, End, Horizon, LeftOpen, MemoryDigest, Moment, Outside, Standing, TimeQuery, Turn,
+};
 
 /// Every so many exits a witness of the digest is written: drift is noticed at most this late
 /// where a recording holds no whole turns.
@@ -23,7 +19,7 @@ pub const WITNESS_EVERY: u64 = 16;
 
 /// A door that writes down what the door behind it says.
 #[derive(Debug)]
-pub struct Recorder<O: Outside, W: Write> {
+pub struct Recorder<O: Outside<Closed = Closed>, W: Write> {
     inner: O,
     journal: JournalWriter<W>,
     detail: Detail,
@@ -34,7 +30,7 @@ pub struct Recorder<O: Outside, W: Write> {
     now: Nanos,
 }
 
-impl<O: Outside, W: Write> Recorder<O, W> {
+impl<O: Outside<Closed = Closed>, W: Write> Recorder<O, W> {
     /// Starts a journal in `sink` for what passes through `inner`.
     pub fn create(inner: O, sink: W, header: &Header) -> Result<Recorder<O, W>, JournalError> {
         let journal = JournalWriter::create(sink, header)?;
@@ -84,7 +80,9 @@ impl<O: Outside, W: Write> Recorder<O, W> {
     }
 }
 
-impl<O: Outside, W: Write> Outside for Recorder<O, W> {
+impl<O: Outside<Closed = Closed>, W: Write> Outside for Recorder<O, W> {
+    type Closed = Closed;
+
     fn time(&mut self, query: &TimeQuery) -> Result<Nanos, Closed> {
         // Everything that belongs to earlier exits has been said by now.
         self.journal
