@@ -18,17 +18,17 @@ pub use door::{
     WITNESS_EVERY, World, first_difference,
 };
 pub use journal::{
-    Content, CounterFacts, DISK_BYTES_MAX, Detail, EVENT_RAW_MAX, Entries, Entry, Event,
-    FRAME_HEAD_BYTES, FRAME_MAGIC, FRAME_PAYLOAD_MAX, FRAME_RAW_MAX, Frame, FrameHead, HEADER_MAX,
-    Header, Host, Image, IndexEntry, JournalError, JournalReader, JournalWriter, KERNEL_BYTES_MAX,
-    MAGIC, MEMORY_BYTES_MAX, MachineDescription, OperatorConsole, Tail, TailReason, TrapCounts,
-    VERSION,
+    Content, CounterFacts, DISK_BYTES_MAX, Detail, EVENT_RAW_MAX, Event, FRAME_HEAD_BYTES,
+    FRAME_MAGIC, FRAME_PAYLOAD_MAX, FRAME_RAW_MAX, Frame, FrameHead, HEADER_MAX, Header, Host,
+    Image, IndexEntry, JournalError, JournalReader, JournalWriter, KERNEL_BYTES_MAX, MAGIC,
+    MEMORY_BYTES_MAX, MachineDescription, OperatorConsole, Record, Records, Tail, TailReason,
+    TrapCounts, VERSION,
 };
 pub use machine::{
     ARRIVALS_MAX, Ahead, Answer, Back, Closing, Counter, Cpu, CpuidEntry, CpuidTable, Digest, End,
     Ending, Exit, ExitNumber, Horizon, Lander, LeftOpen, Likeness, Machine, MemoryDigest, Mode,
-    Moment, Observer, Outside, Overshoot, PAGE_BYTES, Place, QuickReads, Registers, ShownClock,
-    Standing, Tally, TimeInstruction, TimeQuery, Turn, Unit, Walk, Went,
+    Moment, Observer, Outside, Overshoot, PAGE_BYTES, Place, Position, QuickReads, Registers,
+    ShownClock, Tally, TimeInstruction, TimeQuery, Turn, Unit, Walk, WalkEnd,
 };
 
 /// Why a machine came to its end other than by the run's own ending.

@@ -27,7 +27,7 @@ use hindsight_replay::{
     Answer, Closed, CpuidTable, Detail, End, Ending, Event, Exit, JournalReader, Live, Mode,
     Moment, Observer, Recorder, Registers, Replayer, RunError, Tally, TimeInstruction, Turn,
 };
-use hindsight_tests::sim::{Scenario, Trace, entries_of, machine_of};
+use hindsight_tests::sim::{Scenario, Trace, machine_of, records_of};
 use hindsight_tests::sim_world::SimWorld;
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
@@ -1119,9 +1119,9 @@ fn what_is_typed_comes_back_as_an_echo() {
     let runs = proved(&guest);
     let mut echoed = 0;
     for ran in &runs {
-        let inputs = entries_of(&ran.journal).into_iter();
+        let inputs = records_of(&ran.journal).into_iter();
         let typed: Vec<u8> = inputs
-            .filter_map(|entry| match entry.event {
+            .filter_map(|record| match record.event {
                 Event::Input(Input::Console(bytes)) => Some(bytes),
                 _ => None,
             })

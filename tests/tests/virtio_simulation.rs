@@ -8,7 +8,7 @@ use hindsight_replay::{
     Closed, Detail, Difference, End, Event, Header, Image, JournalReader, Live, Machine, Observer,
     Recorder, Replayer, RunError, TailReason, World,
 };
-use hindsight_tests::sim::{Scenario, cpuid_table, entries_of};
+use hindsight_tests::sim::{Scenario, cpuid_table, records_of};
 use hindsight_tests::toy_disks::ToyDisks;
 use hindsight_tests::toy_driver::ToyDriver;
 
@@ -154,9 +154,9 @@ fn whatever_goes_through_rings_replays_equal() {
             frames += usize::from(matches!(output, Output::Frame(_)));
             consoles += usize::from(matches!(output, Output::VirtioConsole(_)));
         }
-        for entry in entries_of(&recorded.journal) {
-            events[entry.event.kind()] += 1;
-            match entry.event {
+        for record in records_of(&recorded.journal) {
+            events[record.event.kind()] += 1;
+            match record.event {
                 Event::Input(Input::Frame(_)) => inputs[0] += 1,
                 Event::Input(Input::Entropy(_)) => inputs[1] += 1,
                 Event::Input(Input::VirtioConsole(_)) => inputs[2] += 1,

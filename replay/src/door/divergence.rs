@@ -16,7 +16,7 @@ pub enum Difference {
         /// What the replay did.
         found: String,
     },
-    /// The digest differs; the first difference lies behind `equal_through`.
+    /// The digest differs; the first difference lies after `equal_through`.
     Witness {
         /// The last exit at which the digests were seen to be equal.
         equal_through: u64,

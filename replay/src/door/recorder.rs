@@ -10,7 +10,7 @@ use hindsight_devices::{FirstReads, Input, Nanos, Room};
 use super::closed::Closed;
 use crate::journal::{Detail, Event, Header, IndexEntry, JournalError, JournalWriter};
 use crate::machine::{
-    Digest, End, Horizon, LeftOpen, MemoryDigest, Moment, Outside, Standing, TimeQuery, Turn,
+    Digest, End, Horizon, LeftOpen, MemoryDigest, Moment, Outside, Position, TimeQuery, Turn,
 };
 
 /// Every so many exits a witness of the digest is written: drift is noticed at most this late
@@ -165,12 +165,12 @@ impl<O: Outside<Closed = Closed>, W: Write> Outside for Recorder<O, W> {
         self.inner.memory(exits, digest)
     }
 
-    fn horizon(&mut self, standing: &Standing) -> Result<Horizon, Closed> {
-        self.inner.horizon(standing)
+    fn horizon(&mut self, position: &Position) -> Result<Horizon, Closed> {
+        self.inner.horizon(position)
     }
 
-    fn kicked(&mut self, standing: &Standing) -> Result<(), Closed> {
-        self.inner.kicked(standing)
+    fn kicked(&mut self, position: &Position) -> Result<(), Closed> {
+        self.inner.kicked(position)
     }
 
     fn end(&mut self, exits: u64, end: &End) -> Result<(), Closed> {

@@ -7,7 +7,7 @@
 use hindsight_devices::{Input, Nanos};
 use serde::{Deserialize, Serialize};
 
-use super::event::{Entry, Event};
+use super::event::{Event, Record};
 use super::limits::EVENT_RAW_MAX;
 use crate::machine::{
     Answer, End, Exit, LeftOpen, MemoryDigest, Moment, Place, Registers, Turn, Unit,
@@ -27,7 +27,7 @@ enum Wire {
         ahead_ns: i64,
     },
     Input(Input),
-    /// At the exit itself or in a window that opened behind it; `rip` against the RIP of the
+    /// At the exit itself or in a window that opened after it; `rip` against the RIP of the
     /// interrupt or preemption before.
     Interrupt {
         vector: u8,
@@ -65,7 +65,7 @@ pub(crate) struct Codec {
 }
 
 impl Codec {
-    /// A codec for a frame whose first event lies at or behind `exits`.
+    /// A codec for a frame whose first event lies at or after `exits`.
     pub(crate) fn new(exits: u64) -> Codec {
         Codec {
             exits,
@@ -74,13 +74,13 @@ impl Codec {
     }
 
     /// Appends an event to `frame`.
-    pub(crate) fn encode(&mut self, frame: Vec<u8>, entry: &Entry) -> Vec<u8> {
-        let delta = entry
+    pub(crate) fn encode(&mut self, frame: Vec<u8>, record: &Record) -> Vec<u8> {
+        let delta = record
             .exits
             .checked_sub(self.exits)
             .expect("events come in the order of exits");
-        self.exits = entry.exits;
-        let wire = match &entry.event {
+        self.exits = record.exits;
+        let wire = match &record.event {
             Event::Turn(turn) => self.wire_turn(turn),
             Event::Time { ahead_ns } => Wire::Time {
                 ahead_ns: *ahead_ns,
@@ -110,7 +110,7 @@ impl Codec {
     }
 
     /// Takes the next event off `frame`.
-    pub(crate) fn decode(&mut self, frame: &mut &[u8]) -> Result<Entry, postcard::Error> {
+    pub(crate) fn decode(&mut self, frame: &mut &[u8]) -> Result<Record, postcard::Error> {
         // A length inside it that leads further than an event can be is refused before anything is
         // reserved for it.
         let event = &frame[..frame.len().min(EVENT_RAW_MAX)];
@@ -183,7 +183,7 @@ impl Codec {
                 })
             }
         };
-        Ok(Entry {
+        Ok(Record {
             exits: self.exits,
             event,
         })

@@ -35,7 +35,7 @@ pub enum Event {
     },
     /// The recording is complete.
     End(Box<End>),
-    /// The guest was preempted at this place behind the exit before, which made it an exit.
+    /// The guest was preempted at this place after the exit before, which made it an exit.
     Preempted(Place),
     /// The guest read blocks of a disk's image for the first time.
     FirstReads {
@@ -86,7 +86,7 @@ impl Event {
 
 /// An event and the exit it belongs to.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Entry {
+pub struct Record {
     /// The number of that exit.
     pub exits: u64,
     /// The event.

@@ -17,8 +17,8 @@ use std::io;
 use thiserror::Error;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
-pub use event::{Entry, Event};
-pub use frame::{Entries, FRAME_HEAD_BYTES, FRAME_MAGIC, Frame, FrameHead, IndexEntry};
+pub use event::{Event, Record};
+pub use frame::{FRAME_HEAD_BYTES, FRAME_MAGIC, Frame, FrameHead, IndexEntry, Records};
 pub use header::{
     Content, CounterFacts, DISK_BYTES_MAX, Detail, Header, Host, Image, KERNEL_BYTES_MAX,
     MEMORY_BYTES_MAX, MachineDescription, OperatorConsole, TrapCounts,

@@ -4,8 +4,8 @@ use std::io::{self, Read};
 
 use hindsight_devices::Nanos;
 
-use super::event::Entry;
-use super::frame::{Entries, FRAME_HEAD_BYTES, Frame, FrameHead, IndexEntry};
+use super::event::Record;
+use super::frame::{FRAME_HEAD_BYTES, Frame, FrameHead, IndexEntry, Records};
 use super::header::Header;
 use super::limits::{HEADER_MAX, Rules};
 use super::{JournalError, MAGIC, Tail, TailReason, VERSION, head_check};
@@ -22,8 +22,8 @@ pub struct JournalReader<R: Read> {
     now: Nanos,
     rules: Rules,
     tail: Option<Tail>,
-    /// The frame that [`Self::next_entry`] is in.
-    entries: Option<Entries<Vec<u8>>>,
+    /// The frame that [`Self::next_record`] is in.
+    records: Option<Records<Vec<u8>>>,
 }
 
 impl<R: Read> JournalReader<R> {
@@ -83,7 +83,7 @@ impl<R: Read> JournalReader<R> {
             now: 0,
             rules: Rules::default(),
             tail: None,
-            entries: None,
+            records: None,
         })
     }
 
@@ -103,13 +103,13 @@ impl<R: Read> JournalReader<R> {
     }
 
     /// The next event, whichever frame it is in, or `None` after the last. One frame is held meanwhile.
-    pub fn next_entry(&mut self) -> Result<Option<Entry>, JournalError> {
+    pub fn next_record(&mut self) -> Result<Option<Record>, JournalError> {
         loop {
-            if let Some(entry) = self.entries.as_mut().and_then(Iterator::next) {
-                return Ok(Some(entry));
+            if let Some(record) = self.records.as_mut().and_then(Iterator::next) {
+                return Ok(Some(record));
             }
             match self.next_frame()? {
-                Some(frame) => self.entries = Some(frame.into_entries()),
+                Some(frame) => self.records = Some(frame.into_records()),
                 None => return Ok(None),
             }
         }
@@ -119,7 +119,7 @@ impl<R: Read> JournalReader<R> {
     /// passed over.
     pub fn next_frame(&mut self) -> Result<Option<Frame>, JournalError> {
         // Before the next one is unpacked.
-        self.entries = None;
+        self.records = None;
         if self.tail.is_some() {
             return Ok(None);
         }

@@ -5,7 +5,7 @@ use std::io::Write;
 use hindsight_devices::Nanos;
 
 use super::codec::Codec;
-use super::event::{Entry, Event};
+use super::event::{Event, Record};
 use super::frame::{FrameHead, IndexEntry};
 use super::header::Header;
 use super::limits::{FRAME_RAW_GOAL, FRAME_RAW_MAX, HEADER_MAX, Rules};
@@ -82,13 +82,13 @@ impl<W: Write> JournalWriter<W> {
     /// Appends an event; it reaches the sink with its frame. Refuses one that no reader would take, as if
     /// nobody had asked.
     pub fn append(&mut self, exits: u64, event: Event) -> Result<(), JournalError> {
-        let entry = Entry { exits, event };
+        let record = Record { exits, event };
         let before = (self.raw.len(), self.codec.clone(), self.rules);
-        self.raw = self.codec.encode(std::mem::take(&mut self.raw), &entry);
+        self.raw = self.codec.encode(std::mem::take(&mut self.raw), &record);
         let Some(rules) = &mut self.rules else {
             return Ok(());
         };
-        let refused = match rules.admit(&entry, self.raw.len() - before.0) {
+        let refused = match rules.admit(&record, self.raw.len() - before.0) {
             Ok(()) if self.raw.len() <= FRAME_RAW_MAX => return Ok(()),
             Ok(()) => format!("a frame has more than {FRAME_RAW_MAX} bytes, through exit {exits}"),
             Err(what) => what,

@@ -37,7 +37,7 @@ pub trait Cpu {
     /// The registers as the guest left them when it came back.
     fn registers(&mut self) -> Registers;
     /// Hands the answer to the exit; the instruction may stay unfinished until it runs again. HLT
-    /// may not: the registers behind it are read at each wake-up, before anything runs.
+    /// may not: the registers after it are read at each wake-up, before anything runs.
     fn answer(&mut self, exit: &Exit, answer: &Answer) -> Result<(), Self::Error>;
     /// Finishes the instruction of the last exit. Tells whether an interrupt can be taken there.
     fn settle(&mut self) -> Result<bool, Self::Error>;
@@ -45,7 +45,7 @@ pub trait Cpu {
     fn interrupt(&mut self, vector: u8) -> Result<(), Self::Error>;
     /// Asks for [`Back::Window`] as soon as the guest takes interrupts, or no more.
     fn request_window(&mut self, wanted: bool);
-    /// Sets the clock that the guest reads without an exit. Asked for at each counted exit, behind its
+    /// Sets the clock that the guest reads without an exit. Asked for at each counted exit, after its
     /// answer, of a machine with [`super::QuickReads`].
     fn show_clock(&mut self, clock: ShownClock);
     /// A number for the place in its programs that the guest is at, or that its kernel works for, as
@@ -58,7 +58,7 @@ pub trait Cpu {
     fn read(&mut self, _gva: u64, _buffer: &mut [u8]) -> usize {
         0
     }
-    /// What was found to be left open since it was asked last: asked at each counted exit, behind its answer, and once
+    /// What was found to be left open since it was asked last: asked at each counted exit, after its answer, and once
     /// more, `at_end`, where the machine has ended. A function of what the guest did at counted exits and of its memory
     /// there.
     fn left_open(&mut self, _at_end: bool) -> Vec<LeftOpen> {

@@ -17,8 +17,8 @@ mod place;
 mod quick_clock;
 
 use hindsight_devices::{
-    Access, Around, Board, Devices, Input, Nanos, Output, POSTED_PORT, Ram, Reply, Room, Storage,
-    StorageError, Width,
+    Access, Board, BusContext, Devices, Input, Nanos, Output, POSTED_PORT, Ram, Reply, Room,
+    Storage, StorageError, Width,
 };
 use thiserror::Error;
 
@@ -27,11 +27,11 @@ pub use cpuid_table::{CpuidEntry, CpuidTable};
 pub use digest::{Digest, Likeness, MemoryDigest, PAGE_BYTES};
 pub use ending::{End, Ending};
 pub use exit::{Answer, Exit, Mode, Registers, TimeInstruction, Turn};
-pub use landing::{Ahead, Counter, Lander, Overshoot, Walk, Went};
+pub use landing::{Ahead, Counter, Lander, Overshoot, Walk, WalkEnd};
 pub use left_open::LeftOpen;
 pub use moment::{ExitNumber, Moment};
 pub use observer::Observer;
-pub use outside::{Closing, Outside, Standing, TimeQuery};
+pub use outside::{Closing, Outside, Position, TimeQuery};
 pub use place::{Horizon, Place, Unit};
 pub use quick_clock::{QuickReads, ShownClock};
 
@@ -218,7 +218,7 @@ impl Machine {
         observer: &mut dyn Observer,
     ) -> Result<Ending, RunError<C::Error, O::Closed>> {
         loop {
-            let horizon = match outside.horizon(&self.standing()) {
+            let horizon = match outside.horizon(&self.position()) {
                 Ok(horizon) => horizon,
                 Err(closed) => return ended(closed),
             };
@@ -240,7 +240,7 @@ impl Machine {
                 }
                 Back::Kicked => {
                     observer.kicked(self.at.exits);
-                    if let Err(closed) = outside.kicked(&self.standing()) {
+                    if let Err(closed) = outside.kicked(&self.position()) {
                         return ended(closed);
                     }
                 }
@@ -393,8 +393,8 @@ impl Machine {
         Ok(())
     }
 
-    fn standing(&self) -> Standing {
-        Standing {
+    fn position(&self) -> Position {
+        Position {
             exits: self.at.exits,
             rip: self.at.rip,
             now: self.now,
@@ -490,13 +490,13 @@ impl Machine {
         access: Access,
         ram: &Ram,
     ) -> Result<Reply, RunError<E, D>> {
-        let mut around = Around {
+        let mut context = BusContext {
             ram,
             storage: &mut *self.storage,
         };
         let exits = self.at.exits;
         let failed = |source| RunError::Storage { exits, source };
-        self.board.access(access, &mut around).map_err(failed)
+        self.board.access(access, &mut context).map_err(failed)
     }
 
     fn ending(&self, exit: &Exit, stopped: bool) -> Option<Ending> {

@@ -41,7 +41,7 @@ pub struct TimeQuery {
 
 /// Where the machine stands between two turns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Standing {
+pub struct Position {
     /// The last exit.
     pub exits: u64,
     /// Its instruction pointer.
@@ -107,10 +107,10 @@ pub trait Outside {
     fn memory(&mut self, exits: u64, digest: MemoryDigest) -> Result<(), Self::Closed>;
 
     /// All that belongs to the last exit is done: how far may the guest run on?
-    fn horizon(&mut self, standing: &Standing) -> Result<Horizon, Self::Closed>;
+    fn horizon(&mut self, position: &Position) -> Result<Horizon, Self::Closed>;
 
     /// The vCPU came back without an exit of the guest's after the last turn.
-    fn kicked(&mut self, standing: &Standing) -> Result<(), Self::Closed>;
+    fn kicked(&mut self, position: &Position) -> Result<(), Self::Closed>;
 
     /// The run is over.
     fn end(&mut self, exits: u64, end: &End) -> Result<(), Self::Closed>;

@@ -22,8 +22,8 @@ use hindsight_guest_images::micro::{self, Reach, Torture, Tortured};
 use hindsight_replay::rng::Rng;
 use hindsight_replay::{
     Closed, Content, CpuidTable, Detail, Digest, End, Exit, Header, Horizon, JournalReader,
-    LeftOpen, Live, MachineDescription, MemoryDigest, Moment, Observer, Outside, Recorder,
-    Replayer, Standing, TimeQuery, TrapCounts, Turn, World,
+    LeftOpen, Live, MachineDescription, MemoryDigest, Moment, Observer, Outside, Position,
+    Recorder, Replayer, TimeQuery, TrapCounts, Turn, World,
 };
 use hindsight_tests::sim::bare_machine;
 use kvm_ioctls::Kvm;
@@ -248,7 +248,7 @@ impl World for TortureWorld {
     }
 }
 
-/// Stops the guest at a random count behind each exit.
+/// Stops the guest at a random count after each exit.
 struct Poke<O> {
     inner: O,
     rng: Rng,
@@ -258,14 +258,14 @@ struct Poke<O> {
 impl<O: Outside<Closed = Closed>> Outside for Poke<O> {
     type Closed = Closed;
 
-    fn horizon(&mut self, standing: &Standing) -> Result<Horizon, Closed> {
-        self.inner.horizon(standing)?;
+    fn horizon(&mut self, position: &Position) -> Result<Horizon, Closed> {
+        self.inner.horizon(position)?;
         Ok(match self.drawn {
-            Some((exits, horizon)) if exits == standing.exits => horizon,
+            Some((exits, horizon)) if exits == position.exits => horizon,
             _ => {
                 let bits = self.rng.below(STRETCH_BITS);
                 let horizon = Horizon::From(self.rng.below(2 << bits));
-                self.drawn = Some((standing.exits, horizon));
+                self.drawn = Some((position.exits, horizon));
                 horizon
             }
         })
@@ -298,8 +298,8 @@ impl<O: Outside<Closed = Closed>> Outside for Poke<O> {
     fn memory(&mut self, exits: u64, digest: MemoryDigest) -> Result<(), Closed> {
         self.inner.memory(exits, digest)
     }
-    fn kicked(&mut self, standing: &Standing) -> Result<(), Closed> {
-        self.inner.kicked(standing)
+    fn kicked(&mut self, position: &Position) -> Result<(), Closed> {
+        self.inner.kicked(position)
     }
     fn end(&mut self, exits: u64, end: &End) -> Result<(), Closed> {
         self.inner.end(exits, end)

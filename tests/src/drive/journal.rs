@@ -141,19 +141,19 @@ fn read_frames(file: &[u8]) {
             frames * FRAME_HEAD_BYTES <= file.len(),
             "more frames than there is room for"
         );
-        let mut entries = frame.entries();
-        for entry in entries.by_ref() {
+        let mut records = frame.records();
+        for record in records.by_ref() {
             events += 1;
             assert!(
-                entry.exits <= frame.head.through,
+                record.exits <= frame.head.through,
                 "an event after its frame"
             );
-            if let Event::Input(input) = entry.event {
+            if let Event::Input(input) = record.event {
                 board.accept(input, &ram);
                 board.take_outputs();
             }
         }
-        assert_eq!(entries.position(), frame.head.raw_bytes as usize);
+        assert_eq!(records.position(), frame.head.raw_bytes as usize);
     }
     let tail = reader.tail().expect("what is read has an end");
     assert!(tail.offset <= file.len() as u64);
@@ -161,7 +161,7 @@ fn read_frames(file: &[u8]) {
         assert_eq!(tail.offset, file.len() as u64);
     }
     let mut again = open(file);
-    while again.next_entry().expect("memory can be read").is_some() {
+    while again.next_record().expect("memory can be read").is_some() {
         events -= 1;
     }
     assert_eq!(events, 0, "event by event there are as many");
