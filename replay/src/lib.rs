@@ -25,10 +25,11 @@ pub use journal::{
     TrapCounts, VERSION,
 };
 pub use machine::{
-    ARRIVALS_MAX, Ahead, Answer, Back, Closing, Counter, Cpu, CpuidEntry, CpuidTable, Digest, End,
-    Ending, Exit, ExitNumber, Horizon, Lander, LeftOpen, Likeness, Machine, MemoryDigest, Mode,
-    Moment, Observer, Outside, Overshoot, PAGE_BYTES, Place, Position, QuickReads, Registers,
-    ShownClock, Tally, TimeInstruction, TimeQuery, Turn, Unit, Walk, WalkEnd,
+    ARRIVALS_MAX, Ahead, Answer, Back, Closing, Complete, Counter, Cpu, CpuidEntry, CpuidTable,
+    Digest, End, Ending, Exit, ExitNumber, Guest, Horizon, Lander, LeftOpen, Likeness, Machine,
+    MemoryDigest, Mode, Moment, Observer, Outside, Overshoot, PAGE_BYTES, Place, Position,
+    QuickReads, Registers, ShownClock, Tally, TimeInstruction, TimeQuery, Turn, Unit, Walk,
+    WalkEnd,
 };
 
 /// Why a machine came to its end other than by the run's own ending.

@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 
 use hindsight_devices::{Devices, FirstReads, Nanos, NoDisks, Output, Room};
 use hindsight_replay::{
-    Chaos, Closed, Content, CpuidEntry, CpuidTable, Detail, Divergence, End, Event, Header,
-    Horizon, Host, JournalError, JournalReader, JournalWriter, LeftOpen, Live, Machine,
-    MachineDescription, MemoryDigest, Moment, Observer, Outside, Patience, Place, Position,
-    QuickReads, Record, Recorder, Replayer, RunError, Tail, TrapCounts, Turn, Unit,
+    Chaos, Closed, Complete, Content, CpuidEntry, CpuidTable, Detail, Divergence, End, Event,
+    Guest, Header, Horizon, Host, JournalError, JournalReader, JournalWriter, LeftOpen, Live,
+    Machine, MachineDescription, MemoryDigest, Moment, Observer, Outside, Patience, Place,
+    Position, QuickReads, Record, Recorder, Replayer, RunError, Tail, TrapCounts, Turn, Unit,
 };
 
 use crate::sim_world::SimWorld;
@@ -134,7 +134,7 @@ impl Scenario {
             Recorder::create(live, &mut journal, &header).expect("a Vec takes everything");
         let mut machine = machine_of(&header);
         let mut trace = Trace::default();
-        let result = machine.run(&mut cpu, &mut recorder, &mut trace);
+        let result = machine.run(&mut cpu, &mut NoDisks, &mut recorder, &mut trace);
         let exits = machine.at().exits;
         let memory = cpu.memory().to_vec();
         (
@@ -242,7 +242,7 @@ impl Observer for Trace {
         self.posted.push((exits, bytes.to_vec()));
     }
 
-    fn turn(&mut self, exits: u64, turn: &Turn) {
+    fn turn(&mut self, exits: u64, turn: &Turn, _guest: &mut dyn Guest) {
         self.turns.push(*turn);
         assert_eq!(
             exits,
@@ -320,7 +320,7 @@ pub fn replay_on(
         Err(error) => Verdict::Refused(error),
         Ok(reader) => {
             let mut replayer = Replayer::new(reader, until, None);
-            let verdict = verdict(machine.run(&mut cpu, &mut replayer, &mut trace));
+            let verdict = verdict(machine.run(&mut cpu, &mut NoDisks, &mut replayer, &mut trace));
             memories_checked = replayer.memories_checked();
             memories_but_accessed = replayer.memories_but_accessed();
             verdict
@@ -348,11 +348,11 @@ pub fn relog(journal: &[u8], header: &Header, mut cpu: ToyCpu) -> (Verdict, Vec<
     let replayer = Replayer::new(reader, None, None);
     let mut recorder =
         Recorder::create(replayer, &mut copy, header).expect("a Vec takes everything");
-    let result = machine.run(&mut cpu, &mut recorder, &mut ());
+    let result = machine.run(&mut cpu, &mut NoDisks, &mut recorder, &mut ());
     if result.is_err() {
         // What is known so far is kept, as after any run that cannot go on.
         recorder
-            .abandon(machine.at().exits, machine.now())
+            .abandon(machine.complete())
             .expect("a Vec takes everything");
     }
     (verdict(result), copy)
@@ -375,7 +375,7 @@ fn verdict(result: Result<End, RunError<Broken>>) -> Verdict {
 
 /// A machine without virtio devices.
 pub fn bare_machine(cpuid: CpuidTable, ns_per_exit: u64) -> Machine {
-    Machine::new(&Devices::default(), Box::new(NoDisks), cpuid, ns_per_exit)
+    Machine::new(&Devices::default(), cpuid, ns_per_exit)
 }
 
 /// A machine as the head of a journal describes it.
@@ -557,7 +557,7 @@ impl Outside for Unchecked {
         Ok(())
     }
 
-    fn abandon(&mut self, _: u64, _: Nanos) -> Result<(), Closed> {
+    fn abandon(&mut self, _: Complete) -> Result<(), Closed> {
         Ok(())
     }
 }

@@ -5,7 +5,7 @@ mod journal_bounds;
 
 use std::io::{self, Read, Write};
 
-use hindsight_devices::Input;
+use hindsight_devices::{Input, NoDisks};
 use hindsight_replay::{Closed, IndexEntry};
 use hindsight_replay::{
     Detail, Event, FRAME_HEAD_BYTES, Frame, Header, JournalError, JournalReader, JournalWriter,
@@ -467,7 +467,7 @@ fn a_recorder_on_a_full_disk_stops_and_what_it_wrote_replays() {
         if let Ok(mut recorder) = Recorder::create(live, &mut disk, &header) {
             let mut cpu = ToyCpu::new(scenario.seed, 1);
             let failure = machine_of(&header)
-                .run(&mut cpu, &mut recorder, &mut ())
+                .run(&mut cpu, &mut NoDisks, &mut recorder, &mut ())
                 .unwrap_err();
             assert!(
                 matches!(
@@ -500,8 +500,12 @@ fn a_journal_that_cannot_be_read_is_an_error_wherever_the_bad_sector_lies() {
             Ok(reader) => {
                 let mut replayer = Replayer::new(reader, None, None);
                 let mut cpu = ToyCpu::new(scenario.seed, 2);
-                let result =
-                    machine_of(&header).run(&mut cpu, &mut replayer, &mut Trace::default());
+                let result = machine_of(&header).run(
+                    &mut cpu,
+                    &mut NoDisks,
+                    &mut replayer,
+                    &mut Trace::default(),
+                );
                 match result {
                     Err(RunError::Closed(Closed::Journal(error))) => error,
                     other => panic!("byte {fails_at}: {other:?}"),

@@ -17,7 +17,7 @@ use hindsight::boot::traps::{
 use hindsight::boot::{BootPlan, GuestRam, ModuleLayout, SiteKind};
 use hindsight::kvm::probe::{Stuck, bounded};
 use hindsight::kvm::{GuestMemory, KernelText, KvmCpu, KvmError, VcpuCounts};
-use hindsight_devices::{Access, Input, Output, POSTED_MAX, Reset, Width};
+use hindsight_devices::{Access, Input, NoDisks, Output, POSTED_MAX, Reset, Width};
 use hindsight_guest_images::layout::{
     CODE, DATA, DESCRIPTORS, GDT, IDT, KERNEL_CS, KERNEL_SS, MMIO, PML4, PORT_FAULT, RAM_BYTES,
     STACK0,
@@ -250,8 +250,8 @@ impl Observer for Watch {
     fn output(&mut self, exits: u64, now: u64, output: &Output) {
         self.trace.output(exits, now, output);
     }
-    fn turn(&mut self, exits: u64, turn: &Turn) {
-        self.trace.turn(exits, turn);
+    fn turn(&mut self, exits: u64, turn: &Turn, guest: &mut dyn hindsight_replay::Guest) {
+        self.trace.turn(exits, turn, guest);
     }
     fn interrupt(&mut self, at: &Moment, vector: u8, now: u64) {
         self.trace.interrupt(at, vector, now);
@@ -295,7 +295,7 @@ fn record(kvm: &Kvm, guest: &Guest, how: How) -> Ran {
         .expect("KVM loads a guest");
     let mut machine = machine_of(&header);
     let mut watch = Watch::default();
-    let result = machine.run(&mut cpu, &mut recorder, &mut watch);
+    let result = machine.run(&mut cpu, &mut NoDisks, &mut recorder, &mut watch);
     drop(recorder);
     ran(result.into(), watch, machine.tally(), &cpu, journal)
 }
@@ -311,7 +311,7 @@ fn replay(kvm: &Kvm, guest: &Guest, journal: &[u8], kicked: Arc<AtomicBool>) -> 
         kicked,
         ..Watch::default()
     };
-    let result = machine.run(&mut cpu, &mut replayer, &mut watch);
+    let result = machine.run(&mut cpu, &mut NoDisks, &mut replayer, &mut watch);
     ran(result.into(), watch, machine.tally(), &cpu, Vec::new())
 }
 

@@ -3,7 +3,7 @@
 //! `HINDSIGHT_SIM_SEEDS` says how many seeds (default 5,000), `HINDSIGHT_SIM_SEED` picks one. A
 //! failure names its seed and how to run it alone.
 
-use hindsight_devices::{Access, Input, Nanos, Ram, Room, Width};
+use hindsight_devices::{Access, Input, Nanos, NoDisks, Ram, Room, Width};
 use hindsight_replay::rng::{Rng, mix};
 use hindsight_replay::{
     Answer, Back, Closed, Cpu, Detail, Difference, Ending, Event, Exit, Horizon, JournalReader,
@@ -211,7 +211,12 @@ fn a_replay_stops_at_the_first_exit_at_the_guest_time_asked_for() {
         let reader = JournalReader::open(recording.journal.as_slice()).expect("the head is whole");
         let mut machine = machine_of(reader.header());
         let mut replayer = Replayer::new(reader, None, None).until_time(wanted);
-        let result = machine.run(&mut ToyCpu::new(seed, there), &mut replayer, &mut ());
+        let result = machine.run(
+            &mut ToyCpu::new(seed, there),
+            &mut NoDisks,
+            &mut replayer,
+            &mut (),
+        );
         assert!(
             matches!(result, Err(RunError::Closed(Closed::Reached(exits))) if exits == expected),
             "asked for {wanted} ns at exit {expected}, came to {result:?}"
@@ -255,7 +260,7 @@ fn unchecked(recording: &Recording, machine: &mut Machine, cpu: &mut ToyCpu) -> 
         ..recording.clone()
     };
     faulty.trace = Default::default();
-    let result = machine.run(cpu, &mut door, &mut faulty.trace);
+    let result = machine.run(cpu, &mut NoDisks, &mut door, &mut faulty.trace);
     faulty.end = result.ok();
     faulty.memory = cpu.memory().to_vec();
     faulty
@@ -691,12 +696,22 @@ fn a_byte_typed_at_a_moment_arrives_at_that_moment() {
         let mut door = Recorder::create(Live::new(world, None), &mut journal, &header).unwrap();
         let mut seen = [Trace::default(), Trace::default()];
         machine_of(&header)
-            .run(&mut Poller(0, Ram::new()), &mut door, &mut seen[0])
+            .run(
+                &mut Poller(0, Ram::new()),
+                &mut NoDisks,
+                &mut door,
+                &mut seen[0],
+            )
             .unwrap();
         let reader = JournalReader::open(journal.as_slice()).unwrap();
         let mut door = Replayer::new(reader, None, None);
         machine_of(&header)
-            .run(&mut Poller(0, Ram::new()), &mut door, &mut seen[1])
+            .run(
+                &mut Poller(0, Ram::new()),
+                &mut NoDisks,
+                &mut door,
+                &mut seen[1],
+            )
             .unwrap();
         for trace in seen {
             let ready = trace.turns.iter().position(|turn| {

@@ -42,8 +42,8 @@ fn header(seed: u64) -> Header {
     header
 }
 
-fn machine(disks: ToyDisks) -> Machine {
-    Machine::new(&devices(), Box::new(disks), cpuid_table(), NS_PER_EXIT)
+fn machine() -> Machine {
+    Machine::new(&devices(), cpuid_table(), NS_PER_EXIT)
 }
 
 /// Sends what there is room for, at times.
@@ -105,7 +105,7 @@ struct Recorded {
     sent: Vec<Vec<u8>>,
 }
 
-fn record(seed: u64, disks: ToyDisks) -> Recorded {
+fn record(seed: u64, mut disks: ToyDisks) -> Recorded {
     let mut journal = Vec::new();
     let world = Busy {
         rng: Rng::new(seed, 9),
@@ -117,7 +117,7 @@ fn record(seed: u64, disks: ToyDisks) -> Recorded {
         Recorder::create(live, &mut journal, &header(seed)).expect("a Vec takes everything");
     let mut outputs = Outputs::default();
     let mut cpu = ToyDriver::new(&devices(), seed);
-    let result = machine(disks).run(&mut cpu, &mut recorder, &mut outputs);
+    let result = machine().run(&mut cpu, &mut disks, &mut recorder, &mut outputs);
     let sent = recorder.into_inner().into_world().sent;
     Recorded {
         journal,
@@ -130,13 +130,13 @@ fn record(seed: u64, disks: ToyDisks) -> Recorded {
 fn replay(
     seed: u64,
     journal: &[u8],
-    disks: ToyDisks,
+    mut disks: ToyDisks,
 ) -> (Result<End, RunError<Infallible>>, Outputs) {
     let reader = JournalReader::open(journal).expect("the head is whole");
     let mut replayer = Replayer::new(reader, None, None);
     let mut outputs = Outputs::default();
     let mut cpu = ToyDriver::new(&devices(), seed);
-    let result = machine(disks).run(&mut cpu, &mut replayer, &mut outputs);
+    let result = machine().run(&mut cpu, &mut disks, &mut replayer, &mut outputs);
     (result, outputs)
 }
 

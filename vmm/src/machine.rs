@@ -2,7 +2,7 @@
 
 use std::io::Read;
 
-use hindsight_devices::{Devices, Storage};
+use hindsight_devices::Devices;
 use hindsight_replay::{
     Content, CpuidTable, Host, Image, Machine, MachineDescription, OperatorConsole, QuickReads,
     TrapCounts, Unit,
@@ -204,13 +204,12 @@ pub fn random_number() -> Result<u64, MachineError> {
     Ok(u64::from_le_bytes(first))
 }
 
-/// Builds the machine that `description` describes; `storage` has the bytes of its disks.
+/// Builds the machine that `description` describes.
 pub fn build(
     kvm: &Kvm,
     description: &MachineDescription,
     kernel: &LoadedKernel,
     initrd: &[u8],
-    storage: Box<dyn Storage>,
 ) -> Result<(KvmCpu, Machine), MachineError> {
     let Prepared {
         kernel: image,
@@ -267,12 +266,7 @@ pub fn build(
     }
     cpu.boot(&plan, text)?;
     let cpuid = description.cpuid.clone();
-    let machine = Machine::new(
-        &description.devices,
-        storage,
-        cpuid,
-        description.ns_per_exit,
-    );
+    let machine = Machine::new(&description.devices, cpuid, description.ns_per_exit);
     Ok((cpu, machine.with_quick_reads(description.quick_reads)))
 }
 

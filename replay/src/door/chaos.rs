@@ -117,11 +117,12 @@ impl Chaos {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::machine::Complete;
 
     fn query(site: Option<u64>, deadline: Option<Nanos>) -> TimeQuery {
         TimeQuery {
             exits: 1,
-            last: 0,
+            complete: Complete::default(),
             earliest: 0,
             rule: 0,
             deadline,

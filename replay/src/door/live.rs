@@ -7,8 +7,8 @@ use super::chaos::Chaos;
 use super::closed::Closed;
 use super::world::World;
 use crate::machine::{
-    Digest, End, Ending, Horizon, LeftOpen, MemoryDigest, Moment, Outside, Place, Position,
-    TimeQuery, Turn, Unit,
+    Complete, Digest, End, Ending, Horizon, LeftOpen, MemoryDigest, Moment, Outside, Place,
+    Position, TimeQuery, Turn, Unit,
 };
 
 /// Guest time may be this far from the host's before it is corrected. A smaller tolerance buys a
@@ -278,7 +278,7 @@ impl<W: World> Outside for Live<W> {
         Ok(())
     }
 
-    fn abandon(&mut self, _exits: u64, _now: Nanos) -> Result<(), Closed> {
+    fn abandon(&mut self, _complete: Complete) -> Result<(), Closed> {
         Ok(())
     }
 }
@@ -360,7 +360,7 @@ mod tests {
             };
             let query = TimeQuery {
                 exits: exits + 1,
-                last: due,
+                complete: Complete { exits, now: due },
                 earliest: due,
                 rule: due,
                 deadline: Some(due),
@@ -391,7 +391,10 @@ mod tests {
         };
         let query = TimeQuery {
             exits: 8,
-            last: 1_000_000,
+            complete: Complete {
+                exits: 7,
+                now: 1_000_000,
+            },
             earliest: 1_000_000,
             rule: 1_000_000,
             deadline: None,

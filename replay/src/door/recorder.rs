@@ -10,7 +10,8 @@ use hindsight_devices::{FirstReads, Input, Nanos, Room};
 use super::closed::Closed;
 use crate::journal::{Detail, Event, Header, IndexEntry, JournalError, JournalWriter};
 use crate::machine::{
-    Digest, End, Horizon, LeftOpen, MemoryDigest, Moment, Outside, Position, TimeQuery, Turn,
+    Complete, Digest, End, Horizon, LeftOpen, MemoryDigest, Moment, Outside, Position, TimeQuery,
+    Turn,
 };
 
 /// Every so many exits a witness of the digest is written: drift is noticed at most this late
@@ -26,8 +27,8 @@ pub struct Recorder<O: Outside<Closed = Closed>, W: Write> {
     counts: [u64; Event::KINDS],
     /// What belongs to an exit whose turn has not come yet: it is written when the turn is.
     pending: Vec<Event>,
-    /// Guest time at the last turn.
-    now: Nanos,
+    /// The exit of the last turn.
+    complete: Complete,
 }
 
 impl<O: Outside<Closed = Closed>, W: Write> Recorder<O, W> {
@@ -40,7 +41,7 @@ impl<O: Outside<Closed = Closed>, W: Write> Recorder<O, W> {
             detail: header.detail,
             counts: [0; Event::KINDS],
             pending: Vec::new(),
-            now: 0,
+            complete: Complete::default(),
         })
     }
 
@@ -85,8 +86,8 @@ impl<O: Outside<Closed = Closed>, W: Write> Outside for Recorder<O, W> {
 
     fn time(&mut self, query: &TimeQuery) -> Result<Nanos, Closed> {
         // Everything that belongs to earlier exits has been said by now.
-        self.journal
-            .turn_is_complete(query.exits - 1, query.last, query.halted)?;
+        let Complete { exits, now } = query.complete;
+        self.journal.turn_is_complete(exits, now, query.halted)?;
         let now = self.inner.time(query)?;
         // First of all that belongs to its exit: a replay must know it before the guest runs there.
         if let Some(place) = query.preempted {
@@ -130,7 +131,11 @@ impl<O: Outside<Closed = Closed>, W: Write> Outside for Recorder<O, W> {
     }
 
     fn turn(&mut self, exits: u64, turn: &Turn, digest: Digest) -> Result<(), Closed> {
-        self.now = turn.now;
+        self.complete = Complete {
+            exits,
+            now: turn.now,
+        };
+        self.inner.turn(exits, turn, digest)?;
         self.append_pending(exits)?;
         if self.detail == Detail::Full {
             self.append(exits, Event::Turn(Box::new(*turn)))?;
@@ -139,13 +144,15 @@ impl<O: Outside<Closed = Closed>, W: Write> Outside for Recorder<O, W> {
             let check = digest.check();
             self.append(exits, Event::Witness { check })?;
         }
-        self.inner.turn(exits, turn, digest)
+        Ok(())
     }
 
     fn interrupt(&mut self, at: &Moment, vector: u8) -> Result<(), Closed> {
+        self.inner.interrupt(at, vector)?;
         self.append(at.exits, Event::Interrupt { vector, at: *at })?;
-        self.journal.close_if_full(at.exits, self.now)?;
-        self.inner.interrupt(at, vector)
+        let Complete { exits, now } = self.complete;
+        self.journal.close_if_full(exits, now)?;
+        Ok(())
     }
 
     fn left_open(&mut self, exits: u64, what: LeftOpen) -> Result<(), Closed> {
@@ -161,8 +168,9 @@ impl<O: Outside<Closed = Closed>, W: Write> Outside for Recorder<O, W> {
     }
 
     fn memory(&mut self, exits: u64, digest: MemoryDigest) -> Result<(), Closed> {
+        self.inner.memory(exits, digest)?;
         self.append(exits, Event::Memory { digest })?;
-        self.inner.memory(exits, digest)
+        Ok(())
     }
 
     fn horizon(&mut self, position: &Position) -> Result<Horizon, Closed> {
@@ -181,10 +189,10 @@ impl<O: Outside<Closed = Closed>, W: Write> Outside for Recorder<O, W> {
         Ok(())
     }
 
-    fn abandon(&mut self, exits: u64, now: Nanos) -> Result<(), Closed> {
+    fn abandon(&mut self, complete: Complete) -> Result<(), Closed> {
         // Of a later exit, whose turn will not come.
         self.pending.clear();
-        self.journal.close_frame(exits, now)?;
-        self.inner.abandon(exits, now)
+        self.journal.close_frame(complete.exits, complete.now)?;
+        self.inner.abandon(complete)
     }
 }

@@ -10,8 +10,8 @@ use super::divergence::{Difference, Divergence, first_difference};
 use super::recorder::WITNESS_EVERY;
 use crate::journal::{Detail, Event, JournalError, JournalReader, Record, TailReason};
 use crate::machine::{
-    Digest, End, Ending, Horizon, LeftOpen, Likeness, MemoryDigest, Moment, Outside, Place,
-    Position, TimeQuery, Turn,
+    Complete, Digest, End, Ending, Horizon, LeftOpen, Likeness, MemoryDigest, Moment, Outside,
+    Place, Position, TimeQuery, Turn,
 };
 
 /// How many turns a divergence report shows.
@@ -210,7 +210,7 @@ impl<R: Read> Outside for Replayer<R> {
         let exits = query.exits;
         self.nothing_missed(exits)?;
         if self.peek()?.is_none() {
-            self.cut_short(exits - 1)?;
+            self.cut_short(query.complete.exits)?;
         }
         self.check_preemption(exits, query.preempted)?;
         let ahead = self.take(exits, |event| match event {
@@ -462,7 +462,7 @@ impl<R: Read> Outside for Replayer<R> {
         Ok(())
     }
 
-    fn abandon(&mut self, _exits: u64, _now: Nanos) -> Result<(), Closed> {
+    fn abandon(&mut self, _complete: Complete) -> Result<(), Closed> {
         Ok(())
     }
 

@@ -12,13 +12,23 @@ use super::left_open::LeftOpen;
 use super::moment::Moment;
 use super::place::{Horizon, Place};
 
+/// The last exit that is complete: its turn has happened, and whatever fails now, a recording holds it.
+/// This is where the loop keeps count of that; doors are told.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Complete {
+    /// Its number; 0 at power-on.
+    pub exits: u64,
+    /// Guest time there.
+    pub now: Nanos,
+}
+
 /// What the loop knows when it asks for the time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TimeQuery {
     /// The exit the time is for.
     pub exits: u64,
-    /// Guest time at the exit before.
-    pub last: Nanos,
+    /// The exit before it.
+    pub complete: Complete,
     /// The earliest that this exit can be: that, or later if the guest may have read later times since
     /// without an exit.
     pub earliest: Nanos,
@@ -39,7 +49,7 @@ pub struct TimeQuery {
     pub panicked: Option<Nanos>,
 }
 
-/// Where the machine stands between two turns.
+/// Where the machine is between two turns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Position {
     /// The last exit.
@@ -115,7 +125,7 @@ pub trait Outside {
     /// The run is over.
     fn end(&mut self, exits: u64, end: &End) -> Result<(), Self::Closed>;
 
-    /// The run cannot go on, for a reason of the host's; keep what there is through `exits`, and drop what
-    /// has been said of a later exit.
-    fn abandon(&mut self, exits: u64, now: Nanos) -> Result<(), Self::Closed>;
+    /// The run cannot go on, for a reason of the host's; keep what there is through the last complete exit, and
+    /// drop what has been said of a later one.
+    fn abandon(&mut self, complete: Complete) -> Result<(), Self::Closed>;
 }

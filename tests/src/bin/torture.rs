@@ -14,16 +14,16 @@ use hindsight::boot::{BootPlan, GuestRam};
 use hindsight::counting::{Counting, Preempt};
 use hindsight::kvm::{GuestMemory, KernelText, KvmCpu, cpuid};
 use hindsight::machine::{host_facts, open_kvm};
-use hindsight_devices::{Devices, FirstReads, Input, Nanos, Room};
+use hindsight_devices::{Devices, FirstReads, Input, Nanos, NoDisks, Room};
 use hindsight_guest_images::layout::{
     CODE, DATA, DESCRIPTORS, GDT, KERNEL_CS, KERNEL_SS, PML4, RAM_BYTES, STACK0,
 };
 use hindsight_guest_images::micro::{self, Reach, Torture, Tortured};
 use hindsight_replay::rng::Rng;
 use hindsight_replay::{
-    Closed, Content, CpuidTable, Detail, Digest, End, Exit, Header, Horizon, JournalReader,
-    LeftOpen, Live, MachineDescription, MemoryDigest, Moment, Observer, Outside, Position,
-    Recorder, Replayer, TimeQuery, TrapCounts, Turn, World,
+    Closed, Complete, Content, CpuidTable, Detail, Digest, End, Exit, Guest, Header, Horizon,
+    JournalReader, LeftOpen, Live, MachineDescription, MemoryDigest, Moment, Observer, Outside,
+    Position, Recorder, Replayer, TimeQuery, TrapCounts, Turn, World,
 };
 use hindsight_tests::sim::bare_machine;
 use kvm_ioctls::Kvm;
@@ -173,7 +173,7 @@ impl Bench {
         self.counting.give_to(&mut cpu)?;
         let mut machine = bare_machine(self.table.clone(), NS_PER_EXIT);
         let mut count = Count(0);
-        let end = machine.run(&mut cpu, outside, &mut count)?;
+        let end = machine.run(&mut cpu, &mut NoDisks, outside, &mut count)?;
         let mut data = [0; Tortured::BYTES];
         assert!(cpu.memory().read(DATA, &mut data), "DATA is RAM");
         let ran = Ran {
@@ -214,7 +214,7 @@ impl Bench {
 struct Count(u64);
 
 impl Observer for Count {
-    fn turn(&mut self, _exits: u64, turn: &Turn) {
+    fn turn(&mut self, _exits: u64, turn: &Turn, _guest: &mut dyn Guest) {
         self.0 += u64::from(matches!(turn.exit, Exit::Preempted(_)));
     }
 }
@@ -304,7 +304,7 @@ impl<O: Outside<Closed = Closed>> Outside for Poke<O> {
     fn end(&mut self, exits: u64, end: &End) -> Result<(), Closed> {
         self.inner.end(exits, end)
     }
-    fn abandon(&mut self, exits: u64, now: Nanos) -> Result<(), Closed> {
-        self.inner.abandon(exits, now)
+    fn abandon(&mut self, complete: Complete) -> Result<(), Closed> {
+        self.inner.abandon(complete)
     }
 }

@@ -12,9 +12,9 @@ use hindsight::cli::transcript::{Form, Transcript};
 use hindsight::index;
 use hindsight_devices::{Board, Nanos, NetSpec, NoDisks, Output, Ram};
 use hindsight_replay::{
-    Answer, Back, Cpu, Event, Exit, FRAME_HEAD_BYTES, FRAME_MAGIC, FRAME_RAW_MAX, Header, Horizon,
-    JournalReader, MAGIC, Machine, MemoryDigest, Moment, Observer, OperatorConsole, Registers,
-    Replayer, ShownClock, TailReason, Turn, VERSION,
+    Answer, Back, Cpu, Event, Exit, FRAME_HEAD_BYTES, FRAME_MAGIC, FRAME_RAW_MAX, Guest, Header,
+    Horizon, JournalReader, MAGIC, Machine, MemoryDigest, Moment, Observer, OperatorConsole,
+    Registers, Replayer, ShownClock, TailReason, Turn, VERSION,
 };
 use vm_memory::GuestAddress;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
@@ -212,8 +212,8 @@ fn replay(file: &[u8]) {
     // There are no images here.
     devices.disks.clear();
     let cpuid = machine.cpuid.clone();
-    let mut machine = Machine::new(&devices, Box::new(NoDisks), cpuid, machine.ns_per_exit)
-        .with_quick_reads(machine.quick_reads);
+    let mut machine =
+        Machine::new(&devices, cpuid, machine.ns_per_exit).with_quick_reads(machine.quick_reads);
     let mut eyes = Eyes {
         lines: Transcript::new(sink(), Form::Lines, OperatorConsole::Serial),
         cast: Transcript::new(sink(), Form::Cast, OperatorConsole::Virtio),
@@ -221,7 +221,7 @@ fn replay(file: &[u8]) {
         listing: Listing::new(sink(), true),
     };
     let mut replayer = Replayer::new(reader, Some(EXITS_MAX), None);
-    let result = machine.run(&mut NoCpu::new(), &mut replayer, &mut eyes);
+    let result = machine.run(&mut NoCpu::new(), &mut NoDisks, &mut replayer, &mut eyes);
     if let Err(error) = result {
         assert!(!error.to_string().contains('\x1b'), "{error}");
     }
@@ -254,8 +254,8 @@ impl Observer for Eyes {
         self.listing.posted(exits, bytes);
     }
 
-    fn turn(&mut self, exits: u64, turn: &Turn) {
-        self.listing.turn(exits, turn);
+    fn turn(&mut self, exits: u64, turn: &Turn, guest: &mut dyn Guest) {
+        self.listing.turn(exits, turn, guest);
     }
 
     fn interrupt(&mut self, at: &Moment, vector: u8, now: Nanos) {

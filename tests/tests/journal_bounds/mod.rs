@@ -1,7 +1,7 @@
 //! Whatever a machine does, its recorder writes nothing that the reader refuses: not at the largest events, not at the
 //! most of them, and not if the world never falls silent.
 
-use hindsight_devices::{Input, Nanos, Room};
+use hindsight_devices::{Input, Nanos, NoDisks, Room};
 use hindsight_replay::{
     ARRIVALS_MAX, Detail, Event, Frame, JournalError, JournalReader, JournalWriter, Live, Patience,
     Record, Recorder, TailReason, World,
@@ -211,7 +211,7 @@ fn a_world_that_never_falls_silent_is_heard_a_stated_number_of_times_at_each_exi
     let mut recorder = Recorder::create(live, &mut journal, &header).unwrap();
     let mut machine = machine_of(&header);
     machine
-        .run(&mut ToyCpu::new(1, 1), &mut recorder, &mut ())
+        .run(&mut ToyCpu::new(1, 1), &mut NoDisks, &mut recorder, &mut ())
         .unwrap();
     let last = machine.at().exits;
     assert!((2..=exits as u64).contains(&last), "{last} exits");

@@ -132,8 +132,8 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     });
     let plan = plan.transpose()?;
     let images = RecordedImages::open(&recording, &header, None, None, &options.images)?;
-    let disks = SharedDisks::new(images.fresh_disks()?);
-    let (mut cpu, mut machine) = images.machine_with(&header, disks.clone(), (None, None))?;
+    let mut disks = SharedDisks::new(images.fresh_disks()?);
+    let (mut cpu, mut machine) = images.machine(&header, (None, None))?;
 
     let (exit, time) = match options.at {
         None => (None, None),
@@ -151,7 +151,7 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     if let Some(time) = time {
         replayer = replayer.until_time(time);
     }
-    let result = machine.run(&mut cpu, &mut replayer, &mut console);
+    let result = machine.run(&mut cpu, &mut disks, &mut replayer, &mut console);
     drop(console);
     let outcome = match result {
         Ok(_) => {

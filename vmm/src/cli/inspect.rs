@@ -7,8 +7,8 @@ use clap::Args;
 use comfy_table::{CellAlignment, Table, presets};
 use hindsight_devices::{Nanos, POSTED_PORT};
 use hindsight_replay::{
-    Detail, End, Event, FRAME_HEAD_BYTES, Frame, Header, IndexEntry, JournalError, JournalReader,
-    LeftOpen, Moment, Observer, Record, TailReason, Turn,
+    Detail, End, Event, FRAME_HEAD_BYTES, Frame, Guest, Header, IndexEntry, JournalError,
+    JournalReader, LeftOpen, Moment, Observer, Record, TailReason, Turn,
 };
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -181,7 +181,7 @@ impl<W: Write> Observer for Listing<W> {
         self.posted_line(exits, bytes);
     }
 
-    fn turn(&mut self, exits: u64, turn: &Turn) {
+    fn turn(&mut self, exits: u64, turn: &Turn, _guest: &mut dyn Guest) {
         self.turn_line(exits, turn);
     }
 

@@ -238,6 +238,7 @@ impl Session<'_> {
         let console = options.machine.console.into();
         self.header.host.console = console;
         let (mut cpu, mut machine) = images.build(&self.kvm, &self.header.machine)?;
+        let mut disks = images.fresh_disks()?;
         drop(images);
         self.counting.give_to(&mut cpu)?;
 
@@ -263,7 +264,7 @@ impl Session<'_> {
         let mut recorder = Recorder::create(live, journal, &self.header)
             .map_err(|error| Failure::new(Outcome::HostFailed, error))?;
         self.recording.begin()?;
-        let result = machine.run(&mut cpu, &mut recorder, &mut screen);
+        let result = machine.run(&mut cpu, &mut disks, &mut recorder, &mut screen);
         if let Some(complaint) = screen.finish().complaint() {
             // What was asked for is there.
             let directory = shown_path(&options.output);

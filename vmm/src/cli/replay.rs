@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::Args;
-use hindsight_devices::Storage;
 use hindsight_replay::{
     Closed, Detail, End, ExitNumber, Header, JournalReader, Machine, Observer, Outside, Recorder,
     Replayer, RunError,
@@ -133,6 +132,7 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     let images = RecordedImages::open(&recording, &header, kernel, initrd, &options.disks)?;
     let forced = (options.event.as_deref(), options.margin);
     let (mut cpu, mut machine) = images.machine(&header, forced)?;
+    let mut disks = images.fresh_disks()?;
     let last_exit = recording
         .read_index()
         .and_then(|index| index.last().map(|last| last.through));
@@ -150,7 +150,10 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     let own_digests = every.filter(|_| options.relog.is_some());
     let mut replayer = Replayer::new(journal, options.until.map(|until| until.0), own_digests);
     let (result, replayer) = match &mut target {
-        None => (machine.run(&mut cpu, &mut replayer, &mut console), replayer),
+        None => {
+            let result = machine.run(&mut cpu, &mut disks, &mut replayer, &mut console);
+            (result, replayer)
+        }
         Some(target) => {
             target.write("kernel", &images.image)?;
             if header.machine.initrd.is_some() {
@@ -164,13 +167,10 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
             let mut relog = Recorder::create(replayer, target.create_journal()?, &header)
                 .map_err(|error| Failure::new(Outcome::HostFailed, error))?;
             target.begin()?;
-            let result = machine.run(&mut cpu, &mut relog, &mut console);
-            if let Err(error) = &result {
-                // A turn that diverged was not finished; the one before it was.
-                let diverged = matches!(error, RunError::Closed(Closed::Diverged(_)));
-                let through = machine.at().exits - u64::from(diverged);
+            let result = machine.run(&mut cpu, &mut disks, &mut relog, &mut console);
+            if result.is_err() {
                 relog
-                    .abandon(through, machine.now())
+                    .abandon(machine.complete())
                     .map_err(|error| Failure::new(Outcome::HostFailed, error))?;
             }
             if let Err(error) = target.recording().write_index(relog.index()) {
@@ -269,30 +269,19 @@ impl RecordedImages {
     pub fn machine(
         &self,
         header: &Header,
-        forced: (Option<&str>, Option<u64>),
-    ) -> anyhow::Result<(KvmCpu, Machine)> {
-        self.machine_with(header, self.fresh_disks()?, forced)
-    }
-
-    /// Disks over the images, with nothing written to them yet.
-    pub fn fresh_disks(&self) -> Result<Disks, DiskError> {
-        Disks::new(self.disks.clone())
-    }
-
-    /// The machine on these disks, which the caller may have an eye on.
-    pub fn machine_with(
-        &self,
-        header: &Header,
-        disks: impl Storage + 'static,
         (event, margin): (Option<&str>, Option<u64>),
     ) -> anyhow::Result<(KvmCpu, Machine)> {
         let (kvm, _) = open_kvm()?;
         check_cpu(&kvm, &header.machine.cpuid)?;
         let counting = Counting::for_unit(&kvm, header.machine.preemption, event, margin)?;
-        let storage = Box::new(disks);
-        let (mut cpu, machine) = build(&kvm, &header.machine, &self.kernel, &self.initrd, storage)?;
+        let (mut cpu, machine) = build(&kvm, &header.machine, &self.kernel, &self.initrd)?;
         counting.give_to(&mut cpu)?;
         Ok((cpu, machine))
+    }
+
+    /// Disks over the images, with nothing written to them yet.
+    pub fn fresh_disks(&self) -> Result<Disks, DiskError> {
+        Disks::new(self.disks.clone())
     }
 }
 
@@ -308,9 +297,10 @@ pub fn watch<O: Observer>(
     let header = journal.header().clone();
     let images = RecordedImages::open(recording, &header, None, None, &[])?;
     let (mut cpu, mut machine) = images.machine(&header, (None, None))?;
+    let mut disks = images.fresh_disks()?;
     let mut replayer = Replayer::new(journal, None, None);
     let mut observer = begin()?;
-    let result = machine.run(&mut cpu, &mut replayer, &mut observer);
+    let result = machine.run(&mut cpu, &mut disks, &mut replayer, &mut observer);
     let right = matches!(result, Ok(_) | Err(RunError::Closed(Closed::CutShort(_))));
     let finished = finish(observer, right);
     match finished {

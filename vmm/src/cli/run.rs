@@ -65,6 +65,7 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
     let mut description = images.describe(&kvm, words, options.machine.memory, quick)?;
     description.preemption = Some(unit);
     let (mut cpu, mut machine) = images.build(&kvm, &description)?;
+    let mut disks = images.fresh_disks()?;
     cpu.preempt_by(match (options.preempt, unit) {
         (RunPreempt::AsRecorded, Unit::Entries) => Preemption::Entries,
         _ => Preemption::Anywhere,
@@ -80,7 +81,7 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
         Some(world.hold()),
     )?;
     let mut door = Live::new(world, None).with_patience(patience(options.patience));
-    let result = machine.run(&mut cpu, &mut door, &mut console);
+    let result = machine.run(&mut cpu, &mut disks, &mut door, &mut console);
     let shown = console.finish();
     drop(raw);
     let end = result.map_err(host_failure)?;
@@ -185,14 +186,12 @@ impl Images {
         kvm: &Kvm,
         description: &MachineDescription,
     ) -> anyhow::Result<(KvmCpu, Machine)> {
-        let disks = Disks::new(self.disks.clone())?;
-        Ok(build(
-            kvm,
-            description,
-            &self.kernel,
-            &self.initrd,
-            Box::new(disks),
-        )?)
+        Ok(build(kvm, description, &self.kernel, &self.initrd)?)
+    }
+
+    /// Its disks, with nothing written to them yet.
+    pub fn fresh_disks(&self) -> Result<Disks, DiskError> {
+        Disks::new(self.disks.clone())
     }
 }
 
