@@ -4,7 +4,7 @@ use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
 use hindsight_devices::{Nanos, Output};
-use hindsight_replay::{LeftOpen, Observer, OperatorConsole, Turn, Unit};
+use hindsight_replay::{Guest, LeftOpen, Observer, OperatorConsole, Turn, Unit};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use hindsight_vmm::failure::Failure;
@@ -88,7 +88,7 @@ impl Observer for Screen {
         }
     }
 
-    fn turn(&mut self, exits: u64, _turn: &Turn) {
+    fn turn(&mut self, exits: u64, _turn: &Turn, _guest: &mut dyn Guest) {
         // A clock would be dear here, at every exit; a count is not.
         self.stamp = self.stamp.wrapping_add(1);
         if self.stamp.is_multiple_of(4096)

@@ -23,8 +23,8 @@ pub fn watch<O: Observer>(
     finish: impl FnOnce(O, bool) -> Result<(), Failure>,
 ) -> Result<Outcome, Failure> {
     let watch = Watch::open(recording, journal, &RecordedPaths::default())?;
-    let disks = watch.images().fresh_disks()?;
-    let (watched, observer) = watch.run(disks, Until::End, begin)?;
+    let mut disks = watch.images().fresh_disks()?;
+    let (watched, observer) = watch.run(&mut disks, Until::End, begin)?;
     let right = watched.verdict.is_right();
     match finish(observer, right) {
         // A divergence decides how the program ends.

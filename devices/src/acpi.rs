@@ -9,13 +9,13 @@ use serde::{Deserialize, Serialize};
 use crate::Nanos;
 use crate::restore::{RestoreError, ensure};
 
-/// PM1a event block: status, and enable two ports behind it.
+/// PM1a event block: status, and enable two ports after it.
 pub const PM1_EVENT: u16 = 0x600;
 /// PM1a control block.
 pub const PM1_CONTROL: u16 = 0x604;
 /// The timer: 32 bits.
 pub const PM_TIMER: u16 = 0x608;
-/// The first port behind the last.
+/// The first port after the last.
 pub(crate) const ACPI_END: u16 = 0x60c;
 /// The system control interrupt's GSI.
 pub const SCI: u8 = 9;

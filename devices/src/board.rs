@@ -23,7 +23,9 @@ use crate::restore::RestoreError;
 use crate::rtc::Rtc;
 use crate::uart::{Uart, UartState};
 use crate::virtio::{Bus, Devices};
-use crate::{Access, Around, Input, Nanos, Output, Ram, Reply, Reset, Room, StorageError, Width};
+use crate::{
+    Access, BusContext, Input, Nanos, Output, Ram, Reply, Reset, Room, StorageError, Width,
+};
 
 /// The timer's input of the 8259s.
 const IRQ_TIMER: u8 = 0;
@@ -123,7 +125,7 @@ impl Board {
     pub fn access(
         &mut self,
         access: Access,
-        around: &mut Around<'_>,
+        context: &mut BusContext<'_>,
     ) -> Result<Reply, StorageError> {
         Ok(match access {
             Access::PortRead { port, width } => Reply::Value(self.read_ports(port, width)),
@@ -136,7 +138,7 @@ impl Board {
                 .read(gpa, width)
                 .unwrap_or_else(|| Reply::Value(self.read_memory(gpa, width))),
             Access::MemoryWrite { gpa, width, value } => {
-                if self.virtio.write(gpa, width, value, around)? {
+                if self.virtio.write(gpa, width, value, context)? {
                     self.wire_virtio();
                 } else {
                     self.write_memory(gpa, width, value);

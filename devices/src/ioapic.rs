@@ -20,7 +20,7 @@ pub(crate) const IOAPIC_BASE: u64 = 0xfec0_0000;
 /// How many pins.
 pub(crate) const PINS: u8 = 24;
 
-/// IOREGSEL, and IOWIN behind it.
+/// IOREGSEL, and IOWIN after it.
 const SELECT: u64 = 0x00;
 const WINDOW: u64 = 0x10;
 

@@ -93,7 +93,7 @@ impl Lapic {
         lapic
     }
 
-    /// The state behind a reset (SDM vol. 3, 11.4.7.1).
+    /// The state after a reset (SDM vol. 3, 11.4.7.1).
     fn reset(base: u64) -> Lapic {
         Lapic {
             base,

@@ -1,14 +1,13 @@
 //! The machine the guest sees, as plain state machines.
 //!
-//! No unsafe, no clock, no file, no thread, no KVM. A [`Board`] takes an [`Access`] and answers with a
-//! [`Reply`], working on what is [`Around`] it; takes an [`Input`]; is told what time it is; and says whether
-//! it wants an interrupt delivered. Whatever a guest does is answered with data; an assertion that fails is a
-//! bug of ours.
+//! No unsafe, no clock, no file, no thread, no KVM. A [`Board`] takes an [`Access`] with its
+//! [`BusContext`] and answers with a [`Reply`]; takes an [`Input`]; is told what time it is; and says
+//! whether it wants an interrupt delivered. Whatever a guest does is answered with data; an assertion
+//! that fails is a bug of ours.
 #![forbid(unsafe_code)]
 
 mod access;
 pub mod acpi;
-mod around;
 mod board;
 mod chipset;
 mod ioapic;
@@ -18,12 +17,13 @@ mod pic;
 mod pit;
 mod restore;
 mod rtc;
+mod storage;
 mod uart;
 mod virtio;
 
 pub use access::{Access, Input, Nanos, Output, Reply, Reset, Room, Width};
-pub use around::{Around, FirstReads, NoDisks, Ram, Storage, StorageError};
 pub use board::{Board, BoardState, POSTED_MAX, POSTED_PORT};
 pub use chipset::PvPanic;
 pub use restore::RestoreError;
+pub use storage::{BusContext, FirstReads, NoDisks, Ram, Storage, StorageError};
 pub use virtio::{Devices, DiskSpec, FRAME_BYTES_MAX, FRAME_BYTES_MIN, NetSpec, Slot};

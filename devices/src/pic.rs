@@ -77,7 +77,7 @@ impl Pic {
             Some(irq) => self.second.vector(irq),
             None => self.second.vector(7),
         };
-        // INT drops during INTA, so that a second request behind the first makes a new edge.
+        // INT drops during INTA, so that a second request after the first makes a new edge.
         self.first.set_line(CASCADE, false);
         self.cascade();
         vector

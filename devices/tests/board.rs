@@ -1,18 +1,18 @@
 //! What the whole board promises, told from the guest's side.
 
 use hindsight_devices::{
-    Access, Around, Board, Devices, Input, Nanos, NoDisks, Output, PvPanic, Ram, Reply, Reset,
+    Access, Board, BusContext, Devices, Input, Nanos, NoDisks, Output, PvPanic, Ram, Reply, Reset,
     RestoreError, Width,
 };
 
 /// One access to a board without disks and without memory.
 fn access(board: &mut Board, access: Access) -> Reply {
-    let mut around = Around {
+    let mut context = BusContext {
         ram: &Ram::new(),
         storage: &mut NoDisks,
     };
     board
-        .access(access, &mut around)
+        .access(access, &mut context)
         .expect("there is no disk to fail")
 }
 

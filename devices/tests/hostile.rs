@@ -1,8 +1,8 @@
 //! Whatever a guest does: it does not panic the board, and a save changes nothing.
 
 use hindsight_devices::{
-    Access, Around, Board, BoardState, Devices, Input, Nanos, NoDisks, Output, Ram, Reply, Room,
-    Width,
+    Access, Board, BoardState, BusContext, Devices, Input, Nanos, NoDisks, Output, Ram, Reply,
+    Room, Width,
 };
 use proptest::prelude::*;
 
@@ -31,13 +31,13 @@ struct Seen {
 fn take(board: &mut Board, step: &Step) -> Seen {
     let (mut reply, mut vector, mut output) = (None, None, Vec::new());
     let ram = Ram::new();
-    let mut around = Around {
+    let mut context = BusContext {
         ram: &ram,
         storage: &mut NoDisks,
     };
     match step {
         Step::Access(access) => {
-            let answer = board.access(*access, &mut around);
+            let answer = board.access(*access, &mut context);
             reply = Some(answer.expect("there is no disk to fail"));
         }
         Step::Accept(input) => board.accept(input.clone(), &ram),

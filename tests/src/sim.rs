@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 
 use hindsight_devices::{Devices, FirstReads, Nanos, NoDisks, Output, Room};
 use hindsight_replay::{
-    Chaos, Closed, Content, CpuidEntry, CpuidTable, Detail, Divergence, End, Entry, Event, Header,
-    Horizon, Host, JournalError, JournalReader, JournalWriter, LeftOpen, Live, Machine,
-    MachineDescription, MemoryDigest, Moment, Observer, Outside, Patience, Place, QuickReads,
-    Recorder, Replayer, RunError, Standing, Tail, TrapCounts, Turn, Unit,
+    Chaos, Closed, Complete, Content, CpuidEntry, CpuidTable, Detail, Divergence, End, Event,
+    Guest, Header, Horizon, Host, JournalError, JournalReader, JournalWriter, LeftOpen, Live,
+    Machine, MachineDescription, MemoryDigest, Moment, Observer, Outside, Patience, Place,
+    Position, QuickReads, Record, Recorder, Replayer, RunError, Tail, TrapCounts, Turn, Unit,
 };
 
 use crate::sim_world::SimWorld;
@@ -134,7 +134,7 @@ impl Scenario {
             Recorder::create(live, &mut journal, &header).expect("a Vec takes everything");
         let mut machine = machine_of(&header);
         let mut trace = Trace::default();
-        let result = machine.run(&mut cpu, &mut recorder, &mut trace);
+        let result = machine.run(&mut cpu, &mut NoDisks, &mut recorder, &mut trace);
         let exits = machine.at().exits;
         let memory = cpu.memory().to_vec();
         (
@@ -174,7 +174,7 @@ pub struct Trace {
     pub interrupts: Vec<(Moment, u8)>,
     /// What the guest wrote to its console, with the exit.
     pub output: Vec<(u64, Vec<u8>)>,
-    /// What it wrote without an exit, with the exit behind it.
+    /// What it wrote without an exit, with the exit after it.
     pub posted: Vec<(u64, Vec<u8>)>,
     /// What was found to be left open, and the exit.
     pub left_open: Vec<(u64, LeftOpen)>,
@@ -219,7 +219,7 @@ impl Trace {
             .zip(self.turns.iter().zip(&other.turns))
             .find(|(_, (a, b))| a != b);
         let turn = turn.map(|(at, _)| at);
-        // Interrupts of one exit come behind its turn; those behind the last common turn do not
+        // Interrupts of one exit come after its turn; those after the last common turn do not
         // count, as the shorter run may have stopped before them.
         let count = self.interrupts.len().max(other.interrupts.len());
         let interrupt = (0..count)
@@ -242,7 +242,7 @@ impl Observer for Trace {
         self.posted.push((exits, bytes.to_vec()));
     }
 
-    fn turn(&mut self, exits: u64, turn: &Turn) {
+    fn turn(&mut self, exits: u64, turn: &Turn, _guest: &mut dyn Guest) {
         self.turns.push(*turn);
         assert_eq!(
             exits,
@@ -320,7 +320,7 @@ pub fn replay_on(
         Err(error) => Verdict::Refused(error),
         Ok(reader) => {
             let mut replayer = Replayer::new(reader, until, None);
-            let verdict = verdict(machine.run(&mut cpu, &mut replayer, &mut trace));
+            let verdict = verdict(machine.run(&mut cpu, &mut NoDisks, &mut replayer, &mut trace));
             memories_checked = replayer.memories_checked();
             memories_but_accessed = replayer.memories_but_accessed();
             verdict
@@ -348,11 +348,11 @@ pub fn relog(journal: &[u8], header: &Header, mut cpu: ToyCpu) -> (Verdict, Vec<
     let replayer = Replayer::new(reader, None, None);
     let mut recorder =
         Recorder::create(replayer, &mut copy, header).expect("a Vec takes everything");
-    let result = machine.run(&mut cpu, &mut recorder, &mut ());
+    let result = machine.run(&mut cpu, &mut NoDisks, &mut recorder, &mut ());
     if result.is_err() {
         // What is known so far is kept, as after any run that cannot go on.
         recorder
-            .abandon(machine.at().exits, machine.now())
+            .abandon(machine.complete())
             .expect("a Vec takes everything");
     }
     (verdict(result), copy)
@@ -375,7 +375,7 @@ fn verdict(result: Result<End, RunError<Broken>>) -> Verdict {
 
 /// A machine without virtio devices.
 pub fn bare_machine(cpuid: CpuidTable, ns_per_exit: u64) -> Machine {
-    Machine::new(&Devices::default(), Box::new(NoDisks), cpuid, ns_per_exit)
+    Machine::new(&Devices::default(), cpuid, ns_per_exit)
 }
 
 /// A machine as the head of a journal describes it.
@@ -413,39 +413,39 @@ pub fn cpuid_table() -> CpuidTable {
 }
 
 /// All frames' events and their places, of a journal that is whole.
-pub fn entries_of(journal: &[u8]) -> Vec<Entry> {
+pub fn records_of(journal: &[u8]) -> Vec<Record> {
     let mut reader = JournalReader::open(journal).expect("a whole journal opens");
-    let mut entries = Vec::new();
-    while let Some(entry) = reader.next_entry().expect("memory can be read") {
-        entries.push(entry);
+    let mut records = Vec::new();
+    while let Some(record) = reader.next_record().expect("memory can be read") {
+        records.push(record);
     }
-    entries
+    records
 }
 
-/// Writes `entries`, whatever they are, in frames of at most `per_frame` events, with correct checks throughout.
+/// Writes `records`, whatever they are, in frames of at most `per_frame` events, with correct checks throughout.
 ///
-/// Frames begin where `entries` allow it: a frame ends with the last event of an exit. Where guest
+/// Frames begin where `records` allow it: a frame ends with the last event of an exit. Where guest
 /// time runs backwards a frame begins too, as within one the writer takes no such turns.
-pub fn write_entries(header: &Header, entries: &[Entry], per_frame: usize) -> Vec<u8> {
+pub fn write_records(header: &Header, records: &[Record], per_frame: usize) -> Vec<u8> {
     let mut journal = Vec::new();
     let writer = JournalWriter::create(&mut journal, header).expect("a Vec takes everything");
     let mut writer = writer.unchecked();
     let mut in_frame = 0;
     let mut now = 0;
     let mut last = 0;
-    for entry in entries {
-        let backwards = matches!(&entry.event, Event::Turn(turn) if turn.now < now);
-        if in_frame > 0 && (backwards || (in_frame >= per_frame && entry.exits > last)) {
+    for record in records {
+        let backwards = matches!(&record.event, Event::Turn(turn) if turn.now < now);
+        if in_frame > 0 && (backwards || (in_frame >= per_frame && record.exits > last)) {
             writer.close_frame(last, 0).expect("a Vec takes everything");
             in_frame = 0;
         }
-        if let Event::Turn(turn) = &entry.event {
+        if let Event::Turn(turn) = &record.event {
             now = turn.now;
         }
         writer
-            .append(entry.exits, entry.event.clone())
+            .append(record.exits, record.event.clone())
             .expect("nothing is checked");
-        last = entry.exits;
+        last = record.exits;
         in_frame += 1;
     }
     writer.close_frame(last, 0).expect("a Vec takes everything");
@@ -462,15 +462,15 @@ pub struct Unchecked {
 }
 
 impl Unchecked {
-    /// A door to `entries` that closes behind `exits_max`.
-    pub fn new(entries: &[Entry], exits_max: u64) -> Unchecked {
+    /// A door to `records` that closes after `exits_max`.
+    pub fn new(records: &[Record], exits_max: u64) -> Unchecked {
         let mut door = Unchecked {
             times: BTreeMap::new(),
             inputs: BTreeMap::new(),
             preemptions: BTreeMap::new(),
             exits_max,
         };
-        for Entry { exits, event } in entries {
+        for Record { exits, event } in records {
             match event {
                 Event::Time { ahead_ns } => {
                     door.times.insert(*exits, *ahead_ns);
@@ -492,6 +492,8 @@ impl Unchecked {
 }
 
 impl Outside for Unchecked {
+    type Closed = Closed;
+
     fn time(&mut self, query: &hindsight_replay::TimeQuery) -> Result<Nanos, Closed> {
         let ahead_ns = self.times.get(&query.exits).copied().unwrap_or(0);
         Ok(query
@@ -539,15 +541,15 @@ impl Outside for Unchecked {
         Ok(())
     }
 
-    fn horizon(&mut self, standing: &Standing) -> Result<Horizon, Closed> {
-        if standing.exits >= self.exits_max {
-            return Err(Closed::Reached(standing.exits));
+    fn horizon(&mut self, position: &Position) -> Result<Horizon, Closed> {
+        if position.exits >= self.exits_max {
+            return Err(Closed::Reached(position.exits));
         }
-        let place = self.preemptions.get(&(standing.exits + 1));
+        let place = self.preemptions.get(&(position.exits + 1));
         Ok(place.map_or(Horizon::Exit, |place| Horizon::At(*place)))
     }
 
-    fn kicked(&mut self, _: &Standing) -> Result<(), Closed> {
+    fn kicked(&mut self, _: &Position) -> Result<(), Closed> {
         Ok(())
     }
 
@@ -555,7 +557,7 @@ impl Outside for Unchecked {
         Ok(())
     }
 
-    fn abandon(&mut self, _: u64, _: Nanos) -> Result<(), Closed> {
+    fn abandon(&mut self, _: Complete) -> Result<(), Closed> {
         Ok(())
     }
 }

@@ -12,7 +12,7 @@ use std::fmt;
 use hindsight_devices::{Access, POSTED_PORT, Ram, Width};
 use hindsight_replay::{
     Ahead, Answer, Back, Cpu, Exit, Horizon, Lander, LeftOpen, MemoryDigest, Mode, Overshoot,
-    PAGE_BYTES, Registers, ShownClock, TimeInstruction, Walk, Went,
+    PAGE_BYTES, Registers, ShownClock, TimeInstruction, Walk, WalkEnd,
 };
 
 use crate::toy_counter::{Pmu, ToyCounter};
@@ -100,7 +100,7 @@ pub struct ToyCpu {
     memory: Vec<u8>,
     /// What devices would work on, if it had any.
     ram: Ram,
-    /// Interrupts wait for the instruction behind STI.
+    /// Interrupts wait for the instruction after STI.
     shadow: bool,
     /// The window was asked for.
     window: bool,
@@ -401,19 +401,19 @@ impl Walk for ToyCpu {
         self.registers.rip()
     }
 
-    fn go(&mut self, stops: &[u64]) -> Result<Went, Broken> {
+    fn go(&mut self, stops: &[u64]) -> Result<WalkEnd, Broken> {
         let mut first = true;
         loop {
             if self.window && self.takes_interrupts() {
-                return Ok(Went::Back(Back::Window));
+                return Ok(WalkEnd::Back(Back::Window));
             }
             if !first && stops.contains(&self.registers.rip()) {
-                return Ok(Went::Stop);
+                return Ok(WalkEnd::AtStop);
             }
             let called = self.pmu.as_ref().is_some_and(Pmu::calls);
             if called || (self.kicks_in_a_row < 3 && self.noise.one_in(24)) {
                 self.kicks_in_a_row += 1;
-                return Ok(Went::Back(Back::Kicked));
+                return Ok(WalkEnd::Back(Back::Kicked));
             }
             self.kicks_in_a_row = 0;
             first = false;
@@ -421,21 +421,21 @@ impl Walk for ToyCpu {
             let Some(op) = self.next_op(h) else {
                 self.spins += 1;
                 if stops.contains(&self.registers.rip()) {
-                    return Ok(Went::Stop);
+                    return Ok(WalkEnd::AtStop);
                 }
-                return Ok(Went::Back(Back::Kicked));
+                return Ok(WalkEnd::Back(Back::Kicked));
             };
             self.shadow = false;
             if let Op::Exit(exit) = op {
                 self.exits += 1;
                 self.breaks()?;
-                return Ok(Went::Back(Back::Exit(exit)));
+                return Ok(WalkEnd::Back(Back::Exit(exit)));
             }
             self.execute(op, h);
         }
     }
 
-    /// Now and then this is wrong, and only the way to somewhere behind the next branches.
+    /// Now and then this is wrong, and only the way to somewhere after the next branches.
     fn ahead(&mut self) -> Result<Ahead, Broken> {
         let wrong = self.noise.one_in(8).then(|| 1 + self.noise.below(12));
         let mut ghost = self.ghost();
@@ -469,8 +469,8 @@ impl Cpu for ToyCpu {
         self.finish_instruction();
         let Some(mut lander) = self.lander.take() else {
             return match self.go(&[])? {
-                Went::Back(back) => Ok(back),
-                Went::Stop => unreachable!("no stop was set"),
+                WalkEnd::Back(back) => Ok(back),
+                WalkEnd::AtStop => unreachable!("no stop was set"),
             };
         };
         let back = lander.run(self, horizon);
@@ -494,7 +494,7 @@ impl Cpu for ToyCpu {
         self.unfinished = Some((*exit, *answer));
         if *exit == Exit::Halt || self.noise.one_in(2) {
             // Some exits are finished when they are answered, some at the next run. HLT leaves
-            // nothing to finish: KVM reports it from behind the instruction.
+            // nothing to finish: KVM reports it with RIP after the instruction.
             self.finish_instruction();
         }
         Ok(())

@@ -20,7 +20,7 @@ pub enum Op {
     Load,
     /// Stores a register into memory.
     Store,
-    /// Sets IF; interrupts are held off until behind the instruction after it.
+    /// Sets IF; interrupts are held off until the instruction after it is done.
     Sti,
     /// Sets IF at once, as POPF does.
     Popf,

@@ -14,7 +14,7 @@ use crate::session::{Watched, parse};
 
 /// A recording that takes longer hangs.
 const LIMIT: Duration = Duration::from_secs(900);
-/// What is typed, and behind which text.
+/// What is typed, and after which text.
 const SESSION: &str = include_str!("../../guest-images/session");
 /// How many requests nginx answers, if the workload's argument does not say.
 const REQUESTS: u64 = 2_000;

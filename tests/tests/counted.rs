@@ -119,15 +119,15 @@ fn a_relog_has_the_same_preemptions_and_one_moved_by_a_branch_is_refused() {
     let mut writer = JournalWriter::create(&mut changed, reader.header()).expect("it is written");
     let mut preemptions = 0;
     while let Some(frame) = reader.next_frame().expect("it reads") {
-        for entry in frame.entries() {
-            let mut event = entry.event;
+        for record in frame.records() {
+            let mut event = record.event;
             if let Event::Preempted(place) = &mut event {
                 preemptions += 1;
                 if preemptions == 20 {
                     place.number += 1;
                 }
             }
-            writer.append(entry.exits, event).expect("it is written");
+            writer.append(record.exits, event).expect("it is written");
         }
         writer
             .close_frame(frame.place.through, frame.place.now)

@@ -305,12 +305,12 @@ fn rewrite(recording: &Path, alter: fn(&mut Event) -> bool) -> Option<u64> {
     let mut writer = JournalWriter::create(&mut out, reader.header()).expect("a Vec takes all");
     let mut at = None;
     while let Some(frame) = reader.next_frame().expect("a slice can be read") {
-        for mut entry in frame.entries() {
-            if at.is_none() && entry.exits > 300 && alter(&mut entry.event) {
-                at = Some(entry.exits);
+        for mut record in frame.records() {
+            if at.is_none() && record.exits > 300 && alter(&mut record.event) {
+                at = Some(record.exits);
             }
             writer
-                .append(entry.exits, entry.event)
+                .append(record.exits, record.event)
                 .expect("a Vec takes all");
         }
         writer

@@ -148,7 +148,7 @@ fn the_corpus_has_recordings_of_this_version_of_the_format() {
             continue;
         }
         let mut reader = reader.expect(name);
-        while reader.next_entry().expect("memory can be read").is_some() {}
+        while reader.next_record().expect("memory can be read").is_some() {}
         let tail = reader.tail().expect("it was read to its end");
         let closed = !name.ends_with("over");
         assert_eq!(tail.reason == TailReason::Closed, closed, "{name}: {tail}");

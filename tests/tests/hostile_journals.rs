@@ -43,7 +43,7 @@ fn head() -> Vec<u8> {
 fn stops(journal: &[u8]) -> (u64, TailReason, u64) {
     let mut reader = JournalReader::open(journal).expect("the head is good");
     let mut events = 0;
-    while reader.next_entry().expect("memory can be read").is_some() {
+    while reader.next_record().expect("memory can be read").is_some() {
         events += 1;
     }
     let tail = reader.tail().expect("it was read to its end").clone();

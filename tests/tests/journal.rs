@@ -5,12 +5,11 @@ mod journal_bounds;
 
 use std::io::{self, Read, Write};
 
-use hindsight_devices::Input;
+use hindsight_devices::{Input, NoDisks};
 use hindsight_replay::{Closed, IndexEntry};
 use hindsight_replay::{
-    Detail, Entry, Event, FRAME_HEAD_BYTES, Frame, Header, JournalError, JournalReader,
-    JournalWriter, Live, MAGIC, Moment, Patience, Recorder, Replayer, RunError, Tail, TailReason,
-    VERSION,
+    Detail, Event, FRAME_HEAD_BYTES, Frame, Header, JournalError, JournalReader, JournalWriter,
+    Live, MAGIC, Moment, Patience, Record, Recorder, Replayer, RunError, Tail, TailReason, VERSION,
 };
 use hindsight_tests::drive;
 use hindsight_tests::sim::{Recording, Scenario, Trace, Verdict, machine_of, replay};
@@ -45,13 +44,13 @@ fn written(
     header: &Header,
     plan: &[FramePlan],
     end: Option<&Event>,
-) -> (Vec<u8>, Vec<Vec<Entry>>, Vec<IndexEntry>) {
+) -> (Vec<u8>, Vec<Vec<Record>>, Vec<IndexEntry>) {
     let mut journal = Vec::new();
     let mut writer = JournalWriter::create(&mut journal, header).expect("a Vec takes all");
     let mut frames = Vec::new();
     let (mut exits, mut now) = (0, 0);
     for (number, (events, further)) in plan.iter().enumerate() {
-        let mut entries = Vec::new();
+        let mut records = Vec::new();
         for (distance, event) in events {
             exits += distance;
             let mut event = event.clone();
@@ -64,18 +63,18 @@ fn written(
                 _ => {}
             }
             writer.append(exits, event.clone()).expect("it is possible");
-            entries.push(Entry { exits, event });
+            records.push(Record { exits, event });
         }
         if let Some(end) = end.filter(|_| number + 1 == plan.len()) {
             writer.append(exits, end.clone()).expect("it is possible");
-            entries.push(Entry {
+            records.push(Record {
                 exits,
                 event: end.clone(),
             });
         }
         exits += further;
         writer.close_frame(exits, now).expect("a Vec takes all");
-        frames.push(entries);
+        frames.push(records);
     }
     let index = writer.index().to_vec();
     (journal, frames, index)
@@ -188,12 +187,12 @@ proptest! {
         let (frames, tail) = read(journal.as_slice()).unwrap();
         prop_assert_eq!(frames.iter().map(|f| f.place).collect::<Vec<_>>(), index);
         for (frame, said) in frames.iter().zip(&said) {
-            let mut entries = frame.entries();
+            let mut records = frame.records();
             for said in said {
-                prop_assert_eq!(entries.next(), Some(said.clone()));
+                prop_assert_eq!(records.next(), Some(said.clone()));
             }
-            prop_assert_eq!(entries.next(), None);
-            prop_assert_eq!(entries.position(), frame.head.raw_bytes as usize);
+            prop_assert_eq!(records.next(), None);
+            prop_assert_eq!(records.position(), frame.head.raw_bytes as usize);
         }
         prop_assert_eq!(frames.len(), said.len());
         prop_assert_eq!(tail.offset, journal.len() as u64);
@@ -229,20 +228,20 @@ proptest! {
         let mut slow = Dribble(Vec::new(), false);
         let mut writer = JournalWriter::create(&mut slow, &header()).unwrap();
         let mut now = 0;
-        for (entries, (_, further)) in said.iter().zip(&plan) {
+        for (records, (_, further)) in said.iter().zip(&plan) {
             let mut exits = 0;
-            for entry in entries {
-                if let Event::Turn(turn) = &entry.event {
+            for record in records {
+                if let Event::Turn(turn) = &record.event {
                     now = turn.now;
                 }
-                writer.append(entry.exits, entry.event.clone()).unwrap();
-                exits = entry.exits;
+                writer.append(record.exits, record.event.clone()).unwrap();
+                exits = record.exits;
             }
             writer.close_frame(exits + further, now).unwrap();
         }
         prop_assert_eq!(&slow.0, &journal);
         let (frames, _) = read(Dribble(journal.as_slice(), false)).unwrap();
-        let found: Vec<Vec<_>> = frames.iter().map(|frame| frame.entries().collect()).collect();
+        let found: Vec<Vec<_>> = frames.iter().map(|frame| frame.records().collect()).collect();
         prop_assert_eq!(found, said);
     }
 }
@@ -393,8 +392,8 @@ fn a_full_disk_loses_at_most_the_last_frame() {
         let mut written = 0;
         let result = JournalWriter::create(&mut disk, &header()).and_then(|mut writer| {
             for frame in &frames {
-                for entry in frame.entries() {
-                    writer.append(entry.exits, entry.event)?;
+                for record in frame.records() {
+                    writer.append(record.exits, record.event)?;
                 }
                 writer.close_frame(frame.head.through, frame.head.now)?;
                 written += 1;
@@ -422,7 +421,7 @@ fn a_full_disk_loses_at_most_the_last_frame() {
             found.last().map_or(0, |frame| frame.head.through)
         );
         for (found, frame) in found.iter().zip(&frames) {
-            assert!(found.entries().eq(frame.entries()));
+            assert!(found.records().eq(frame.records()));
         }
     }
 }
@@ -468,7 +467,7 @@ fn a_recorder_on_a_full_disk_stops_and_what_it_wrote_replays() {
         if let Ok(mut recorder) = Recorder::create(live, &mut disk, &header) {
             let mut cpu = ToyCpu::new(scenario.seed, 1);
             let failure = machine_of(&header)
-                .run(&mut cpu, &mut recorder, &mut ())
+                .run(&mut cpu, &mut NoDisks, &mut recorder, &mut ())
                 .unwrap_err();
             assert!(
                 matches!(
@@ -501,8 +500,12 @@ fn a_journal_that_cannot_be_read_is_an_error_wherever_the_bad_sector_lies() {
             Ok(reader) => {
                 let mut replayer = Replayer::new(reader, None, None);
                 let mut cpu = ToyCpu::new(scenario.seed, 2);
-                let result =
-                    machine_of(&header).run(&mut cpu, &mut replayer, &mut Trace::default());
+                let result = machine_of(&header).run(
+                    &mut cpu,
+                    &mut NoDisks,
+                    &mut replayer,
+                    &mut Trace::default(),
+                );
                 match result {
                     Err(RunError::Closed(Closed::Journal(error))) => error,
                     other => panic!("byte {fails_at}: {other:?}"),

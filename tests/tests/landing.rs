@@ -6,7 +6,7 @@
 use hindsight_replay::rng::{Rng, mix};
 use hindsight_replay::{Detail, Ending, Event, Exit, WITNESS_EVERY};
 use hindsight_tests::seeds::for_seeds;
-use hindsight_tests::sim::{Recording, Scenario, Verdict, entries_of, replay};
+use hindsight_tests::sim::{Recording, Scenario, Verdict, records_of, replay};
 use hindsight_tests::sim_world::SimWorld;
 use hindsight_tests::toy_counter::ToyCounter;
 use hindsight_tests::toy_cpu::{Broken, ToyCpu};
@@ -73,9 +73,9 @@ fn every_preemption_is_found_again_on_a_host_with_another_skid() {
             other => panic!("expected an equal replay, found {other:?}"),
         }
         assert!(is_equal(&recording, &replayed), "equal, and yet it is not");
-        let journaled = entries_of(&recording.journal)
+        let journaled = records_of(&recording.journal)
             .iter()
-            .filter(|entry| matches!(entry.event, Event::Preempted(_)))
+            .filter(|record| matches!(record.event, Event::Preempted(_)))
             .count() as u64;
         assert_eq!(journaled, preemptions(&recording));
         landed.set(landed.get() + journaled);

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use hindsight_devices::{Access, Input, Output, POSTED_MAX, Reset, Width};
+use hindsight_devices::{Access, Input, NoDisks, Output, POSTED_MAX, Reset, Width};
 use hindsight_guest_images::layout::{
     CODE, DATA, DESCRIPTORS, GDT, IDT, KERNEL_CS, KERNEL_SS, MMIO, PML4, PORT_FAULT, RAM_BYTES,
     STACK0,
@@ -26,7 +26,7 @@ use hindsight_replay::{
     Answer, Closed, CpuidTable, Detail, End, Ending, Event, Exit, JournalReader, Live, Mode,
     Moment, Observer, Recorder, Registers, Replayer, RunError, Tally, TimeInstruction, Turn,
 };
-use hindsight_tests::sim::{Scenario, Trace, entries_of, machine_of};
+use hindsight_tests::sim::{Scenario, Trace, machine_of, records_of};
 use hindsight_tests::sim_world::SimWorld;
 use hindsight_vmm::boot::{BootPlan, GuestRam};
 use hindsight_vmm::kvm::probe::{Stuck, bounded};
@@ -260,8 +260,8 @@ impl Observer for Watch {
     fn output(&mut self, exits: u64, now: u64, output: &Output) {
         self.trace.output(exits, now, output);
     }
-    fn turn(&mut self, exits: u64, turn: &Turn) {
-        self.trace.turn(exits, turn);
+    fn turn(&mut self, exits: u64, turn: &Turn, guest: &mut dyn hindsight_replay::Guest) {
+        self.trace.turn(exits, turn, guest);
     }
     fn interrupt(&mut self, at: &Moment, vector: u8, now: u64) {
         self.trace.interrupt(at, vector, now);
@@ -305,7 +305,7 @@ fn record(kvm: &Kvm, guest: &Guest, how: How) -> Ran {
         .expect("KVM loads a guest");
     let mut machine = machine_of(&header);
     let mut watch = Watch::default();
-    let result = machine.run(&mut cpu, &mut recorder, &mut watch);
+    let result = machine.run(&mut cpu, &mut NoDisks, &mut recorder, &mut watch);
     drop(recorder);
     ran(result.into(), watch, machine.tally(), &cpu, journal)
 }
@@ -321,7 +321,7 @@ fn replay(kvm: &Kvm, guest: &Guest, journal: &[u8], kicked: Arc<AtomicBool>) -> 
         kicked,
         ..Watch::default()
     };
-    let result = machine.run(&mut cpu, &mut replayer, &mut watch);
+    let result = machine.run(&mut cpu, &mut NoDisks, &mut replayer, &mut watch);
     ran(result.into(), watch, machine.tally(), &cpu, Vec::new())
 }
 

@@ -7,11 +7,11 @@ mod arbitrary;
 
 use hindsight_replay::rng::Rng;
 use hindsight_replay::{
-    Detail, Difference, Entry, Event, Frame, IndexEntry, JournalError, JournalReader,
-    JournalWriter, Tail, TailReason,
+    Detail, Difference, Event, Frame, IndexEntry, JournalError, JournalReader, JournalWriter,
+    Record, Tail, TailReason,
 };
 use hindsight_tests::sim::{
-    Recording, Replayed, Scenario, Verdict, entries_of, relog, replay, write_entries,
+    Recording, Replayed, Scenario, Verdict, records_of, relog, replay, write_records,
 };
 use hindsight_tests::sim_world::{EXITS_MAX, SimWorld};
 use hindsight_tests::toy_cpu::ToyCpu;
@@ -45,7 +45,7 @@ impl Victim {
                 Victim::of(scenario, scenario.record(detail, 1))
             })
             .find(|victim| {
-                let events = entries_of(&victim.recording.journal).len();
+                let events = records_of(&victim.recording.journal).len();
                 victim.frames.len() >= 5
                     && events >= 150
                     && victim.recording.trace.interrupts.len() >= 10
@@ -221,27 +221,27 @@ fn a_cut_journal_recorded_again_holds_all_that_was_left() {
 fn a_frame_that_claims_more_than_it_says_diverges_at_the_first_interrupt_it_lacks() {
     let victim = Victim::small(Detail::Default, 3_500);
     let header = victim.scenario.header(Detail::Default);
-    let entries = entries_of(&victim.recording.journal);
+    let records = records_of(&victim.recording.journal);
     let last = victim.recording.exits;
-    for (i, entry) in entries.iter().enumerate() {
-        if !matches!(entry.event, Event::Interrupt { .. }) || entry.exits == last {
+    for (i, record) in records.iter().enumerate() {
+        if !matches!(record.event, Event::Interrupt { .. }) || record.exits == last {
             continue;
         }
         let mut journal = Vec::new();
         let mut writer = JournalWriter::create(&mut journal, &header).expect("a Vec takes all");
-        for entry in &entries[..i] {
+        for record in &records[..i] {
             writer
-                .append(entry.exits, entry.event.clone())
+                .append(record.exits, record.event.clone())
                 .expect("it was recorded");
         }
         writer.close_frame(last, 0).expect("a Vec takes all");
         match victim.replay(&journal).verdict {
             Verdict::Diverged(divergence) => {
-                assert_eq!(divergence.at.exits, entry.exits, "{divergence}");
+                assert_eq!(divergence.at.exits, record.exits, "{divergence}");
                 let named = matches!(divergence.difference, Difference::Interrupt { .. });
                 assert!(named, "{divergence}");
             }
-            other => panic!("without {entry:?}: {other:?}"),
+            other => panic!("without {record:?}: {other:?}"),
         }
     }
 }
@@ -382,35 +382,35 @@ fn change() -> impl Strategy<Value = Change> {
     ]
 }
 
-fn changed(mut entries: Vec<Entry>, changes: &[Change]) -> Vec<Entry> {
+fn changed(mut records: Vec<Record>, changes: &[Change]) -> Vec<Record> {
     for change in changes {
-        if entries.is_empty() {
+        if records.is_empty() {
             break;
         }
-        let count = entries.len();
+        let count = records.len();
         match change {
             Change::Remove(at) => {
-                entries.remove(at.index(count));
+                records.remove(at.index(count));
             }
-            Change::Double(at) => entries.insert(at.index(count), entries[at.index(count)].clone()),
+            Change::Double(at) => records.insert(at.index(count), records[at.index(count)].clone()),
             Change::Swap(at) => {
                 let at = at.index(count);
                 if at + 1 < count {
-                    let (a, b) = (entries[at].exits, entries[at + 1].exits);
-                    entries.swap(at, at + 1);
-                    (entries[at].exits, entries[at + 1].exits) = (a, b);
+                    let (a, b) = (records[at].exits, records[at + 1].exits);
+                    records.swap(at, at + 1);
+                    (records[at].exits, records[at + 1].exits) = (a, b);
                 }
             }
             Change::Move(at, by) => {
-                let entry = &mut entries[at.index(count)];
-                entry.exits = entry.exits.saturating_add_signed(*by);
+                let record = &mut records[at.index(count)];
+                record.exits = record.exits.saturating_add_signed(*by);
             }
-            Change::Replace(at, event) => entries[at.index(count)].event = event.clone(),
+            Change::Replace(at, event) => records[at.index(count)].event = event.clone(),
             Change::Insert(at, event) => {
-                let exits = entries[at.index(count)].exits;
-                entries.insert(
+                let exits = records[at.index(count)].exits;
+                records.insert(
                     at.index(count),
-                    Entry {
+                    Record {
                         exits,
                         event: event.clone(),
                     },
@@ -419,23 +419,23 @@ fn changed(mut entries: Vec<Entry>, changes: &[Change]) -> Vec<Entry> {
         }
     }
     // The writer takes events in the order of exits, with moments that agree.
-    entries.sort_by_key(|entry| entry.exits);
-    for entry in &mut entries {
-        if let Event::Interrupt { at, .. } = &mut entry.event {
-            at.exits = entry.exits;
+    records.sort_by_key(|record| record.exits);
+    for record in &mut records {
+        if let Event::Interrupt { at, .. } = &mut record.event {
+            at.exits = record.exits;
         }
     }
-    entries
+    records
 }
 
 /// What may come of a journal whose checks are all right and whose events are not the recorded
 /// ones.
-fn judge(victim: &Victim, entries: &[Entry], original: &[Entry], replayed: &Replayed) {
+fn judge(victim: &Victim, records: &[Record], original: &[Record], replayed: &Replayed) {
     match &replayed.verdict {
         Verdict::Equal(end) => {
             assert_eq!(Some(end), victim.recording.end.as_ref());
             assert_eq!(replayed.trace, victim.recording.trace);
-            let (found, recorded) = (noticeable(entries), noticeable(original));
+            let (found, recorded) = (noticeable(records), noticeable(original));
             assert!(
                 found == recorded,
                 "equal, though the events are not those recorded"
@@ -454,14 +454,14 @@ fn judge(victim: &Victim, entries: &[Entry], original: &[Entry], replayed: &Repl
 
 /// The events that every machine notices. Not a byte typed that the guest never reads, not a time
 /// correction by nothing, and not a digest of memory, of which a recording has as many as it likes.
-fn noticeable(entries: &[Entry]) -> Vec<&Entry> {
-    let counts = |entry: &&Entry| {
+fn noticeable(records: &[Record]) -> Vec<&Record> {
+    let counts = |record: &&Record| {
         !matches!(
-            entry.event,
+            record.event,
             Event::Input(_) | Event::Time { ahead_ns: 0 } | Event::Memory { .. }
         )
     };
-    entries.iter().filter(counts).collect()
+    records.iter().filter(counts).collect()
 }
 
 proptest! {
@@ -477,11 +477,11 @@ proptest! {
         let scenario = Scenario::new(seed);
         let detail = if full { Detail::Full } else { Detail::Default };
         let victim = Victim::of(scenario, scenario.record(detail, 1));
-        let original = entries_of(&victim.recording.journal);
-        let entries = changed(original.clone(), &changes);
-        let journal = write_entries(&scenario.header(detail), &entries, per_frame);
+        let original = records_of(&victim.recording.journal);
+        let records = changed(original.clone(), &changes);
+        let journal = write_records(&scenario.header(detail), &records, per_frame);
         let replayed = victim.replay(&journal);
-        judge(&victim, &entries, &original, &replayed);
+        judge(&victim, &records, &original, &replayed);
     }
 
     #[test]
@@ -495,13 +495,13 @@ proptest! {
         let scenario = Scenario::new(seed);
         let detail = if full { Detail::Full } else { Detail::Default };
         let mut exits = 0;
-        let mut entries = Vec::new();
+        let mut records = Vec::new();
         for (distance, event) in events.into_iter().chain(end.map(|end| (1, end))) {
             exits += distance;
-            entries.push(Entry { exits, event });
+            records.push(Record { exits, event });
         }
-        let entries = changed(entries, &[]);
-        let journal = write_entries(&scenario.header(detail), &entries, per_frame);
+        let records = changed(records, &[]);
+        let journal = write_records(&scenario.header(detail), &records, per_frame);
         let cpu = ToyCpu::new(seed, 5);
         let replayed = replay(&journal, cpu, Some(EXITS_BOUND));
         prop_assert!(!matches!(replayed.verdict, Verdict::Equal(_)), "{:?}", replayed.verdict);

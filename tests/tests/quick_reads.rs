@@ -107,7 +107,7 @@ fn kvm() -> Option<Kvm> {
 
 fn machine(kvm: &Kvm, description: &MachineDescription) -> (KvmCpu, Machine) {
     let kernel = LoadedKernel::open(&kernel()).expect("a kernel");
-    build(kvm, description, &kernel, &[], Box::new(NoDisks)).expect("it is built")
+    build(kvm, description, &kernel, &[]).expect("it is built")
 }
 
 fn description(kvm: &Kvm, quick: bool) -> MachineDescription {
@@ -154,7 +154,7 @@ fn time_never_falls_from_read_to_read_and_every_thirty_third_exits() {
         let mut door = Recorder::create(live, &mut journal, &header).expect("a Vec");
         let mut recorded = Trace::default();
         let end = machine
-            .run(&mut cpu, &mut door, &mut recorded)
+            .run(&mut cpu, &mut NoDisks, &mut door, &mut recorded)
             .expect("it runs");
         drop(door);
         assert_eq!(end.ending, Ending::Reset(Reset::Keyboard), "{recorded:?}");
@@ -166,7 +166,7 @@ fn time_never_falls_from_read_to_read_and_every_thirty_third_exits() {
         let mut door = Replayer::new(reader, None, None);
         let mut replayed = Trace::default();
         let again = machine
-            .run(&mut cpu, &mut door, &mut replayed)
+            .run(&mut cpu, &mut NoDisks, &mut door, &mut replayed)
             .expect("it replays");
         assert_eq!((again, replayed), (end, recorded));
         assert!(door.memories_checked() > exits);
@@ -192,8 +192,7 @@ fn a_replay_that_would_rewrite_the_kernel_otherwise_is_refused() {
         let quick = description.quick_reads.as_mut().expect("it has one");
         quick.sites += change.0;
         quick.check ^= change.1;
-        let error = build(&kvm, &description, &kernel, &[], Box::new(NoDisks))
-            .expect_err("another rewriting");
+        let error = build(&kvm, &description, &kernel, &[]).expect_err("another rewriting");
         assert!(error.to_string().contains("time reads"), "{error}");
     }
 }

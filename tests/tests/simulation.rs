@@ -5,16 +5,16 @@
 //! `HINDSIGHT_SIM_SEEDS` says how many seeds (default 5,000), `HINDSIGHT_SIM_SEED` picks one. A
 //! failure names its seed and how to run it alone.
 
-use hindsight_devices::{Access, Input, Nanos, Ram, Room, Width};
+use hindsight_devices::{Access, Input, Nanos, NoDisks, Ram, Room, Width};
 use hindsight_replay::rng::{Rng, mix};
 use hindsight_replay::{
-    Answer, Back, Closed, Cpu, Detail, Difference, Ending, Entry, Event, Exit, Horizon,
-    JournalReader, LeftOpen, Machine, MemoryDigest, Mode, Registers, Replayer, RunError,
-    ShownClock, TimeInstruction, WITNESS_EVERY, World,
+    Answer, Back, Closed, Cpu, Detail, Difference, Ending, Event, Exit, Horizon, JournalReader,
+    LeftOpen, Machine, MemoryDigest, Mode, Record, Registers, Replayer, RunError, ShownClock,
+    TimeInstruction, WITNESS_EVERY, World,
 };
 use hindsight_tests::sim::{
-    Recording, Replayed, Scenario, Unchecked, Verdict, bare_machine, cpuid_table, entries_of,
-    machine_of, relog, replay, replay_on, write_entries,
+    Recording, Replayed, Scenario, Unchecked, Verdict, bare_machine, cpuid_table, machine_of,
+    records_of, relog, replay, replay_on, write_records,
 };
 use hindsight_tests::sim_world::SimWorld;
 use hindsight_tests::toy_cpu::{Broken, Fault, FaultKind, MEMORY_BYTES, ToyCpu};
@@ -66,9 +66,9 @@ fn every_seed_replays_bit_for_bit_on_another_host() {
         let recording = Scenario::new(seed).record(Detail::Default, here);
         let replayed = replay(&recording.journal, ToyCpu::new(seed, there), None);
         assert_equal(&recording, &replayed);
-        let asked = entries_of(&recording.journal)
+        let asked = records_of(&recording.journal)
             .iter()
-            .filter(|entry| matches!(entry.event, Event::Memory { .. }))
+            .filter(|record| matches!(record.event, Event::Memory { .. }))
             .count() as u64;
         let at_end = u64::from(!stopped_running(&recording));
         assert_eq!(
@@ -122,8 +122,8 @@ fn a_full_recording_replays_and_says_the_same_as_a_default_one() {
         let replayed = replay(&full.journal, ToyCpu::new(seed, elsewhere), None);
         assert_equal(&full, &replayed);
 
-        let entries = entries_of(&full.journal);
-        let turns = entries.iter().filter_map(|entry| match &entry.event {
+        let records = records_of(&full.journal);
+        let turns = records.iter().filter_map(|record| match &record.event {
             Event::Turn(turn) => Some(**turn),
             _ => None,
         });
@@ -131,11 +131,11 @@ fn a_full_recording_replays_and_says_the_same_as_a_default_one() {
             turns.eq(full.trace.turns.iter().copied()),
             "a full journal holds every turn"
         );
-        let without_turns: Vec<Entry> = entries
+        let without_turns: Vec<Record> = records
             .into_iter()
-            .filter(|entry| !matches!(entry.event, Event::Turn(_) | Event::Posted(_)))
+            .filter(|record| !matches!(record.event, Event::Turn(_) | Event::Posted(_)))
             .collect();
-        assert_eq!(without_turns, entries_of(&brief.journal));
+        assert_eq!(without_turns, records_of(&brief.journal));
     });
 }
 
@@ -159,8 +159,8 @@ fn a_replay_recorded_again_gives_the_same_bytes() {
             let (verdict, copy) = relog(from, &scenario.header(detail), ToyCpu::new(seed, noise));
             assert!(matches!(verdict, Verdict::Equal(_)), "{verdict:?}");
             assert_eq!(
-                entries_of(&copy),
-                entries_of(expected),
+                records_of(&copy),
+                records_of(expected),
                 "relogged as {detail:?}"
             );
             assert!(
@@ -213,7 +213,12 @@ fn a_replay_stops_at_the_first_exit_at_the_guest_time_asked_for() {
         let reader = JournalReader::open(recording.journal.as_slice()).expect("the head is whole");
         let mut machine = machine_of(reader.header());
         let mut replayer = Replayer::new(reader, None, None).until_time(wanted);
-        let result = machine.run(&mut ToyCpu::new(seed, there), &mut replayer, &mut ());
+        let result = machine.run(
+            &mut ToyCpu::new(seed, there),
+            &mut NoDisks,
+            &mut replayer,
+            &mut (),
+        );
         assert!(
             matches!(result, Err(RunError::Closed(Closed::Reached(exits))) if exits == expected),
             "asked for {wanted} ns at exit {expected}, came to {result:?}"
@@ -251,13 +256,13 @@ fn a_recording_whose_cpu_failed_replays_up_to_the_failure() {
 
 /// What a machine with this fault does when nobody stops it.
 fn unchecked(recording: &Recording, machine: &mut Machine, cpu: &mut ToyCpu) -> Recording {
-    let mut door = Unchecked::new(&entries_of(&recording.journal), recording.exits);
+    let mut door = Unchecked::new(&records_of(&recording.journal), recording.exits);
     let mut faulty = Recording {
         end: None,
         ..recording.clone()
     };
     faulty.trace = Default::default();
-    let result = machine.run(cpu, &mut door, &mut faulty.trace);
+    let result = machine.run(cpu, &mut NoDisks, &mut door, &mut faulty.trace);
     faulty.end = result.ok();
     faulty.memory = cpu.memory().to_vec();
     faulty
@@ -354,13 +359,13 @@ fn memory_that_differs_in_accessed_bits_alone_is_told_and_ends_no_replay() {
         let replayed = replay(&recording.journal, ToyCpu::new(seed, there), None);
         assert_eq!(replayed.memories_but_accessed, 0);
 
-        let mut entries = entries_of(&recording.journal);
+        let mut records = records_of(&recording.journal);
         let other = |memory: &mut MemoryDigest| {
             *memory = MemoryDigest::of_parts(!memory.value(), memory.masked());
         };
         let mut others = 0;
-        for entry in &mut entries {
-            match &mut entry.event {
+        for record in &mut records {
+            match &mut record.event {
                 Event::Memory { digest } => other(digest),
                 Event::End(end) if end.memory.is_some() => end.memory.iter_mut().for_each(other),
                 _ => continue,
@@ -368,7 +373,7 @@ fn memory_that_differs_in_accessed_bits_alone_is_told_and_ends_no_replay() {
             others += 1;
         }
         let header = scenario.header(Detail::Default);
-        let journal = write_entries(&header, &entries, 1000);
+        let journal = write_records(&header, &records, 1000);
         let replayed = replay(&journal, ToyCpu::new(seed, there), None);
         let equal = matches!(replayed.verdict, Verdict::Equal(_));
         assert!(equal, "{:?}", replayed.verdict);
@@ -426,9 +431,9 @@ fn another_cpu_diverges() {
 }
 
 /// Changes one field of one event; `None` if the event has nothing of that kind.
-fn tampered(entry: &Entry, rng: &mut Rng) -> Option<Entry> {
-    let mut entry = entry.clone();
-    match &mut entry.event {
+fn tampered(record: &Record, rng: &mut Rng) -> Option<Record> {
+    let mut record = record.clone();
+    match &mut record.event {
         Event::Turn(turn) => match rng.below(4) {
             0 => match &mut turn.exit {
                 Exit::Access(Access::PortWrite { value, .. }) => *value ^= 1 << rng.below(8),
@@ -473,7 +478,7 @@ fn tampered(entry: &Entry, rng: &mut Rng) -> Option<Entry> {
         }
         Event::Input(_) | Event::Preempted(_) => return None,
     }
-    Some(entry)
+    Some(record)
 }
 
 #[test]
@@ -483,30 +488,30 @@ fn one_changed_field_of_a_full_journal_is_refused_at_its_own_exit() {
         let mut rng = Rng::new(seed, 10);
         let scenario = Scenario::new(seed);
         let full = scenario.record(Detail::Full, here);
-        let entries = entries_of(&full.journal);
-        let whole = write_entries(&scenario.header(Detail::Full), &entries, 40);
+        let records = records_of(&full.journal);
+        let whole = write_records(&scenario.header(Detail::Full), &records, 40);
         assert_equal(&full, &replay(&whole, ToyCpu::new(seed, there), None));
         for _ in 0..6 {
             // Turns are the most frequent; every second time take something rarer.
-            let start = rng.below(entries.len() as u64) as usize;
+            let start = rng.below(records.len() as u64) as usize;
             let rare = rng.one_in(2);
-            let place = (start..entries.len())
-                .find(|i| !rare || !matches!(entries[*i].event, Event::Turn(_)))
+            let place = (start..records.len())
+                .find(|i| !rare || !matches!(records[*i].event, Event::Turn(_)))
                 .expect("the end is not a turn");
-            let Some(entry) = tampered(&entries[place], &mut rng) else {
+            let Some(record) = tampered(&records[place], &mut rng) else {
                 continue;
             };
-            let mut changed = entries.clone();
-            changed[place] = entry.clone();
-            let journal = write_entries(&scenario.header(Detail::Full), &changed, 40);
+            let mut changed = records.clone();
+            changed[place] = record.clone();
+            let journal = write_records(&scenario.header(Detail::Full), &changed, 40);
             let replayed = replay(&journal, ToyCpu::new(seed, there), None);
             let at = diverged_at(&replayed);
             assert_eq!(
                 at,
-                Some(entry.exits),
+                Some(record.exits),
                 "changed {:?}\nto {:?}\nand got {:?}",
-                entries[place].event,
-                entry.event,
+                records[place].event,
+                record.event,
                 replayed.verdict
             );
         }
@@ -526,8 +531,8 @@ fn the_seeds_reach_what_they_are_meant_to_reach() {
         for turn in &recording.trace.turns {
             exits[turn.exit.kind()] += 1;
         }
-        for entry in entries_of(&recording.journal) {
-            events[entry.event.kind()] += 1;
+        for record in records_of(&recording.journal) {
+            events[record.event.kind()] += 1;
         }
         for (at, vector) in &recording.trace.interrupts {
             vectors[usize::from(*vector)] += 1;
@@ -693,12 +698,22 @@ fn a_byte_typed_at_a_moment_arrives_at_that_moment() {
         let mut door = Recorder::create(Live::new(world, None), &mut journal, &header).unwrap();
         let mut seen = [Trace::default(), Trace::default()];
         machine_of(&header)
-            .run(&mut Poller(0, Ram::new()), &mut door, &mut seen[0])
+            .run(
+                &mut Poller(0, Ram::new()),
+                &mut NoDisks,
+                &mut door,
+                &mut seen[0],
+            )
             .unwrap();
         let reader = JournalReader::open(journal.as_slice()).unwrap();
         let mut door = Replayer::new(reader, None, None);
         machine_of(&header)
-            .run(&mut Poller(0, Ram::new()), &mut door, &mut seen[1])
+            .run(
+                &mut Poller(0, Ram::new()),
+                &mut NoDisks,
+                &mut door,
+                &mut seen[1],
+            )
             .unwrap();
         for trace in seen {
             let ready = trace.turns.iter().position(|turn| {

@@ -8,7 +8,7 @@ use hindsight_replay::{
     Closed, Detail, Difference, End, Event, Header, Image, JournalReader, Live, Machine, Observer,
     Recorder, Replayer, RunError, TailReason, World,
 };
-use hindsight_tests::sim::{Scenario, cpuid_table, entries_of};
+use hindsight_tests::sim::{Scenario, cpuid_table, records_of};
 use hindsight_tests::toy_disks::ToyDisks;
 use hindsight_tests::toy_driver::ToyDriver;
 
@@ -42,8 +42,8 @@ fn header(seed: u64) -> Header {
     header
 }
 
-fn machine(disks: ToyDisks) -> Machine {
-    Machine::new(&devices(), Box::new(disks), cpuid_table(), NS_PER_EXIT)
+fn machine() -> Machine {
+    Machine::new(&devices(), cpuid_table(), NS_PER_EXIT)
 }
 
 /// Sends what there is room for, at times.
@@ -105,7 +105,7 @@ struct Recorded {
     sent: Vec<Vec<u8>>,
 }
 
-fn record(seed: u64, disks: ToyDisks) -> Recorded {
+fn record(seed: u64, mut disks: ToyDisks) -> Recorded {
     let mut journal = Vec::new();
     let world = Busy {
         rng: Rng::new(seed, 9),
@@ -117,7 +117,7 @@ fn record(seed: u64, disks: ToyDisks) -> Recorded {
         Recorder::create(live, &mut journal, &header(seed)).expect("a Vec takes everything");
     let mut outputs = Outputs::default();
     let mut cpu = ToyDriver::new(&devices(), seed);
-    let result = machine(disks).run(&mut cpu, &mut recorder, &mut outputs);
+    let result = machine().run(&mut cpu, &mut disks, &mut recorder, &mut outputs);
     let sent = recorder.into_inner().into_world().sent;
     Recorded {
         journal,
@@ -130,13 +130,13 @@ fn record(seed: u64, disks: ToyDisks) -> Recorded {
 fn replay(
     seed: u64,
     journal: &[u8],
-    disks: ToyDisks,
+    mut disks: ToyDisks,
 ) -> (Result<End, RunError<Infallible>>, Outputs) {
     let reader = JournalReader::open(journal).expect("the head is whole");
     let mut replayer = Replayer::new(reader, None, None);
     let mut outputs = Outputs::default();
     let mut cpu = ToyDriver::new(&devices(), seed);
-    let result = machine(disks).run(&mut cpu, &mut replayer, &mut outputs);
+    let result = machine().run(&mut cpu, &mut disks, &mut replayer, &mut outputs);
     (result, outputs)
 }
 
@@ -154,9 +154,9 @@ fn whatever_goes_through_rings_replays_equal() {
             frames += usize::from(matches!(output, Output::Frame(_)));
             consoles += usize::from(matches!(output, Output::VirtioConsole(_)));
         }
-        for entry in entries_of(&recorded.journal) {
-            events[entry.event.kind()] += 1;
-            match entry.event {
+        for record in records_of(&recorded.journal) {
+            events[record.event.kind()] += 1;
+            match record.event {
                 Event::Input(Input::Frame(_)) => inputs[0] += 1,
                 Event::Input(Input::Entropy(_)) => inputs[1] += 1,
                 Event::Input(Input::VirtioConsole(_)) => inputs[2] += 1,

@@ -5,7 +5,7 @@ use std::io::Read;
 use std::path::PathBuf;
 
 use clap::Args;
-use hindsight_replay::{Entry, Event, Header, JournalError, JournalReader, Tail, TailReason};
+use hindsight_replay::{Event, Header, JournalError, JournalReader, Record, Tail, TailReason};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -64,9 +64,9 @@ pub struct Comparison {
     /// How many events are equal.
     common: u64,
     /// The last of them.
-    history: VecDeque<Entry>,
+    history: VecDeque<Record>,
     /// The first that differs; on one side there may be none.
-    event: Option<[Option<Entry>; 2]>,
+    event: Option<[Option<Record>; 2]>,
     /// Where and why each journal ends, as far as it was read to its end.
     tails: [Option<Tail>; 2],
 }
@@ -81,7 +81,7 @@ impl Comparison {
         let mut history = VecDeque::with_capacity(HISTORY + 1);
         let mut common = 0;
         let event = loop {
-            match (a.next_entry()?, b.next_entry()?) {
+            match (a.next_record()?, b.next_record()?) {
                 (None, None) => break None,
                 (Some(x), Some(y)) if x == y => {
                     common += 1;
@@ -130,9 +130,9 @@ impl Comparison {
 
     /// What one side says where they part.
     fn side(&self, side: usize) -> Option<String> {
-        let entry = self.event.as_ref()?[side].as_ref();
+        let record = self.event.as_ref()?[side].as_ref();
         let tail = self.tails[side].as_ref().map(Tail::to_string);
-        Some(entry.map_or_else(|| tail.unwrap_or_default(), describe))
+        Some(record.map_or_else(|| tail.unwrap_or_default(), describe))
     }
 
     /// For programs.
@@ -174,8 +174,8 @@ impl Comparison {
             if !self.history.is_empty() {
                 line("what led up to it:".into());
             }
-            for entry in &self.history {
-                line(format!("  {}", shown(&describe(entry))));
+            for record in &self.history {
+                line(format!("  {}", shown(&describe(record))));
             }
             return text;
         }
@@ -195,9 +195,9 @@ impl Comparison {
     }
 }
 
-fn describe(entry: &Entry) -> String {
-    let exits = entry.exits;
-    match &entry.event {
+fn describe(record: &Record) -> String {
+    let exits = record.exits;
+    match &record.event {
         Event::Turn(turn) => format!("exit {exits}: {turn}"),
         event => format!("exit {exits}: {event:?}"),
     }

@@ -132,7 +132,7 @@ pub fn main(options: &Options) -> Result<Outcome, Failure> {
         ..RecordedPaths::default()
     };
     let watch = Watch::open(recording, journal, &instead)?;
-    let disks = SharedDisks::new(watch.images().fresh_disks()?);
+    let mut disks = SharedDisks::new(watch.images().fresh_disks()?);
     let until = match options.at {
         None => Until::End,
         Some(At::Exit(exit)) => Until::Exit(exit.0),
@@ -149,7 +149,7 @@ pub fn main(options: &Options) -> Result<Outcome, Failure> {
         last_exit: watch.last_exit(until),
     };
     let begin = || Screen::new(terminal, viewed);
-    let (watched, screen) = watch.run(disks.clone(), until, begin)?;
+    let (watched, screen) = watch.run(&mut disks, until, begin)?;
     drop(screen);
     let outcome = match watched.verdict {
         Verdict::Equal(_) => {

@@ -7,8 +7,8 @@ use clap::Args;
 use comfy_table::{CellAlignment, Table, presets};
 use hindsight_devices::{Nanos, POSTED_PORT};
 use hindsight_replay::{
-    Detail, End, Entry, Event, FRAME_HEAD_BYTES, Frame, Header, IndexEntry, JournalError,
-    JournalReader, LeftOpen, Moment, Observer, TailReason, Turn,
+    Detail, End, Event, FRAME_HEAD_BYTES, Frame, Guest, Header, IndexEntry, JournalError,
+    JournalReader, LeftOpen, Moment, Observer, Record, TailReason, Turn,
 };
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -127,15 +127,15 @@ impl<W: Write> Listing<W> {
         journal: &mut JournalReader<impl Read>,
         io_only: bool,
     ) -> Result<(), JournalError> {
-        while let Some(entry) = journal.next_entry()? {
-            self.entry(&entry, io_only);
+        while let Some(record) = journal.next_record()? {
+            self.record(&record, io_only);
         }
         Ok(())
     }
 
-    fn entry(&mut self, entry: &Entry, io_only: bool) {
-        let exits = entry.exits;
-        match &entry.event {
+    fn record(&mut self, record: &Record, io_only: bool) {
+        let exits = record.exits;
+        match &record.event {
             Event::Turn(turn) => self.turn_line(exits, turn),
             Event::Posted(bytes) => self.posted_line(exits, bytes),
             Event::LeftOpen(what) => self.left_open_line(exits, *what),
@@ -182,7 +182,7 @@ impl<W: Write> Observer for Listing<W> {
         self.posted_line(exits, bytes);
     }
 
-    fn turn(&mut self, exits: u64, turn: &Turn) {
+    fn turn(&mut self, exits: u64, turn: &Turn, _guest: &mut dyn Guest) {
         self.turn_line(exits, turn);
     }
 
@@ -234,7 +234,7 @@ struct Census {
 
 impl Census {
     /// Adds a frame, and shows each of its events.
-    fn count(&mut self, frame: &Frame, mut see: impl FnMut(Entry)) {
+    fn count(&mut self, frame: &Frame, mut see: impl FnMut(Record)) {
         self.frames += 1;
         self.frame_bytes += FRAME_HEAD_BYTES as u64 + u64::from(frame.head.compressed_bytes);
         self.raw_bytes += u64::from(frame.head.raw_bytes);
@@ -247,15 +247,15 @@ impl Census {
         let row = &mut self.seconds[second];
         row[0] += frame.place.through - frame.place.first;
         row[1] += FRAME_HEAD_BYTES as u64 + u64::from(frame.head.compressed_bytes);
-        let mut entries = frame.entries();
+        let mut records = frame.records();
         let mut before = 0;
-        while let Some(entry) = entries.next() {
-            let kind = entry.event.kind();
+        while let Some(record) = records.next() {
+            let kind = record.event.kind();
             self.events[kind] += 1;
-            self.event_bytes[kind] += (entries.position() - before) as u64;
-            before = entries.position();
-            row[2] += u64::from(matches!(entry.event, Event::Interrupt { .. }));
-            see(entry);
+            self.event_bytes[kind] += (records.position() - before) as u64;
+            before = records.position();
+            row[2] += u64::from(matches!(record.event, Event::Interrupt { .. }));
+            see(record);
         }
     }
 }
@@ -285,7 +285,7 @@ impl Survey {
                 ..
             } = &mut survey;
             *end = None;
-            census.count(&frame, |Entry { exits, event }| match event {
+            census.count(&frame, |Record { exits, event }| match event {
                 Event::End(found) => *end = Some(*found),
                 Event::LeftOpen(what) if !left_open.iter().any(|(_, told)| *told == what) => {
                     left_open.push((exits, what));

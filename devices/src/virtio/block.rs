@@ -13,7 +13,7 @@ use virtio_queue::{Reader, Writer};
 
 use super::ring::Ring;
 use super::{Device, DiskSpec, Stop};
-use crate::around::{Around, Storage};
+use crate::storage::{BusContext, Storage};
 
 const QUEUES: [u16; 1] = [256];
 const SECTOR_BYTES: u64 = 512;
@@ -250,13 +250,13 @@ impl Device for Block {
         &mut self,
         queue: usize,
         rings: &mut [Ring],
-        around: &mut Around<'_>,
+        context: &mut BusContext<'_>,
     ) -> Result<bool, Stop> {
-        let storage = &mut *around.storage;
+        let storage = &mut *context.storage;
         let (mut wanted, mut moved) = (false, 0);
         self.unfinished = false;
         for _ in 0..QUEUES[0] {
-            wanted |= rings[queue].serve(around.ram, 1, |mut reader, mut writer| {
+            wanted |= rings[queue].serve(context.ram, 1, |mut reader, mut writer| {
                 let room = writer.available_bytes();
                 moved += reader.available_bytes() + room;
                 let last = room
@@ -270,7 +270,7 @@ impl Device for Block {
                 status_writer.write_all(&[done.status])?;
                 Ok(done.bytes + 1)
             })?;
-            if rings[queue].waiting(around.ram) == 0 {
+            if rings[queue].waiting(context.ram) == 0 {
                 return Ok(wanted);
             }
             if moved >= EXIT_BYTES_MAX {
@@ -282,9 +282,13 @@ impl Device for Block {
         Ok(true)
     }
 
-    fn acknowledged(&mut self, rings: &mut [Ring], around: &mut Around<'_>) -> Result<bool, Stop> {
+    fn acknowledged(
+        &mut self,
+        rings: &mut [Ring],
+        context: &mut BusContext<'_>,
+    ) -> Result<bool, Stop> {
         if self.unfinished {
-            self.notified(0, rings, around)
+            self.notified(0, rings, context)
         } else {
             Ok(false)
         }

@@ -12,7 +12,7 @@ use super::ring::Ring;
 use super::{Device, Stop};
 use crate::Input;
 use crate::access::{Output, Room};
-use crate::around::{Around, Ram};
+use crate::storage::{BusContext, Ram};
 
 const QUEUES: [u16; 2] = [64, 64];
 const RECEIVE: usize = 0;
@@ -92,14 +92,14 @@ impl Device for Console {
         &mut self,
         queue: usize,
         rings: &mut [Ring],
-        around: &mut Around<'_>,
+        context: &mut BusContext<'_>,
     ) -> Result<bool, Stop> {
         if queue == RECEIVE {
-            return self.feed(&mut rings[RECEIVE], around.ram);
+            return self.feed(&mut rings[RECEIVE], context.ram);
         }
         let written = &mut self.written;
         rings[TRANSMIT].serve(
-            around.ram,
+            context.ram,
             usize::from(QUEUES[TRANSMIT]),
             |mut reader, _| {
                 let start = written.len();

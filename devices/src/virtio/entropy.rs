@@ -12,7 +12,7 @@ use super::ring::Ring;
 use super::{Device, Stop};
 use crate::Input;
 use crate::access::Room;
-use crate::around::{Around, Ram};
+use crate::storage::{BusContext, Ram};
 
 const QUEUES: [u16; 1] = [64];
 /// As many bytes as are handed over at once; Linux asks for no more than 64.
@@ -49,7 +49,7 @@ impl Device for Entropy {
         &mut self,
         _queue: usize,
         _rings: &mut [Ring],
-        _around: &mut Around<'_>,
+        _context: &mut BusContext<'_>,
     ) -> Result<bool, Stop> {
         // What is waiting now makes room, and is served when bytes come.
         Ok(false)

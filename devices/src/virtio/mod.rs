@@ -16,8 +16,8 @@ mod transport;
 use serde::{Deserialize, Serialize};
 
 use crate::access::{Output, Room};
-use crate::around::{Around, Ram, StorageError};
 use crate::restore::{RestoreError, ensure};
+use crate::storage::{BusContext, Ram, StorageError};
 use crate::{Input, Reply, Width};
 use block::Block;
 use console::Console;
@@ -31,7 +31,7 @@ use transport::Transport;
 const FIRST_WINDOW: u64 = 0xd000_0000;
 /// From one device's registers to the next's: a page.
 const WINDOW_BYTES: u64 = 0x1000;
-/// The first device's interrupt: the I/O APIC's inputs behind those of the ISA bus.
+/// The first device's interrupt: the I/O APIC's inputs after those of the ISA bus.
 const FIRST_GSI: u8 = 16;
 /// One for each input that is left.
 const SLOTS_MAX: usize = 8;
@@ -137,14 +137,14 @@ pub(crate) trait Device {
         &mut self,
         queue: usize,
         rings: &mut [Ring],
-        around: &mut Around<'_>,
+        context: &mut BusContext<'_>,
     ) -> Result<bool, Stop>;
     /// The driver has acknowledged an interrupt: a device that had more to do than one exit allows goes
     /// on. Returns as [`Device::notified`] does.
     fn acknowledged(
         &mut self,
         _rings: &mut [Ring],
-        _around: &mut Around<'_>,
+        _context: &mut BusContext<'_>,
     ) -> Result<bool, Stop> {
         Ok(false)
     }
@@ -260,12 +260,12 @@ impl Bus {
         gpa: u64,
         width: Width,
         value: u64,
-        around: &mut Around<'_>,
+        context: &mut BusContext<'_>,
     ) -> Result<bool, StorageError> {
         let Some((slot, offset)) = self.find(gpa) else {
             return Ok(false);
         };
-        self.slots[slot].write(offset, width, value, around)?;
+        self.slots[slot].write(offset, width, value, context)?;
         Ok(true)
     }
 

@@ -16,7 +16,7 @@ use super::ring::Ring;
 use super::{Device, NetSpec, Stop};
 use crate::Input;
 use crate::access::{Output, Room};
-use crate::around::{Around, Ram};
+use crate::storage::{BusContext, Ram};
 
 const QUEUES: [u16; 2] = [256, 256];
 const RECEIVE: usize = 0;
@@ -37,7 +37,7 @@ const BUFFERS_AT: usize = 10;
 
 /// A frame has two addresses and a type at least.
 pub const FRAME_BYTES_MIN: usize = 14;
-/// And 64 KiB behind them at most (5.1.6.3.1).
+/// And 64 KiB after them at most (5.1.6.3.1).
 pub const FRAME_BYTES_MAX: usize = 65_550;
 
 /// The device.
@@ -88,14 +88,14 @@ impl Device for Net {
         &mut self,
         queue: usize,
         rings: &mut [Ring],
-        around: &mut Around<'_>,
+        context: &mut BusContext<'_>,
     ) -> Result<bool, Stop> {
         if queue != SEND {
             // New buffers make room, and are used when frames come.
             return Ok(false);
         }
         let sent = &mut self.sent;
-        rings[SEND].serve(around.ram, usize::from(QUEUES[SEND]), |mut reader, _| {
+        rings[SEND].serve(context.ram, usize::from(QUEUES[SEND]), |mut reader, _| {
             let bytes = reader.available_bytes().saturating_sub(HEADER_BYTES);
             // What is no frame goes nowhere. Its length is looked at before memory is reserved for it.
             if (FRAME_BYTES_MIN..=FRAME_BYTES_MAX).contains(&bytes) {

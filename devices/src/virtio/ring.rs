@@ -12,7 +12,7 @@ use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT, Reader, Writer};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::Stop;
-use crate::around::Ram;
+use crate::storage::Ram;
 
 /// More descriptors than this in one chain are a guest's mistake: none of our devices has a use for
 /// them (virtio 1.3, 2.7.5.3.1 lets a device set such a limit by its queue's size).

@@ -6,7 +6,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::transport::Transport;
 use super::{Kind, Ring};
 use crate::access::{Output, Room};
-use crate::around::{Around, FirstReads, Ram, Storage, StorageError};
+use crate::storage::{BusContext, FirstReads, Ram, Storage, StorageError};
 use crate::{Input, Reply, Width};
 
 /// Guest memory in bytes.
@@ -204,7 +204,7 @@ impl Driver {
         self.write(QUEUE_READY, 1);
     }
 
-    /// Where a queue's descriptors are; its available ring is 0x4000 behind that, its used ring 0x8000.
+    /// Where a queue's descriptors are; its available ring is 0x4000 after that, its used ring 0x8000.
     pub fn base(&self, queue: usize) -> u64 {
         FIRST_QUEUE + queue as u64 * QUEUE_BYTES
     }
@@ -217,12 +217,12 @@ impl Driver {
     }
 
     pub fn write(&mut self, register: u64, value: u32) {
-        let mut around = Around {
+        let mut context = BusContext {
             ram: &self.ram,
             storage: &mut self.disk,
         };
         self.device
-            .write(register, Width::Dword, value.into(), &mut around)
+            .write(register, Width::Dword, value.into(), &mut context)
             .expect("the disk does not fail");
     }
 

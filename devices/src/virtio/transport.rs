@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::ring::Ring;
 use super::{Kind, Stop};
 use crate::access::{Output, Room};
-use crate::around::{Around, Ram, StorageError};
+use crate::storage::{BusContext, Ram, StorageError};
 use crate::{Input, Reply, Width};
 
 /// "virt".
@@ -141,7 +141,7 @@ impl Transport {
         offset: u64,
         width: Width,
         value: u64,
-        around: &mut Around<'_>,
+        context: &mut BusContext<'_>,
     ) -> Result<(), StorageError> {
         if offset >= CONFIG {
             let bytes = value.to_le_bytes();
@@ -153,14 +153,14 @@ impl Transport {
         if width != Width::Dword {
             return Ok(());
         }
-        self.write_register(offset, value as u32, around)
+        self.write_register(offset, value as u32, context)
     }
 
     fn write_register(
         &mut self,
         offset: u64,
         value: u32,
-        around: &mut Around<'_>,
+        context: &mut BusContext<'_>,
     ) -> Result<(), StorageError> {
         match offset {
             0x014 => self.device_features_page = value,
@@ -171,8 +171,8 @@ impl Transport {
                 _ => {}
             },
             0x030 => self.queue = value,
-            0x050 => return self.notify(value, around),
-            0x064 => return self.acknowledge(value, around),
+            0x050 => return self.notify(value, context),
+            0x064 => return self.acknowledge(value, context),
             0x070 => self.set_status(value),
             _ => self.set_up_ring(offset, value),
         }
@@ -235,7 +235,7 @@ impl Transport {
         self.status = value;
     }
 
-    fn notify(&mut self, queue: u32, around: &mut Around<'_>) -> Result<(), StorageError> {
+    fn notify(&mut self, queue: u32, context: &mut BusContext<'_>) -> Result<(), StorageError> {
         let queue = queue as usize;
         if queue >= self.rings.len() || !self.is_live() {
             return Ok(());
@@ -243,16 +243,23 @@ impl Transport {
         let result = self
             .kind
             .device_mut()
-            .notified(queue, &mut self.rings, around);
+            .notified(queue, &mut self.rings, context);
         self.done(result)
     }
 
-    fn acknowledge(&mut self, causes: u32, around: &mut Around<'_>) -> Result<(), StorageError> {
+    fn acknowledge(
+        &mut self,
+        causes: u32,
+        context: &mut BusContext<'_>,
+    ) -> Result<(), StorageError> {
         self.interrupts &= !causes;
         if !self.is_live() {
             return Ok(());
         }
-        let result = self.kind.device_mut().acknowledged(&mut self.rings, around);
+        let result = self
+            .kind
+            .device_mut()
+            .acknowledged(&mut self.rings, context);
         self.done(result)
     }
 

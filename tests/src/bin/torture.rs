@@ -10,16 +10,16 @@
 use std::process::ExitCode;
 use std::time::Instant;
 
-use hindsight_devices::{Devices, FirstReads, Input, Nanos, Room};
+use hindsight_devices::{Devices, FirstReads, Input, Nanos, NoDisks, Room};
 use hindsight_guest_images::layout::{
     CODE, DATA, DESCRIPTORS, GDT, KERNEL_CS, KERNEL_SS, PML4, RAM_BYTES, STACK0,
 };
 use hindsight_guest_images::micro::{self, Reach, Torture, Tortured};
 use hindsight_replay::rng::Rng;
 use hindsight_replay::{
-    Closed, Content, CpuidTable, Detail, Digest, End, Exit, Header, Horizon, JournalReader,
-    LeftOpen, Live, MachineDescription, MemoryDigest, Moment, Observer, Outside, Recorder,
-    Replayer, Standing, TimeQuery, TrapCounts, Turn, World,
+    Closed, Complete, Content, CpuidTable, Detail, Digest, End, Exit, Guest, Header, Horizon,
+    JournalReader, LeftOpen, Live, MachineDescription, MemoryDigest, Moment, Observer, Outside,
+    Position, Recorder, Replayer, TimeQuery, TrapCounts, Turn, World,
 };
 use hindsight_tests::sim::bare_machine;
 use hindsight_vmm::boot::{BootPlan, GuestRam};
@@ -143,7 +143,7 @@ impl Bench {
     fn run(
         &self,
         seed: u64,
-        outside: &mut dyn Outside,
+        outside: &mut dyn Outside<Closed = Closed>,
     ) -> Result<(End, Ran), Box<dyn std::error::Error>> {
         let guest = micro::torture(Torture {
             seed,
@@ -172,7 +172,7 @@ impl Bench {
         self.counting.give_to(&mut cpu)?;
         let mut machine = bare_machine(self.table.clone(), NS_PER_EXIT);
         let mut count = Count(0);
-        let end = machine.run(&mut cpu, outside, &mut count)?;
+        let end = machine.run(&mut cpu, &mut NoDisks, outside, &mut count)?;
         let mut data = [0; Tortured::BYTES];
         assert!(cpu.memory().read(DATA, &mut data), "DATA is RAM");
         let ran = Ran {
@@ -213,7 +213,7 @@ impl Bench {
 struct Count(u64);
 
 impl Observer for Count {
-    fn turn(&mut self, _exits: u64, turn: &Turn) {
+    fn turn(&mut self, _exits: u64, turn: &Turn, _guest: &mut dyn Guest) {
         self.0 += u64::from(matches!(turn.exit, Exit::Preempted(_)));
     }
 }
@@ -247,22 +247,24 @@ impl World for TortureWorld {
     }
 }
 
-/// Stops the guest at a random count behind each exit.
+/// Stops the guest at a random count after each exit.
 struct Poke<O> {
     inner: O,
     rng: Rng,
     drawn: Option<(u64, Horizon)>,
 }
 
-impl<O: Outside> Outside for Poke<O> {
-    fn horizon(&mut self, standing: &Standing) -> Result<Horizon, Closed> {
-        self.inner.horizon(standing)?;
+impl<O: Outside<Closed = Closed>> Outside for Poke<O> {
+    type Closed = Closed;
+
+    fn horizon(&mut self, position: &Position) -> Result<Horizon, Closed> {
+        self.inner.horizon(position)?;
         Ok(match self.drawn {
-            Some((exits, horizon)) if exits == standing.exits => horizon,
+            Some((exits, horizon)) if exits == position.exits => horizon,
             _ => {
                 let bits = self.rng.below(STRETCH_BITS);
                 let horizon = Horizon::From(self.rng.below(2 << bits));
-                self.drawn = Some((standing.exits, horizon));
+                self.drawn = Some((position.exits, horizon));
                 horizon
             }
         })
@@ -295,13 +297,13 @@ impl<O: Outside> Outside for Poke<O> {
     fn memory(&mut self, exits: u64, digest: MemoryDigest) -> Result<(), Closed> {
         self.inner.memory(exits, digest)
     }
-    fn kicked(&mut self, standing: &Standing) -> Result<(), Closed> {
-        self.inner.kicked(standing)
+    fn kicked(&mut self, position: &Position) -> Result<(), Closed> {
+        self.inner.kicked(position)
     }
     fn end(&mut self, exits: u64, end: &End) -> Result<(), Closed> {
         self.inner.end(exits, end)
     }
-    fn abandon(&mut self, exits: u64, now: Nanos) -> Result<(), Closed> {
-        self.inner.abandon(exits, now)
+    fn abandon(&mut self, complete: Complete) -> Result<(), Closed> {
+        self.inner.abandon(complete)
     }
 }

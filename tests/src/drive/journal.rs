@@ -11,9 +11,9 @@ use hindsight_cli::commands::inspect::{Listing, Survey};
 use hindsight_cli::commands::pcap::Capture;
 use hindsight_devices::{Board, Nanos, NetSpec, NoDisks, Output, Ram};
 use hindsight_replay::{
-    Answer, Back, Cpu, Event, Exit, FRAME_HEAD_BYTES, FRAME_MAGIC, FRAME_RAW_MAX, Header, Horizon,
-    JournalReader, MAGIC, Machine, MemoryDigest, Moment, Observer, OperatorConsole, Registers,
-    Replayer, ShownClock, TailReason, Turn, VERSION,
+    Answer, Back, Cpu, Event, Exit, FRAME_HEAD_BYTES, FRAME_MAGIC, FRAME_RAW_MAX, Guest, Header,
+    Horizon, JournalReader, MAGIC, Machine, MemoryDigest, Moment, Observer, OperatorConsole,
+    Registers, Replayer, ShownClock, TailReason, Turn, VERSION,
 };
 use hindsight_vmm::session::index;
 use vm_memory::GuestAddress;
@@ -141,19 +141,19 @@ fn read_frames(file: &[u8]) {
             frames * FRAME_HEAD_BYTES <= file.len(),
             "more frames than there is room for"
         );
-        let mut entries = frame.entries();
-        for entry in entries.by_ref() {
+        let mut records = frame.records();
+        for record in records.by_ref() {
             events += 1;
             assert!(
-                entry.exits <= frame.head.through,
+                record.exits <= frame.head.through,
                 "an event after its frame"
             );
-            if let Event::Input(input) = entry.event {
+            if let Event::Input(input) = record.event {
                 board.accept(input, &ram);
                 board.take_outputs();
             }
         }
-        assert_eq!(entries.position(), frame.head.raw_bytes as usize);
+        assert_eq!(records.position(), frame.head.raw_bytes as usize);
     }
     let tail = reader.tail().expect("what is read has an end");
     assert!(tail.offset <= file.len() as u64);
@@ -161,7 +161,7 @@ fn read_frames(file: &[u8]) {
         assert_eq!(tail.offset, file.len() as u64);
     }
     let mut again = open(file);
-    while again.next_entry().expect("memory can be read").is_some() {
+    while again.next_record().expect("memory can be read").is_some() {
         events -= 1;
     }
     assert_eq!(events, 0, "event by event there are as many");
@@ -212,8 +212,8 @@ fn replay(file: &[u8]) {
     // There are no images here.
     devices.disks.clear();
     let cpuid = machine.cpuid.clone();
-    let mut machine = Machine::new(&devices, Box::new(NoDisks), cpuid, machine.ns_per_exit)
-        .with_quick_reads(machine.quick_reads);
+    let mut machine =
+        Machine::new(&devices, cpuid, machine.ns_per_exit).with_quick_reads(machine.quick_reads);
     let mut eyes = Eyes {
         lines: Transcript::new(sink(), Form::Lines, OperatorConsole::Serial),
         cast: Transcript::new(sink(), Form::Cast, OperatorConsole::Virtio),
@@ -221,7 +221,7 @@ fn replay(file: &[u8]) {
         listing: Listing::new(sink(), true),
     };
     let mut replayer = Replayer::new(reader, Some(EXITS_MAX), None);
-    let result = machine.run(&mut NoCpu::new(), &mut replayer, &mut eyes);
+    let result = machine.run(&mut NoCpu::new(), &mut NoDisks, &mut replayer, &mut eyes);
     if let Err(error) = result {
         assert!(!error.to_string().contains('\x1b'), "{error}");
     }
@@ -254,8 +254,8 @@ impl Observer for Eyes {
         self.listing.posted(exits, bytes);
     }
 
-    fn turn(&mut self, exits: u64, turn: &Turn) {
-        self.listing.turn(exits, turn);
+    fn turn(&mut self, exits: u64, turn: &Turn, guest: &mut dyn Guest) {
+        self.listing.turn(exits, turn, guest);
     }
 
     fn interrupt(&mut self, at: &Moment, vector: u8, now: Nanos) {

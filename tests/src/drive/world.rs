@@ -4,8 +4,8 @@
 use std::ops::Range;
 
 use hindsight_devices::{
-    Access, Around, Board, BoardState, Devices, FRAME_BYTES_MAX, Nanos, Output, Ram, Reply, Room,
-    Width,
+    Access, Board, BoardState, BusContext, Devices, FRAME_BYTES_MAX, Nanos, Output, Ram, Reply,
+    Room, Width,
 };
 use vm_memory::{Bytes, GuestAddress};
 
@@ -36,7 +36,7 @@ thread_local! {
     });
 }
 
-/// A board and what is around it.
+/// A board and what is lent to it.
 #[derive(Debug)]
 struct Side {
     board: Board,
@@ -73,11 +73,11 @@ impl Side {
     }
 
     fn access(&mut self, access: Access) -> Reply {
-        let mut around = Around {
+        let mut context = BusContext {
             ram: &self.ram,
             storage: &mut self.disks,
         };
-        let reply = self.board.access(access, &mut around);
+        let reply = self.board.access(access, &mut context);
         reply.expect("these disks do not fail")
     }
 

@@ -1,10 +1,10 @@
 //! Whatever a machine does, its recorder writes nothing that the reader refuses: not at the largest events, not at the
 //! most of them, and not if the world never falls silent.
 
-use hindsight_devices::{Input, Nanos, Room};
+use hindsight_devices::{Input, Nanos, NoDisks, Room};
 use hindsight_replay::{
-    ARRIVALS_MAX, Detail, Entry, Event, Frame, JournalError, JournalReader, JournalWriter, Live,
-    Patience, Recorder, TailReason, World,
+    ARRIVALS_MAX, Detail, Event, Frame, JournalError, JournalReader, JournalWriter, Live, Patience,
+    Record, Recorder, TailReason, World,
 };
 use hindsight_tests::sim::{Scenario, Verdict, machine_of, replay};
 use hindsight_tests::toy_cpu::ToyCpu;
@@ -90,21 +90,21 @@ proptest! {
                 }
                 let interrupt = matches!(event, Event::Interrupt { .. });
                 writer.append(exits, event.clone()).unwrap();
-                said.push(Entry { exits, event });
+                said.push(Record { exits, event });
                 if interrupt {
                     writer.close_if_full(exits, now).unwrap();
                 }
             }
         }
         writer.append(exits, end.clone()).unwrap();
-        said.push(Entry { exits, event: end });
+        said.push(Record { exits, event: end });
         writer.close_frame(exits, now).unwrap();
         let mut reader = JournalReader::open(journal.as_slice()).unwrap();
         for said in &said {
-            let found = reader.next_entry().unwrap();
+            let found = reader.next_record().unwrap();
             prop_assert_eq!(found.as_ref(), Some(said));
         }
-        prop_assert_eq!(reader.next_entry().unwrap(), None);
+        prop_assert_eq!(reader.next_record().unwrap(), None);
         prop_assert_eq!(&reader.tail().unwrap().reason, &TailReason::Closed);
     }
 }
@@ -155,8 +155,8 @@ fn what_a_reader_would_refuse_is_not_written_and_all_else_goes_on() {
     writer.close_frame(exits, 0).unwrap();
     let (frames, tail) = read(journal.as_slice()).unwrap();
     assert_eq!(tail.reason, TailReason::Closed);
-    let entries: Vec<Entry> = frames.iter().flat_map(Frame::entries).collect();
-    assert_eq!(entries.len(), ARRIVALS_MAX + (exits as usize - 2) + 1);
+    let records: Vec<Record> = frames.iter().flat_map(Frame::records).collect();
+    assert_eq!(records.len(), ARRIVALS_MAX + (exits as usize - 2) + 1);
 }
 
 /// A world that always has something more to say, and ends after so many looks at it.
@@ -211,15 +211,15 @@ fn a_world_that_never_falls_silent_is_heard_a_stated_number_of_times_at_each_exi
     let mut recorder = Recorder::create(live, &mut journal, &header).unwrap();
     let mut machine = machine_of(&header);
     machine
-        .run(&mut ToyCpu::new(1, 1), &mut recorder, &mut ())
+        .run(&mut ToyCpu::new(1, 1), &mut NoDisks, &mut recorder, &mut ())
         .unwrap();
     let last = machine.at().exits;
     assert!((2..=exits as u64).contains(&last), "{last} exits");
     let mut reader = JournalReader::open(journal.as_slice()).unwrap();
     let mut inputs = std::collections::BTreeMap::new();
-    while let Some(entry) = reader.next_entry().unwrap() {
-        if let Event::Input(_) = entry.event {
-            *inputs.entry(entry.exits).or_insert(0) += 1;
+    while let Some(record) = reader.next_record().unwrap() {
+        if let Event::Input(_) = record.event {
+            *inputs.entry(record.exits).or_insert(0) += 1;
         }
     }
     assert_eq!(reader.tail().unwrap().reason, TailReason::Closed);

@@ -120,9 +120,9 @@ fn what_is_typed_comes_back_as_an_echo() {
     let runs = proved(&guest);
     let mut echoed = 0;
     for ran in &runs {
-        let inputs = entries_of(&ran.journal).into_iter();
+        let inputs = records_of(&ran.journal).into_iter();
         let typed: Vec<u8> = inputs
-            .filter_map(|entry| match entry.event {
+            .filter_map(|record| match record.event {
                 Event::Input(Input::Console(bytes)) => Some(bytes),
                 _ => None,
             })

@@ -4,7 +4,7 @@
 //! (`KVM_GUESTDBG_USE_HW_BP`), beside those that the guest has enabled (see [`super::debug`]); the guest
 //! never sees a trap flag of ours.
 
-use hindsight_replay::{Ahead, Back, Exit, Horizon, Lander, Place, Unit, Walk, Went};
+use hindsight_replay::{Ahead, Back, Exit, Horizon, Lander, Place, Unit, Walk, WalkEnd};
 use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic};
 use kvm_bindings::{
     KVM_EXIT_DEBUG, KVM_EXIT_IO, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_GUESTDBG_ENABLE,
@@ -104,8 +104,8 @@ impl KvmCpu {
 
     fn plain(&mut self) -> Result<Back, KvmError> {
         match self.go(&[])? {
-            Went::Back(back) => Ok(back),
-            Went::Stop => unreachable!("no stop was set"),
+            WalkEnd::Back(back) => Ok(back),
+            WalkEnd::AtStop => unreachable!("no stop was set"),
         }
     }
 
@@ -217,7 +217,7 @@ impl KvmCpu {
 
 impl KvmCpu {
     /// Runs as [`Walk::go`] does; `None` if it was only brought back to be given an exception of its own.
-    fn go_on(&mut self, stops: &[u64]) -> Result<Option<Went>, KvmError> {
+    fn go_on(&mut self, stops: &[u64]) -> Result<Option<WalkEnd>, KvmError> {
         self.set_stops(stops)?;
         let start = KvmCpu::rip(self);
         let passed = stops.contains(&start) && self.pass_stop()?;
@@ -229,7 +229,7 @@ impl KvmCpu {
             self.counts.kicks += 1;
             // KVM finishes what was unfinished before it looks for signals.
             self.unfinished = false;
-            return Ok(Some(Went::Back(Back::Kicked)));
+            return Ok(Some(WalkEnd::Back(Back::Kicked)));
         };
         if reason == KVM_EXIT_IRQ_WINDOW_OPEN {
             self.unfinished = false;
@@ -244,18 +244,18 @@ impl KvmCpu {
             self.unfinished = true;
             let unit = Unit::Entries;
             let place = Place { unit, number, rip };
-            return Ok(Some(Went::Back(Back::Exit(Exit::Preempted(place)))));
+            return Ok(Some(WalkEnd::Back(Back::Exit(Exit::Preempted(place)))));
         }
         Ok(match reason {
-            KVM_EXIT_IRQ_WINDOW_OPEN => Some(Went::Back(Back::Window)),
+            KVM_EXIT_IRQ_WINDOW_OPEN => Some(WalkEnd::Back(Back::Window)),
             KVM_EXIT_DEBUG => {
                 self.unfinished = false;
                 match self.sort_debug_exit()? {
-                    DebugExit::Stop => Some(Went::Stop),
+                    DebugExit::Stop => Some(WalkEnd::AtStop),
                     DebugExit::Guest => None,
                 }
             }
-            reason => Some(Went::Back(Back::Exit(self.decode(reason)?))),
+            reason => Some(WalkEnd::Back(Back::Exit(self.decode(reason)?))),
         })
     }
 }
@@ -275,7 +275,7 @@ impl Walk for KvmCpu {
         Ok(!self.event_is_under_way()?)
     }
 
-    fn go(&mut self, stops: &[u64]) -> Result<Went, KvmError> {
+    fn go(&mut self, stops: &[u64]) -> Result<WalkEnd, KvmError> {
         loop {
             if let Some(went) = self.go_on(stops)? {
                 return Ok(went);

@@ -128,13 +128,15 @@ impl Images {
         kvm: &Kvm,
         description: &MachineDescription,
     ) -> Result<(KvmCpu, Machine), Failure> {
-        let disks = Disks::new(self.disks.clone())?;
-        Ok(build(
-            kvm,
-            description,
-            &self.kernel,
-            &self.initrd,
-            Box::new(disks),
-        )?)
+        Ok(build(kvm, description, &self.kernel, &self.initrd)?)
+    }
+
+    /// Its disks, with nothing written to them yet.
+    ///
+    /// # Errors
+    ///
+    /// No room for an overlay.
+    pub fn fresh_disks(&self) -> Result<Disks, DiskError> {
+        Disks::new(self.disks.clone())
     }
 }

@@ -2,7 +2,7 @@
 
 use std::io::Read;
 
-use hindsight_devices::{Devices, Storage};
+use hindsight_devices::Devices;
 use hindsight_replay::{
     Content, CpuidTable, Host, Image, Machine, MachineDescription, OperatorConsole, QuickReads,
     ShownClock, TrapCounts, Unit,
@@ -234,13 +234,12 @@ fn quick_reads(plan: &QuickPlan, ns_per_exit: u64) -> QuickReads {
     QuickReads::new(plan.sites(), plan.check(), ns_per_exit)
 }
 
-/// Builds the machine that `description` describes; `storage` has the bytes of its disks.
+/// Builds the machine that `description` describes.
 pub fn build(
     kvm: &Kvm,
     description: &MachineDescription,
     kernel: &LoadedKernel,
     initrd: &[u8],
-    storage: Box<dyn Storage>,
 ) -> Result<(KvmCpu, Machine), MachineError> {
     let Prepared {
         kernel: image,
@@ -300,12 +299,7 @@ pub fn build(
     }
     cpu.boot(&plan, text)?;
     let cpuid = description.cpuid.clone();
-    let machine = Machine::new(
-        &description.devices,
-        storage,
-        cpuid,
-        description.ns_per_exit,
-    );
+    let machine = Machine::new(&description.devices, cpuid, description.ns_per_exit);
     Ok((cpu, machine.with_quick_reads(description.quick_reads)))
 }
 

@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 
-use hindsight_devices::Storage;
 use hindsight_replay::{Header, Machine};
 
 use super::counting::{CounterWish, Counting};
@@ -67,7 +66,7 @@ impl RecordedImages {
         Disks::new(self.disks.clone())
     }
 
-    /// The machine on these disks, ready to run from its beginning.
+    /// The machine, ready to run from its beginning.
     ///
     /// # Errors
     ///
@@ -75,14 +74,12 @@ impl RecordedImages {
     pub fn machine(
         &self,
         header: &Header,
-        disks: impl Storage + 'static,
         counter: &CounterWish,
     ) -> Result<(KvmCpu, Machine), Failure> {
         let (kvm, _) = open_kvm()?;
         check_cpu(&kvm, &header.machine.cpuid)?;
         let counting = Counting::for_unit(&kvm, header.machine.preemption, counter)?;
-        let storage = Box::new(disks);
-        let (mut cpu, machine) = build(&kvm, &header.machine, &self.kernel, &self.initrd, storage)?;
+        let (mut cpu, machine) = build(&kvm, &header.machine, &self.kernel, &self.initrd)?;
         counting.give_to(&mut cpu)?;
         Ok((cpu, machine))
     }

@@ -167,6 +167,7 @@ impl Session<'_> {
         let console = wish.machine.console;
         self.header.host.console = console;
         let (mut cpu, mut machine) = images.build(&self.kvm, &self.header.machine)?;
+        let mut disks = images.fresh_disks()?;
         drop(images);
         self.counting.give_to(&mut cpu)?;
 
@@ -195,7 +196,7 @@ impl Session<'_> {
         let mut recorder = Recorder::create(live, journal, &self.header)
             .map_err(|error| Failure::new(Kind::HostFailed, error))?;
         self.recording.begin()?;
-        let result = machine.run(&mut cpu, &mut recorder, &mut *view);
+        let result = machine.run(&mut cpu, &mut disks, &mut recorder, &mut *view);
         if let Some(complaint) = view.finish().complaint() {
             // What was asked for is there.
             let directory = shown_path(&wish.output);

@@ -123,7 +123,8 @@ pub fn replay(wish: &ReplayWish, front: &mut dyn Front) -> Result<Replayed, Fail
         }
     };
     let images = RecordedImages::open(&recording, &header, &wish.instead)?;
-    let (mut cpu, mut machine) = images.machine(&header, images.fresh_disks()?, &wish.counter)?;
+    let (mut cpu, mut machine) = images.machine(&header, &wish.counter)?;
+    let mut disks = images.fresh_disks()?;
     let mut view = front.view(Viewed {
         console: header.host.console,
         preemption: None,
@@ -134,7 +135,10 @@ pub fn replay(wish: &ReplayWish, front: &mut dyn Front) -> Result<Replayed, Fail
     let own_digests = wish.memory_every.filter(|_| wish.relog.is_some());
     let mut replayer = Replayer::new(journal, wish.until, own_digests);
     let (result, replayer) = match &mut target {
-        None => (machine.run(&mut cpu, &mut replayer, &mut *view), replayer),
+        None => {
+            let result = machine.run(&mut cpu, &mut disks, &mut replayer, &mut *view);
+            (result, replayer)
+        }
         Some((relog, target)) => {
             target.write("kernel", &images.image)?;
             if header.machine.initrd.is_some() {
@@ -148,13 +152,10 @@ pub fn replay(wish: &ReplayWish, front: &mut dyn Front) -> Result<Replayed, Fail
             let mut relog = Recorder::create(replayer, target.create_journal()?, &header)
                 .map_err(|error| Failure::new(Kind::HostFailed, error))?;
             target.begin()?;
-            let result = machine.run(&mut cpu, &mut relog, &mut *view);
-            if let Err(error) = &result {
-                // A turn that diverged was not finished; the one before it was.
-                let diverged = matches!(error, RunError::Closed(Closed::Diverged(_)));
-                let through = machine.at().exits - u64::from(diverged);
+            let result = machine.run(&mut cpu, &mut disks, &mut relog, &mut *view);
+            if result.is_err() {
                 relog
-                    .abandon(through, machine.now())
+                    .abandon(machine.complete())
                     .map_err(|error| Failure::new(Kind::HostFailed, error))?;
             }
             if let Err(error) = target.recording().write_index(relog.index()) {
@@ -294,21 +295,19 @@ impl<R: Read> Watch<R> {
     /// A host that will not do, or failed on the way; or what `begin` says.
     pub fn run<O: Observer>(
         self,
-        disks: impl Storage + 'static,
+        disks: &mut dyn Storage,
         until: Until,
         begin: impl FnOnce() -> Result<O, Failure>,
     ) -> Result<(Watched, O), Failure> {
         let header = self.journal.header().clone();
-        let (mut cpu, mut machine) =
-            self.images
-                .machine(&header, disks, &CounterWish::default())?;
+        let (mut cpu, mut machine) = self.images.machine(&header, &CounterWish::default())?;
         let mut replayer = match until {
             Until::End => Replayer::new(self.journal, None, None),
             Until::Exit(exit) => Replayer::new(self.journal, Some(exit), None),
             Until::Time(time) => Replayer::new(self.journal, None, None).until_time(time),
         };
         let mut observer = begin()?;
-        let result = machine.run(&mut cpu, &mut replayer, &mut observer);
+        let result = machine.run(&mut cpu, disks, &mut replayer, &mut observer);
         let verdict = Verdict::of(result)?;
         Ok((Watched { machine, verdict }, observer))
     }

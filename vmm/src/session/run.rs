@@ -64,6 +64,7 @@ pub fn run(wish: &RunWish, operator: Arc<Operator>, front: &mut dyn Front) -> Re
         (RunPreempt::AsRecorded, Unit::Entries) => Preemption::Entries,
         _ => Preemption::Anywhere,
     });
+    let mut disks = images.fresh_disks()?;
     drop(images);
 
     let link = wish.machine.network.clone().map(Link::open).transpose()?;
@@ -77,7 +78,7 @@ pub fn run(wish: &RunWish, operator: Arc<Operator>, front: &mut dyn Front) -> Re
         last_exit: None,
     })?;
     let mut door = Live::new(world, None).with_patience(wish.patience);
-    let result = machine.run(&mut cpu, &mut door, &mut *view);
+    let result = machine.run(&mut cpu, &mut disks, &mut door, &mut *view);
     let shown = view.finish();
     drop(raw);
     let end = result?;

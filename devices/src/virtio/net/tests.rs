@@ -152,7 +152,7 @@ fn a_frame_longer_than_a_buffer_takes_several_if_the_driver_merges_them() {
     assert!(driver.interrupted());
     let used: Vec<u32> = driver.used(RECEIVE).iter().map(|used| used.bytes).collect();
     assert_eq!(used, [1000, 1000, 512]);
-    // Buffers stand one behind the other in this memory, at multiples of 16.
+    // Buffers stand one after the other in this memory, at multiples of 16.
     let base = first[0] - 3 * 1008;
     assert_eq!(driver.get(base, 12), [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 3, 0]);
     let parts = [(base + 12, 988), (base + 1008, 1000), (base + 2016, 512)];

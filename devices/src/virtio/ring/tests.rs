@@ -86,7 +86,7 @@ fn a_table_that_breaks_the_rules_breaks_its_device_until_a_reset() {
     let at = 0x20_0000;
     broken("an empty table", 0, &[]);
     broken("half a descriptor", 24, &[descriptor(at, 72, NEXT, 1)]);
-    broken("a next behind it", 16, &[descriptor(at, 72, NEXT, 1)]);
+    broken("a next after it", 16, &[descriptor(at, 72, NEXT, 1)]);
     broken(
         "a table in a table",
         16,

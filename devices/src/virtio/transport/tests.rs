@@ -37,13 +37,13 @@ fn registers_want_accesses_of_32_bits() {
     assert_eq!(driver.device.read(0, Width::Byte), Reply::Value(0));
     assert_eq!(driver.device.read(0, Width::Qword), Reply::Value(0));
     let mut disk = crate::NoDisks;
-    let mut around = Around {
+    let mut context = BusContext {
         ram: &driver.ram,
         storage: &mut disk,
     };
     let written = driver
         .device
-        .write(STATUS, Width::Byte, 1, &mut around)
+        .write(STATUS, Width::Byte, 1, &mut context)
         .is_ok();
     assert!(written);
     assert_eq!(driver.read(STATUS), 0);

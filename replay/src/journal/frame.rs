@@ -3,8 +3,9 @@
 use hindsight_devices::Nanos;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
-use crate::event::{Codec, Entry};
-use crate::limits::{FRAME_PAYLOAD_MAX, FRAME_RAW_MAX, Rules};
+use super::codec::Codec;
+use super::event::Record;
+use super::limits::{FRAME_PAYLOAD_MAX, FRAME_RAW_MAX, Rules};
 
 /// First bytes of every frame.
 pub const FRAME_MAGIC: [u8; 4] = *b"HSfr";
@@ -129,46 +130,46 @@ impl Frame {
             ));
         }
         let frame = Frame { place, head, raw };
-        let mut entries = frame.entries();
-        while !entries.is_at_end() {
-            let before = entries.position();
-            let entry = entries
+        let mut records = frame.records();
+        while !records.is_at_end() {
+            let before = records.position();
+            let record = records
                 .decode()
                 .map_err(|error| format!("it does not decode: {error}"))?;
-            if entry.exits > head.through {
+            if record.exits > head.through {
                 return Err(format!(
                     "it has an event at exit {}, after its last exit",
-                    entry.exits
+                    record.exits
                 ));
             }
-            rules.admit(&entry, entries.position() - before)?;
+            rules.admit(&record, records.position() - before)?;
         }
         Ok((frame, rules))
     }
 
     /// Its events, one at a time.
-    pub fn entries(&self) -> Entries<&[u8]> {
-        Entries::new(&self.raw, self.head.first)
+    pub fn records(&self) -> Records<&[u8]> {
+        Records::new(&self.raw, self.head.first)
     }
 
     /// The same, for whoever has no more use for the frame.
-    pub fn into_entries(self) -> Entries<Vec<u8>> {
-        Entries::new(self.raw, self.head.first)
+    pub fn into_records(self) -> Records<Vec<u8>> {
+        Records::new(self.raw, self.head.first)
     }
 }
 
 /// The events of a frame, decoded as they are asked for: a frame of a few MiB can say so much that all of it
 /// at once would take a hundred times that.
 #[derive(Clone, Debug)]
-pub struct Entries<B: AsRef<[u8]>> {
+pub struct Records<B: AsRef<[u8]>> {
     raw: B,
     position: usize,
     codec: Codec,
 }
 
-impl<B: AsRef<[u8]>> Entries<B> {
-    fn new(raw: B, first: u64) -> Entries<B> {
-        Entries {
+impl<B: AsRef<[u8]>> Records<B> {
+    fn new(raw: B, first: u64) -> Records<B> {
+        Records {
             raw,
             position: 0,
             codec: Codec::new(first),
@@ -184,23 +185,23 @@ impl<B: AsRef<[u8]>> Entries<B> {
         self.position == self.raw.as_ref().len()
     }
 
-    fn decode(&mut self) -> Result<Entry, postcard::Error> {
+    fn decode(&mut self) -> Result<Record, postcard::Error> {
         let mut rest = &self.raw.as_ref()[self.position..];
         let before = rest.len();
-        let entry = self.codec.decode(&mut rest)?;
+        let record = self.codec.decode(&mut rest)?;
         self.position += before - rest.len();
-        Ok(entry)
+        Ok(record)
     }
 }
 
-impl<B: AsRef<[u8]>> Iterator for Entries<B> {
-    type Item = Entry;
+impl<B: AsRef<[u8]>> Iterator for Records<B> {
+    type Item = Record;
 
-    fn next(&mut self) -> Option<Entry> {
+    fn next(&mut self) -> Option<Record> {
         if self.is_at_end() {
             return None;
         }
-        let entry = self.decode();
-        Some(entry.expect("the events of a frame are decoded before it is handed out"))
+        let record = self.decode();
+        Some(record.expect("the events of a frame are decoded before it is handed out"))
     }
 }

@@ -2,9 +2,7 @@
 
 use std::fmt;
 
-use crate::digest::MemoryDigest;
-use crate::exit::{Registers, Turn};
-use crate::moment::Moment;
+use crate::machine::{MemoryDigest, Moment, Registers, Turn};
 
 /// One thing that differs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,7 +16,7 @@ pub enum Difference {
         /// What the replay did.
         found: String,
     },
-    /// The digest differs; the first difference lies behind `equal_through`.
+    /// The digest differs; the first difference lies after `equal_through`.
     Witness {
         /// The last exit at which the digests were seen to be equal.
         equal_through: u64,

@@ -1,4 +1,4 @@
-//! What a journal says: events, each at its exit, and how they become bytes.
+//! How events become bytes.
 //!
 //! Events are written with postcard. Positions and registers are written as differences to what
 //! came before within the same frame, which keeps them short; a frame starts afresh, so that it
@@ -7,186 +7,11 @@
 use hindsight_devices::{Input, Nanos};
 use serde::{Deserialize, Serialize};
 
-use crate::digest::MemoryDigest;
-use crate::exit::{Answer, Exit, Registers, Turn};
-use crate::landing::{Place, Unit};
-use crate::limits::EVENT_RAW_MAX;
-use crate::moment::Moment;
-
-/// How the guest's run ended.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Ending {
-    /// The guest reset itself.
-    Reset(hindsight_devices::Reset),
-    /// The CPU shut down: a triple fault.
-    TripleFault,
-    /// HLT with nothing left that could wake the machine.
-    Halted,
-    /// The operator asked it to stop, at an exit.
-    Stopped,
-    /// The operator asked it to stop, and the guest did not exit any more.
-    StoppedRunning,
-    /// The guest turned itself off.
-    PowerOff,
-}
-
-/// The last event of a whole recording.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct End {
-    /// How it ended.
-    pub ending: Ending,
-    /// The reason that the guest's kernel gave if it panicked, or what it wrote to the pvpanic port.
-    pub panic: Option<String>,
-    /// Guest time in nanoseconds.
-    pub now: Nanos,
-    /// The digest of every turn and interrupt.
-    pub digest: u64,
-    /// The digest of all of memory; `None` where the guest was still running.
-    pub memory: Option<MemoryDigest>,
-}
-
-/// What the monitor found out while the guest ran: from here on the guest may have seen something that is recorded
-/// nowhere. Each is told once.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub enum LeftOpen {
-    /// The guest runs another kernel than the one that was loaded.
-    OtherKernel,
-    /// The trap at which modules are rewritten is gone.
-    ModuleCall,
-    /// The function that loads modules is traced or livepatched.
-    ModuleLoader,
-    /// A module's text could not be looked at whole.
-    ModuleText,
-    /// Other traps are gone.
-    Traps,
-    /// A trap that only its place explains was met elsewhere.
-    Copied,
-}
-
-impl LeftOpen {
-    /// All of them.
-    pub const ALL: [LeftOpen; 6] = [
-        LeftOpen::OtherKernel,
-        LeftOpen::ModuleCall,
-        LeftOpen::ModuleLoader,
-        LeftOpen::ModuleText,
-        LeftOpen::Traps,
-        LeftOpen::Copied,
-    ];
-}
-
-impl std::fmt::Display for LeftOpen {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            LeftOpen::OtherKernel => {
-                "rdtsc, rdtscp and cpuid of another kernel, which runs in place of the one that was loaded (kexec)"
-            }
-            LeftOpen::ModuleCall => {
-                "rdtsc, rdtscp and cpuid in modules loaded from here on: the call that loads them was changed (a kprobe)"
-            }
-            LeftOpen::ModuleLoader => {
-                "rdtsc, rdtscp and cpuid in modules loaded from here on, if the function that loads them is \
-                 livepatched; if it is only traced, nothing"
-            }
-            LeftOpen::ModuleText => {
-                "rdtsc, rdtscp and cpuid in a module whose text could not be read whole, or has too many of them"
-            }
-            LeftOpen::Traps => "instructions of the kernel that were traps and were changed while it ran (a kprobe)",
-            LeftOpen::Copied => {
-                "a trap of the kernel's that was copied and ran elsewhere (a kprobe on it), and did nothing there"
-            }
-        })
-    }
-}
-
-/// One thing a journal says.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Event {
-    /// Full detail only: the whole turn.
-    Turn(Box<Turn>),
-    /// Guest time differs from what the rule gives: the difference in nanoseconds.
-    Time {
-        /// Guest time less the rule's.
-        ahead_ns: i64,
-    },
-    /// Something came from outside.
-    Input(Input),
-    /// An interrupt was delivered.
-    Interrupt {
-        /// Its vector.
-        vector: u8,
-        /// Where exactly.
-        at: Moment,
-    },
-    /// The lowest 16 bits of the digest after this turn.
-    Witness {
-        /// Those bits, little-endian.
-        check: [u8; 2],
-    },
-    /// The digest of all of memory at this turn.
-    Memory {
-        /// The digest.
-        digest: MemoryDigest,
-    },
-    /// The recording is complete.
-    End(Box<End>),
-    /// The guest was preempted at this place behind the exit before, which made it an exit.
-    Preempted(Place),
-    /// The guest read blocks of a disk's image for the first time.
-    FirstReads {
-        /// XXH3-64 over them.
-        check: u64,
-    },
-    /// Full detail only: the bytes whose writes were posted between the exit before and this one.
-    Posted(Vec<u8>),
-    /// From this exit on something reaches the guest unrecorded, or may.
-    LeftOpen(LeftOpen),
-}
-
-impl Event {
-    /// Number of kinds that [`Event::kind`] tells apart.
-    pub const KINDS: usize = 11;
-    /// Their names, in order.
-    pub const KIND_NAMES: [&'static str; Event::KINDS] = [
-        "turns",
-        "time corrections",
-        "inputs",
-        "interrupts",
-        "witnesses",
-        "memory digests",
-        "end",
-        "preemptions",
-        "first reads",
-        "posted writes",
-        "left open",
-    ];
-
-    /// Index into [`Event::KIND_NAMES`].
-    pub fn kind(&self) -> usize {
-        match self {
-            Event::Turn(_) => 0,
-            Event::Time { .. } => 1,
-            Event::Input(_) => 2,
-            Event::Interrupt { .. } => 3,
-            Event::Witness { .. } => 4,
-            Event::Memory { .. } => 5,
-            Event::End(_) => 6,
-            Event::Preempted(_) => 7,
-            Event::FirstReads { .. } => 8,
-            Event::Posted(_) => 9,
-            Event::LeftOpen(_) => 10,
-        }
-    }
-}
-
-/// An event and the exit it belongs to.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Entry {
-    /// The number of that exit.
-    pub exits: u64,
-    /// The event.
-    pub event: Event,
-}
+use super::event::{Event, Record};
+use super::limits::EVENT_RAW_MAX;
+use crate::machine::{
+    Answer, End, Exit, LeftOpen, MemoryDigest, Moment, Place, Registers, Turn, Unit,
+};
 
 /// An event as it is written.
 #[derive(Debug, Serialize, Deserialize)]
@@ -202,7 +27,7 @@ enum Wire {
         ahead_ns: i64,
     },
     Input(Input),
-    /// At the exit itself or in a window that opened behind it; `rip` against the RIP of the
+    /// At the exit itself or in a window that opened after it; `rip` against the RIP of the
     /// interrupt or preemption before.
     Interrupt {
         vector: u8,
@@ -240,7 +65,7 @@ pub(crate) struct Codec {
 }
 
 impl Codec {
-    /// A codec for a frame whose first event lies at or behind `exits`.
+    /// A codec for a frame whose first event lies at or after `exits`.
     pub(crate) fn new(exits: u64) -> Codec {
         Codec {
             exits,
@@ -249,13 +74,13 @@ impl Codec {
     }
 
     /// Appends an event to `frame`.
-    pub(crate) fn encode(&mut self, frame: Vec<u8>, entry: &Entry) -> Vec<u8> {
-        let delta = entry
+    pub(crate) fn encode(&mut self, frame: Vec<u8>, record: &Record) -> Vec<u8> {
+        let delta = record
             .exits
             .checked_sub(self.exits)
             .expect("events come in the order of exits");
-        self.exits = entry.exits;
-        let wire = match &entry.event {
+        self.exits = record.exits;
+        let wire = match &record.event {
             Event::Turn(turn) => self.wire_turn(turn),
             Event::Time { ahead_ns } => Wire::Time {
                 ahead_ns: *ahead_ns,
@@ -285,7 +110,7 @@ impl Codec {
     }
 
     /// Takes the next event off `frame`.
-    pub(crate) fn decode(&mut self, frame: &mut &[u8]) -> Result<Entry, postcard::Error> {
+    pub(crate) fn decode(&mut self, frame: &mut &[u8]) -> Result<Record, postcard::Error> {
         // A length inside it that leads further than an event can be is refused before anything is
         // reserved for it.
         let event = &frame[..frame.len().min(EVENT_RAW_MAX)];
@@ -358,7 +183,7 @@ impl Codec {
                 })
             }
         };
-        Ok(Entry {
+        Ok(Record {
             exits: self.exits,
             event,
         })

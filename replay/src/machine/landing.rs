@@ -14,54 +14,11 @@
 //! stopped there. That holds however the guest came there, so what the decoder believes to lie
 //! ahead is only a guess at where to wait for it.
 
-use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::exit::Exit;
-use crate::machine::Back;
-
-/// What is counted to find a place between two exits again.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-pub enum Unit {
-    /// Retired conditional branches, by a performance counter.
-    Branches,
-    /// Entries into the guest's kernel, by the rewritten entries themselves.
-    Entries,
-}
-
-/// A place between two exits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct Place {
-    /// What is counted.
-    pub unit: Unit,
-    /// How many of them since the last counted exit.
-    pub number: u64,
-    /// The instruction pointer at which the vCPU stops, the first time with that number.
-    pub rip: u64,
-}
-
-impl std::fmt::Display for Place {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Place { unit, number, rip } = self;
-        let unit = match unit {
-            Unit::Branches => "branches",
-            Unit::Entries => "kernel entries",
-        };
-        write!(f, "{number} {unit} on, at rip {rip:#x}")
-    }
-}
-
-/// How far a vCPU may run before it must come back.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Horizon {
-    /// To its next exit.
-    Exit,
-    /// To the first place that can be found again, once this much was counted since the last exit;
-    /// or to the exit before it.
-    From(u64),
-    /// To exactly this place.
-    At(Place),
-}
+use super::cpu::Back;
+use super::exit::Exit;
+use super::place::{Horizon, Place, Unit};
 
 /// Counts the conditional branches that a vCPU retires.
 pub trait Counter {
@@ -78,11 +35,11 @@ pub trait Counter {
     fn check(&mut self) -> Result<(), Self::Error>;
 }
 
-/// What brings a vCPU back that runs with breakpoints.
+/// How a stretch with breakpoints came to its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Went {
+pub enum WalkEnd {
     /// It is about to execute an instruction at one of the stops.
-    Stop,
+    AtStop,
     /// Something else.
     Back(Back),
 }
@@ -118,7 +75,7 @@ pub trait Walk {
     /// Runs until something brings it back, or it is about to execute one of `stops`, of which
     /// there are at most two, and no more than [`Walk::stops_max`]. The present instruction is executed even if it is
     /// one of them.
-    fn go(&mut self, stops: &[u64]) -> Result<Went, Self::Error>;
+    fn go(&mut self, stops: &[u64]) -> Result<WalkEnd, Self::Error>;
     /// What lies before it.
     fn ahead(&mut self) -> Result<Ahead, Self::Error>;
 }
@@ -141,7 +98,7 @@ pub struct Overshoot {
     pub margin: u64,
 }
 
-/// How often a recorder tries to lead the guest behind a branch before it lets it run on.
+/// How often a recorder tries to lead the guest after a branch before it lets it run on.
 const TRIES: usize = 32;
 
 /// Leads a vCPU to places, with a counter.
@@ -241,13 +198,13 @@ impl<K: Counter> Lander<K> {
             }
             let went = cpu.go(stops)?;
             // A kick may come where a stop would have.
-            if matches!(went, Went::Stop | Went::Back(Back::Kicked)) {
+            if matches!(went, WalkEnd::AtStop | WalkEnd::Back(Back::Kicked)) {
                 let (number, rip) = (self.count()?, cpu.rip());
                 if number > count && stops.contains(&rip) && cpu.is_there()? {
                     return Ok(landed(number, rip));
                 }
             }
-            if let Went::Back(back) = went {
+            if let WalkEnd::Back(back) = went {
                 return Ok(back);
             }
         }
@@ -290,11 +247,11 @@ impl<K: Counter> Lander<K> {
             if count > place.number {
                 return Err(self.overshoot(cpu, place, count).into());
             }
-            let stopped = matches!(went, Went::Stop | Went::Back(Back::Kicked));
+            let stopped = matches!(went, WalkEnd::AtStop | WalkEnd::Back(Back::Kicked));
             if stopped && count == place.number && cpu.rip() == place.rip && cpu.is_there()? {
                 return Ok(landed(count, place.rip));
             }
-            if let Went::Back(back) = went {
+            if let WalkEnd::Back(back) = went {
                 return Ok(back);
             }
         }
@@ -313,8 +270,8 @@ impl<K: Counter> Lander<K> {
 /// Runs to an exit, or to what comes before it.
 fn to_exit<W: Walk>(cpu: &mut W) -> Result<Back, W::Error> {
     match cpu.go(&[])? {
-        Went::Back(back) => Ok(back),
-        Went::Stop => unreachable!("no stop was set"),
+        WalkEnd::Back(back) => Ok(back),
+        WalkEnd::AtStop => unreachable!("no stop was set"),
     }
 }
 

@@ -9,8 +9,8 @@ use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 use xxhash_rust::xxh64::xxh64;
 
-use crate::exit::{Answer, Exit, Turn};
-use crate::moment::Moment;
+use super::exit::{Answer, Exit, Turn};
+use super::moment::Moment;
 
 /// The chain's present value.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -14,8 +14,7 @@ use std::collections::BTreeMap;
 
 use hindsight_devices::Nanos;
 
-use crate::landing::{Horizon, Unit};
-use crate::outside::{Standing, TimeQuery};
+use crate::machine::{Horizon, Position, TimeQuery, Unit};
 use crate::rng::Rng;
 
 /// A stall is at most this long, unless the next timer is further away. Two or three time slices
@@ -39,7 +38,7 @@ pub struct Chaos {
     /// How far the guest's time is ahead of the host's.
     ahead_ns: Nanos,
     visits: BTreeMap<u64, u64>,
-    /// The horizon drawn for the turn behind this exit.
+    /// The horizon drawn for the turn after this exit.
     drawn: Option<(u64, Horizon)>,
 }
 
@@ -88,16 +87,16 @@ impl Chaos {
         self.rng.one_in(share)
     }
 
-    /// How far the guest may run behind this exit.
-    pub fn horizon(&mut self, standing: &Standing) -> Horizon {
+    /// How far the guest may run after this exit.
+    pub fn horizon(&mut self, position: &Position) -> Horizon {
         let Some(unit) = self.preempts else {
             return Horizon::Exit;
         };
-        if standing.pending || standing.deadline.is_none() {
+        if position.pending || position.deadline.is_none() {
             return Horizon::Exit;
         }
         match self.drawn {
-            Some((exits, horizon)) if exits == standing.exits => horizon,
+            Some((exits, horizon)) if exits == position.exits => horizon,
             _ => {
                 let horizon = if self.rng.one_in(PREEMPTED_ONE_IN) {
                     let bits = self.rng.below(match unit {
@@ -108,7 +107,7 @@ impl Chaos {
                 } else {
                     Horizon::Exit
                 };
-                self.drawn = Some((standing.exits, horizon));
+                self.drawn = Some((position.exits, horizon));
                 horizon
             }
         }
@@ -118,11 +117,12 @@ impl Chaos {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::machine::Complete;
 
     fn query(site: Option<u64>, deadline: Option<Nanos>) -> TimeQuery {
         TimeQuery {
             exits: 1,
-            last: 0,
+            complete: Complete::default(),
             earliest: 0,
             rule: 0,
             deadline,

@@ -9,8 +9,8 @@ use serde::{Deserialize, Serialize};
 /// A point in the guest's execution.
 ///
 /// Positions are made of what the guest's own instructions cause, never of host time: how many
-/// exits there have been, and where behind the last exit the guest stands. A place between two exits
-/// at which something happened counts as an exit too, from then on; `branches` tells how far behind
+/// exits there have been, and where after the last exit the guest stands. A place between two exits
+/// at which something happened counts as an exit too, from then on; `branches` tells how far after
 /// the one before it lies. `rip` and `rcx` are the registers there.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Moment {
@@ -39,7 +39,7 @@ impl fmt::Display for Moment {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "exit {}", self.exits)?;
         if self.branches > 0 {
-            write!(f, " ({} branches behind the one before)", self.branches)?;
+            write!(f, " ({} branches after the one before)", self.branches)?;
         }
         write!(f, " at rip {:#x}", self.rip)
     }

@@ -5,7 +5,7 @@ use std::fmt;
 use hindsight_devices::{Access, Nanos};
 use serde::{Deserialize, Serialize};
 
-use crate::landing::Place;
+use super::place::Place;
 
 /// The general registers at an exit, in the order of `struct kvm_regs`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

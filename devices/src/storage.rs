@@ -1,6 +1,6 @@
-//! What stands around the board: guest memory, and the bytes of its disks.
+//! What is lent to the board with each access: guest memory, and the bytes of the machine's disks.
 //!
-//! Devices that move data by themselves are handed both with each access and keep neither.
+//! Devices that move data by themselves work on both and keep neither.
 
 use std::fmt::Debug;
 
@@ -11,7 +11,7 @@ pub type Ram = vm_memory::GuestMemoryMmap<()>;
 
 /// What an access may work on beside the board itself.
 #[derive(Debug)]
-pub struct Around<'a> {
+pub struct BusContext<'a> {
     /// Guest memory.
     pub ram: &'a Ram,
     /// The disks.

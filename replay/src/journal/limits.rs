@@ -5,11 +5,9 @@
 
 use hindsight_devices::FRAME_BYTES_MAX;
 
-use crate::event::{Entry, Event, LeftOpen};
+use super::event::{Event, Record};
+use crate::machine::{ARRIVALS_MAX, LeftOpen};
 
-/// How many inputs reach a machine at one exit; what more there is waits for the next one. Linux takes as
-/// many frames at a time from a network card.
-pub const ARRIVALS_MAX: usize = 64;
 /// The longest event: an input that is the longest Ethernet frame, and what stands before its bytes.
 pub const EVENT_RAW_MAX: usize = FRAME_BYTES_MAX + 64;
 /// A frame with this many raw bytes is closed as soon as it can be.
@@ -46,8 +44,8 @@ pub(crate) struct Rules {
 
 impl Rules {
     /// Takes the next event, which is `raw_bytes` long as it is written.
-    pub fn admit(&mut self, entry: &Entry, raw_bytes: usize) -> Result<(), String> {
-        let exits = entry.exits;
+    pub fn admit(&mut self, record: &Record, raw_bytes: usize) -> Result<(), String> {
+        let exits = record.exits;
         if self.ended {
             return Err("it has an event after the end".into());
         }
@@ -60,7 +58,7 @@ impl Rules {
             self.arrivals = 0;
         }
         self.exits = exits;
-        if let Event::Input(_) = entry.event {
+        if let Event::Input(_) = record.event {
             self.arrivals += 1;
             if self.arrivals > ARRIVALS_MAX {
                 return Err(format!(
@@ -68,10 +66,10 @@ impl Rules {
                 ));
             }
         }
-        if matches!(&entry.event, Event::Posted(bytes) if bytes.is_empty()) {
+        if matches!(&record.event, Event::Posted(bytes) if bytes.is_empty()) {
             return Err(format!("it has posted writes of no bytes at exit {exits}"));
         }
-        self.ended = matches!(entry.event, Event::End(_));
+        self.ended = matches!(record.event, Event::End(_));
         Ok(())
     }
 

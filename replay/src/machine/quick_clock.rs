@@ -19,7 +19,7 @@
 //!    that was taken. While the guest is halted no floor is needed, for nothing is read.
 //!
 //! The time stamp is guest time plus what the guest has added to it; where it changes that, by WRMSR, it
-//! does so at an exit, and the clock is set behind it. If a sum wraps around, the end lies below
+//! does so at an exit, and the clock is set after it. If a sum wraps around, the end lies below
 //! the values, and every read exits.
 //!
 //! The span is at most what an exit takes by the rule (unless the rule says less than a nanosecond a

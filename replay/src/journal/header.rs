@@ -3,10 +3,7 @@
 use hindsight_devices::{Devices, Output};
 use serde::{Deserialize, Serialize};
 
-use crate::cpuid::{CpuidEntry, CpuidTable};
-use crate::digest::PAGE_BYTES;
-use crate::landing::Unit;
-use crate::quick::QuickReads;
+use crate::machine::{CpuidEntry, CpuidTable, PAGE_BYTES, QuickReads, Unit};
 
 /// The most RAM that a machine has: 1 TiB.
 pub const MEMORY_BYTES_MAX: u64 = 1 << 40;
@@ -94,7 +91,7 @@ pub struct TrapCounts {
 
 /// The machine, as far as it decides what the guest computes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Machine {
+pub struct MachineDescription {
     /// RAM in bytes.
     pub memory_bytes: u64,
     /// The whole kernel command line.
@@ -185,7 +182,7 @@ pub struct Header {
     /// How much it says.
     pub detail: Detail,
     /// Of which machine.
-    pub machine: Machine,
+    pub machine: MachineDescription,
     /// Recorded where.
     pub host: Host,
 }
@@ -200,7 +197,7 @@ impl Header {
         };
         Header {
             detail: Detail::Default,
-            machine: Machine {
+            machine: MachineDescription {
                 memory_bytes: PAGE_BYTES as u64,
                 cmdline: String::new(),
                 kernel: nothing,
@@ -254,7 +251,7 @@ fn text_at_most(what: &str, text: &str, most: usize) -> Result<(), String> {
     at_most(&format!("bytes of {what}"), text.len() as u64, most as u64)
 }
 
-impl Machine {
+impl MachineDescription {
     fn check(&self) -> Result<(), String> {
         let memory = self.memory_bytes;
         if memory == 0 || !memory.is_multiple_of(PAGE_BYTES as u64) {

@@ -3,13 +3,13 @@
 
 use hindsight_devices::{FirstReads, Input, Nanos, Room};
 
-use crate::chaos::Chaos;
-use crate::digest::{Digest, MemoryDigest};
-use crate::event::{End, Ending, LeftOpen};
-use crate::exit::Turn;
-use crate::landing::{Horizon, Place, Unit};
-use crate::moment::Moment;
-use crate::outside::{Closed, Outside, Standing, TimeQuery, World};
+use super::chaos::Chaos;
+use super::closed::Closed;
+use super::world::World;
+use crate::machine::{
+    Complete, Digest, End, Ending, Horizon, LeftOpen, MemoryDigest, Moment, Outside, Place,
+    Position, TimeQuery, Turn, Unit,
+};
 
 /// Guest time may be this far from the host's before it is corrected. A smaller tolerance buys a
 /// finer clock with a larger journal.
@@ -139,8 +139,8 @@ impl<W: World> Live<W> {
 
     /// When the patience with a guest that does not exit is at an end. A guest that has an interrupt
     /// pending and does not take it is not helped by another one.
-    fn alarm_at(&self, standing: &Standing) -> Option<Nanos> {
-        let due = standing.deadline.filter(|_| !standing.pending)?;
+    fn alarm_at(&self, position: &Position) -> Option<Nanos> {
+        let due = position.deadline.filter(|_| !position.pending)?;
         Some(due.saturating_add(self.patience.ns(self.cost_ns)?))
     }
 
@@ -157,6 +157,8 @@ impl<W: World> Live<W> {
 }
 
 impl<W: World> Outside for Live<W> {
+    type Closed = Closed;
+
     fn time(&mut self, query: &TimeQuery) -> Result<Nanos, Closed> {
         let TimeQuery {
             earliest,
@@ -240,33 +242,33 @@ impl<W: World> Outside for Live<W> {
         Ok(())
     }
 
-    fn horizon(&mut self, standing: &Standing) -> Result<Horizon, Closed> {
+    fn horizon(&mut self, position: &Position) -> Result<Horizon, Closed> {
         if self.overdue.is_some() {
             let again_at = self.world.now().saturating_add(RETRY_NS);
             self.world.alarm(Some(again_at));
             return Ok(Horizon::From(0));
         }
-        let alarm = self.alarm_at(standing).map(|at| self.unseen(at));
+        let alarm = self.alarm_at(position).map(|at| self.unseen(at));
         self.world.alarm(alarm);
         Ok(match &mut self.chaos {
-            Some(chaos) => chaos.horizon(standing),
+            Some(chaos) => chaos.horizon(position),
             None => Horizon::Exit,
         })
     }
 
-    fn kicked(&mut self, standing: &Standing) -> Result<(), Closed> {
+    fn kicked(&mut self, position: &Position) -> Result<(), Closed> {
         if self.world.gives_up() {
             return Err(Closed::End(Ending::StoppedRunning));
         }
         let now = self.now();
-        let grace_ends = self.grace_ends(standing.panicked);
+        let grace_ends = self.grace_ends(position.panicked);
         if grace_ends.is_some_and(|end| end.saturating_add(STUCK_NS) <= now) {
             return Err(Closed::End(Ending::StoppedRunning));
         }
-        let late = [self.alarm_at(standing), grace_ends];
+        let late = [self.alarm_at(position), grace_ends];
         let late = late.into_iter().flatten().any(|at| at <= now);
         let preempts = self.patience != Patience::Endless;
-        if late || (preempts && self.world.input_waits(&standing.room)) {
+        if late || (preempts && self.world.input_waits(&position.room)) {
             self.overdue = self.overdue.or(Some(self.world.now()));
         }
         Ok(())
@@ -276,7 +278,7 @@ impl<W: World> Outside for Live<W> {
         Ok(())
     }
 
-    fn abandon(&mut self, _exits: u64, _now: Nanos) -> Result<(), Closed> {
+    fn abandon(&mut self, _complete: Complete) -> Result<(), Closed> {
         Ok(())
     }
 }
@@ -331,7 +333,7 @@ mod tests {
         let mut waited = 0;
         for exits in 0..times {
             let due = live.world.now;
-            let standing = Standing {
+            let position = Position {
                 exits,
                 rip: 0,
                 now: due,
@@ -340,15 +342,15 @@ mod tests {
                 pending: false,
                 panicked: None,
             };
-            assert_eq!(live.horizon(&standing).unwrap(), Horizon::Exit);
+            assert_eq!(live.horizon(&position).unwrap(), Horizon::Exit);
             let alarm = live.world.alarm.expect("what is due wakes somebody");
             waited = alarm - due;
             live.world.now = alarm - 1;
-            live.kicked(&standing).unwrap();
-            assert_eq!(live.horizon(&standing).unwrap(), Horizon::Exit, "too early");
+            live.kicked(&position).unwrap();
+            assert_eq!(live.horizon(&position).unwrap(), Horizon::Exit, "too early");
             live.world.now = alarm;
-            live.kicked(&standing).unwrap();
-            assert_eq!(live.horizon(&standing).unwrap(), Horizon::From(0));
+            live.kicked(&position).unwrap();
+            assert_eq!(live.horizon(&position).unwrap(), Horizon::From(0));
             assert!(live.world.alarm > Some(alarm), "it is tried again");
             live.world.now += cost_ns;
             let place = Place {
@@ -358,7 +360,7 @@ mod tests {
             };
             let query = TimeQuery {
                 exits: exits + 1,
-                last: due,
+                complete: Complete { exits, now: due },
                 earliest: due,
                 rule: due,
                 deadline: Some(due),
@@ -374,11 +376,11 @@ mod tests {
     }
 
     /// A machine that panicked at 1,000,000, and a door that stops it 5,000,000 later.
-    fn panicked() -> (Live<Clock>, Standing, TimeQuery) {
+    fn panicked() -> (Live<Clock>, Position, TimeQuery) {
         let live = Live::new(Clock::default(), None)
             .with_patience(Patience::Endless)
             .with_panic_grace(Some(5_000_000));
-        let standing = Standing {
+        let position = Position {
             exits: 7,
             rip: 0,
             now: 1_000_000,
@@ -389,7 +391,10 @@ mod tests {
         };
         let query = TimeQuery {
             exits: 8,
-            last: 1_000_000,
+            complete: Complete {
+                exits: 7,
+                now: 1_000_000,
+            },
             earliest: 1_000_000,
             rule: 1_000_000,
             deadline: None,
@@ -399,7 +404,7 @@ mod tests {
             site: None,
             panicked: Some(1_000_000),
         };
-        (live, standing, query)
+        (live, position, query)
     }
 
     #[test]
@@ -438,11 +443,11 @@ mod tests {
 
     #[test]
     fn a_guest_that_does_not_exit_after_a_panic_is_stopped_where_it_is() {
-        let (mut live, standing, _) = panicked();
+        let (mut live, position, _) = panicked();
         live.world.now = 6_000_000 + STUCK_NS - 1;
-        live.kicked(&standing).unwrap();
+        live.kicked(&position).unwrap();
         live.world.now += 1;
-        let closed = live.kicked(&standing);
+        let closed = live.kicked(&position);
         assert!(matches!(closed, Err(Closed::End(Ending::StoppedRunning))));
     }
 

@@ -1,21 +1,18 @@
 //! Writes down what passes through another door.
 //!
-//! Over a [`crate::Live`] door this is the recorder; over a [`crate::Replayer`] it turns one
+//! Over a [`super::Live`] door this is the recorder; over a [`super::Replayer`] it turns one
 //! recording into another of a different detail.
 
 use std::io::Write;
 
 use hindsight_devices::{FirstReads, Input, Nanos, Room};
 
-use crate::digest::{Digest, MemoryDigest};
-use crate::event::{End, Event, LeftOpen};
-use crate::exit::Turn;
-use crate::frame::IndexEntry;
-use crate::header::{Detail, Header};
-use crate::journal::{JournalError, JournalWriter};
-use crate::landing::Horizon;
-use crate::moment::Moment;
-use crate::outside::{Closed, Outside, Standing, TimeQuery};
+use super::closed::Closed;
+use crate::journal::{Detail, Event, Header, IndexEntry, JournalError, JournalWriter};
+use crate::machine::{
+    Complete, Digest, End, Horizon, LeftOpen, MemoryDigest, Moment, Outside, Position, TimeQuery,
+    Turn,
+};
 
 /// Every so many exits a witness of the digest is written: drift is noticed at most this late
 /// where a recording holds no whole turns.
@@ -23,18 +20,18 @@ pub const WITNESS_EVERY: u64 = 16;
 
 /// A door that writes down what the door behind it says.
 #[derive(Debug)]
-pub struct Recorder<O: Outside, W: Write> {
+pub struct Recorder<O: Outside<Closed = Closed>, W: Write> {
     inner: O,
     journal: JournalWriter<W>,
     detail: Detail,
     counts: [u64; Event::KINDS],
     /// What belongs to an exit whose turn has not come yet: it is written when the turn is.
     pending: Vec<Event>,
-    /// Guest time at the last turn.
-    now: Nanos,
+    /// The exit of the last turn.
+    complete: Complete,
 }
 
-impl<O: Outside, W: Write> Recorder<O, W> {
+impl<O: Outside<Closed = Closed>, W: Write> Recorder<O, W> {
     /// Starts a journal in `sink` for what passes through `inner`.
     pub fn create(inner: O, sink: W, header: &Header) -> Result<Recorder<O, W>, JournalError> {
         let journal = JournalWriter::create(sink, header)?;
@@ -44,7 +41,7 @@ impl<O: Outside, W: Write> Recorder<O, W> {
             detail: header.detail,
             counts: [0; Event::KINDS],
             pending: Vec::new(),
-            now: 0,
+            complete: Complete::default(),
         })
     }
 
@@ -84,11 +81,13 @@ impl<O: Outside, W: Write> Recorder<O, W> {
     }
 }
 
-impl<O: Outside, W: Write> Outside for Recorder<O, W> {
+impl<O: Outside<Closed = Closed>, W: Write> Outside for Recorder<O, W> {
+    type Closed = Closed;
+
     fn time(&mut self, query: &TimeQuery) -> Result<Nanos, Closed> {
         // Everything that belongs to earlier exits has been said by now.
-        self.journal
-            .turn_is_complete(query.exits - 1, query.last, query.halted)?;
+        let Complete { exits, now } = query.complete;
+        self.journal.turn_is_complete(exits, now, query.halted)?;
         let now = self.inner.time(query)?;
         // First of all that belongs to its exit: a replay must know it before the guest runs there.
         if let Some(place) = query.preempted {
@@ -132,7 +131,11 @@ impl<O: Outside, W: Write> Outside for Recorder<O, W> {
     }
 
     fn turn(&mut self, exits: u64, turn: &Turn, digest: Digest) -> Result<(), Closed> {
-        self.now = turn.now;
+        self.complete = Complete {
+            exits,
+            now: turn.now,
+        };
+        self.inner.turn(exits, turn, digest)?;
         self.append_pending(exits)?;
         if self.detail == Detail::Full {
             self.append(exits, Event::Turn(Box::new(*turn)))?;
@@ -141,13 +144,15 @@ impl<O: Outside, W: Write> Outside for Recorder<O, W> {
             let check = digest.check();
             self.append(exits, Event::Witness { check })?;
         }
-        self.inner.turn(exits, turn, digest)
+        Ok(())
     }
 
     fn interrupt(&mut self, at: &Moment, vector: u8) -> Result<(), Closed> {
+        self.inner.interrupt(at, vector)?;
         self.append(at.exits, Event::Interrupt { vector, at: *at })?;
-        self.journal.close_if_full(at.exits, self.now)?;
-        self.inner.interrupt(at, vector)
+        let Complete { exits, now } = self.complete;
+        self.journal.close_if_full(exits, now)?;
+        Ok(())
     }
 
     fn left_open(&mut self, exits: u64, what: LeftOpen) -> Result<(), Closed> {
@@ -163,16 +168,17 @@ impl<O: Outside, W: Write> Outside for Recorder<O, W> {
     }
 
     fn memory(&mut self, exits: u64, digest: MemoryDigest) -> Result<(), Closed> {
+        self.inner.memory(exits, digest)?;
         self.append(exits, Event::Memory { digest })?;
-        self.inner.memory(exits, digest)
+        Ok(())
     }
 
-    fn horizon(&mut self, standing: &Standing) -> Result<Horizon, Closed> {
-        self.inner.horizon(standing)
+    fn horizon(&mut self, position: &Position) -> Result<Horizon, Closed> {
+        self.inner.horizon(position)
     }
 
-    fn kicked(&mut self, standing: &Standing) -> Result<(), Closed> {
-        self.inner.kicked(standing)
+    fn kicked(&mut self, position: &Position) -> Result<(), Closed> {
+        self.inner.kicked(position)
     }
 
     fn end(&mut self, exits: u64, end: &End) -> Result<(), Closed> {
@@ -183,10 +189,10 @@ impl<O: Outside, W: Write> Outside for Recorder<O, W> {
         Ok(())
     }
 
-    fn abandon(&mut self, exits: u64, now: Nanos) -> Result<(), Closed> {
+    fn abandon(&mut self, complete: Complete) -> Result<(), Closed> {
         // Of a later exit, whose turn will not come.
         self.pending.clear();
-        self.journal.close_frame(exits, now)?;
-        self.inner.abandon(exits, now)
+        self.journal.close_frame(complete.exits, complete.now)?;
+        self.inner.abandon(complete)
     }
 }

@@ -5,16 +5,14 @@ use std::io::Read;
 
 use hindsight_devices::{FirstReads, Input, Nanos, Room};
 
-use crate::digest::{Digest, Likeness, MemoryDigest};
-use crate::divergence::{Difference, Divergence, first_difference};
-use crate::event::{End, Ending, Entry, Event, LeftOpen};
-use crate::exit::Turn;
-use crate::header::Detail;
-use crate::journal::{JournalError, JournalReader, TailReason};
-use crate::landing::{Horizon, Place};
-use crate::moment::Moment;
-use crate::outside::{Closed, Outside, Standing, TimeQuery};
-use crate::recorder::WITNESS_EVERY;
+use super::closed::Closed;
+use super::divergence::{Difference, Divergence, first_difference};
+use super::recorder::WITNESS_EVERY;
+use crate::journal::{Detail, Event, JournalError, JournalReader, Record, TailReason};
+use crate::machine::{
+    Complete, Digest, End, Ending, Horizon, LeftOpen, Likeness, MemoryDigest, Moment, Outside,
+    Place, Position, TimeQuery, Turn,
+};
 
 /// How many turns a divergence report shows.
 const HISTORY: usize = 8;
@@ -24,10 +22,10 @@ const HISTORY: usize = 8;
 pub struct Replayer<R: Read> {
     journal: JournalReader<R>,
     /// The next event, if it was looked at.
-    ahead: Option<Entry>,
+    ahead: Option<Record>,
     /// Stop here.
     until: Option<u64>,
-    /// Or behind the first exit at this time.
+    /// Or after the first exit at this time.
     until_time: Option<Nanos>,
     memory_every: Option<u64>,
     history: VecDeque<(u64, Turn)>,
@@ -40,7 +38,7 @@ pub struct Replayer<R: Read> {
 }
 
 impl<R: Read> Replayer<R> {
-    /// A door to what `journal` holds, closed behind exit `until` if given; digests memory every
+    /// A door to what `journal` holds, closed after exit `until` if given; digests memory every
     /// `memory_every` exits for whoever listens, beside what the journal asks for.
     pub fn new(
         journal: JournalReader<R>,
@@ -62,7 +60,7 @@ impl<R: Read> Replayer<R> {
         }
     }
 
-    /// The same door, closed behind the first exit at guest time `time` or later.
+    /// The same door, closed after the first exit at guest time `time` or later.
     pub fn until_time(self, time: Nanos) -> Replayer<R> {
         Replayer {
             until_time: Some(time),
@@ -91,12 +89,12 @@ impl<R: Read> Replayer<R> {
     }
 
     /// The next event, reading on if the present frame is used up.
-    fn peek(&mut self) -> Result<Option<&Entry>, JournalError> {
+    fn peek(&mut self) -> Result<Option<&Record>, JournalError> {
         if let Some(error) = self.failed.take() {
             return Err(error);
         }
         if self.ahead.is_none() {
-            self.ahead = self.journal.next_entry()?;
+            self.ahead = self.journal.next_record()?;
         }
         Ok(self.ahead.as_ref())
     }
@@ -108,7 +106,7 @@ impl<R: Read> Replayer<R> {
         wanted: impl FnOnce(&Event) -> Option<T>,
     ) -> Result<Option<T>, Closed> {
         let found = match self.peek()? {
-            Some(entry) if entry.exits == exits => wanted(&entry.event),
+            Some(record) if record.exits == exits => wanted(&record.event),
             _ => None,
         };
         if found.is_some() {
@@ -120,7 +118,7 @@ impl<R: Read> Replayer<R> {
     /// Refuses to go on if the journal has an event for an exit before `exits`.
     fn nothing_missed(&mut self, exits: u64) -> Result<(), Closed> {
         let missed = match self.peek()? {
-            Some(entry) if entry.exits < exits => describe(entry),
+            Some(record) if record.exits < exits => describe(record),
             _ => return Ok(()),
         };
         let at = self.last_moment(exits);
@@ -173,7 +171,7 @@ impl<R: Read> Replayer<R> {
         }
     }
 
-    /// Compares memory with what was recorded of it. Which entries of its page tables a CPU has marked as accessed
+    /// Compares memory with what was recorded of it. Which records of its page tables a CPU has marked as accessed
     /// is no guest's doing, so a difference there is counted and does not end the replay.
     fn compare_memory(
         &mut self,
@@ -206,11 +204,13 @@ impl<R: Read> Replayer<R> {
 }
 
 impl<R: Read> Outside for Replayer<R> {
+    type Closed = Closed;
+
     fn time(&mut self, query: &TimeQuery) -> Result<Nanos, Closed> {
         let exits = query.exits;
         self.nothing_missed(exits)?;
         if self.peek()?.is_none() {
-            self.cut_short(exits - 1)?;
+            self.cut_short(query.complete.exits)?;
         }
         self.check_preemption(exits, query.preempted)?;
         let ahead = self.take(exits, |event| match event {
@@ -361,14 +361,14 @@ impl<R: Read> Outside for Replayer<R> {
 
     fn interrupt(&mut self, at: &Moment, vector: u8) -> Result<(), Closed> {
         let expected = match self.peek()? {
-            Some(Entry {
+            Some(Record {
                 event: Event::Interrupt { vector: v, at: a },
                 ..
             }) if *v == vector && a == at => {
                 self.ahead = None;
                 return Ok(());
             }
-            Some(entry) => describe(entry),
+            Some(record) => describe(record),
             None => {
                 self.cut_short(at.exits)?;
                 format!("no more interrupts through exit {}", self.journal.through())
@@ -399,7 +399,7 @@ impl<R: Read> Outside for Replayer<R> {
 
     fn wants_memory(&mut self, exits: u64) -> bool {
         let recorded = match self.peek() {
-            Ok(Some(Entry {
+            Ok(Some(Record {
                 exits: at,
                 event: Event::Memory { .. },
             })) => *at == exits,
@@ -426,9 +426,9 @@ impl<R: Read> Outside for Replayer<R> {
         self.compare_memory(exits, Some(expected), Some(digest))
     }
 
-    fn horizon(&mut self, standing: &Standing) -> Result<Horizon, Closed> {
-        let exits = standing.exits;
-        let late = self.until_time.is_some_and(|time| standing.now >= time);
+    fn horizon(&mut self, position: &Position) -> Result<Horizon, Closed> {
+        let exits = position.exits;
+        let late = self.until_time.is_some_and(|time| position.now >= time);
         if late || self.until.is_some_and(|until| exits >= until) {
             return Err(Closed::Reached(exits));
         }
@@ -437,44 +437,44 @@ impl<R: Read> Outside for Replayer<R> {
                 self.cut_short(exits)?;
                 return Ok(Horizon::Exit);
             }
-            Some(entry) if entry.exits > exits => {
-                return Ok(match entry.event {
-                    Event::Preempted(place) if entry.exits == exits + 1 => Horizon::At(place),
+            Some(record) if record.exits > exits => {
+                return Ok(match record.event {
+                    Event::Preempted(place) if record.exits == exits + 1 => Horizon::At(place),
                     _ => Horizon::Exit,
                 });
             }
-            Some(Entry {
+            Some(Record {
                 event: Event::Interrupt { .. },
                 ..
-            }) if standing.pending => return Ok(Horizon::Exit),
-            Some(Entry {
+            }) if position.pending => return Ok(Horizon::Exit),
+            Some(Record {
                 event: Event::End(end),
                 ..
             }) if end.ending == Ending::StoppedRunning => {
                 return Err(Closed::End(Ending::StoppedRunning));
             }
-            Some(entry) => describe(entry),
+            Some(record) => describe(record),
         };
         Err(self.diverged(self.last_moment(exits), Difference::Missed { expected }))
     }
 
-    fn kicked(&mut self, _standing: &Standing) -> Result<(), Closed> {
+    fn kicked(&mut self, _standing: &Position) -> Result<(), Closed> {
         Ok(())
     }
 
-    fn abandon(&mut self, _exits: u64, _now: Nanos) -> Result<(), Closed> {
+    fn abandon(&mut self, _complete: Complete) -> Result<(), Closed> {
         Ok(())
     }
 
     fn end(&mut self, exits: u64, found: &End) -> Result<(), Closed> {
         let at = self.last_moment(exits);
         let expected = match self.peek()? {
-            Some(Entry {
+            Some(Record {
                 exits: recorded,
                 event: Event::End(end),
             }) if *recorded == exits => end.clone(),
-            Some(entry) => {
-                let expected = describe(entry);
+            Some(record) => {
+                let expected = describe(record);
                 let found = format!("{:?} at exit {exits}", found.ending);
                 return Err(self.diverged(
                     at,
@@ -535,10 +535,10 @@ impl<R: Read> Outside for Replayer<R> {
         }
         self.compare_memory(exits, expected.memory, found.memory)?;
         self.ahead = None;
-        // Look behind the end: a file that was tampered with or glued together is not whole.
+        // Look after the end: a file that was tampered with or glued together is not whole.
         assert!(
             self.peek()?.is_none(),
-            "the reader lets no event through behind the end"
+            "the reader lets no event through after the end"
         );
         match self.journal.tail() {
             Some(tail) if tail.reason != TailReason::Closed => Err(Closed::CutShort(tail.clone())),
@@ -547,9 +547,9 @@ impl<R: Read> Outside for Replayer<R> {
     }
 }
 
-fn describe(entry: &Entry) -> String {
-    let exits = entry.exits;
-    match &entry.event {
+fn describe(record: &Record) -> String {
+    let exits = record.exits;
+    match &record.event {
         Event::Turn(turn) => format!("exit {exits}: {turn}"),
         Event::Time { ahead_ns } => format!("exit {exits}: guest time corrected by {ahead_ns} ns"),
         Event::Input(input) => format!("exit {exits}: {input:?}"),

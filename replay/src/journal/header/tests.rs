@@ -1,5 +1,6 @@
 use hindsight_devices::{DiskSpec, NetSpec};
 
+use super::super::limits::HEADER_MAX;
 use super::*;
 
 /// A head with something in every field.
@@ -62,7 +63,7 @@ fn a_head_that_a_recorder_writes_is_taken_up_to_its_bounds() {
         .collect();
     assert_eq!(largest.check(), Ok(()));
     let body = postcard::to_stdvec(&largest).unwrap();
-    assert!(body.len() <= crate::limits::HEADER_MAX, "{}", body.len());
+    assert!(body.len() <= HEADER_MAX, "{}", body.len());
 }
 
 /// Changes a head in one place.

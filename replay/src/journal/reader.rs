@@ -1,0 +1,236 @@
+//! Reads a journal, frame by frame.
+
+use std::io::{self, Read};
+
+use hindsight_devices::Nanos;
+
+use super::event::Record;
+use super::frame::{FRAME_HEAD_BYTES, Frame, FrameHead, IndexEntry, Records};
+use super::header::Header;
+use super::limits::{HEADER_MAX, Rules};
+use super::{JournalError, MAGIC, Tail, TailReason, VERSION, head_check};
+
+/// Reads a journal from any source, frame by frame.
+#[derive(Debug)]
+pub struct JournalReader<R: Read> {
+    source: R,
+    header: Header,
+    seed: u64,
+    sequence: u32,
+    offset: u64,
+    through: u64,
+    now: Nanos,
+    rules: Rules,
+    tail: Option<Tail>,
+    /// The frame that [`Self::next_record`] is in.
+    records: Option<Records<Vec<u8>>>,
+}
+
+impl<R: Read> JournalReader<R> {
+    /// Reads and checks the head.
+    pub fn open(mut source: R) -> Result<JournalReader<R>, JournalError> {
+        let mut fixed = [0; 24];
+        let got = read_up_to(&mut source, &mut fixed)?;
+        if got < 8 || fixed[..8] != MAGIC {
+            return Err(JournalError::NotAJournal {
+                found: fixed[..got.min(8)].to_vec(),
+            });
+        }
+        if got < fixed.len() {
+            return Err(JournalError::Head(format!(
+                "it has {got} bytes, expected at least 24"
+            )));
+        }
+        let version = u32::from_le_bytes(fixed[8..12].try_into().expect("4 bytes"));
+        if version != VERSION {
+            return Err(JournalError::Version { found: version });
+        }
+        let length = u32::from_le_bytes(fixed[12..16].try_into().expect("4 bytes")) as usize;
+        let check = u64::from_le_bytes(fixed[16..24].try_into().expect("8 bytes"));
+        if length > HEADER_MAX {
+            return Err(JournalError::Head(format!(
+                "it claims {length} bytes, at most {HEADER_MAX}"
+            )));
+        }
+        let body = read_at_most(&mut source, length)?;
+        if body.len() < length {
+            return Err(JournalError::Head(format!(
+                "it is cut: {} bytes of {length}",
+                body.len()
+            )));
+        }
+        let seed = head_check(version, &body);
+        if seed != check {
+            return Err(JournalError::Head(format!(
+                "its checksum is {seed:016x}, expected {check:016x}"
+            )));
+        }
+        let (header, rest) = postcard::take_from_bytes::<Header>(&body)
+            .map_err(|error| JournalError::Head(error.to_string()))?;
+        if !rest.is_empty() {
+            let what = format!("{} bytes of it say nothing", rest.len());
+            return Err(JournalError::Head(what));
+        }
+        header.check().map_err(JournalError::Impossible)?;
+        let offset = 24 + length as u64;
+        Ok(JournalReader {
+            source,
+            header,
+            seed,
+            sequence: 0,
+            offset,
+            through: 0,
+            now: 0,
+            rules: Rules::default(),
+            tail: None,
+            records: None,
+        })
+    }
+
+    /// The head.
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// Where and why the readable part ends; known once [`Self::next_frame`] has returned `None`.
+    pub fn tail(&self) -> Option<&Tail> {
+        self.tail.as_ref()
+    }
+
+    /// The last exit that the frames read so far cover.
+    pub fn through(&self) -> u64 {
+        self.through
+    }
+
+    /// The next event, whichever frame it is in, or `None` after the last. One frame is held meanwhile.
+    pub fn next_record(&mut self) -> Result<Option<Record>, JournalError> {
+        loop {
+            if let Some(record) = self.records.as_mut().and_then(Iterator::next) {
+                return Ok(Some(record));
+            }
+            match self.next_frame()? {
+                Some(frame) => self.records = Some(frame.into_records()),
+                None => return Ok(None),
+            }
+        }
+    }
+
+    /// The next whole frame, or `None` after the last. Events of a frame before that nobody has asked for are
+    /// passed over.
+    pub fn next_frame(&mut self) -> Result<Option<Frame>, JournalError> {
+        // Before the next one is unpacked.
+        self.records = None;
+        if self.tail.is_some() {
+            return Ok(None);
+        }
+        let mut head = [0; FRAME_HEAD_BYTES];
+        let got = read_up_to(&mut self.source, &mut head)?;
+        if got == 0 {
+            let reason = if self.rules.ended() {
+                TailReason::Closed
+            } else {
+                TailReason::NotClosed
+            };
+            return Ok(self.stop(reason));
+        }
+        if self.rules.ended() {
+            return Ok(self.stop(TailReason::Damaged("there are bytes after the end".into())));
+        }
+        if got < head.len() {
+            return Ok(self.stop(TailReason::Torn));
+        }
+        let head = match FrameHead::from_bytes(&head) {
+            Ok(head) => head,
+            Err(what) => return Ok(self.stop(TailReason::Damaged(what))),
+        };
+        let payload = read_at_most(&mut self.source, head.compressed_bytes as usize)?;
+        if payload.len() < head.compressed_bytes as usize {
+            return Ok(self.stop(TailReason::Torn));
+        }
+        let FrameHead {
+            first,
+            through,
+            now,
+            ..
+        } = head;
+        let place = IndexEntry {
+            offset: self.offset,
+            first,
+            through,
+            now,
+        };
+        let unpacked = self
+            .check_head(&head, &payload)
+            .and_then(|()| Frame::unpack(place, head, &payload, self.rules));
+        match unpacked {
+            Err(what) => Ok(self.stop(TailReason::Damaged(what))),
+            Ok((frame, rules)) => {
+                self.offset += (FRAME_HEAD_BYTES + payload.len()) as u64;
+                self.seed = head.check;
+                self.sequence = self.sequence.wrapping_add(1);
+                self.through = through;
+                self.now = now;
+                self.rules = rules;
+                Ok(Some(frame))
+            }
+        }
+    }
+
+    /// Whether a frame checks and is the one that comes next.
+    fn check_head(&self, head: &FrameHead, payload: &[u8]) -> Result<(), String> {
+        let computed = head.computed_check(payload, self.seed);
+        if computed != head.check {
+            return Err(format!(
+                "its checksum is {computed:016x}, expected {:016x}",
+                head.check
+            ));
+        }
+        if head.sequence != self.sequence {
+            return Err(format!(
+                "it is frame {}, expected {}",
+                head.sequence, self.sequence
+            ));
+        }
+        if head.first != self.through || head.through < head.first || head.now < self.now {
+            return Err(format!(
+                "it covers exits {} to {} at {} ns, after exit {} at {} ns",
+                head.first, head.through, head.now, self.through, self.now
+            ));
+        }
+        Ok(())
+    }
+
+    fn stop<T>(&mut self, reason: TailReason) -> Option<T> {
+        self.tail = Some(Tail {
+            offset: self.offset,
+            through: self.through,
+            reason,
+        });
+        None
+    }
+}
+
+/// The next `length` bytes, or what there is. Memory is reserved for what comes, not for what is claimed.
+fn read_at_most(source: &mut impl Read, length: usize) -> Result<Vec<u8>, JournalError> {
+    let mut bytes = Vec::new();
+    source
+        .by_ref()
+        .take(length as u64)
+        .read_to_end(&mut bytes)
+        .map_err(JournalError::Read)?;
+    Ok(bytes)
+}
+
+/// Fills as much of `buffer` as the source has.
+fn read_up_to(source: &mut impl Read, buffer: &mut [u8]) -> Result<usize, JournalError> {
+    let mut got = 0;
+    while got < buffer.len() {
+        match source.read(&mut buffer[got..]) {
+            Ok(0) => break,
+            Ok(n) => got += n,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(JournalError::Read(error)),
+        }
+    }
+    Ok(got)
+}
