@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 
 use crate::image::setup_header::*;
 
-/// A payload compressor with its size behind it, as the kernel's build makes it.
+/// A payload compressor with its size after it, as the kernel's build makes it.
 pub type Compress = fn(&[u8]) -> Vec<u8>;
 
 pub const ALL_COMPRESSIONS: [(&str, Compress); 7] = [

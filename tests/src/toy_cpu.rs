@@ -336,7 +336,7 @@ impl ToyCpu {
         }
     }
 
-    /// Behind every instruction: the next place, and everything seen so far in R15.
+    /// After every instruction: the next place, and everything seen so far in R15.
     fn step(&mut self, h: u64) {
         // Round and round on 64 places, so that a place is more than its address.
         let rip = self.registers.0[16];

@@ -295,7 +295,7 @@ fn flip(value: &mut u64) -> bool {
     true
 }
 
-/// Rewrites a journal with the first event behind exit 300 that `alter` takes changed; returns its
+/// Rewrites a journal with the first event after exit 300 that `alter` takes changed; returns its
 /// exit.
 fn rewrite(recording: &Path, alter: fn(&mut Event) -> bool) -> Option<u64> {
     let journal = recording.join("journal");
@@ -322,7 +322,7 @@ fn rewrite(recording: &Path, alter: fn(&mut Event) -> bool) -> Option<u64> {
     at
 }
 
-/// An archive with one file, as the kernel unpacks it behind another (cpio's format `newc`; Linux,
+/// An archive with one file, as the kernel unpacks it after another (cpio's format `newc`; Linux,
 /// Documentation/driver-api/early-userspace/buffer-format.rst).
 fn archive_of(name: &str, content: &[u8]) -> Vec<u8> {
     let mut archive = Vec::new();

@@ -82,7 +82,7 @@ struct Guest {
 }
 
 impl Guest {
-    /// Assembles a guest. Behind what `write` writes it halts for good, by the first HLT of two: the
+    /// Assembles a guest. After what `write` writes it halts for good, by the first HLT of two: the
     /// second catches it should the first be altered.
     fn new(write: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>) -> Guest {
         Guest {
@@ -269,7 +269,7 @@ impl Observer for Watch {
     fn kicked(&mut self, exits: u64) {
         self.kicked.store(true, Ordering::Relaxed);
         // Not a panic: its backtrace would take longer than the guest is given.
-        std::panic::resume_unwind(Box::new(format!("the guest runs on behind exit {exits}")));
+        std::panic::resume_unwind(Box::new(format!("the guest runs on after exit {exits}")));
     }
 }
 

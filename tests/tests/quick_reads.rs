@@ -17,7 +17,7 @@ use kvm_ioctls::Kvm;
 const READS: u64 = 200;
 const VIRTUAL: u64 = 0xffff_ffff_8100_0000;
 const PHYSICAL: u64 = 0x100_0000;
-/// Of the text, mostly padding, and of the data behind it.
+/// Of the text, mostly padding, and of the data after it.
 const TEXT_BYTES: usize = 64 << 10;
 const DATA_BYTES: usize = 64;
 const MEMORY_BYTES: u64 = 32 << 20;
@@ -41,7 +41,7 @@ const CODE: [u8; 34] = [
     0x0f, 0x0b,                   // bad:   ud2
 ];
 
-/// An ELF file with padding in its text and room behind its data.
+/// An ELF file with padding in its text and room after its data.
 fn kernel() -> Vec<u8> {
     let mut text = CODE.to_vec();
     text.resize(TEXT_BYTES, 0xcc);

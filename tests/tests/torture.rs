@@ -141,7 +141,7 @@ fn the_torture_has_the_checksum_that_it_has_on_every_cpu() {
     }
 }
 
-/// The checksum with one interrupt, `steps` instructions behind the second mark; nothing if the
+/// The checksum with one interrupt, `steps` instructions after the second mark; nothing if the
 /// guest takes none there.
 fn interrupted_behind(vm: &mut ProbeVm, steps: u32) -> Option<u64> {
     let mut taken = false;
@@ -173,7 +173,7 @@ fn an_interrupt_one_instruction_off_changes_the_checksum() {
         let sums: Vec<u64> = (0..24)
             .filter_map(|steps| {
                 let sum = interrupted_behind(vm, steps);
-                assert_eq!(interrupted_behind(vm, steps), sum, "behind {steps} steps");
+                assert_eq!(interrupted_behind(vm, steps), sum, "after {steps} steps");
                 sum
             })
             .collect();

@@ -26,9 +26,9 @@ use hindsight_vmm::session::{RecordedPaths, Recording, Until, Verdict, Viewed, W
 /// A place in a recording.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum At {
-    /// Behind this exit.
+    /// After this exit.
     Exit(ExitNumber),
-    /// Behind the first exit at this guest time or later.
+    /// After the first exit at this guest time or later.
     Time(Nanos),
 }
 

@@ -33,7 +33,7 @@ pub struct Options {
     /// The latter where the recording holds digests made with the same option.
     #[arg(long, value_name = "memory[=N]", value_parser = parse_verify)]
     verify: Option<Verify>,
-    /// Stop behind this exit.
+    /// Stop after this exit.
     #[arg(long, value_name = "EXIT")]
     until: Option<ExitNumber>,
     /// Show the console at the recorded pace instead of as fast as it can be computed.

@@ -198,8 +198,8 @@ impl<'a> Elf<'a> {
 
     /// The code that holds virtual address `address`.
     pub fn code_at(&self, address: u64) -> Option<&Code> {
-        let behind = self.code.partition_point(|code| code.address <= address);
-        let code = self.code.get(behind.checked_sub(1)?)?;
+        let after = self.code.partition_point(|code| code.address <= address);
+        let code = self.code.get(after.checked_sub(1)?)?;
         (address - code.address < code.file.len() as u64).then_some(code)
     }
 

@@ -169,7 +169,7 @@ fn make_room(out: &mut Vec<u8>, needed: usize) {
     }
 }
 
-/// The legacy lz4 frame: a magic, then chunks of 8 MiB, each behind its packed length; at most `limit` bytes and a chunk.
+/// The legacy lz4 frame: a magic, then chunks of 8 MiB, each after its packed length; at most `limit` bytes and a chunk.
 fn lz4(body: &[u8], limit: usize) -> Result<Vec<u8>, String> {
     let mut rest = &body[LZ4_MAGIC.len().min(body.len())..];
     let mut out = Vec::new();

@@ -15,12 +15,12 @@
 //! | the functions that test and clear the bit | "it was not set", with nothing cleared |
 //! | `folio_referenced`, `page_referenced` | "by nobody": some kernels look at the bit themselves before they clear it |
 //! | `walk_pud_range`, which ages page tables for the multi-generational LRU | "there is no more to walk", as it says itself at the end |
-//! | what makes an old entry of a young one, for a child or behind a move | an AND that leaves the bit alone |
+//! | what makes an old entry of a young one, for a child or after a move | an AND that leaves the bit alone |
 //!
 //! The answer is "not used" and not "used", though all bits are set: a kernel that finds each page in use reclaims
 //! none. So it reclaims in the order of its lists, and by what faults back in.
 //!
-//! A function is given its answer where it begins, behind the call that function tracing patches: nothing but
+//! A function is given its answer where it begins, after the call that function tracing patches: nothing but
 //! its first few instructions changes, and no other instruction of it runs any more.
 
 use std::ops::Range;

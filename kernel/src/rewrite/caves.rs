@@ -42,7 +42,7 @@ pub struct EntryCaves {
     pub stubs: Cave,
     /// A zeroed cache line between two sections of writable data.
     pub word: Cave,
-    /// Room behind both of them.
+    /// Room after both of them.
     pub quick: Option<QuickCaves>,
 }
 
@@ -122,7 +122,7 @@ fn kept(segment: &Segment, elf: &Elf<'_>) -> Range<u64> {
     start..end.map_or(start + bytes, |end| end.min(start + bytes))
 }
 
-/// What sections leave over in a range of addresses, behind the end of one and on the same page: whole lines.
+/// What sections leave over in a range of addresses, after the end of one and on the same page: whole lines.
 fn gaps(range: &Range<u64>, taken: &[Range<u64>]) -> Vec<Range<u64>> {
     let mut taken: Vec<_> = taken.iter().filter(|section| !section.is_empty()).collect();
     taken.sort_unstable_by_key(|section| section.start);

@@ -120,10 +120,10 @@ impl Named {
     }
 
     fn section_of(&self, address: u64) -> Option<usize> {
-        let behind = self
+        let after = self
             .sections
             .partition_point(|bits| bits.address <= address);
-        let at = behind.checked_sub(1)?;
+        let at = after.checked_sub(1)?;
         let bits = &self.sections[at];
         (address - bits.address < bits.bytes).then_some(at)
     }
@@ -137,7 +137,7 @@ mod tests {
 
     const TEXT: usize = 32;
 
-    /// The offsets in `.text` that `code`, or `data` behind it, names.
+    /// The offsets in `.text` that `code`, or `data` after it, names.
     fn named(code: &[u8], data: &[u8]) -> Vec<u64> {
         named_from(code, data, ".rodata")
     }

@@ -59,7 +59,7 @@ impl Panics {
                 target: instruction.near_branch_target(),
             }),
             _ => {
-                // The other arguments may come behind the first.
+                // The other arguments may come after the first.
                 let goes_on = instruction.flow_control() == FlowControl::Next
                     && !(loaded && instruction.op0_register().full_register() == Register::RDI);
                 if self.loads_words(instruction) || (loaded && goes_on) {

@@ -11,14 +11,14 @@
 //! quick:  mov  rdx, rax
 //!         shr  rdx, 32
 //!         mov  eax, eax
-//! moved:  what stood behind the RDTSC
+//! moved:  what stood after the RDTSC
 //!         jmp  back
 //! ```
 //!
 //! The clock is three words of guest memory that each counted exit
 //! sets anew. XADD takes a value and moves the clock on in one instruction, so no two reads get the same
 //! one, whatever interrupts what. The end is read *before*: if an exit comes in between, it is the end
-//! of the clock as it was then, and a value from behind it is never given out: that read exits.
+//! of the clock as it was then, and a value from after it is never given out: that read exits.
 //!
 //! Like RDTSC the stub changes RAX and RDX alone. It changes flags too, which is looked after where
 //! windows are found. It uses no stack.
@@ -56,8 +56,8 @@ pub fn stub(at: u64, clock: u64, moved: &[u8], back: u64) -> Option<[u8; STUB_BY
     let mut code = Vec::with_capacity(STUB_BYTES);
     let load = |code: &mut Vec<u8>, opcode: &[u8], word: u64| {
         code.extend_from_slice(opcode);
-        let behind = at + code.len() as u64 + 4;
-        code.extend_from_slice(&relative(behind, clock + word)?);
+        let after = at + code.len() as u64 + 4;
+        code.extend_from_slice(&relative(after, clock + word)?);
         Some(())
     };
     load(&mut code, &[0x48, 0x8b, 0x15], END)?;

@@ -54,7 +54,7 @@ struct Trap {
     is_module_call: bool,
 }
 
-/// Where a function that loads modules begins, behind an ENDBR64.
+/// Where a function that loads modules begins, after an ENDBR64.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Beginning {
     physical: u64,

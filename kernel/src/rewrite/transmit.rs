@@ -10,7 +10,7 @@
 //!         call wait_for_lsr           ->      mov  eax, 1
 //! ```
 //!
-//! (The functions return nothing, or since 6.13 whether the transmitter is ready.) The wait behind each message,
+//! (The functions return nothing, or since 6.13 whether the transmitter is ready.) The wait after each message,
 //! for a transmitter that has sent everything, is left as it is: at that exit what was printed is shown.
 
 use iced_x86::{Code, FlowControl, Instruction, InstructionInfoFactory, Register};
@@ -36,7 +36,7 @@ pub struct Transmits {
     info: InstructionInfoFactory,
     /// Where the second argument was last set to what is looked for.
     set: Option<u64>,
-    /// There, and the call behind it.
+    /// There, and the call after it.
     found: Vec<(u64, u64)>,
 }
 

@@ -339,7 +339,7 @@ pub fn find_and_show(
         if is_own_out(instruction) {
             own_outs.push(instruction.ip());
         }
-        // Seen by all: the call need not come right behind what announces it.
+        // Seen by all: the call need not come right after what announces it.
         let panic = panics.see(instruction);
         SiteKind::of(instruction)
             .or_else(|| SiteKind::of_call(instruction, loads))

@@ -1,6 +1,6 @@
 //! Which time reads can give way to a jump, and be done without an exit.
 //!
-//! A RDTSC has two bytes, a jump to anywhere in the kernel five. So instructions behind it have to
+//! A RDTSC has two bytes, a jump to anywhere in the kernel five. So instructions after it have to
 //! move along, to where the jump leads (see [`crate::rewrite::quick_stub`]). A *window* is the RDTSC and those.
 //! It must be certain that nobody ever enters a window but at its first byte, that nobody patches
 //! it, and that the moved instructions do elsewhere what they did here. Where one of these is not,
@@ -39,7 +39,7 @@ pub struct Window {
     pub address: u64,
     /// Length in bytes, 5 or more.
     pub bytes: u8,
-    /// How many bytes behind the RDTSC are moved; the rest of the window is padding.
+    /// How many bytes after the RDTSC are moved; the rest of the window is padding.
     pub moved: u8,
 }
 
@@ -52,7 +52,7 @@ pub enum Refusal {
     Patched,
     /// The section ends too soon.
     SectionEnd,
-    /// An instruction behind it cannot be moved.
+    /// An instruction after it cannot be moved.
     Immovable,
     /// Another trap is in the way.
     OtherSite,

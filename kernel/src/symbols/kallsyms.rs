@@ -3,7 +3,7 @@
 //! A distribution strips its kernel, but the kernel names its own functions (in an oops, in /proc/kallsyms) from tables
 //! inside itself, which stay. Their place is written nowhere. What gives them away is the table of tokens that the names
 //! are packed with: the characters that names consist of stand for themselves, so the digits follow each other in it, and
-//! an index behind it repeats where each token begins. From there all else is found and checked against each other.
+//! an index after it repeats where each token begins. From there all else is found and checked against each other.
 //!
 //! The layout is that of `scripts/kallsyms.c`, each part aligned to 8 bytes, of late to 4:
 //!
@@ -128,12 +128,12 @@ impl<'a> Symbols<'a> {
                 .unwrap_or(start)
     }
 
-    /// The symbol that `address` lies behind or at, and how many bytes behind. Where several have one address, the
+    /// The symbol that `address` lies after or at, and how many bytes after. Where several have one address, the
     /// first.
     pub fn at(&self, address: u64) -> Option<(String, u64)> {
-        let behind = partition(self.count(), |index| self.addresses.get(index) <= address);
-        let found = self.addresses.get(behind.checked_sub(1)?);
-        let first = partition(behind, |index| self.addresses.get(index) < found);
+        let after = partition(self.count(), |index| self.addresses.get(index) <= address);
+        let found = self.addresses.get(after.checked_sub(1)?);
+        let first = partition(after, |index| self.addresses.get(index) < found);
         Some((self.name(first)?, address - found))
     }
 
@@ -148,8 +148,8 @@ impl<'a> Symbols<'a> {
         let (mut rest, mut is_type) = (wanted, true);
         for &token in packed {
             let mut characters = self.tokens[usize::from(token)];
-            if is_type && let Some((_, behind)) = characters.split_first() {
-                (characters, is_type) = (behind, false);
+            if is_type && let Some((_, after)) = characters.split_first() {
+                (characters, is_type) = (after, false);
             }
             match rest.strip_prefix(characters) {
                 Some(left) => rest = left,
@@ -237,7 +237,7 @@ fn tokens<'a>(
     None
 }
 
-/// 256 strings from `start` on, if the index behind them says where they begin.
+/// 256 strings from `start` on, if the index after them says where they begin.
 fn indexed_tokens<'a>(
     image: &'a [u8],
     start: usize,
@@ -338,7 +338,7 @@ fn packed_name(packed: &[u8], at: usize) -> Option<Range<usize>> {
     (start + length <= packed.len()).then_some(start..start + length)
 }
 
-/// The addresses: before the number of symbols, or behind the index of tokens at `index_end`.
+/// The addresses: before the number of symbols, or after the index of tokens at `index_end`.
 fn addresses<'a>(
     image: &'a [u8],
     names: &Names<'_>,
@@ -367,14 +367,14 @@ fn addresses<'a>(
         let offsets = image.get(start..start.checked_add(4 * count)?)?;
         Some(Addresses::FromItself { offsets, at })
     };
-    let behind = index_end.next_multiple_of(align);
+    let after = index_end.next_multiple_of(align);
     let before = |bytes: usize| number.checked_sub(bytes);
     [
         before(8 + (4 * count).next_multiple_of(align)).and_then(relative),
-        relative(behind),
+        relative(after),
         before(8 * count).and_then(whole),
-        whole(behind),
-        from_itself(behind),
+        whole(after),
+        from_itself(after),
     ]
     .into_iter()
     .flatten()

@@ -82,10 +82,10 @@ pub fn load_kernel(data: &[u8]) -> Option<Loaded> {
 pub fn seal_kernel(contents: &[u8]) -> Vec<u8> {
     let mut rest = contents;
     let mut next = || {
-        let (head, behind) = rest.split_at_checked(3)?;
+        let (head, after) = rest.split_at_checked(3)?;
         let length = usize::from(u16::from_le_bytes([head[1], head[2]]));
-        let (part, behind) = behind.split_at(length.min(behind.len()));
-        rest = behind;
+        let (part, after) = after.split_at(length.min(after.len()));
+        rest = after;
         let room = if head[0] & 0x80 != 0 { ROOM_BYTES } else { 0 };
         let mut part = part.to_vec();
         part.resize(part.len() + room, caves::PADDING);

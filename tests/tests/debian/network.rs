@@ -71,7 +71,7 @@ fn ask(address: SocketAddr, line: &str) -> String {
     let mut answer = String::new();
     stream
         .read_to_string(&mut answer)
-        .unwrap_or_else(|error| panic!("{error} behind {answer:?}"));
+        .unwrap_or_else(|error| panic!("{error} after {answer:?}"));
     answer
 }
 

@@ -99,7 +99,7 @@ fn a_pending_interrupt_lands_behind_the_instruction_that_follows_sti() {
             panic!("one interrupt, not {:?}", ran.trace.interrupts);
         };
         assert_eq!(ran.registers()[R8..=R8 + 1], [0, 1]);
-        // Behind the two moves, of three bytes each, stand CLI and two HLT.
+        // After the two moves, of three bytes each, stand CLI and two HLT.
         let behind_r8 = CODE + guest.code.len() as u64 - 3 - 3;
         assert_eq!(at.rip, behind_r8);
         assert!(ran.tally.windows >= 1, "{:?}", ran.counts);
@@ -125,7 +125,7 @@ fn a_guest_that_halts_behind_sti_does_not_sleep_through_a_pending_interrupt() {
         let [(at, TIMER_VECTOR)] = ran.trace.interrupts[..] else {
             panic!("one interrupt, not {:?}", ran.trace.interrupts);
         };
-        // Behind HLT stand a move of three bytes, CLI and two HLT.
+        // After HLT stand a move of three bytes, CLI and two HLT.
         assert_eq!(at.rip, CODE + guest.code.len() as u64 - 6);
         assert_eq!(ran.registers()[R8], 1);
     }

@@ -30,9 +30,9 @@ fn time_reads_through_trap_ports_land_in_the_right_registers() {
         for (at, counter, aux) in [(1, u64::MAX, 0), (3, 0x77, 0x77)] {
             let tsc = turns[at].now;
             assert_eq!(turns[at].answer, Answer::Time { tsc, aux });
-            let behind = turns[at + 1].registers.0;
-            assert_eq!(behind[RAX], tsc & 0xffff_ffff);
-            assert_eq!((behind[RCX], behind[RDX]), (counter, tsc >> 32));
+            let after = turns[at + 1].registers.0;
+            assert_eq!(after[RAX], tsc & 0xffff_ffff);
+            assert_eq!((after[RCX], after[RDX]), (counter, tsc >> 32));
         }
     }
 }
@@ -59,8 +59,8 @@ fn cpuid_through_its_trap_port_answers_from_the_table() {
         };
         assert_eq!(first.exit, cpuid(0x8000_0002));
         assert_eq!(first.answer, Answer::Cpuid(answer));
-        let behind = ran.trace.turns[1].registers.0;
-        let order = [RAX, RBX, RCX, RDX].map(|at| behind[at]);
+        let after = ran.trace.turns[1].registers.0;
+        let order = [RAX, RBX, RCX, RDX].map(|at| after[at]);
         assert_eq!(order, answer.map(u64::from));
         // Nobody tells this guest of the hypervisor.
         assert_eq!(second.answer, Answer::Cpuid([0; 4]));
@@ -165,7 +165,7 @@ fn a_kernel_that_says_that_it_panics_is_seen_and_its_call_is_made() {
 fn module_guest(returns: bool) -> (Guest, u64) {
     let mut guest = Guest::new(|a| {
         let mut start = a.create_label();
-        let mut behind = a.create_label();
+        let mut after = a.create_label();
         a.jmp(start)?;
         a.mov(r8, qword_ptr(rsp))?;
         for function in MODULE_TEXTS {
@@ -175,7 +175,7 @@ fn module_guest(returns: bool) -> (Guest, u64) {
         if returns {
             a.ret()?;
         } else {
-            a.jmp(behind)?;
+            a.jmp(after)?;
         }
         a.set_label(&mut start)?;
         a.mov(rdi, MODULE)?;
@@ -187,7 +187,7 @@ fn module_guest(returns: bool) -> (Guest, u64) {
             a.mov(dword_ptr(rdi + 16 * place + 8), code.1)?;
         }
         a.db(&[0xe6, TRAP_MODULE, 0x90, 0x90, 0x90])?;
-        a.set_label(&mut behind)?;
+        a.set_label(&mut after)?;
         a.nop()
     });
     let find = |bytes: &[u8]| {

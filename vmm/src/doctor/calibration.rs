@@ -154,7 +154,7 @@ fn lateness(
     Ok(late)
 }
 
-/// Runs until a signal comes at `at` or behind, and returns where.
+/// Runs until a signal comes at `at` or after, and returns where.
 fn run_to(vm: &mut ProbeVm, counter: &mut BranchCounter, at: u64) -> Result<u64, CounterError> {
     loop {
         let stop = vm.run_or_kick()?;

@@ -80,7 +80,7 @@ pub fn findings(kvm: Option<&Kvm>, wishes: &Wishes) -> Vec<Finding> {
         findings.push(finding(
             "SpecLockMap is off",
             Weight::Feature,
-            "Zen counts some branches behind locked instructions twice: set bit 54 of MSR \
+            "Zen counts some branches after locked instructions twice: set bit 54 of MSR \
              0xc0011020 on every CPU, see docs/counters.md",
             checked,
         ));

@@ -1,6 +1,6 @@
 //! SpecLockMap, which spoils the branch count of AMD's Zen.
 //!
-//! With it the CPU goes on behind a locked instruction before the lock is certain, and counts the
+//! With it the CPU goes on after a locked instruction before the lock is certain, and counts the
 //! branches there twice if it has to come back. Bit 54 of MSR 0xc0011020 switches it off; its own
 //! event, 0x25 with unit mask 8, counts the locked instructions that made use of it (rr, issue
 //! 2034 and src/PerfCounters_x86.h).

@@ -23,7 +23,7 @@ impl KvmCpu {
             self.vm
                 .memory
                 .write(*words, &clock.to_bytes())
-                .expect("the loader wrote behind it");
+                .expect("the loader wrote after it");
         }
     }
 }

@@ -221,7 +221,7 @@ impl KvmCpu {
     }
 
     /// Raises #DB where the guest stands, with these bits in DR6, as the CPU does when an instruction has
-    /// ended. The registers may be changed behind it: KVM forgets only what it has not begun to deliver.
+    /// ended. The registers may be changed after it: KVM forgets only what it has not begun to deliver.
     pub(super) fn raise_debug(&mut self, bits: u64) -> Result<(), KvmError> {
         let mut registers = self.debug_registers()?;
         registers.dr6 = registers.dr6 & !HITS | DR6_FIXED | bits;

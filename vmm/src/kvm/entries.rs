@@ -4,7 +4,7 @@
 //! But its system calls and faults all lead through a few entry points of its kernel, and those can be
 //! counted: each gets a stub (see `entry_stub.rs`) that decrements one word in guest memory and
 //! exits when it comes to zero. So an entry costs a few instructions and no exit, and entry number
-//! n behind a counted exit is a place where the guest can be stopped, in a recording and in its replay.
+//! n after a counted exit is a place where the guest can be stopped, in a recording and in its replay.
 //! A guest that computes without entering its kernel has no such places.
 //!
 //! What is hooked, and when, follows from what the guest does at counted exits: LSTAR and CSTAR when
@@ -54,7 +54,7 @@ pub struct EntryStop {
 pub struct EntryState {
     caves: Option<EntryCaves>,
     /// The kernel's own entry behind each stub that stands.
-    behind: [Option<u64>; STUBS],
+    kernel_entries: [Option<u64>; STUBS],
     /// The entry that is waited for, and that the word counts down to.
     target: Option<u64>,
 }
@@ -72,7 +72,7 @@ impl EntryState {
     fn stub_at(&self, out: u64) -> Option<usize> {
         let offset = out.checked_sub(self.caves?.stubs.address + OUT_OFFSET)?;
         let index = usize::try_from(offset / STUB_BYTES).ok()?;
-        let stands = offset.is_multiple_of(STUB_BYTES) && self.behind.get(index)?.is_some();
+        let stands = offset.is_multiple_of(STUB_BYTES) && self.kernel_entries.get(index)?.is_some();
         stands.then_some(index)
     }
 }
@@ -89,7 +89,7 @@ impl EntryCounter<'_> {
     /// They are not before the kernel has set them up, nor in a kernel without room for stubs. A
     /// function of what the guest did at counted exits.
     pub fn available(&self) -> bool {
-        let stands = |stub: usize| self.state.behind[stub].is_some();
+        let stands = |stub: usize| self.state.kernel_entries[stub].is_some();
         stands(LSTAR_STUB) && stands(PAGE_FAULT_STUB)
     }
 
@@ -117,7 +117,7 @@ impl EntryCounter<'_> {
     /// anybody looks at memory.
     pub fn turn(&mut self) {
         self.state.target = None;
-        if self.state.behind.iter().any(Option::is_some) {
+        if self.state.kernel_entries.iter().any(Option::is_some) {
             self.set_word(0);
         }
     }
@@ -161,7 +161,7 @@ impl KvmCpu {
         if io.read || io.port != u16::from(TRAP_ENTRY) {
             return None;
         }
-        // KVM stands at the OUT, or behind it where it emulates.
+        // KVM stands at the OUT, or after it where it emulates.
         let rip = self.rip();
         let out = [rip, rip.wrapping_sub(2)]
             .into_iter()
@@ -219,16 +219,16 @@ impl KvmCpu {
         let caves = self.vm.entries.caves?;
         let offset = index as u64 * STUB_BYTES;
         let (at, gpa) = (caves.stubs.address + offset, caves.stubs.physical + offset);
-        let behind = self.vm.entries.behind[index].take();
+        let before = self.vm.entries.kernel_entries[index].take();
         if entry == at {
-            self.vm.entries.behind[index] = behind;
+            self.vm.entries.kernel_entries[index] = before;
             return None;
         }
         // Another kernel may have taken this one's place (kexec): then these addresses are no longer ours.
         let mut found = NO_STUB;
         let ours = self.vm.memory.read(gpa, &mut found)
             && (found == NO_STUB
-                || behind.is_some_and(|e| Some(found) == stub(at, caves.word.address, e)));
+                || before.is_some_and(|e| Some(found) == stub(at, caves.word.address, e)));
         let view = self.view().ok()?;
         let mapped = view.translate(at) == Some(gpa)
             && view.translate(caves.word.address) == Some(caves.word.physical);
@@ -236,8 +236,8 @@ impl KvmCpu {
         if !ours || !mapped || self.vm.memory.write(gpa, &bytes).is_err() {
             return None;
         }
-        self.vm.entries.behind[index] = Some(entry);
-        self.counts.entry_points = self.vm.entries.behind.iter().flatten().count() as u32;
+        self.vm.entries.kernel_entries[index] = Some(entry);
+        self.counts.entry_points = self.vm.entries.kernel_entries.iter().flatten().count() as u32;
         Some(at)
     }
 }
@@ -276,8 +276,8 @@ mod tests {
             word: cave(WORD),
             quick: None,
         }));
-        state.behind[LSTAR_STUB] = Some(0xffff_ffff_8100_3000);
-        state.behind[PAGE_FAULT_STUB] = Some(0xffff_ffff_8100_3040);
+        state.kernel_entries[LSTAR_STUB] = Some(0xffff_ffff_8100_3000);
+        state.kernel_entries[PAGE_FAULT_STUB] = Some(0xffff_ffff_8100_3040);
         let memory = GuestMemory::new(1 << 20).expect("a mebibyte");
         (memory, state)
     }

@@ -116,7 +116,7 @@ impl KvmCpu {
     ) -> Result<Back, KvmError> {
         self.watch_debug_registers()?;
         if horizon != Horizon::Exit && self.unfinished {
-            // RIP is the guest's only behind the instruction that exited.
+            // RIP is the guest's only after the instruction that exited.
             hindsight_replay::Cpu::settle(self)?;
             if let Some(reason) = self.take_held() {
                 return self.decode(reason).map(Back::Exit);

@@ -297,7 +297,7 @@ mod tests {
         Kicker::for_this_thread().unwrap().kick();
     }
 
-    /// Enters with a flag of its own. Returns what the flag was before and behind `during`.
+    /// Enters with a flag of its own. Returns what the flag was before and after `during`.
     fn entry(during: impl FnOnce(), reports: bool) -> (u8, u8) {
         let mut byte = 0;
         let flag = &raw mut byte;

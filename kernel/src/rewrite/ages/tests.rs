@@ -24,7 +24,7 @@ fn ages(code: &[u8], functions: &[(&str, Range<u64>)]) -> Ages {
     ages_with(code, functions, &[])
 }
 
-/// The same with data behind its code.
+/// The same with data after its code.
 fn ages_with(code: &[u8], functions: &[(&str, Range<u64>)], data: &[u8]) -> Ages {
     let mut image = code.to_vec();
     image.resize(TEXT, 0x90);
@@ -195,7 +195,7 @@ fn debians_kernels_never_clear_an_accessed_bit() {
         ] {
             let bytes = answer(name).unwrap_or_else(|| panic!("{path}: {name}"));
             assert!(bytes.starts_with(NOT_YOUNG), "{path}: {name}");
-            // The only instructions that clear the bit in memory stand behind the answers.
+            // The only instructions that clear the bit in memory stand after the answers.
             let extent = symbols.extents(&[name])[0].clone().unwrap();
             let code = elf.at(extent.start, (extent.end - extent.start) as usize);
             let clears = |i: Instruction| i.code() == Code::Btr_rm64_imm8 && i.immediate8() == 5;
@@ -210,7 +210,7 @@ fn debians_kernels_never_clear_an_accessed_bit() {
                 "{path}"
             );
         }
-        // Behind the answers, ANDs that are the same but for the bit.
+        // After the answers, ANDs that are the same but for the bit.
         let ands = ages
             .rewrites
             .iter()

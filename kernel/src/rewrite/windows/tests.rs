@@ -6,10 +6,10 @@ use super::*;
 use crate::rewrite::traps;
 use crate::testing::{TINY_VIRTUAL, debian_kernels, tiny_elf_with};
 
-/// `shl rdx, 32` and `or rax, rdx`, as behind most time reads; the flags are free.
+/// `shl rdx, 32` and `or rax, rdx`, as after most time reads; the flags are free.
 const JOINS: [u8; 7] = [0x48, 0xc1, 0xe2, 0x20, 0x48, 0x09, 0xd0];
 const RET: u8 = 0xc3;
-/// Where the replacements stand, and the table of alternatives behind them.
+/// Where the replacements stand, and the table of alternatives after them.
 const REPLACEMENTS: usize = 64;
 const TABLE: usize = 96;
 
@@ -84,7 +84,7 @@ fn nothing_moves_over_a_sections_end_or_another_site() {
     assert_eq!(of(&behind_rdtsc(&JOINS[..4])), window_of(6));
     assert_eq!(of(&behind_rdtsc(&[0x31])), Err(Refusal::SectionEnd));
     assert_eq!(of(&behind_rdtsc(&[])), Err(Refusal::SectionEnd));
-    // A section behind it in the same segment is not its own.
+    // A section after it in the same segment is not its own.
     let image = behind_rdtsc(&[&JOINS[..], &[RET]].concat());
     let sections = [(".text", 0, 4), (".init.text", 4, image.len() - 4)];
     assert_eq!(first(&image, &sections), Err(Refusal::SectionEnd));
@@ -105,7 +105,7 @@ fn nothing_moves_that_something_may_lead_to() {
     assert_eq!(leads(&[0xeb, 0xf4]), window_of(6), "to the RDTSC");
     assert_eq!(leads(&[0xeb, 0xf5]), window_of(6), "into no instruction");
     assert_eq!(leads(&[0xeb, 0xf6]), Err(Refusal::Named), "to what moves");
-    assert_eq!(leads(&[0xeb, 0xfa]), window_of(6), "behind it");
+    assert_eq!(leads(&[0xeb, 0xfa]), window_of(6), "after it");
     assert_eq!(leads(&[0x75, 0xf6]), Err(Refusal::Named), "conditionally");
     let lea = [0x48, 0x8d, 0x05, 0xf1, 0xff, 0xff, 0xff];
     assert_eq!(leads(&lea), Err(Refusal::Named), "as an operand");
@@ -138,7 +138,7 @@ fn flags_must_be_overwritten_before_anything_looks() {
         ),
         (&[0xe8, 0, 0, 0, 0], true, "call"),
         (&[0x89, 0xc2, 0xeb, 0xfc], false, "round and round"),
-        (&[0xeb, 0x01, 0xcc, 0x31, 0xc0, RET], true, "behind a jump"),
+        (&[0xeb, 0x01, 0xcc, 0x31, 0xc0, RET], true, "after a jump"),
         (&[0xff, 0xe0], false, "a jump to nobody knows where"),
         (&[0x0f, 0x0b], false, "ud2"),
     ] {
@@ -206,7 +206,7 @@ fn what_is_patched_otherwise_is_left_to_the_kernel() {
         (&SLOT, &[(0, 5, &[0x0f, 0x31, 0x0f, 0x31])], "by two"),
         (&SLOT, &[(0, 5, FENCED), (0, 4, RDTSCP)], "by two lengths"),
         (&SLOT, &[(0, 4, RDTSCP)], "too short for a jump"),
-        (&code, &[(0, 6, RDTSCP)], "with something to do behind it"),
+        (&code, &[(0, 6, RDTSCP)], "with something to do after it"),
         (&code, &[(4, 5, RDTSCP)], "in what would move"),
         (
             &[&[0x90][..], &SLOT].concat(),
@@ -216,7 +216,7 @@ fn what_is_patched_otherwise_is_left_to_the_kernel() {
     ] {
         assert_eq!(patched(code, patches), Err(Refusal::Patched), "{what}");
     }
-    // Behind the window is nobody's business.
+    // After the window is nobody's business.
     assert_eq!(patched(&code, &[(6, 4, RDTSCP)]), window_of(6));
 }
 

@@ -121,12 +121,8 @@ fn every_symbol_is_found_by_name_and_by_address_in_each_order_and_form() {
                     assert_eq!(symbols.lookup(name), Some(*address), "{what}: {name}");
                     let first = expected.iter().position(|(at, _)| at == address);
                     let first = first.expect("it is one of them");
-                    let (found, behind) = symbols.at(address + 3).expect(&what);
-                    assert_eq!(
-                        (&found, behind),
-                        (&expected[first].1, 3),
-                        "{what}: {number}"
-                    );
+                    let (found, after) = symbols.at(address + 3).expect(&what);
+                    assert_eq!((&found, after), (&expected[first].1, 3), "{what}: {number}");
                 }
                 assert_eq!(symbols.lookup("module_"), None);
                 assert_eq!(symbols.at(expected[0].0.wrapping_sub(1)), None);

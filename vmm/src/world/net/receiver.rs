@@ -44,7 +44,7 @@ pub struct Source {
 const READS: usize = 64;
 
 impl Source {
-    /// A socket that carries frames behind their lengths.
+    /// A socket that carries frames after their lengths.
     pub fn stream(fd: OwnedFd) -> Source {
         Source {
             fd,

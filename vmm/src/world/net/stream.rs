@@ -1,4 +1,4 @@
-//! Frames over a stream socket, each behind its length: what QEMU's `stream` network devices speak, and
+//! Frames over a stream socket, each after its length: what QEMU's `stream` network devices speak, and
 //! passt.
 
 use std::io;
@@ -122,16 +122,16 @@ impl Deframer {
     pub fn take(&mut self, bytes: &[u8], mut frame: impl FnMut(&[u8])) -> Result<(), Nonsense> {
         self.bytes.extend_from_slice(bytes);
         let mut rest = &self.bytes[..];
-        while let Some((length, behind)) = rest.split_first_chunk::<LENGTH_BYTES>() {
+        while let Some((length, after)) = rest.split_first_chunk::<LENGTH_BYTES>() {
             let length = u32::from_be_bytes(*length);
             if length as usize > hindsight_devices::FRAME_BYTES_MAX {
                 return Err(Nonsense { length });
             }
-            let Some((whole, behind)) = behind.split_at_checked(length as usize) else {
+            let Some((whole, after)) = after.split_at_checked(length as usize) else {
                 break;
             };
             frame(whole);
-            rest = behind;
+            rest = after;
         }
         let done = self.bytes.len() - rest.len();
         self.bytes.drain(..done);
