@@ -99,7 +99,7 @@ pub enum Input {
 
 /// What the machine can take from outside now. More than this is not lost where it is a matter of
 /// bytes typed, and is lost where it is a frame.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Room {
     /// Bytes typed at the serial console.
     pub console: usize,

@@ -87,6 +87,14 @@ pub struct BoardState {
     virtio: Bus,
 }
 
+impl BoardState {
+    /// Whether it is the state of a machine with these devices and this latency of its timer. What a device is
+    /// must come from the machine's description alone: a disk that a state has made longer reaches past its image.
+    pub fn is_of(&self, devices: &Devices, timer_latency_ns: Nanos) -> bool {
+        self.timer_latency_ns == timer_latency_ns && self.virtio.is_of(devices)
+    }
+}
+
 impl Board {
     /// The board at power-on, at guest time 0, with these virtio devices. Its clock shows 1970 until
     /// [`Input::WallClock`] arrives.

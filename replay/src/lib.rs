@@ -21,15 +21,16 @@ pub use journal::{
     Content, CounterFacts, DISK_BYTES_MAX, Detail, EVENT_RAW_MAX, Event, FRAME_HEAD_BYTES,
     FRAME_MAGIC, FRAME_PAYLOAD_MAX, FRAME_RAW_MAX, Frame, FrameHead, HEADER_MAX, Header, Host,
     Image, IndexEntry, JournalError, JournalReader, JournalWriter, KERNEL_BYTES_MAX, MAGIC,
-    MEMORY_BYTES_MAX, MachineDescription, OperatorConsole, Record, Records, Tail, TailReason,
-    TrapCounts, VERSION,
+    MEMORY_BYTES_MAX, MachineDescription, OperatorConsole, Record, RecordPlace, Records, Tail,
+    TailReason, TrapCounts, VERSION,
 };
 pub use machine::{
     ARRIVALS_MAX, Ahead, Answer, Back, Closing, Complete, Counter, Cpu, CpuidEntry, CpuidTable,
-    Digest, End, Ending, Exit, ExitNumber, Guest, Horizon, Lander, LeftOpen, Likeness, Machine,
-    MemoryDigest, Mode, Moment, Observer, Outside, Overshoot, PAGE_BYTES, Place, Position,
-    QuickReads, Registers, ShownClock, Tally, TimeInstruction, TimeQuery, Turn, Unit, Walk,
-    WalkEnd,
+    Digest, End, Ending, Exit, ExitNumber, Guest, Horizon, JournalPlace, Lander, LeftOpen,
+    Likeness, Machine, MachineState, MemoryDigest, Mode, Moment, Observer, Outside, Overshoot,
+    PAGE_BYTES, Page, PageBytes, Pages, Place, Position, Progress, QuickReads, Registers,
+    ShownClock, StateDigest, StateError, StateOf, Stateful, Tally, TimeInstruction, TimeQuery,
+    Turn, Unit, UnreadableState, Walk, WalkEnd,
 };
 
 /// Why a machine came to its end other than by the run's own ending.

@@ -1,6 +1,7 @@
 //! What the tests share: a toy CPU, a seeded world, and the runs that bring them together.
 #![forbid(unsafe_code)]
 
+pub mod busy_world;
 pub mod debian;
 pub mod drive;
 pub mod measure;
@@ -14,5 +15,6 @@ pub mod toy_counter;
 pub mod toy_cpu;
 pub mod toy_disks;
 pub mod toy_driver;
+pub mod toy_memory;
 pub mod toy_program;
 pub mod whole;

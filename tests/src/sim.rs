@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use hindsight_devices::{Devices, FirstReads, Nanos, NoDisks, Output, Room};
+use hindsight_devices::{Devices, FirstReads, Input, Nanos, NoDisks, Output, Room};
 use hindsight_replay::{
     Chaos, Closed, Complete, Content, CpuidEntry, CpuidTable, Detail, Divergence, End, Event,
     Guest, Header, Horizon, Host, JournalError, JournalReader, JournalWriter, LeftOpen, Live,
@@ -168,12 +168,18 @@ pub struct Recording {
 /// Everything an observer can see of a run.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Trace {
+    /// The exit after which it began to look.
+    begins_after: u64,
     /// Turns, the first at index 0.
     pub turns: Vec<Turn>,
     /// Interrupts.
     pub interrupts: Vec<(Moment, u8)>,
     /// What the guest wrote to its console, with the exit.
     pub output: Vec<(u64, Vec<u8>)>,
+    /// What else left the machine.
+    pub sent: Vec<(u64, Output)>,
+    /// What reached it.
+    pub inputs: Vec<(u64, Input)>,
     /// What it wrote without an exit, with the exit after it.
     pub posted: Vec<(u64, Vec<u8>)>,
     /// What was found to be left open, and the exit.
@@ -181,35 +187,41 @@ pub struct Trace {
 }
 
 impl Trace {
+    /// Of one who begins to look after this exit.
+    pub fn beginning_after(exits: u64) -> Trace {
+        Trace {
+            begins_after: exits,
+            ..Trace::default()
+        }
+    }
+
+    /// What of it lies after `exits`.
+    pub fn after(&self, exits: u64) -> Trace {
+        let mut after = self.clone();
+        let passed = exits.saturating_sub(self.begins_after) as usize;
+        after.turns.drain(..passed.min(after.turns.len()));
+        after.begins_after = exits;
+        after.interrupts.retain(|(at, _)| at.exits > exits);
+        after.output.retain(|(at, _)| *at > exits);
+        after.sent.retain(|(at, _)| *at > exits);
+        after.inputs.retain(|(at, _)| *at > exits);
+        after.posted.retain(|(at, _)| *at > exits);
+        after.left_open.retain(|(at, _)| *at > exits);
+        after
+    }
+
     /// What of it lies at or before `exits`.
     pub fn through(&self, exits: u64) -> Trace {
-        Trace {
-            turns: self.turns.iter().take(exits as usize).copied().collect(),
-            interrupts: self
-                .interrupts
-                .iter()
-                .filter(|(at, _)| at.exits <= exits)
-                .copied()
-                .collect(),
-            output: self
-                .output
-                .iter()
-                .filter(|(at, _)| *at <= exits)
-                .cloned()
-                .collect(),
-            posted: self
-                .posted
-                .iter()
-                .filter(|(at, _)| *at <= exits)
-                .cloned()
-                .collect(),
-            left_open: self
-                .left_open
-                .iter()
-                .filter(|(at, _)| *at <= exits)
-                .copied()
-                .collect(),
-        }
+        let mut through = self.clone();
+        let seen = exits.saturating_sub(self.begins_after) as usize;
+        through.turns.truncate(seen);
+        through.interrupts.retain(|(at, _)| at.exits <= exits);
+        through.output.retain(|(at, _)| *at <= exits);
+        through.sent.retain(|(at, _)| *at <= exits);
+        through.inputs.retain(|(at, _)| *at <= exits);
+        through.posted.retain(|(at, _)| *at <= exits);
+        through.left_open.retain(|(at, _)| *at <= exits);
+        through
     }
 
     /// The first exit at which two runs differ; `None` if one is the beginning of the other.
@@ -233,9 +245,14 @@ impl Trace {
 
 impl Observer for Trace {
     fn output(&mut self, exits: u64, _now: Nanos, output: &Output) {
-        if let Output::Console(bytes) = output {
-            self.output.push((exits, bytes.clone()));
+        match output {
+            Output::Console(bytes) => self.output.push((exits, bytes.clone())),
+            output => self.sent.push((exits, output.clone())),
         }
+    }
+
+    fn input(&mut self, exits: u64, _now: Nanos, input: &Input) {
+        self.inputs.push((exits, input.clone()));
     }
 
     fn posted(&mut self, exits: u64, bytes: &[u8]) {
@@ -246,7 +263,7 @@ impl Observer for Trace {
         self.turns.push(*turn);
         assert_eq!(
             exits,
-            self.turns.len() as u64,
+            self.begins_after + self.turns.len() as u64,
             "exits are counted from 1, without a gap"
         );
     }
@@ -380,8 +397,9 @@ pub fn bare_machine(cpuid: CpuidTable, ns_per_exit: u64) -> Machine {
 
 /// A machine as the head of a journal describes it.
 pub fn machine_of(header: &Header) -> Machine {
-    bare_machine(header.machine.cpuid.clone(), header.machine.ns_per_exit)
-        .with_quick_reads(header.machine.quick_reads)
+    let machine = &header.machine;
+    Machine::new(&machine.devices, machine.cpuid.clone(), machine.ns_per_exit)
+        .with_quick_reads(machine.quick_reads)
 }
 
 /// The CPUID table of every toy.
@@ -456,7 +474,7 @@ pub fn write_records(header: &Header, records: &[Record], per_frame: usize) -> V
 #[derive(Debug)]
 pub struct Unchecked {
     times: BTreeMap<u64, i64>,
-    inputs: BTreeMap<u64, Vec<hindsight_devices::Input>>,
+    inputs: BTreeMap<u64, Vec<Input>>,
     preemptions: BTreeMap<u64, Place>,
     exits_max: u64,
 }
@@ -502,14 +520,10 @@ impl Outside for Unchecked {
             .max(query.earliest))
     }
 
-    fn arrival(
-        &mut self,
-        exits: u64,
-        room: &Room,
-    ) -> Result<Option<hindsight_devices::Input>, Closed> {
+    fn arrival(&mut self, exits: u64, room: &Room) -> Result<Option<Input>, Closed> {
         let input = self.inputs.get_mut(&exits).and_then(Vec::pop);
         Ok(input.filter(|input| match input {
-            hindsight_devices::Input::Console(bytes) => bytes.len() <= room.console,
+            Input::Console(bytes) => bytes.len() <= room.console,
             _ => true,
         }))
     }

@@ -12,11 +12,15 @@ use std::fmt;
 use hindsight_devices::{Access, POSTED_PORT, Ram, Width};
 use hindsight_replay::{
     Ahead, Answer, Back, Cpu, Exit, Horizon, Lander, LeftOpen, MemoryDigest, Mode, Overshoot,
-    PAGE_BYTES, Registers, ShownClock, TimeInstruction, Walk, WalkEnd,
+    PAGE_BYTES, Registers, ShownClock, Stateful, TimeInstruction, Walk, WalkEnd,
 };
 
+use serde::{Deserialize, Serialize};
+use vm_memory::{Bytes, GuestAddress};
+
 use crate::toy_counter::{Pmu, ToyCounter};
-use crate::toy_program::{Op, Program};
+use crate::toy_memory::ToyMemory;
+use crate::toy_program::{Op, Plan, Program};
 use hindsight_replay::rng::{Rng, mix};
 
 /// Memory in bytes. The second page is the stack of the interrupt handlers, the last has the clock that
@@ -67,6 +71,8 @@ pub enum Broken {
     Ordered,
     /// It ran past its place.
     Overshot(Overshoot),
+    /// What it was to become is nothing that a toy can be.
+    Refused,
 }
 
 impl fmt::Display for Broken {
@@ -74,6 +80,7 @@ impl fmt::Display for Broken {
         match self {
             Broken::Ordered => f.write_str("the toy CPU is broken, as the test ordered"),
             Broken::Overshot(overshoot) => overshoot.fmt(f),
+            Broken::Refused => f.write_str("no toy CPU can be in this state"),
         }
     }
 }
@@ -97,9 +104,7 @@ impl std::error::Error for Broken {}
 pub struct ToyCpu {
     program: Program,
     registers: Registers,
-    memory: Vec<u8>,
-    /// What devices would work on, if it had any.
-    ram: Ram,
+    memory: ToyMemory,
     /// Interrupts wait for the instruction after STI.
     shadow: bool,
     /// The window was asked for.
@@ -112,6 +117,8 @@ pub struct ToyCpu {
     noise: Rng,
     kicks_in_a_row: u32,
     fault: Option<Fault>,
+    /// Its state may be any: it is not for the toy to complain.
+    distrusted: bool,
     /// What counts its branches; a ghost's are not counted.
     pmu: Option<Pmu>,
     lander: Option<Lander<ToyCounter>>,
@@ -144,8 +151,7 @@ impl ToyCpu {
             looks: (mix(seed), unsaid),
             program: Program::new(seed),
             registers,
-            memory: vec![0; MEMORY_BYTES],
-            ram: Ram::new(),
+            memory: ToyMemory::new(MEMORY_BYTES),
             shadow: false,
             window: false,
             unfinished: None,
@@ -155,6 +161,7 @@ impl ToyCpu {
             noise: Rng::new(noise, 3),
             kicks_in_a_row: 0,
             fault: None,
+            distrusted: false,
             pmu: None,
             lander: None,
             posted: VecDeque::new(),
@@ -180,8 +187,16 @@ impl ToyCpu {
         }
     }
 
+    /// The same CPU, which takes any state that it is given for one that it could have been in.
+    pub fn distrusted(self) -> ToyCpu {
+        ToyCpu {
+            distrusted: true,
+            ..self
+        }
+    }
+
     /// Its memory.
-    pub fn memory(&self) -> &[u8] {
+    pub fn memory(&self) -> &ToyMemory {
         &self.memory
     }
 
@@ -198,15 +213,12 @@ impl ToyCpu {
 
     fn word(&self, at: u64) -> (usize, u64) {
         let at = at as usize % (CLOCK / 8) * 8;
-        (
-            at,
-            u64::from_le_bytes(self.memory[at..at + 8].try_into().expect("8 bytes")),
-        )
+        (at, self.memory.word(at))
     }
 
     fn store(&mut self, at: u64, value: u64) {
-        let (at, _) = self.word(at);
-        self.memory[at..at + 8].copy_from_slice(&value.to_le_bytes());
+        let at = at as usize % (CLOCK / 8) * 8;
+        self.memory.set_word(at, value);
     }
 
     fn push(&mut self, value: u64) {
@@ -262,19 +274,21 @@ impl ToyCpu {
                 mode: Mode::Kernel,
             }
         );
-        let words = self.memory[CLOCK..].first_chunk_mut::<{ ShownClock::BYTES }>();
-        let words = words.filter(|_| kernel)?;
-        let mut clock = ShownClock::from_bytes(*words);
+        if !kernel {
+            return None;
+        }
+        let [next, end, step] = [0, 8, 16].map(|offset| self.memory.word(CLOCK + offset));
+        let mut clock = ShownClock { next, end, step };
         let value = clock.read();
-        *words = clock.to_bytes();
+        self.memory.set_word(CLOCK, clock.next);
         value
     }
 
     /// The program sees this time, which is never less than what it saw before.
     fn see_time(&mut self, tsc: u64) {
         if let Some(seen) = self.seen.replace(tsc) {
-            // A fault may have hit the clock.
-            let right = tsc >= seen || self.fault.is_some();
+            // A fault may have hit the clock, or what was seen of it.
+            let right = tsc >= seen || self.fault.is_some() || self.distrusted;
             assert!(right, "time ran backwards: {tsc} after {seen}");
         }
         let r = &mut self.registers.0;
@@ -287,8 +301,7 @@ impl ToyCpu {
         ToyCpu {
             program: self.program.clone(),
             registers: self.registers,
-            memory: self.memory.clone(),
-            ram: Ram::new(),
+            memory: self.memory.ghost(),
             shadow: self.shadow,
             window: self.window,
             unfinished: self.unfinished,
@@ -298,6 +311,7 @@ impl ToyCpu {
             noise: self.noise.clone(),
             kicks_in_a_row: self.kicks_in_a_row,
             fault: self.fault,
+            distrusted: self.distrusted,
             looks: self.looks.clone(),
             pmu: None,
             lander: None,
@@ -380,7 +394,11 @@ impl ToyCpu {
         match self.fault {
             Some(Fault { exit, kind }) if exit == self.exits => match kind {
                 FaultKind::Register { index, bit } => self.registers.0[index] ^= 1 << bit,
-                FaultKind::Memory { bit } => self.memory[bit / 8] ^= 1 << (bit % 8),
+                FaultKind::Memory { bit } => {
+                    let at = bit / 64 * 8;
+                    let word = self.memory.word(at) ^ 1 << (bit % 64);
+                    self.memory.set_word(at, word);
+                }
                 FaultKind::Host => return Err(Broken::Ordered),
             },
             _ => {}
@@ -529,7 +547,9 @@ impl Cpu for ToyCpu {
     }
 
     fn show_clock(&mut self, clock: ShownClock) {
-        self.memory[CLOCK..CLOCK + ShownClock::BYTES].copy_from_slice(&clock.to_bytes());
+        for (offset, word) in [(0, clock.next), (8, clock.end), (16, clock.step)] {
+            self.memory.set_word(CLOCK + offset, word);
+        }
     }
 
     fn site(&mut self) -> Option<u64> {
@@ -537,10 +557,8 @@ impl Cpu for ToyCpu {
     }
 
     fn read(&mut self, gva: u64, buffer: &mut [u8]) -> usize {
-        let there = self.memory.get(gva as usize..).unwrap_or_default();
-        let count = there.len().min(buffer.len());
-        buffer[..count].copy_from_slice(&there[..count]);
-        count
+        let ram = self.memory.ram();
+        ram.read(buffer, GuestAddress(gva)).unwrap_or(0)
     }
 
     fn left_open(&mut self, at_end: bool) -> Vec<LeftOpen> {
@@ -554,18 +572,76 @@ impl Cpu for ToyCpu {
     }
 
     fn ram(&self) -> &Ram {
-        &self.ram
+        self.memory.ram()
     }
 
     fn memory_digest(&mut self) -> Result<MemoryDigest, Broken> {
         let mut digest = MemoryDigest::default();
-        for (page, gpa) in self
-            .memory
-            .chunks_exact(PAGE_BYTES)
-            .zip((0..).step_by(PAGE_BYTES))
-        {
+        let memory = self.memory.to_vec();
+        let pages = memory.chunks_exact(PAGE_BYTES);
+        for (page, gpa) in pages.zip((0..).step_by(PAGE_BYTES)) {
             digest.absorb_page(gpa, page);
         }
         Ok(digest)
+    }
+}
+
+/// All that a [`ToyCpu`] has of its own, and another with the same program has not.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ToyState {
+    plan: Plan,
+    registers: Registers,
+    shadow: bool,
+    window: bool,
+    exits: u64,
+    instructions: u64,
+    seen: Option<u64>,
+    looks: (u64, Vec<LeftOpen>),
+}
+
+impl Stateful for ToyCpu {
+    type State = ToyState;
+    type Error = Broken;
+
+    fn save(&mut self) -> Result<ToyState, Broken> {
+        assert!(self.unfinished.is_none(), "it was not settled");
+        assert!(self.posted.is_empty(), "not all that was posted was taken");
+        Ok(ToyState {
+            plan: self.program.plan().clone(),
+            registers: self.registers,
+            shadow: self.shadow,
+            window: self.window,
+            exits: self.exits,
+            instructions: self.instructions,
+            seen: self.seen,
+            looks: self.looks.clone(),
+        })
+    }
+
+    fn restore(&mut self, state: &ToyState) -> Result<(), Broken> {
+        let ToyState {
+            plan,
+            registers,
+            shadow,
+            window,
+            exits,
+            instructions,
+            seen,
+            looks,
+        } = state.clone();
+        let counts = [exits, instructions];
+        if counts.iter().any(|count| *count > 1 << 62) || !self.program.set_plan(plan) {
+            return Err(Broken::Refused);
+        }
+        (self.registers, self.shadow, self.window) = (registers, shadow, window);
+        (self.exits, self.instructions) = (exits, instructions);
+        (self.seen, self.looks) = (seen, looks);
+        // Nothing of what was before, and nothing that is the host's.
+        (self.unfinished, self.spins, self.kicks_in_a_row) = (None, 0, 0);
+        self.posted.clear();
+        if let Some(lander) = &mut self.lander {
+            lander.begin_at_exit()?;
+        }
+        Ok(())
     }
 }

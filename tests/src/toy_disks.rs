@@ -1,9 +1,11 @@
 //! Disks made of a seed, for machines without a host.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use hindsight_devices::{FirstReads, Storage, StorageError};
+use hindsight_replay::Stateful;
 use hindsight_replay::rng::mix;
+use serde::{Deserialize, Serialize};
 
 /// Sector size in bytes; the toy's blocks are sectors.
 const SECTOR: u64 = 512;
@@ -18,7 +20,7 @@ pub struct ToyDisks {
     fails_at: Option<u64>,
     calls: u64,
     written: BTreeMap<u64, Vec<u8>>,
-    seen: BTreeMap<u64, ()>,
+    seen: BTreeSet<u64>,
     first_reads: Option<FirstReads>,
 }
 
@@ -55,7 +57,7 @@ impl ToyDisks {
         if self.altered == Some(sector) {
             data[77] ^= 1;
         }
-        if self.seen.insert(sector, ()).is_none() {
+        if self.seen.insert(sector) {
             let reads = self.first_reads.get_or_insert(FirstReads {
                 disk: 0,
                 offset: sector * SECTOR,
@@ -104,5 +106,40 @@ impl Storage for ToyDisks {
 
     fn take_first_reads(&mut self) -> Option<FirstReads> {
         self.first_reads.take()
+    }
+}
+
+/// What the guest has done to a [`ToyDisks`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DisksState {
+    written: BTreeMap<u64, Vec<u8>>,
+    seen: BTreeSet<u64>,
+}
+
+impl Stateful for ToyDisks {
+    type State = DisksState;
+    type Error = StorageError;
+
+    fn save(&mut self) -> Result<DisksState, StorageError> {
+        assert!(self.first_reads.is_none(), "not all first reads were told");
+        Ok(DisksState {
+            written: self.written.clone(),
+            seen: self.seen.clone(),
+        })
+    }
+
+    fn restore(&mut self, state: &DisksState) -> Result<(), StorageError> {
+        if state
+            .written
+            .values()
+            .any(|data| data.len() as u64 != SECTOR)
+        {
+            let what = "a sector of another length".into();
+            return Err(StorageError { disk: 0, what });
+        }
+        self.written = state.written.clone();
+        self.seen = state.seen.clone();
+        self.first_reads = None;
+        Ok(())
     }
 }

@@ -5,11 +5,13 @@
 //! recording. It takes no interrupts: it looks.
 
 use std::collections::VecDeque;
-use std::convert::Infallible;
 
 use hindsight_devices::{Access, Devices, Ram, Slot, Width};
 use hindsight_replay::rng::mix;
-use hindsight_replay::{Answer, Back, Cpu, Exit, Horizon, MemoryDigest, Registers, ShownClock};
+use hindsight_replay::{
+    Answer, Back, Cpu, Exit, Horizon, MemoryDigest, Registers, ShownClock, Stateful,
+};
+use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress};
 
 /// Guest memory in bytes.
@@ -31,6 +33,28 @@ struct Ring {
     base: u64,
     available: u16,
     used: u16,
+}
+
+/// What the driver was to become is nothing that it can be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Refused;
+
+impl std::fmt::Display for Refused {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("no toy driver can be in this state")
+    }
+}
+
+impl std::error::Error for Refused {}
+
+/// All that a [`ToyDriver`] has of its own, and another for the same devices has not.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DriverState {
+    /// Of each ring, how many chains were made available, and how many came back.
+    rings: Vec<[(u16, u16); 2]>,
+    seen: u64,
+    operations: u64,
+    plan: VecDeque<Access>,
 }
 
 /// The guest.
@@ -241,9 +265,9 @@ impl ToyDriver {
 }
 
 impl Cpu for ToyDriver {
-    type Error = Infallible;
+    type Error = Refused;
 
-    fn run(&mut self, _: Horizon) -> Result<Back, Infallible> {
+    fn run(&mut self, _: Horizon) -> Result<Back, Refused> {
         while self.plan.is_empty() {
             self.plan_operation();
         }
@@ -258,7 +282,7 @@ impl Cpu for ToyDriver {
         registers
     }
 
-    fn answer(&mut self, _: &Exit, answer: &Answer) -> Result<(), Infallible> {
+    fn answer(&mut self, _: &Exit, answer: &Answer) -> Result<(), Refused> {
         match answer {
             Answer::Value(value) => self.see(*value),
             _ => self.see(1),
@@ -266,11 +290,11 @@ impl Cpu for ToyDriver {
         Ok(())
     }
 
-    fn settle(&mut self) -> Result<bool, Infallible> {
+    fn settle(&mut self) -> Result<bool, Refused> {
         Ok(false)
     }
 
-    fn interrupt(&mut self, _: u8) -> Result<(), Infallible> {
+    fn interrupt(&mut self, _: u8) -> Result<(), Refused> {
         unreachable!("it takes none")
     }
 
@@ -282,7 +306,7 @@ impl Cpu for ToyDriver {
         &self.ram
     }
 
-    fn memory_digest(&mut self) -> Result<MemoryDigest, Infallible> {
+    fn memory_digest(&mut self) -> Result<MemoryDigest, Refused> {
         let mut bytes = vec![0; RAM_BYTES];
         self.ram
             .read_slice(&mut bytes, GuestAddress(0))
@@ -295,5 +319,38 @@ impl Cpu for ToyDriver {
             digest.absorb_page(page, bytes);
         }
         Ok(digest)
+    }
+}
+
+impl Stateful for ToyDriver {
+    type State = DriverState;
+    type Error = Refused;
+
+    fn save(&mut self) -> Result<DriverState, Refused> {
+        let counts = |ring: &Ring| (ring.available, ring.used);
+        Ok(DriverState {
+            rings: self
+                .rings
+                .iter()
+                .map(|[a, b]| [counts(a), counts(b)])
+                .collect(),
+            seen: self.seen,
+            operations: self.operations,
+            plan: self.plan.clone(),
+        })
+    }
+
+    fn restore(&mut self, state: &DriverState) -> Result<(), Refused> {
+        if state.rings.len() != self.rings.len() || state.operations > OPERATIONS + 1 {
+            return Err(Refused);
+        }
+        let rings = self.rings.iter_mut().flatten();
+        for (ring, counts) in rings.zip(state.rings.iter().flatten()) {
+            (ring.available, ring.used) = *counts;
+        }
+        self.seen = state.seen;
+        self.operations = state.operations;
+        self.plan = state.plan.clone();
+        Ok(())
     }
 }

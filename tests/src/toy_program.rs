@@ -6,9 +6,10 @@ use hindsight_devices::{Access, Width};
 use hindsight_replay::{Exit, Mode, TimeInstruction};
 
 use hindsight_replay::rng::{Rng, mix};
+use serde::{Deserialize, Serialize};
 
 /// One instruction.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Op {
     /// One that exits.
     Exit(Exit),
@@ -50,17 +51,23 @@ enum Last {
     Spin,
 }
 
+/// What the program is about to do.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Plan {
+    /// Instructions decided on; then `h` decides.
+    ops: VecDeque<Op>,
+    said_last: bool,
+}
+
 /// The instruction stream.
 #[derive(Clone, Debug)]
 pub struct Program {
-    /// Instructions decided on; then `h` decides.
-    plan: VecDeque<Op>,
+    plan: Plan,
     /// One instruction in so many is more than computing.
     calm: u64,
     /// Exits after which the program ends.
     length: u64,
     last: Last,
-    said_last: bool,
     /// Vectors of the two 8259s.
     bases: [u8; 2],
     /// Whether interrupts come by way of the I/O APIC, with the vectors below.
@@ -125,11 +132,10 @@ impl Program {
         let length = 40 + rng.below(280);
         let apic = rng.one_in(2);
         let mut program = Program {
-            plan: VecDeque::new(),
+            plan: Plan::default(),
             calm: 1,
             length,
             last,
-            said_last: false,
             bases,
             apic,
         };
@@ -142,9 +148,27 @@ impl Program {
         Program { calm, ..self }
     }
 
+    /// What it is about to do.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// Goes on with this plan; `false` if no program comes to it.
+    pub fn set_plan(&mut self, plan: Plan) -> bool {
+        let possible = plan.ops.iter().all(|op| match op {
+            Op::Exit(exit) => exit.wants_answer(),
+            Op::Read(_) | Op::Post(_) => false,
+            _ => true,
+        });
+        if possible {
+            self.plan = plan;
+        }
+        possible
+    }
+
     /// What a kernel does first, with the choices left to the seed.
     fn power_on(&mut self, rng: &mut Rng) {
-        self.plan.push_back(Op::Exit(Exit::Cpuid {
+        self.plan.ops.push_back(Op::Exit(Exit::Cpuid {
             leaf: 0,
             subleaf: 0,
         }));
@@ -163,38 +187,39 @@ impl Program {
             (0x21, if rng.one_in(6) { rng.number() as u8 } else { 0 }),
             (0xa1, if rng.one_in(6) { rng.number() as u8 } else { 0 }),
         ] {
-            self.plan.push_back(out(port, value));
+            self.plan.ops.push_back(out(port, value));
         }
         let [low, high, ..] = rng.number().to_le_bytes();
         self.program_timer(mode_of(rng.number()), low, high);
         // UART: interrupts on, OUT2 gates the line (16550D data sheet, 8.6 and 8.7).
-        self.plan.push_back(out(COM1 + 4, 0x0b));
+        self.plan.ops.push_back(out(COM1 + 4, 0x0b));
         let enabled = if rng.one_in(3) {
             rng.number() as u8 & 0xf
         } else {
             1
         };
-        self.plan.push_back(out(COM1 + 1, enabled));
+        self.plan.ops.push_back(out(COM1 + 1, enabled));
         if rng.one_in(2) {
             // RTC: periodic, at 1 to 8 kHz (MC146818A data sheet, table 5).
             let rate = 0x20 | (3 + rng.below(4)) as u8;
             for (port, value) in [(0x70, 0x0a), (0x71, rate), (0x70, 0x0b), (0x71, 0x42)] {
-                self.plan.push_back(out(port, value));
+                self.plan.ops.push_back(out(port, value));
             }
         }
         if self.apic {
             self.switch_to_the_apics(rng);
         }
         self.plan
+            .ops
             .push_back(if rng.one_in(2) { Op::Sti } else { Op::Popf });
     }
 
     /// Masks the 8259s, gives the I/O APIC's pins their vectors, and starts a timer.
     fn switch_to_the_apics(&mut self, rng: &mut Rng) {
-        self.plan.extend([out(0x21, 0xff), out(0xa1, 0xff)]);
+        self.plan.ops.extend([out(0x21, 0xff), out(0xa1, 0xff)]);
         for pin in [2, 4, 8, 9] {
             let level = if pin == 9 { 1 << 15 } else { 0 };
-            self.plan.extend([
+            self.plan.ops.extend([
                 store(0xfec0_0000, 0x10 + 2 * u32::from(pin)),
                 store(0xfec0_0010, u32::from(APIC_PINS + pin) | level),
             ]);
@@ -202,29 +227,30 @@ impl Program {
         let timer = u32::from(APIC_TIMER);
         match rng.below(3) {
             // One shot and periodic, at most 4 ms.
-            mode @ 0..2 => self.plan.extend([
+            mode @ 0..2 => self.plan.ops.extend([
                 local_apic(0x320, timer | (mode as u32) << 17),
                 local_apic(0x3e0, 0xb),
                 local_apic(0x380, 100 + rng.below(100_000) as u32),
             ]),
-            _ => self.plan.extend([
+            _ => self.plan.ops.extend([
                 local_apic(0x320, timer | 2 << 17),
                 deadline(rng.below(100_000_000)),
             ]),
         }
         // The power button and the timer of ACPI.
-        self.plan.extend([out(0x602, 1), out(0x603, 1)]);
+        self.plan.ops.extend([out(0x602, 1), out(0x603, 1)]);
     }
 
     fn program_timer(&mut self, mode: u8, low: u8, high: u8) {
         self.plan
+            .ops
             .extend([out(0x43, 0x30 | mode << 1), out(0x40, low), out(0x40, high)]);
     }
 
     /// The next instruction, or `None` where the program only spins. `h` stands for all that the
     /// CPU has seen; `exits` is how often it has exited.
     pub fn next(&mut self, h: u64, exits: u64) -> Option<Op> {
-        if let Some(op) = self.plan.pop_front() {
+        if let Some(op) = self.plan.ops.pop_front() {
             return Some(op);
         }
         if exits < self.length && !mix(h ^ 5).is_multiple_of(self.calm) {
@@ -241,14 +267,14 @@ impl Program {
             Last::TripleFault => Op::Exit(Exit::Shutdown),
             Last::HaltForever => self.then(Op::Cli, [Op::Exit(Exit::Halt)]),
             Last::Spin => return None,
-            Last::Panic | Last::Words if self.said_last => Op::Exit(Exit::Shutdown),
-            Last::PanicAndStay if self.said_last => Op::Exit(Exit::Pause),
+            Last::Panic | Last::Words if self.plan.said_last => Op::Exit(Exit::Shutdown),
+            Last::PanicAndStay if self.plan.said_last => Op::Exit(Exit::Pause),
             Last::Panic | Last::PanicAndStay => {
-                self.said_last = true;
+                self.plan.said_last = true;
                 Op::Exit(Exit::Panic { message: h % 4096 })
             }
             Last::Words => {
-                self.said_last = true;
+                self.plan.said_last = true;
                 let line = b"\nKernel panic - not syncing: the toy is broken\r\n";
                 // DLAB off, or the line would set the baud rate.
                 self.then(out(COM1 + 3, 3), line.map(|byte| out(COM1, byte)))
@@ -306,12 +332,12 @@ impl Program {
 
     fn before_all_else(&mut self, ops: Vec<Op>) {
         for op in ops.into_iter().rev() {
-            self.plan.push_front(op);
+            self.plan.ops.push_front(op);
         }
     }
 
     fn then<const N: usize>(&mut self, first: Op, rest: [Op; N]) -> Op {
-        self.plan.extend(rest);
+        self.plan.ops.extend(rest);
         first
     }
 

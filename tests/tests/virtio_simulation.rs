@@ -1,137 +1,21 @@
 //! The production loop over virtio drivers, seeded disks and a seeded world: recorded, replayed, and disturbed.
 
-use std::convert::Infallible;
-
-use hindsight_devices::{Devices, DiskSpec, Input, Nanos, NetSpec, Output, Room};
-use hindsight_replay::rng::Rng;
+use hindsight_devices::{Input, Output};
 use hindsight_replay::{
-    Closed, Detail, Difference, End, Event, Header, Image, JournalReader, Live, Machine, Observer,
-    Recorder, Replayer, RunError, TailReason, World,
+    Closed, Difference, End, Event, JournalReader, Replayer, RunError, TailReason,
 };
-use hindsight_tests::sim::{Scenario, cpuid_table, records_of};
+use hindsight_tests::busy_world::{Outputs, devices, machine, record};
+use hindsight_tests::sim::records_of;
 use hindsight_tests::toy_disks::ToyDisks;
-use hindsight_tests::toy_driver::ToyDriver;
+use hindsight_tests::toy_driver::{Refused, ToyDriver};
 
 const SEEDS: u64 = 300;
-const NS_PER_EXIT: Nanos = 1_000;
-
-fn devices() -> Devices {
-    Devices {
-        console: true,
-        entropy: true,
-        net: Some(NetSpec {
-            mac: [2, 0, 0, 0, 0, 1],
-        }),
-        disks: vec![DiskSpec {
-            bytes: 80 * 512,
-            read_only: false,
-            serial: "toy".into(),
-        }],
-    }
-}
-
-fn header(seed: u64) -> Header {
-    let mut header = Scenario::new(seed).header(Detail::Default);
-    header.machine.devices = devices();
-    let image = |disk: &DiskSpec| Image {
-        bytes: disk.bytes,
-        sample: [0; 32],
-    };
-    header.machine.images = header.machine.devices.disks.iter().map(image).collect();
-    header.machine.ns_per_exit = NS_PER_EXIT;
-    header
-}
-
-fn machine() -> Machine {
-    Machine::new(&devices(), cpuid_table(), NS_PER_EXIT)
-}
-
-/// Sends what there is room for, at times.
-struct Busy {
-    rng: Rng,
-    now: Nanos,
-    sent: Vec<Vec<u8>>,
-}
-
-impl World for Busy {
-    fn now(&mut self) -> Nanos {
-        self.now += self.rng.below(3_000);
-        self.now
-    }
-    fn poll(&mut self, room: &Room) -> Option<Input> {
-        let mut bytes = |most: u64| {
-            let count = 1 + self.rng.below(most);
-            (0..count).map(|_| self.rng.number() as u8).collect()
-        };
-        if room.entropy > 0 {
-            return Some(Input::Entropy(bytes(room.entropy as u64)));
-        }
-        match bytes(6).len() {
-            1 if room.frames > 0 => Some(Input::Frame(bytes(1500))),
-            2 if room.virtio_console > 0 => Some(Input::VirtioConsole(bytes(
-                40.min(room.virtio_console as u64),
-            ))),
-            _ => None,
-        }
-    }
-    fn sleep(&mut self, _: Option<Nanos>, _: &Room) -> bool {
-        false
-    }
-    fn send(&mut self, frame: &[u8]) {
-        self.sent.push(frame.to_vec());
-    }
-    fn gives_up(&mut self) -> bool {
-        false
-    }
-    fn alarm(&mut self, _: Option<Nanos>) {}
-    fn input_waits(&mut self, _: &Room) -> bool {
-        false
-    }
-}
-
-#[derive(Default, PartialEq, Debug)]
-struct Outputs(Vec<(u64, Output)>);
-
-impl Observer for Outputs {
-    fn output(&mut self, exits: u64, _: Nanos, output: &Output) {
-        self.0.push((exits, output.clone()));
-    }
-}
-
-struct Recorded {
-    journal: Vec<u8>,
-    result: Result<End, RunError<Infallible>>,
-    outputs: Outputs,
-    sent: Vec<Vec<u8>>,
-}
-
-fn record(seed: u64, mut disks: ToyDisks) -> Recorded {
-    let mut journal = Vec::new();
-    let world = Busy {
-        rng: Rng::new(seed, 9),
-        now: 0,
-        sent: Vec::new(),
-    };
-    let live = Live::new(world, None);
-    let mut recorder =
-        Recorder::create(live, &mut journal, &header(seed)).expect("a Vec takes everything");
-    let mut outputs = Outputs::default();
-    let mut cpu = ToyDriver::new(&devices(), seed);
-    let result = machine().run(&mut cpu, &mut disks, &mut recorder, &mut outputs);
-    let sent = recorder.into_inner().into_world().sent;
-    Recorded {
-        journal,
-        result,
-        outputs,
-        sent,
-    }
-}
 
 fn replay(
     seed: u64,
     journal: &[u8],
     mut disks: ToyDisks,
-) -> (Result<End, RunError<Infallible>>, Outputs) {
+) -> (Result<End, RunError<Refused>>, Outputs) {
     let reader = JournalReader::open(journal).expect("the head is whole");
     let mut replayer = Replayer::new(reader, None, None);
     let mut outputs = Outputs::default();

@@ -105,6 +105,12 @@ impl Block {
         }
     }
 
+    /// Whether both are one disk.
+    pub fn is_same_device(&self, other: &Block) -> bool {
+        let of = |disk: &Block| (disk.number, disk.sectors, disk.read_only, disk.serial);
+        of(self) == of(other)
+    }
+
     /// Does one request.
     fn request(
         &self,

@@ -198,6 +198,16 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
+    /// Whether both were made of one description.
+    fn is_same_device(&self, other: &Kind) -> bool {
+        match (self, other) {
+            (Kind::Console(_), Kind::Console(_)) | (Kind::Entropy(_), Kind::Entropy(_)) => true,
+            (Kind::Net(a), Kind::Net(b)) => a.is_same_device(b),
+            (Kind::Block(a), Kind::Block(b)) => a.is_same_device(b),
+            _ => false,
+        }
+    }
+
     fn device(&self) -> &dyn Device {
         match self {
             Kind::Console(device) => device,
@@ -298,6 +308,13 @@ impl Bus {
         for slot in &mut self.slots {
             slot.take_output(outputs);
         }
+    }
+
+    /// Whether the devices are these, whatever they do.
+    pub fn is_of(&self, devices: &Devices) -> bool {
+        let expected = Bus::new(devices);
+        let mut pairs = self.slots.iter().zip(&expected.slots);
+        self.slots.len() == expected.slots.len() && pairs.all(|(a, b)| a.is_same_device(b))
     }
 
     /// Refuses a saved state that could not have been.

@@ -62,6 +62,13 @@ impl Net {
     }
 }
 
+impl Net {
+    /// Whether both are one card.
+    pub fn is_same_device(&self, other: &Net) -> bool {
+        self.mac == other.mac
+    }
+}
+
 impl Device for Net {
     fn id(&self) -> u32 {
         1

@@ -77,6 +77,11 @@ impl Transport {
         self.status & (LIVE | STATUS_NEEDS_RESET) == LIVE
     }
 
+    /// Whether both are one device, in whatever state.
+    pub fn is_same_device(&self, other: &Transport) -> bool {
+        self.kind.is_same_device(&other.kind)
+    }
+
     /// Whether a saved device is one that could have been.
     pub fn is_possible(&self) -> bool {
         let sizes = self.kind.device().queues();

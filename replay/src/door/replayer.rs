@@ -1,21 +1,23 @@
 //! Reads the door's answers from a journal, and checks the machine against it.
 
 use std::collections::VecDeque;
-use std::io::Read;
+use std::io::{Read, Seek};
 
 use hindsight_devices::{FirstReads, Input, Nanos, Room};
 
 use super::closed::Closed;
 use super::divergence::{Difference, Divergence, first_difference};
 use super::recorder::WITNESS_EVERY;
-use crate::journal::{Detail, Event, JournalError, JournalReader, Record, TailReason};
+use crate::journal::{Detail, Event, JournalError, JournalReader, Record, RecordPlace, TailReason};
 use crate::machine::{
-    Complete, Digest, End, Ending, Horizon, LeftOpen, Likeness, MemoryDigest, Moment, Outside,
-    Place, Position, TimeQuery, Turn,
+    Complete, Digest, End, Ending, Horizon, JournalPlace, LeftOpen, Likeness, MemoryDigest, Moment,
+    Outside, Place, Position, TimeQuery, Turn,
 };
 
 /// How many turns a divergence report shows.
 const HISTORY: usize = 8;
+/// No replay counts so far.
+const COUNT_MAX: u64 = 1 << 62;
 
 /// The door to a recorded world.
 #[derive(Debug)]
@@ -23,6 +25,8 @@ pub struct Replayer<R: Read> {
     journal: JournalReader<R>,
     /// The next event, if it was looked at.
     ahead: Option<Record>,
+    /// The last one that was taken.
+    taken: RecordPlace,
     /// Stop here.
     until: Option<u64>,
     /// Or after the first exit at this time.
@@ -48,6 +52,7 @@ impl<R: Read> Replayer<R> {
         Replayer {
             journal,
             ahead: None,
+            taken: RecordPlace::default(),
             until,
             until_time: None,
             memory_every,
@@ -58,6 +63,46 @@ impl<R: Read> Replayer<R> {
             witnesses_checked: 0,
             failed: None,
         }
+    }
+
+    /// The door to what `journal` holds after `place`, as one is that has come there by itself. The place may come
+    /// from a file: one that is not in this journal is refused.
+    pub fn at(
+        mut journal: JournalReader<R>,
+        place: &JournalPlace,
+    ) -> Result<Replayer<R>, JournalError>
+    where
+        R: Seek,
+    {
+        let counts = [
+            place.equal_through,
+            place.witnesses_checked,
+            place.memories_checked,
+            place.memories_but_accessed,
+        ];
+        if place.history.len() > HISTORY || counts.iter().any(|count| *count > COUNT_MAX) {
+            let what = "what was counted by then could not have been";
+            return Err(JournalError::Place(what.into()));
+        }
+        let taken = RecordPlace {
+            frame_before: place.frame_before,
+            records: place.records,
+        };
+        journal.go_to(taken)?;
+        Ok(Replayer {
+            taken,
+            history: place.history.iter().copied().collect(),
+            equal_through: place.equal_through,
+            memories_checked: place.memories_checked,
+            memories_but_accessed: place.memories_but_accessed,
+            witnesses_checked: place.witnesses_checked,
+            ..Replayer::new(journal, None, None)
+        })
+    }
+
+    /// Closes after exit `until`, if given, and no longer where it closed before.
+    pub fn close_after(&mut self, until: Option<u64>) {
+        self.until = until;
     }
 
     /// The same door, closed after the first exit at guest time `time` or later.
@@ -110,9 +155,15 @@ impl<R: Read> Replayer<R> {
             _ => None,
         };
         if found.is_some() {
-            self.ahead = None;
+            self.forget_ahead();
         }
         Ok(found)
+    }
+
+    /// The event that was looked at is taken.
+    fn forget_ahead(&mut self) {
+        self.ahead = None;
+        self.taken = self.journal.place();
     }
 
     /// Refuses to go on if the journal has an event for an exit before `exits`.
@@ -365,7 +416,7 @@ impl<R: Read> Outside for Replayer<R> {
                 event: Event::Interrupt { vector: v, at: a },
                 ..
             }) if *v == vector && a == at => {
-                self.ahead = None;
+                self.forget_ahead();
                 return Ok(());
             }
             Some(record) => describe(record),
@@ -462,6 +513,18 @@ impl<R: Read> Outside for Replayer<R> {
         Ok(())
     }
 
+    fn place(&self) -> Option<JournalPlace> {
+        Some(JournalPlace {
+            frame_before: self.taken.frame_before,
+            records: self.taken.records,
+            equal_through: self.equal_through,
+            witnesses_checked: self.witnesses_checked,
+            memories_checked: self.memories_checked,
+            memories_but_accessed: self.memories_but_accessed,
+            history: self.history.iter().copied().collect(),
+        })
+    }
+
     fn abandon(&mut self, _complete: Complete) -> Result<(), Closed> {
         Ok(())
     }
@@ -534,7 +597,7 @@ impl<R: Read> Outside for Replayer<R> {
             }
         }
         self.compare_memory(exits, expected.memory, found.memory)?;
-        self.ahead = None;
+        self.forget_ahead();
         // Look after the end: a file that was tampered with or glued together is not whole.
         assert!(
             self.peek()?.is_none(),

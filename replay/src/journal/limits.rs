@@ -73,6 +73,14 @@ impl Rules {
         Ok(())
     }
 
+    /// As they are where a frame begins after exit `exits`: all inputs of an exit are in one frame.
+    pub fn at(exits: u64) -> Rules {
+        Rules {
+            exits,
+            ..Rules::default()
+        }
+    }
+
     /// Whether the last event was the end.
     pub fn ended(&self) -> bool {
         self.ended

@@ -24,7 +24,7 @@ pub use header::{
     MEMORY_BYTES_MAX, MachineDescription, OperatorConsole, TrapCounts,
 };
 pub use limits::{EVENT_RAW_MAX, FRAME_PAYLOAD_MAX, FRAME_RAW_MAX, HEADER_MAX};
-pub use reader::JournalReader;
+pub use reader::{JournalReader, RecordPlace};
 pub use writer::JournalWriter;
 
 /// First bytes of every journal. The high bit and the line ends catch text-mode copies, as in PNG.
@@ -60,6 +60,9 @@ pub enum JournalError {
     /// The head is whole, and describes what no recorder makes.
     #[error("the journal's head describes no machine of Hindsight's: {0}; it cannot be used")]
     Impossible(String),
+    /// A place that is said to be in it is not.
+    #[error("this is no place in the journal: {0}; take another state, or replay from the start")]
+    Place(String),
     /// What is to be written down is nothing that a reader would take.
     #[error("the journal cannot hold this: {0}; what was written before replays")]
     Refused(String),

@@ -1,6 +1,6 @@
 //! Reads a journal, frame by frame.
 
-use std::io::{self, Read};
+use std::io::{self, Read, Seek, SeekFrom};
 
 use hindsight_devices::Nanos;
 
@@ -9,6 +9,15 @@ use super::frame::{FRAME_HEAD_BYTES, Frame, FrameHead, IndexEntry, Records};
 use super::header::Header;
 use super::limits::{HEADER_MAX, Rules};
 use super::{JournalError, MAGIC, Tail, TailReason, VERSION, head_check};
+
+/// Where a record lies.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RecordPlace {
+    /// Offset of the frame before the record's own; `None` if that is the first one.
+    pub frame_before: Option<u64>,
+    /// Its number in its frame, from 1; 0 for no record at all, before the first.
+    pub records: u64,
+}
 
 /// Reads a journal from any source, frame by frame.
 #[derive(Debug)]
@@ -24,6 +33,12 @@ pub struct JournalReader<R: Read> {
     tail: Option<Tail>,
     /// The frame that [`Self::next_record`] is in.
     records: Option<Records<Vec<u8>>>,
+    /// The first frame: its offset, and what its check is seeded with.
+    first: (u64, u64),
+    /// Offsets of the last two frames that were read, the last one first.
+    last: [Option<u64>; 2],
+    /// Records of the last one that were taken.
+    taken: u64,
 }
 
 impl<R: Read> JournalReader<R> {
@@ -84,6 +99,9 @@ impl<R: Read> JournalReader<R> {
             rules: Rules::default(),
             tail: None,
             records: None,
+            first: (offset, seed),
+            last: [None; 2],
+            taken: 0,
         })
     }
 
@@ -106,6 +124,7 @@ impl<R: Read> JournalReader<R> {
     pub fn next_record(&mut self) -> Result<Option<Record>, JournalError> {
         loop {
             if let Some(record) = self.records.as_mut().and_then(Iterator::next) {
+                self.taken += 1;
                 return Ok(Some(record));
             }
             match self.next_frame()? {
@@ -165,6 +184,8 @@ impl<R: Read> JournalReader<R> {
         match unpacked {
             Err(what) => Ok(self.stop(TailReason::Damaged(what))),
             Ok((frame, rules)) => {
+                self.last = [Some(self.offset), self.last[0]];
+                self.taken = 0;
                 self.offset += (FRAME_HEAD_BYTES + payload.len()) as u64;
                 self.seed = head.check;
                 self.sequence = self.sequence.wrapping_add(1);
@@ -173,6 +194,14 @@ impl<R: Read> JournalReader<R> {
                 self.rules = rules;
                 Ok(Some(frame))
             }
+        }
+    }
+
+    /// Where the record lies that [`Self::next_record`] gave last.
+    pub fn place(&self) -> RecordPlace {
+        RecordPlace {
+            frame_before: self.last[1],
+            records: self.taken,
         }
     }
 
@@ -207,6 +236,65 @@ impl<R: Read> JournalReader<R> {
             reason,
         });
         None
+    }
+}
+
+impl<R: Read + Seek> JournalReader<R> {
+    /// Goes to where the record at `place` has just been taken, and reads its frame. What comes before is not read,
+    /// but for the head of one frame: it has the check that this one's is seeded with.
+    pub fn go_to(&mut self, place: RecordPlace) -> Result<(), JournalError> {
+        let (offset, seed) = self.first;
+        let (mut at, mut next) = (offset, (seed, 0, 0, 0));
+        if let Some(before) = place.frame_before {
+            if before < offset || place.records == 0 {
+                return Err(JournalError::Place(format!(
+                    "no frame begins at byte {before}"
+                )));
+            }
+            let head = self.frame_head_at(before)?;
+            let bytes = FRAME_HEAD_BYTES as u64 + u64::from(head.compressed_bytes);
+            at = before.saturating_add(bytes);
+            let sequence = head.sequence.wrapping_add(1);
+            next = (head.check, sequence, head.through, head.now);
+        }
+        self.seek(at)?;
+        (self.seed, self.sequence, self.through, self.now) = next;
+        self.offset = at;
+        self.rules = Rules::at(self.through);
+        self.tail = None;
+        self.records = None;
+        self.last = [place.frame_before, None];
+        self.taken = 0;
+        for taken in 0..place.records {
+            // All in one frame.
+            let record = match &mut self.records {
+                None => self.next_record()?,
+                Some(records) => records.next().inspect(|_| self.taken += 1),
+            };
+            if record.is_none() {
+                let what = format!("the frame at byte {at} has no record {taken}");
+                return Err(JournalError::Place(what));
+            }
+        }
+        Ok(())
+    }
+
+    fn frame_head_at(&mut self, offset: u64) -> Result<FrameHead, JournalError> {
+        let mut bytes = [0; FRAME_HEAD_BYTES];
+        self.seek(offset)?;
+        let got = read_up_to(&mut self.source, &mut bytes)?;
+        let head = match got == bytes.len() {
+            true => FrameHead::from_bytes(&bytes),
+            false => Err("the journal is over there".into()),
+        };
+        head.map_err(|what| {
+            JournalError::Place(format!("no frame begins at byte {offset}: {what}"))
+        })
+    }
+
+    fn seek(&mut self, offset: u64) -> Result<(), JournalError> {
+        let found = self.source.seek(SeekFrom::Start(offset));
+        found.map(drop).map_err(JournalError::Read)
     }
 }
 

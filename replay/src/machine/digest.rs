@@ -26,6 +26,11 @@ impl Digest {
         self.0
     }
 
+    /// The digest that is this number.
+    pub(super) fn of(value: u64) -> Digest {
+        Digest(value)
+    }
+
     /// The 16 bits of it that a witness carries.
     pub fn check(self) -> [u8; 2] {
         let [low, high, ..] = self.0.to_le_bytes();

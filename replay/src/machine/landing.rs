@@ -121,6 +121,12 @@ impl<K: Counter> Lander<K> {
         }
     }
 
+    /// The vCPU is at a counted exit that it did not run to: places are counted from here.
+    pub fn begin_at_exit(&mut self) -> Result<(), K::Error> {
+        self.counter.arm(None)?;
+        self.turn()
+    }
+
     /// Runs `cpu` to its horizon at the latest. Where it lands is an exit like any other.
     pub fn run<W: Walk>(&mut self, cpu: &mut W, horizon: Horizon) -> Result<Back, W::Error>
     where

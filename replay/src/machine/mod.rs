@@ -15,11 +15,14 @@ mod left_open;
 mod moment;
 mod observer;
 mod outside;
+mod pages;
 mod place;
 mod quick_clock;
+mod state;
 mod turns;
 
 use hindsight_devices::{Board, Devices, Nanos, Room, Storage, StorageError};
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 pub use cpu::{Back, Cpu};
@@ -32,9 +35,13 @@ pub use landing::{Ahead, Counter, Lander, Overshoot, Walk, WalkEnd};
 pub use left_open::LeftOpen;
 pub use moment::{ExitNumber, Moment};
 pub use observer::Observer;
-pub use outside::{Closing, Complete, Outside, Position, TimeQuery};
+pub use outside::{Closing, Complete, JournalPlace, Outside, Position, TimeQuery};
+pub use pages::{Page, PageBytes, Pages};
 pub use place::{Horizon, Place, Unit};
 pub use quick_clock::{QuickReads, ShownClock};
+pub use state::{
+    MachineState, Progress, StateDigest, StateError, StateOf, Stateful, UnreadableState,
+};
 use turns::Turns;
 
 /// How many inputs reach a machine at one exit; what more there is waits for the next one. Linux takes as
@@ -73,7 +80,7 @@ pub enum RunError<E: std::error::Error, D: Closing> {
 }
 
 /// What was counted during a run.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tally {
     /// Exits by [`Exit::kind`].
     pub exits: [u64; Exit::KINDS],
@@ -92,7 +99,7 @@ pub struct Tally {
 }
 
 /// The guest has panicked.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Panic {
     /// Guest time.
     since: Nanos,
@@ -103,6 +110,7 @@ struct Panic {
 /// The machine: everything that decides what happens next, except the guest's own memory and CPU.
 #[derive(Debug)]
 pub struct Machine {
+    devices: Devices,
     board: Board,
     cpuid: CpuidTable,
     ns_per_exit: u64,
@@ -123,6 +131,7 @@ impl Machine {
     /// A machine at power-on, with these devices.
     pub fn new(devices: &Devices, cpuid: CpuidTable, ns_per_exit: u64) -> Machine {
         Machine {
+            devices: devices.clone(),
             board: Board::new(devices)
                 .with_timer_latency(TIMER_LATENCY_EXITS.saturating_mul(ns_per_exit)),
             cpuid,

@@ -4,6 +4,7 @@
 //! world, a journal) is in `door/`; why it will not answer is its own affair.
 
 use hindsight_devices::{FirstReads, Input, Nanos, Room};
+use serde::{Deserialize, Serialize};
 
 use super::digest::{Digest, MemoryDigest};
 use super::ending::{End, Ending};
@@ -68,6 +69,27 @@ pub struct Position {
     pub panicked: Option<Nanos>,
 }
 
+/// Where a door is in the journal that it reads, when all records of an exit have been taken that are before its
+/// horizon, and what it has counted and remembers by then.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JournalPlace {
+    /// Offset of the frame before the one that the last record was taken from, in bytes; `None`: that is the first
+    /// one, or none was taken.
+    pub frame_before: Option<u64>,
+    /// How many records of its frame were taken.
+    pub records: u64,
+    /// The last exit at which the machine was seen to be the recorded one.
+    pub equal_through: u64,
+    /// Witnesses that were equal.
+    pub witnesses_checked: u64,
+    /// Memory digests that were equal, or equal but for Accessed bits.
+    pub memories_checked: u64,
+    /// Of those, how many were equal but for those bits.
+    pub memories_but_accessed: u64,
+    /// The last turns, for a report, oldest first, with the numbers of their exits.
+    pub history: Vec<(u64, Turn)>,
+}
+
 /// Why a door will not answer.
 pub trait Closing: std::error::Error {
     /// How the run is over, if that is all there is to it; else it cannot go on.
@@ -124,6 +146,11 @@ pub trait Outside {
 
     /// The run is over.
     fn end(&mut self, exits: u64, end: &End) -> Result<(), Self::Closed>;
+
+    /// Where it is in the journal that it reads; `None` if it reads none, or cannot be put there again.
+    fn place(&self) -> Option<JournalPlace> {
+        None
+    }
 
     /// The run cannot go on, for a reason of the host's; keep what there is through the last complete exit, and
     /// drop what has been said of a later one.

@@ -28,7 +28,7 @@ pub use export::{ExportError, export};
 pub use ext::{ExtError, Source};
 pub use files::{Change, FileChange, Files, Medium, changed_files, changes};
 pub use image::OpenImage;
-pub use overlay::{Disks, SharedDisks};
+pub use overlay::{Disks, DisksState, SharedDisks};
 
 /// The unit of the overlay and of the hashes, in bytes.
 pub const BLOCK_BYTES: u64 = 4096;

@@ -1,5 +1,7 @@
 //! What the guest has written, over the images.
 
+mod state;
+
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -10,6 +12,7 @@ use hindsight_devices::{FirstReads, Storage, StorageError};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::{BLOCK_BYTES, DiskError, OpenImage};
+pub use state::DisksState;
 
 /// Blocks of a disk that one leaf of a [`BlockSet`] has.
 const LEAF_BLOCKS: u64 = 64 * 64;
@@ -354,6 +357,7 @@ impl Storage for Disks {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use hindsight_replay::Stateful;
 
     #[test]
     fn a_set_of_blocks_has_those_that_were_put_in_and_no_others() {
@@ -404,6 +408,18 @@ mod tests {
         let (mut written, mut seen) = ([false; 10], [false; 10]);
         let mut rng = hindsight_replay::rng::Rng::new(seed, 7);
         for _ in 0..40 {
+            if rng.one_in(10) {
+                // Whoever goes on from a state goes on as if nothing had been.
+                let state = disks.save().unwrap();
+                if rng.one_in(2) {
+                    disks = Disks::new(vec![OpenImage::open(file.path()).unwrap()]).unwrap();
+                } else {
+                    disks.write(0, 512, &[rng.number() as u8; 8192]).unwrap();
+                    disks.clear(0, 20_480, 4096).unwrap();
+                }
+                disks.restore(&state).unwrap();
+                assert_eq!(disks.save().unwrap(), state);
+            }
             let offset = rng.below(80) * 512;
             let bytes = (1 + rng.below(20)) * 512;
             let bytes = bytes.min(40_960 - offset);

@@ -1,0 +1,67 @@
+//! The toy CPU's memory: guest memory like any other, of which a look-ahead may have a copy of its own.
+
+use std::collections::BTreeMap;
+
+use hindsight_devices::Ram;
+use vm_memory::{Bytes, GuestAddress};
+
+/// Memory, in words of eight bytes.
+#[derive(Clone, Debug)]
+pub struct ToyMemory {
+    ram: Ram,
+    bytes: usize,
+    /// What was written, if nothing of that may be seen in `ram`.
+    written: Option<BTreeMap<usize, u64>>,
+}
+
+impl ToyMemory {
+    /// Zeroes.
+    pub fn new(bytes: usize) -> ToyMemory {
+        let ram = Ram::from_ranges(&[(GuestAddress(0), bytes)]).expect("some pages can be mapped");
+        ToyMemory {
+            ram,
+            bytes,
+            written: None,
+        }
+    }
+
+    /// A copy that can be written to. It is good for as long as nobody writes to this.
+    pub fn ghost(&self) -> ToyMemory {
+        ToyMemory {
+            written: Some(self.written.clone().unwrap_or_default()),
+            ..self.clone()
+        }
+    }
+
+    /// The memory that others see.
+    pub fn ram(&self) -> &Ram {
+        &self.ram
+    }
+
+    /// The word at this address, a multiple of eight.
+    pub fn word(&self, at: usize) -> u64 {
+        let written = self.written.as_ref().and_then(|words| words.get(&at));
+        written.copied().unwrap_or_else(|| {
+            self.ram
+                .read_obj(GuestAddress(at as u64))
+                .expect("it is RAM")
+        })
+    }
+
+    /// Writes it.
+    pub fn set_word(&mut self, at: usize, value: u64) {
+        match &mut self.written {
+            Some(words) => drop(words.insert(at, value)),
+            None => {
+                let at = GuestAddress(at as u64);
+                self.ram.write_obj(value, at).expect("it is RAM");
+            }
+        }
+    }
+
+    /// All of it.
+    pub fn to_vec(&self) -> Vec<u8> {
+        let words = (0..self.bytes).step_by(8);
+        words.flat_map(|at| self.word(at).to_le_bytes()).collect()
+    }
+}

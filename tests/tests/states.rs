@@ -1,0 +1,535 @@
+//! The law of states: save anywhere, restore elsewhere, and nothing is different. Stated once, and held to for each
+//! guest that the simulation has: the toy CPU (time reads, preemption, posted writes, chaos) and the toy driver (virtio,
+//! disks, input of all kinds).
+//!
+//! `HINDSIGHT_SIM_SEEDS` and `HINDSIGHT_SIM_SEED` work as in `simulation.rs`.
+
+use std::io::Cursor;
+
+use hindsight_devices::{NoDisks, Output, Storage, StorageError};
+use hindsight_replay::rng::{Rng, mix};
+use hindsight_replay::{
+    Closed, Cpu, Detail, End, Ending, Header, JournalError, JournalReader, Machine, MachineState,
+    Pages, Replayer, RunError, StateDigest, StateError, StateOf, Stateful,
+};
+use hindsight_tests::busy_world;
+use hindsight_tests::sim::{Recording, Scenario, Trace, machine_of};
+use hindsight_tests::sim_world::SimWorld;
+use hindsight_tests::toy_counter::ToyCounter;
+use hindsight_tests::toy_cpu::ToyCpu;
+use hindsight_tests::toy_disks::ToyDisks;
+use hindsight_tests::toy_driver::ToyDriver;
+
+fn for_seeds(share: u64, check: impl Fn(u64)) {
+    hindsight_tests::seeds::for_seeds("states", 5_000, share, check);
+}
+
+/// A recording, and how to make what it is replayed on.
+trait Recorded {
+    type Cpu: Cpu + Stateful<Error = <Self::Cpu as Cpu>::Error>;
+    type Disks: Storage + Stateful<Error = StorageError>;
+
+    fn header(&self) -> &Header;
+    fn journal(&self) -> &[u8];
+    fn end(&self) -> &End;
+    fn exits(&self) -> u64;
+    /// On the host of `noise`.
+    fn cpu(&self, noise: u64) -> Self::Cpu;
+    fn disks(&self) -> Self::Disks;
+
+    fn reader(&self) -> JournalReader<Cursor<&[u8]>> {
+        JournalReader::open(Cursor::new(self.journal())).expect("the head is whole")
+    }
+}
+
+type State<R> = StateOf<<R as Recorded>::Cpu, <R as Recorded>::Disks>;
+type Failure<R> = RunError<<<R as Recorded>::Cpu as Cpu>::Error>;
+type Refusal<R> = StateError<<<R as Recorded>::Cpu as Cpu>::Error>;
+
+/// A machine in the middle of a replay.
+struct Replay<'a, R: Recorded> {
+    machine: Machine,
+    cpu: R::Cpu,
+    disks: R::Disks,
+    door: Replayer<Cursor<&'a [u8]>>,
+    trace: Trace,
+}
+
+impl<'a, R: Recorded> Replay<'a, R> {
+    fn new(recorded: &'a R, noise: u64) -> Replay<'a, R> {
+        Replay {
+            machine: machine_of(recorded.header()),
+            cpu: recorded.cpu(noise),
+            disks: recorded.disks(),
+            door: Replayer::new(recorded.reader(), None, None),
+            trace: Trace::default(),
+        }
+    }
+
+    /// Puts it where `state` was taken.
+    fn restore(&mut self, recorded: &'a R, state: &State<R>) -> Result<(), Refusal<R>> {
+        self.machine
+            .restore(state, &mut self.cpu, &mut self.disks)?;
+        let place = state.journal.as_ref().expect("a replay has a place");
+        let door = Replayer::at(recorded.reader(), place);
+        self.door = door.map_err(|error| StateError::Damaged(error.to_string()))?;
+        // Its observer begins to look here.
+        self.trace = Trace::beginning_after(self.machine.at().exits);
+        Ok(())
+    }
+
+    fn run(&mut self, until: Option<u64>) -> Result<End, Failure<R>> {
+        self.door.close_after(until);
+        self.machine.run(
+            &mut self.cpu,
+            &mut self.disks,
+            &mut self.door,
+            &mut self.trace,
+        )
+    }
+
+    fn run_to(&mut self, until: u64) {
+        match self.run(Some(until)) {
+            Err(RunError::Closed(Closed::Reached(exits))) => assert_eq!(exits, until),
+            other => panic!("on the way to exit {until}: {other:?}"),
+        }
+    }
+
+    fn save(&mut self) -> State<R> {
+        let state = self
+            .machine
+            .save(&mut self.cpu, &mut self.disks, &self.door);
+        state.unwrap_or_else(|error| panic!("it could not be saved: {error}"))
+    }
+}
+
+fn assert_same<R: Recorded>(what: &str, a: &State<R>, b: &State<R>) {
+    let differences = a.digest().differences(&b.digest());
+    assert!(
+        a.to_bytes() == b.to_bytes() && differences.is_empty(),
+        "{what}: the states differ in {differences:?}"
+    );
+    assert_eq!(a.digest().value(), b.digest().value());
+}
+
+/// Saves a replay somewhere, restores it elsewhere, and compares all that can be seen from there on.
+fn obeys_the_law<R: Recorded>(recorded: &R, seed: u64) {
+    if recorded.exits() < 3 {
+        return;
+    }
+    let mut rng = Rng::new(seed, 21);
+    let here = rng.below(recorded.exits() - 1);
+    let there = here + 1 + rng.below(recorded.exits() - here - 1);
+    let noise = |number: u64| mix(seed ^ number << 32);
+
+    // Straight, without a save before the later place.
+    let mut straight = Replay::new(recorded, noise(1));
+    straight.run_to(there);
+    let expected = straight.save();
+    let end = straight.run(None).expect("it is the recording");
+    assert_eq!(end, *recorded.end());
+    let memory = Pages::of(straight.cpu.ram());
+
+    // Saved, and run on.
+    let mut saved = Replay::new(recorded, noise(2));
+    saved.run_to(here);
+    let state = saved.save();
+    assert_same::<R>("saved twice", &state, &saved.save());
+    saved.run_to(there);
+    assert_same::<R>("after a save", &saved.save(), &expected);
+
+    // Restored: on another host, in a fresh machine or in one that has been elsewhere.
+    let bytes = state.to_bytes();
+    let state: State<R> = MachineState::from_bytes(&bytes).expect("it was kept");
+    assert!(state.to_bytes() == bytes);
+    let mut restored = match rng.one_in(2) {
+        true => Replay::new(recorded, noise(3)),
+        false => saved,
+    };
+    let done = restored.restore(recorded, &state);
+    done.unwrap_or_else(|error| panic!("it could not be restored: {error}"));
+    assert_same::<R>("restored", &restored.save(), &state);
+    restored.run_to(there);
+    assert_same::<R>("after a restore", &restored.save(), &expected);
+    assert_eq!(restored.run(None).expect("it is the recording"), end);
+    // A window that opens after the exit was open in both, and before this was looked at in one.
+    assert_eq!(restored.trace.after(here), straight.trace.after(here));
+    assert_eq!(restored.machine.tally(), straight.machine.tally());
+    assert!(end.ending == Ending::StoppedRunning || Pages::of(restored.cpu.ram()) == memory);
+}
+
+/// What became of states that were altered.
+#[derive(Debug, Default)]
+struct Altered {
+    refused: u64,
+    noticed: u64,
+    without_effect: u64,
+}
+
+/// Flips bits of a state's bytes. Whatever that makes of it is refused, or noticed by the replay, or has no effect:
+/// the replay sees and does all that the recording says from there on.
+fn survives_alteration<R: Recorded>(recorded: &R, seed: u64, times: u64, altered: &mut Altered) {
+    let mut rng = Rng::new(seed, 22);
+    let here = rng.below(recorded.exits());
+    let mut straight = Replay::new(recorded, 1);
+    straight.run_to(here);
+    let state = straight.save();
+    straight.run(None).expect("it is the recording");
+    let memory = Pages::of(straight.cpu.ram());
+    let body = postcard::to_stdvec(&state).expect("plain values serialise");
+    let page_bytes: usize = state.memory.iter().map(|page| page.bytes.len()).sum();
+    for _ in 0..times {
+        let mut bytes = body.clone();
+        // Most of it is memory, and of that one byte is like another.
+        let at = match rng.one_in(4) {
+            true => rng.below(bytes.len() as u64) as usize,
+            false => rng.below((bytes.len() - page_bytes) as u64) as usize,
+        };
+        bytes[at] ^= 1 << rng.below(8);
+        let sealed = seal(&bytes);
+        let Ok(state) = State::<R>::from_bytes(&sealed) else {
+            altered.refused += 1;
+            continue;
+        };
+        let mut replay = Replay::new(recorded, 2);
+        if replay.restore(recorded, &state).is_err() {
+            altered.refused += 1;
+            continue;
+        }
+        match replay.run(None) {
+            Err(_) => altered.noticed += 1,
+            Ok(end) => {
+                assert_eq!(end, *recorded.end());
+                let seen = covered(&replay.trace, here);
+                assert_eq!(seen, covered(&straight.trace, here), "byte {at}");
+                let same = Pages::of(replay.cpu.ram()) == memory;
+                assert!(same || end.ending == Ending::StoppedRunning);
+                altered.without_effect += 1;
+            }
+        }
+    }
+}
+
+/// What of a trace the digest covers. It does not cover what leaves by the virtio console: a ring that is elsewhere
+/// changes that alone, where the guest does not look at the ring again.
+fn covered(trace: &Trace, after: u64) -> Trace {
+    let mut covered = trace.after(after);
+    covered
+        .sent
+        .retain(|(_, output)| !matches!(output, Output::VirtioConsole(_)));
+    covered
+}
+
+/// Puts one part of a state of another exit into a state. Returns how often each part's was noticed.
+fn notices_each_part<R: Recorded>(recorded: &R, seed: u64, noticed: &mut [u64; 6]) {
+    if recorded.exits() < 40 {
+        return;
+    }
+    let mut rng = Rng::new(seed, 25);
+    let early = rng.below(recorded.exits() - 30);
+    let late = early + 1 + rng.below(recorded.exits() - early - 20);
+    let mut straight = Replay::new(recorded, 1);
+    straight.run_to(early);
+    let other = straight.save();
+    straight.run_to(late);
+    let state = straight.save();
+    for (part, noticed) in noticed.iter_mut().enumerate() {
+        let (mut mixed, other) = (state.clone(), other.clone());
+        match part {
+            0 => mixed.progress = other.progress,
+            1 => mixed.board = other.board,
+            2 => mixed.cpu = other.cpu,
+            3 => mixed.disks = other.disks,
+            4 => mixed.memory = other.memory,
+            _ => mixed.journal = other.journal,
+        }
+        if mixed == state {
+            continue;
+        }
+        let differences = mixed.digest().differences(&state.digest());
+        assert_eq!(differences, [StateDigest::PARTS[part]]);
+        let mut replay = Replay::new(recorded, 2);
+        let went_on = replay.restore(recorded, &mixed);
+        *noticed += u64::from(went_on.is_err() || replay.run(None).is_err());
+    }
+}
+
+/// A state whose check is right, whatever it says.
+fn seal(body: &[u8]) -> Vec<u8> {
+    let mut bytes = b"HSst\x01\0\0\0".to_vec();
+    bytes.extend(xxhash_rust::xxh3::xxh3_64_with_seed(body, 1).to_le_bytes());
+    bytes.extend(body);
+    bytes
+}
+
+/// The toy CPU's recording of a seed.
+struct Toy {
+    seed: u64,
+    counts: bool,
+    distrusted: bool,
+    header: Header,
+    recording: Recording,
+}
+
+impl Toy {
+    fn record(seed: u64) -> Toy {
+        let mut scenario = Scenario::new(seed);
+        // A tenth of them with a counter, since those take the longest, and half of these with trouble.
+        let counts = seed.is_multiple_of(10);
+        if counts {
+            scenario = scenario.with_patience(20_000);
+            scenario.chaos = seed.is_multiple_of(20).then_some(seed);
+        }
+        if seed.is_multiple_of(3) {
+            scenario.panic_grace_ns = Some(1_000_000);
+        }
+        let detail = match mix(seed) % 8 {
+            0 => Detail::Full,
+            _ => Detail::Default,
+        };
+        let header = scenario.header(detail);
+        let recording = match counts {
+            false => scenario.record(detail, mix(seed)),
+            true => {
+                let world = SimWorld::new(seed, scenario.pace_ns);
+                let cpu = counting(ToyCpu::new(seed, mix(seed)), mix(seed));
+                let (result, recording) = scenario.record_with(detail, world, cpu);
+                Recording {
+                    end: Some(result.expect("it is recorded")),
+                    ..recording
+                }
+            }
+        };
+        Toy {
+            seed,
+            counts,
+            distrusted: false,
+            header,
+            recording,
+        }
+    }
+}
+
+fn counting(cpu: ToyCpu, noise: u64) -> ToyCpu {
+    cpu.with_counter(ToyCounter::new(noise, 12, 13))
+}
+
+impl Recorded for Toy {
+    type Cpu = ToyCpu;
+    type Disks = NoDisks;
+
+    fn header(&self) -> &Header {
+        &self.header
+    }
+    fn journal(&self) -> &[u8] {
+        &self.recording.journal
+    }
+    fn end(&self) -> &End {
+        self.recording.end.as_ref().expect("it came to its end")
+    }
+    fn exits(&self) -> u64 {
+        self.recording.exits
+    }
+    fn cpu(&self, noise: u64) -> ToyCpu {
+        let cpu = ToyCpu::new(self.seed, noise);
+        let cpu = match self.counts {
+            true => counting(cpu, noise),
+            false => cpu,
+        };
+        match self.distrusted {
+            true => cpu.distrusted(),
+            false => cpu,
+        }
+    }
+    fn disks(&self) -> NoDisks {
+        NoDisks
+    }
+}
+
+/// The toy driver's recording of a seed.
+struct Driver {
+    seed: u64,
+    header: Header,
+    recording: busy_world::Recorded,
+}
+
+impl Driver {
+    fn record(seed: u64) -> Driver {
+        Driver {
+            seed,
+            header: busy_world::header(seed),
+            recording: busy_world::record(seed, ToyDisks::new(seed)),
+        }
+    }
+}
+
+impl Recorded for Driver {
+    type Cpu = ToyDriver;
+    type Disks = ToyDisks;
+
+    fn header(&self) -> &Header {
+        &self.header
+    }
+    fn journal(&self) -> &[u8] {
+        &self.recording.journal
+    }
+    fn end(&self) -> &End {
+        self.recording
+            .result
+            .as_ref()
+            .expect("it ends with a reset")
+    }
+    fn exits(&self) -> u64 {
+        self.recording.exits
+    }
+    fn cpu(&self, _: u64) -> ToyDriver {
+        ToyDriver::new(&busy_world::devices(), self.seed)
+    }
+    fn disks(&self) -> ToyDisks {
+        ToyDisks::new(self.seed)
+    }
+}
+
+#[test]
+fn a_machine_saved_anywhere_and_restored_elsewhere_goes_on_as_if_nothing_had_been() {
+    for_seeds(1, |seed| obeys_the_law(&Toy::record(seed), seed));
+}
+
+#[test]
+fn a_machine_with_disks_and_cards_saved_anywhere_goes_on_elsewhere() {
+    for_seeds(10, |seed| obeys_the_law(&Driver::record(seed), seed));
+}
+
+#[test]
+fn an_altered_state_is_refused_or_noticed_or_has_no_effect() {
+    let altered = std::cell::RefCell::new(Altered::default());
+    for_seeds(2, |seed| {
+        let toy = Toy {
+            distrusted: true,
+            ..Toy::record(seed)
+        };
+        survives_alteration(&toy, seed, 3, &mut altered.borrow_mut());
+    });
+    let altered = altered.into_inner();
+    println!("{altered:?}");
+    let Altered {
+        refused, noticed, ..
+    } = altered;
+    assert!(refused > 100 && noticed > 100, "{altered:?}");
+}
+
+#[test]
+fn an_altered_state_of_disks_and_cards_is_refused_or_noticed_or_has_no_effect() {
+    let altered = std::cell::RefCell::new(Altered::default());
+    for_seeds(20, |seed| {
+        survives_alteration(&Driver::record(seed), seed, 6, &mut altered.borrow_mut());
+    });
+    let altered = altered.into_inner();
+    println!("{altered:?}");
+    let Altered {
+        refused, noticed, ..
+    } = altered;
+    assert!(refused > 50 && noticed > 50, "{altered:?}");
+}
+
+/// The law would hold of a state that leaves something out if nobody ever looked at that.
+#[test]
+fn each_part_of_a_state_is_missed_where_it_is_another_exits() {
+    let noticed = std::cell::RefCell::new([[0; 6]; 2]);
+    for_seeds(20, |seed| {
+        let toy = Toy {
+            distrusted: true,
+            ..Toy::record(seed)
+        };
+        notices_each_part(&toy, seed, &mut noticed.borrow_mut()[0]);
+    });
+    for_seeds(50, |seed| {
+        notices_each_part(&Driver::record(seed), seed, &mut noticed.borrow_mut()[1]);
+    });
+    let [toy, driver] = noticed.into_inner();
+    println!("{:?}: {toy:?}, {driver:?}", StateDigest::PARTS);
+    // The toy CPU has no disks.
+    for (part, times) in toy.iter().enumerate().filter(|(part, _)| *part != 3) {
+        assert!(*times > 50, "{}: {times}", StateDigest::PARTS[part]);
+    }
+    for (part, times) in driver.iter().enumerate() {
+        assert!(*times > 20, "{}: {times}", StateDigest::PARTS[part]);
+    }
+}
+
+#[test]
+fn bytes_that_were_kept_are_refused_when_a_bit_of_them_has_changed() {
+    for_seeds(50, |seed| {
+        let toy = Toy::record(seed);
+        let mut replay = Replay::new(&toy, 1);
+        replay.run_to(toy.exits() / 2);
+        let bytes = replay.save().to_bytes();
+        let mut rng = Rng::new(seed, 23);
+        for _ in 0..20 {
+            let mut changed = bytes.clone();
+            changed[rng.below(bytes.len() as u64) as usize] ^= 1 << rng.below(8);
+            assert!(State::<Toy>::from_bytes(&changed).is_err());
+            let cut = &bytes[..rng.below(bytes.len() as u64) as usize];
+            assert!(State::<Toy>::from_bytes(cut).is_err());
+        }
+    });
+}
+
+#[test]
+fn the_state_of_another_machine_is_refused() {
+    let toy = Toy::record(1);
+    let mut replay = Replay::new(&toy, 1);
+    replay.run_to(toy.exits() / 2);
+    let state = replay.save();
+    let mut other = toy.header.clone();
+    other.machine.ns_per_exit += 1;
+    let refused = machine_of(&other).restore(&state, &mut toy.cpu(1), &mut NoDisks);
+    assert!(
+        matches!(refused, Err(StateError::OtherMachine)),
+        "{refused:?}"
+    );
+}
+
+#[test]
+fn a_machine_between_two_exits_or_at_its_end_has_no_state() {
+    let toy = Toy::record(1);
+    let mut replay = Replay::new(&toy, 1);
+    replay.save();
+    replay.run(None).expect("it is the recording");
+    let none = replay
+        .machine
+        .save(&mut replay.cpu, &mut replay.disks, &replay.door);
+    assert!(matches!(none, Err(StateError::NotAtAnExit)), "{none:?}");
+}
+
+#[test]
+fn a_place_that_is_not_in_the_journal_is_refused() {
+    for_seeds(100, |seed| {
+        let toy = Toy::record(seed);
+        let mut replay = Replay::new(&toy, 1);
+        replay.run_to(toy.exits() - 1);
+        let place = replay.save().journal.expect("a replay has a place");
+        let mut rng = Rng::new(seed, 24);
+        let whole = Replayer::at(toy.reader(), &place);
+        assert!(whole.is_ok(), "{:?}", whole.err());
+        for _ in 0..20 {
+            let mut other = place.clone();
+            match rng.below(4) {
+                0 => other.records += 1 << rng.below(64).max(20),
+                1 => other.frame_before = Some(rng.number() >> rng.below(64)),
+                2 => other.history = vec![other.history[0]; 9],
+                _ => other.witnesses_checked = u64::MAX - rng.below(9),
+            }
+            if other.frame_before == place.frame_before && other.records == place.records {
+                assert!(Replayer::at(toy.reader(), &other).is_err());
+                continue;
+            }
+            match Replayer::at(toy.reader(), &other) {
+                Err(JournalError::Place(_)) => {}
+                // By chance, another place in it.
+                Ok(_) => assert!(other.frame_before < Some(toy.journal().len() as u64)),
+                Err(error) => panic!("{error}"),
+            }
+        }
+    });
+}
