@@ -1,7 +1,7 @@
 //! Which time reads can give way to a jump, and be done without an exit.
 //!
 //! A RDTSC has two bytes, a jump to anywhere in the kernel five. So instructions after it have to
-//! move along, to where the jump leads (see [`crate::rewrite::quick_stub`]). A *window* is the RDTSC and those.
+//! move along, to where the jump leads (see `quick_stub`). A *window* is the RDTSC and those.
 //! It must be certain that nobody ever enters a window but at its first byte, that nobody patches
 //! it, and that the moved instructions do elsewhere what they did here. Where one of these is not,
 //! the read stays an exit, which is always right.
