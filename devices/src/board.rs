@@ -46,7 +46,7 @@ pub const POSTED_PORT: u16 = COM1;
 pub const POSTED_MAX: usize = 1024;
 
 /// The version of [`BoardState`] that this program writes and reads.
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 
 /// The machine the guest sees, apart from its CPU and memory.
 #[derive(Clone, Debug)]
@@ -55,7 +55,6 @@ pub struct Board {
     /// The earliest time at which a timer has something to do; the common
     /// [`advance`](Board::advance) only compares with it.
     due: Nanos,
-    timer_latency_ns: Nanos,
     pic: Pic,
     ioapic: IoApic,
     lapic: Lapic,
@@ -74,7 +73,6 @@ pub struct BoardState {
     /// Which layout this is; [`Board::restore`] refuses all but its own.
     pub version: u32,
     now: Nanos,
-    timer_latency_ns: Nanos,
     pic: Pic,
     ioapic: IoApic,
     lapic: Lapic,
@@ -88,10 +86,10 @@ pub struct BoardState {
 }
 
 impl BoardState {
-    /// Whether it is the state of a machine with these devices and this latency of its timer. What a device is
-    /// must come from the machine's description alone: a disk that a state has made longer reaches past its image.
-    pub fn is_of(&self, devices: &Devices, timer_latency_ns: Nanos) -> bool {
-        self.timer_latency_ns == timer_latency_ns && self.virtio.is_of(devices)
+    /// Whether it is the state of a machine with these devices. What a device is must come from the machine's
+    /// description alone: a disk that a state has made longer reaches past its image.
+    pub fn is_of(&self, devices: &Devices) -> bool {
+        self.virtio.is_of(devices)
     }
 }
 
@@ -102,7 +100,6 @@ impl Board {
         Board {
             now: 0,
             due: Nanos::MAX,
-            timer_latency_ns: 0,
             pic: Pic::new(),
             ioapic: IoApic::new(),
             lapic: Lapic::new(),
@@ -113,14 +110,6 @@ impl Board {
             chipset: Chipset::new(),
             msrs: Msrs::new(),
             virtio: Bus::new(devices),
-        }
-    }
-
-    /// The same board, whose local APIC's timer takes so long to fire, at least.
-    pub fn with_timer_latency(self, timer_latency_ns: Nanos) -> Board {
-        Board {
-            timer_latency_ns,
-            ..self
         }
     }
 
@@ -190,6 +179,12 @@ impl Board {
         }
     }
 
+    /// An exit has happened, at which the guest is known to have `got_on` with its programs, or not: timers that
+    /// come faster than their handlers wait for that. Called at every exit, before [`Board::advance`].
+    pub fn count_exit(&mut self, got_on: bool) {
+        self.lapic.count_exit(got_on);
+    }
+
     /// Guest time is now `now`: timers due by then have fired. Called at every exit.
     pub fn advance(&mut self, now: Nanos) {
         assert!(
@@ -228,7 +223,9 @@ impl Board {
         let clock = self.rtc.next_interrupt();
         let clock = clock.filter(|_| reaches(GSI_CLOCK, GSI_CLOCK));
         let acpi = self.acpi.next_interrupt().filter(|_| reaches(SCI, SCI));
+        // One that is due already and waits for exits may fire at the next.
         let own = self.lapic.next_interrupt();
+        let own = own.and_then(|due| Some(due.max(self.now.checked_add(1)?)));
         [timer, clock, acpi, own].into_iter().flatten().min()
     }
 
@@ -299,7 +296,6 @@ impl Board {
         BoardState {
             version: VERSION,
             now: self.now,
-            timer_latency_ns: self.timer_latency_ns,
             pic: self.pic.clone(),
             ioapic: self.ioapic.clone(),
             lapic: self.lapic.clone(),
@@ -333,14 +329,12 @@ impl Board {
         state.lapic.check(Time {
             now: state.now,
             tsc: state.msrs.time_stamp(state.now),
-            latency_ns: state.timer_latency_ns,
         })?;
         state.chipset.check()?;
         state.virtio.check()?;
         let mut board = Board {
             now: state.now,
             due: Nanos::MAX,
-            timer_latency_ns: state.timer_latency_ns,
             pic: state.pic,
             ioapic: state.ioapic,
             lapic: state.lapic,
@@ -377,7 +371,6 @@ impl Board {
         Time {
             now: self.now,
             tsc: self.time_stamp(),
-            latency_ns: self.timer_latency_ns,
         }
     }
 

@@ -165,8 +165,12 @@ impl Lapic {
         }
     }
 
-    /// When the timer fires next, whether or not that interrupts: later than the time of the last
-    /// call.
+    /// An exit has happened, at which the guest is known to have `got_on`, or not.
+    pub fn count_exit(&mut self, got_on: bool) {
+        self.timer.count_exit(got_on);
+    }
+
+    /// When the timer is due next, whether or not that interrupts. It may have been already, and wait for exits.
     pub fn next_event(&self) -> Option<Nanos> {
         self.timer.due()
     }
@@ -186,8 +190,8 @@ impl Lapic {
 
     /// The guest has moved its TSC, against which the deadline is set.
     pub fn move_tsc(&mut self, time: Time) {
-        if self.timer_mode() == Mode::Deadline && self.timer.move_tsc(time) {
-            self.raise(Lvt::Timer);
+        if self.timer_mode() == Mode::Deadline {
+            self.timer.move_tsc(time);
         }
     }
 
@@ -256,8 +260,8 @@ impl Lapic {
         match index {
             IA32_APIC_BASE => (self.write_base(value), None),
             IA32_TSC_DEADLINE => {
-                if self.timer_mode() == Mode::Deadline && self.timer.set_deadline(value, time) {
-                    self.raise(Lvt::Timer);
+                if self.timer_mode() == Mode::Deadline {
+                    self.timer.set_deadline(value, time);
                 }
                 (Reply::Done, None)
             }
@@ -353,8 +357,8 @@ impl Lapic {
                 self.send(value);
             }
             Register::Lvt(entry) => self.write_lvt(entry, low),
-            Register::InitialCount if self.timer_mode().counts() => self.timer.load(low, time),
-            Register::Divide => self.timer.set_divide(low as u8, time),
+            Register::InitialCount if self.timer_mode().counts() => self.timer.load(low, time.now),
+            Register::Divide => self.timer.set_divide(low as u8, time.now),
             Register::SelfIpi => {
                 self.send_to_self(low as u8);
             }

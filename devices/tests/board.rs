@@ -342,10 +342,16 @@ fn a_tsc_deadline_is_the_boards_deadline_and_follows_the_tsc() {
     board.advance(3 * MILLISECOND - 1);
     assert!(!board.interrupt_pending());
     board.advance(3 * MILLISECOND);
+    assert!(!board.interrupt_pending(), "the guest has not got on yet");
+    assert_eq!(board.deadline(), Some(3 * MILLISECOND + 1));
+    board.count_exit(true);
+    board.advance(3 * MILLISECOND);
     assert_eq!(board.acknowledge(), 0xec);
     store(&mut board, END_OF_INTERRUPT, 0);
     assert_eq!(board.deadline(), None);
     arm(&mut board, 4 * MILLISECOND);
+    board.count_exit(true);
+    board.advance(3 * MILLISECOND);
     assert_eq!(
         board.acknowledge(),
         0xec,

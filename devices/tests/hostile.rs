@@ -35,6 +35,7 @@ fn take(board: &mut Board, step: &Step) -> Seen {
         ram: &ram,
         storage: &mut NoDisks,
     };
+    board.count_exit(matches!(step, Step::Wait(_) | Step::ToDeadline));
     match step {
         Step::Access(access) => {
             let answer = board.access(*access, &mut context);

@@ -1,11 +1,7 @@
 use super::*;
 use crate::lapic::Time;
 
-const START: Time = Time {
-    now: 0,
-    tsc: 0,
-    latency_ns: 0,
-};
+const START: Time = Time { now: 0, tsc: 0 };
 
 struct Bench {
     ioapic: IoApic,

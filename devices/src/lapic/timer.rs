@@ -5,10 +5,12 @@
 //! time stamp counter has come to a deadline. However often a period has passed since the last look, the
 //! timer has fired once.
 //!
-//! It does not fire sooner than a latency after it was armed, or fired. Exits are costly to this machine: where
-//! three of them take longer than a timer's period, each timer would be due before the handler of the one before has
-//! returned, and the interrupted program would never run again. Silicon has no such bound because a
-//! handler there takes about as long as the shortest period that Linux programs.
+//! It does not fire before the guest had the time to get on since it was armed, or fired. Exits are costly to this
+//! machine, and more so on a host that is busy: where the handful of exits that a timer's handler makes takes longer
+//! than its period, the next one would be due before the handler has returned, and the interrupted program would never
+//! run again. Time is no measure of that, since it follows the host's; exits are. So a timer waits for
+//! [`EXITS_MIN`] of them, unless the guest is known to have got on: it was preempted, halted, or read the time in a
+//! program. Silicon has no such bound because a handler there takes less than the shortest period that Linux programs.
 
 use serde::{Deserialize, Serialize};
 
@@ -22,6 +24,10 @@ const BUS_NS: u64 = 40;
 /// by how much it was woken earlier must fit a signed number in the journal.
 const NEVER: Nanos = i64::MAX as Nanos;
 
+/// A timer does not fire before so many exits. Linux makes some five from one that is armed in a handler to the program
+/// that was interrupted, and a dozen if each read of the time exits.
+const EXITS_MIN: u8 = 16;
+
 /// Guest time and the time stamp counter at one instant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Time {
@@ -29,8 +35,6 @@ pub(crate) struct Time {
     pub now: Nanos,
     /// What RDTSC reads then.
     pub tsc: u64,
-    /// How long a timer that is armed now takes to fire at least.
-    pub latency_ns: Nanos,
 }
 
 /// Bits 18:17 of the timer's LVT entry.
@@ -71,9 +75,10 @@ pub(super) struct Timer {
     since: Nanos,
     /// IA32_TSC_DEADLINE; 0 if it is not armed.
     deadline: u64,
-    /// It does not fire before this, whatever it was armed for.
-    earliest: Nanos,
-    /// When it fires. Derived, and kept because it is asked at every exit.
+    /// How many exits there were since it was armed, up to [`EXITS_MIN`].
+    exits: u8,
+    /// When it is due: it fires then, or as soon as there were exits enough. Derived, and kept because it is asked at
+    /// every exit.
     due: Option<Nanos>,
 }
 
@@ -85,12 +90,20 @@ impl Timer {
             loaded: 0,
             since: 0,
             deadline: 0,
-            earliest: 0,
+            exits: 0,
             due: None,
         }
     }
 
-    /// When it fires next: later than the time of the last call.
+    /// An exit has happened, at which the guest is known to have `got_on`, or not.
+    pub fn count_exit(&mut self, got_on: bool) {
+        self.exits = match got_on {
+            true => EXITS_MIN,
+            false => (self.exits + 1).min(EXITS_MIN),
+        };
+    }
+
+    /// When it is due. It may have been already, and wait for exits.
     pub fn due(&self) -> Option<Nanos> {
         self.due
     }
@@ -98,7 +111,7 @@ impl Timer {
     /// Whether it has fired by now.
     pub fn advance(&mut self, time: Time, mode: Mode) -> bool {
         let Time { now, .. } = time;
-        if self.due.is_none_or(|due| due > now) {
+        if self.due.is_none_or(|due| due > now) || self.exits < EXITS_MIN {
             return false;
         }
         let ran_down = self.ran_down();
@@ -111,47 +124,39 @@ impl Timer {
         {
             let period = u64::from(self.initial) * self.tick_ns();
             let since = ran_down + (now - ran_down) / period * period;
-            self.start(self.initial, since, time);
+            self.start(self.initial, since);
         }
         true
     }
 
     /// A write to the initial-count register: starts over, or stops.
-    pub fn load(&mut self, count: u32, time: Time) {
+    pub fn load(&mut self, count: u32, now: Nanos) {
         self.initial = count;
-        self.start(count, time.now, time);
+        self.start(count, now);
     }
 
     /// A write to the divide configuration register. A count that runs goes on from where it is.
-    pub fn set_divide(&mut self, divide: u8, time: Time) {
-        let count = self.count(time.now);
+    pub fn set_divide(&mut self, divide: u8, now: Nanos) {
+        let count = self.count(now);
         let runs = self.loaded != 0 && self.due.is_some();
         self.divide = divide;
         if count != 0 || runs {
-            self.start(count.max(1), time.now, time);
+            self.start(count.max(1), now);
         }
     }
 
-    /// Arms the deadline, or disarms it with 0. Whether it has fired at once.
-    pub fn set_deadline(&mut self, deadline: u64, time: Time) -> bool {
+    /// Arms the deadline, or disarms it with 0.
+    pub fn set_deadline(&mut self, deadline: u64, time: Time) {
         self.deadline = deadline;
-        self.move_tsc(time)
+        self.exits = 0;
+        self.move_tsc(time);
     }
 
-    /// The TSC has moved against guest time. Whether the deadline has passed by that.
-    pub fn move_tsc(&mut self, time: Time) -> bool {
-        self.due = None;
-        if self.deadline == 0 {
-            return false;
+    /// The TSC has moved against guest time.
+    pub fn move_tsc(&mut self, time: Time) {
+        if self.deadline != 0 || self.loaded == 0 {
+            self.due = self.deadline_due(time);
         }
-        self.earliest = time.now.saturating_add(time.latency_ns);
-        self.due = self.deadline_due(time);
-        let fires = self.due.is_some_and(|due| due <= time.now);
-        if fires {
-            self.deadline = 0;
-            self.due = None;
-        }
-        fires
     }
 
     /// Stops everything.
@@ -197,22 +202,23 @@ impl Timer {
                 Mode::Reserved => self.loaded == 0 && self.initial == 0 && self.deadline == 0,
             },
         )?;
-        let armed = self.earliest <= time.now.saturating_add(time.latency_ns);
-        ensure("APIC timer latency", armed)?;
+        ensure("APIC timer exits", self.exits <= EXITS_MIN)?;
         let due = match self.deadline {
-            0 => self.count_due(),
+            0 => self.ran_down(),
             _ => self.deadline_due(time),
         };
-        let future = self.due.is_none_or(|due| due > time.now);
-        ensure("APIC timer deadline", future && due == self.due)
+        // Since when one has passed that waits for exits is not known from the deadline.
+        let passed = |due: Option<Nanos>| due.is_some_and(|due| due <= time.now);
+        let right = due == self.due || (self.deadline != 0 && passed(due) && passed(self.due));
+        ensure("APIC timer deadline", right)
     }
 
     /// Starts a count that has run since `since`.
-    fn start(&mut self, count: u32, since: Nanos, time: Time) {
+    fn start(&mut self, count: u32, since: Nanos) {
         self.loaded = count;
         self.since = since;
-        self.earliest = time.now.saturating_add(time.latency_ns);
-        self.due = self.count_due();
+        self.exits = 0;
+        self.due = self.ran_down();
     }
 
     /// When the count has run down, if it runs.
@@ -223,16 +229,14 @@ impl Timer {
         }
     }
 
-    /// When the count that runs fires.
-    fn count_due(&self) -> Option<Nanos> {
-        self.ran_down().map(|due| due.max(self.earliest))
-    }
-
-    /// When the deadline that is armed fires.
+    /// When the deadline that is armed is due: now, if it has passed.
     fn deadline_due(&self, time: Time) -> Option<Nanos> {
+        if self.deadline == 0 {
+            return None;
+        }
         let left_ns = self.deadline.saturating_sub(time.tsc);
         let due = time.now.checked_add(left_ns)?;
-        Some(due.max(self.earliest)).filter(|due| *due <= NEVER)
+        Some(due).filter(|due| *due <= NEVER)
     }
 
     /// How long one step of the count takes. The divider is a power of two: 000 is 2, 110 is 128, 111

@@ -48,11 +48,6 @@ use turns::Turns;
 /// many frames at a time from a network card.
 pub const ARRIVALS_MAX: usize = 64;
 
-/// A timer takes as long to fire as so many exits take by the rule of guest time, at least. Linux programs its next
-/// timer, sets up a signal's frame and is back in the program in fewer, so the program gets on even where
-/// a timer's period is shorter than an exit.
-const TIMER_LATENCY_EXITS: u64 = 4;
-
 /// Why the loop came to its end other than by the run's own ending.
 #[derive(Debug, Error)]
 pub enum RunError<E: std::error::Error, D: Closing> {
@@ -132,8 +127,7 @@ impl Machine {
     pub fn new(devices: &Devices, cpuid: CpuidTable, ns_per_exit: u64) -> Machine {
         Machine {
             devices: devices.clone(),
-            board: Board::new(devices)
-                .with_timer_latency(TIMER_LATENCY_EXITS.saturating_mul(ns_per_exit)),
+            board: Board::new(devices),
             cpuid,
             ns_per_exit,
             quick_reads: None,

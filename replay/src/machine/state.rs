@@ -23,7 +23,7 @@ use super::moment::Moment;
 use super::outside::{Complete, JournalPlace, Outside};
 use super::pages::Pages;
 use super::turns::REASON_BYTES_MAX;
-use super::{Machine, Panic, TIMER_LATENCY_EXITS, Tally};
+use super::{Machine, Panic, Tally};
 
 /// The version of [`MachineState`] that this program writes and reads.
 const VERSION: u32 = 1;
@@ -301,9 +301,7 @@ impl Machine {
         S: Storage + Stateful<Error = StorageError>,
     {
         let progress = &state.progress;
-        if progress.description != self.description()
-            || !state.board.is_of(&self.devices, self.timer_latency_ns())
-        {
+        if progress.description != self.description() || !state.board.is_of(&self.devices) {
             return Err(StateError::OtherMachine);
         }
         let board = Board::restore(state.board.clone())?;
@@ -336,10 +334,6 @@ impl Machine {
             self.ns_per_exit,
             self.quick_reads,
         ))
-    }
-
-    fn timer_latency_ns(&self) -> Nanos {
-        TIMER_LATENCY_EXITS.saturating_mul(self.ns_per_exit)
     }
 }
 

@@ -4,7 +4,7 @@ use hindsight_devices::{Access, BusContext, Input, Output, POSTED_PORT, Reply, S
 
 use super::cpu::{Back, Cpu};
 use super::ending::{End, Ending};
-use super::exit::{Answer, Exit, TimeInstruction, Turn};
+use super::exit::{Answer, Exit, Mode, TimeInstruction, Turn};
 use super::guest::View;
 use super::moment::Moment;
 use super::observer::Observer;
@@ -213,6 +213,7 @@ impl<C: Cpu, O: Outside + ?Sized> Turns<'_, C, O> {
             now >= earliest,
             "time ran backwards: {now} after {last}, and what was shown since lies below {earliest}"
         );
+        machine.board.count_exit(shows_progress(exit));
         machine.board.advance(now);
         Ok(())
     }
@@ -437,6 +438,16 @@ impl<C: Cpu, O: Outside + ?Sized> Turns<'_, C, O> {
             at: self.machine.at,
             source,
         })
+    }
+}
+
+/// Whether an exit shows that the guest has got on with its programs, or has none to get on with. A timer in the kernel
+/// would not show that: it may be all that there is time for.
+fn shows_progress(exit: &Exit) -> bool {
+    match exit {
+        Exit::Preempted(_) | Exit::Halt | Exit::Woken => true,
+        Exit::TimeRead { mode, .. } => *mode == Mode::User,
+        _ => false,
     }
 }
 

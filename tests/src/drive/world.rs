@@ -98,6 +98,8 @@ impl Side {
     fn take(&mut self, step: &Step, slots: &[u64]) -> Seen {
         let (mut reply, mut vector) = (None, None);
         self.disks.work = Work::default();
+        let waits = matches!(step, Step::Wait(_) | Step::ToDeadline);
+        self.board.count_exit(waits);
         match step {
             Step::Access(access) => reply = Some(self.access(*access)),
             Step::Put { gpa, bytes } => {
