@@ -169,7 +169,7 @@ pub struct Recording {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Trace {
     /// The exit after which it began to look.
-    begins_after: u64,
+    pub begins_after: u64,
     /// Turns, the first at index 0.
     pub turns: Vec<Turn>,
     /// Interrupts.
