@@ -166,6 +166,16 @@ struct Altered {
     without_effect: u64,
 }
 
+impl Altered {
+    /// Whoever tries a few seeds may be lucky.
+    fn assert_many_kinds(self) {
+        println!("{self:?}");
+        let all = self.refused + self.noticed + self.without_effect;
+        let many = self.refused * 20 > all && self.noticed * 4 > all;
+        assert!(many || all < 500, "{self:?}");
+    }
+}
+
 /// Flips bits of a state's bytes. Whatever that makes of it is refused, or noticed by the replay, or has no effect:
 /// the replay sees and does all that the recording says from there on.
 fn survives_alteration<R: Recorded>(recorded: &R, seed: u64, times: u64, altered: &mut Altered) {
@@ -220,8 +230,15 @@ fn covered(trace: &Trace, after: u64) -> Trace {
     covered
 }
 
-/// Puts one part of a state of another exit into a state. Returns how often each part's was noticed.
-fn notices_each_part<R: Recorded>(recorded: &R, seed: u64, noticed: &mut [u64; 6]) {
+/// How often a part of a state was another exit's, and how often that was noticed.
+#[derive(Clone, Copy, Debug, Default)]
+struct Noticed {
+    times: u64,
+    of: u64,
+}
+
+/// Puts one part of a state of another exit into a state.
+fn notices_each_part<R: Recorded>(recorded: &R, seed: u64, noticed: &mut [Noticed; 6]) {
     if recorded.exits() < 40 {
         return;
     }
@@ -250,7 +267,8 @@ fn notices_each_part<R: Recorded>(recorded: &R, seed: u64, noticed: &mut [u64; 6
         assert_eq!(differences, [StateDigest::PARTS[part]]);
         let mut replay = Replay::new(recorded, 2);
         let went_on = replay.restore(recorded, &mixed);
-        *noticed += u64::from(went_on.is_err() || replay.run(None).is_err());
+        noticed.times += u64::from(went_on.is_err() || replay.run(None).is_err());
+        noticed.of += 1;
     }
 }
 
@@ -274,11 +292,11 @@ struct Toy {
 impl Toy {
     fn record(seed: u64) -> Toy {
         let mut scenario = Scenario::new(seed);
-        // A tenth of them with a counter, since those take the longest, and half of these with trouble.
-        let counts = seed.is_multiple_of(10);
+        // A quarter of them with a counter, since those take the longest, and half of these with trouble.
+        let counts = seed.is_multiple_of(4);
         if counts {
             scenario = scenario.with_patience(20_000);
-            scenario.chaos = seed.is_multiple_of(20).then_some(seed);
+            scenario.chaos = seed.is_multiple_of(8).then_some(seed);
         }
         if seed.is_multiple_of(3) {
             scenario.panic_grace_ns = Some(1_000_000);
@@ -410,12 +428,7 @@ fn an_altered_state_is_refused_or_noticed_or_has_no_effect() {
         };
         survives_alteration(&toy, seed, 3, &mut altered.borrow_mut());
     });
-    let altered = altered.into_inner();
-    println!("{altered:?}");
-    let Altered {
-        refused, noticed, ..
-    } = altered;
-    assert!(refused > 100 && noticed > 100, "{altered:?}");
+    altered.into_inner().assert_many_kinds();
 }
 
 #[test]
@@ -424,18 +437,13 @@ fn an_altered_state_of_disks_and_cards_is_refused_or_noticed_or_has_no_effect() 
     for_seeds(20, |seed| {
         survives_alteration(&Driver::record(seed), seed, 6, &mut altered.borrow_mut());
     });
-    let altered = altered.into_inner();
-    println!("{altered:?}");
-    let Altered {
-        refused, noticed, ..
-    } = altered;
-    assert!(refused > 50 && noticed > 50, "{altered:?}");
+    altered.into_inner().assert_many_kinds();
 }
 
 /// The law would hold of a state that leaves something out if nobody ever looked at that.
 #[test]
 fn each_part_of_a_state_is_missed_where_it_is_another_exits() {
-    let noticed = std::cell::RefCell::new([[0; 6]; 2]);
+    let noticed = std::cell::RefCell::new([[Noticed::default(); 6]; 2]);
     for_seeds(20, |seed| {
         let toy = Toy {
             distrusted: true,
@@ -446,14 +454,11 @@ fn each_part_of_a_state_is_missed_where_it_is_another_exits() {
     for_seeds(50, |seed| {
         notices_each_part(&Driver::record(seed), seed, &mut noticed.borrow_mut()[1]);
     });
-    let [toy, driver] = noticed.into_inner();
-    println!("{:?}: {toy:?}, {driver:?}", StateDigest::PARTS);
-    // The toy CPU has no disks.
-    for (part, times) in toy.iter().enumerate().filter(|(part, _)| *part != 3) {
-        assert!(*times > 50, "{}: {times}", StateDigest::PARTS[part]);
-    }
-    for (part, times) in driver.iter().enumerate() {
-        assert!(*times > 20, "{}: {times}", StateDigest::PARTS[part]);
+    for noticed in noticed.into_inner() {
+        for (part, Noticed { times, of }) in StateDigest::PARTS.iter().zip(noticed) {
+            println!("{part}: noticed {times} of {of} times");
+            assert!(times * 3 > of || of < 20, "{part}: {times} of {of} times");
+        }
     }
 }
 
