@@ -9,8 +9,8 @@ use std::io::Cursor;
 use hindsight_devices::{NoDisks, Output, Storage, StorageError};
 use hindsight_replay::rng::{Rng, mix};
 use hindsight_replay::{
-    Closed, Cpu, Detail, End, Ending, Header, JournalError, JournalReader, Machine, MachineState,
-    Pages, Replayer, RunError, StateDigest, StateError, StateOf, Stateful,
+    Closed, Cpu, Detail, End, Ending, Exit, Header, JournalError, JournalReader, Machine,
+    MachineState, Pages, Replayer, RunError, StateDigest, StateError, StateOf, Stateful, Turn,
 };
 use hindsight_tests::busy_world;
 use hindsight_tests::sim::{Recording, Scenario, Trace, machine_of};
@@ -33,6 +33,10 @@ trait Recorded {
     fn journal(&self) -> &[u8];
     fn end(&self) -> &End;
     fn exits(&self) -> u64;
+    /// An exit before the last but one.
+    fn place(&self, rng: &mut Rng) -> u64 {
+        rng.below(self.exits() - 1)
+    }
     /// On the host of `noise`.
     fn cpu(&self, noise: u64) -> Self::Cpu;
     fn disks(&self) -> Self::Disks;
@@ -118,7 +122,7 @@ fn obeys_the_law<R: Recorded>(recorded: &R, seed: u64) {
         return;
     }
     let mut rng = Rng::new(seed, 21);
-    let here = rng.below(recorded.exits() - 1);
+    let here = recorded.place(&mut rng);
     let there = here + 1 + rng.below(recorded.exits() - here - 1);
     let noise = |number: u64| mix(seed ^ number << 32);
 
@@ -138,13 +142,17 @@ fn obeys_the_law<R: Recorded>(recorded: &R, seed: u64) {
     saved.run_to(there);
     assert_same::<R>("after a save", &saved.save(), &expected);
 
-    // Restored: on another host, in a fresh machine or in one that has been elsewhere.
+    // Restored: on another host, in a fresh machine, in one that is elsewhere, or in one that has ended.
     let bytes = state.to_bytes();
     let state: State<R> = MachineState::from_bytes(&bytes).expect("it was kept");
     assert!(state.to_bytes() == bytes);
-    let mut restored = match rng.one_in(2) {
-        true => Replay::new(recorded, noise(3)),
-        false => saved,
+    let mut restored = match rng.below(3) {
+        0 => Replay::new(recorded, noise(3)),
+        1 => saved,
+        _ => {
+            saved.run(None).expect("it is the recording");
+            saved
+        }
     };
     let done = restored.restore(recorded, &state);
     done.unwrap_or_else(|error| panic!("it could not be restored: {error}"));
@@ -197,17 +205,25 @@ fn survives_alteration<R: Recorded>(recorded: &R, seed: u64, times: u64, altered
         };
         bytes[at] ^= 1 << rng.below(8);
         let sealed = seal(&bytes);
-        let Ok(state) = State::<R>::from_bytes(&sealed) else {
+        let Ok(other) = State::<R>::from_bytes(&sealed) else {
             altered.refused += 1;
             continue;
         };
         let mut replay = Replay::new(recorded, 2);
-        if replay.restore(recorded, &state).is_err() {
+        if replay.restore(recorded, &other).is_err() {
             altered.refused += 1;
             continue;
         }
         match replay.run(None) {
-            Err(_) => altered.noticed += 1,
+            Err(_) => {
+                altered.noticed += 1;
+                // Wherever it has gone astray, it can be brought back.
+                let back = replay.restore(recorded, &state);
+                back.unwrap_or_else(|error| panic!("it could not be restored: {error}"));
+                assert_same::<R>("brought back", &replay.save(), &state);
+                let found = replay.run(None).expect("it is the recording");
+                assert_eq!(found, *recorded.end());
+            }
             Ok(end) => {
                 assert_eq!(end, *recorded.end());
                 let seen = covered(&replay.trace, here);
@@ -347,6 +363,19 @@ impl Recorded for Toy {
     }
     fn exits(&self) -> u64 {
         self.recording.exits
+    }
+    /// Every second time one at which the guest was preempted, if it was.
+    fn place(&self, rng: &mut Rng) -> u64 {
+        let place = rng.below(self.exits() - 1);
+        let turns = &self.recording.trace.turns[..self.exits() as usize - 2];
+        let preempted = |turn: &Turn| matches!(turn.exit, Exit::Preempted(_));
+        let mut places = (1..)
+            .zip(turns)
+            .filter(|(at, turn)| *at >= place && preempted(turn));
+        match rng.one_in(2) {
+            true => places.next().map_or(place, |(at, _)| at),
+            false => place,
+        }
     }
     fn cpu(&self, noise: u64) -> ToyCpu {
         let cpu = ToyCpu::new(self.seed, noise);
