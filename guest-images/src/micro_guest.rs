@@ -250,7 +250,7 @@ fn descriptors() -> [u64; DESCRIPTORS as usize] {
 fn task_state() -> Vec<u8> {
     let mut tss = vec![0; TSS_BYTES as usize];
     tss[4..12].copy_from_slice(&INTERRUPT_STACK.to_le_bytes());
-    // The I/O permission map begins behind the end: ring 3 has no ports.
+    // The I/O permission map begins after the end: ring 3 has no ports.
     tss[102..104].copy_from_slice(&(TSS_BYTES as u16).to_le_bytes());
     tss
 }

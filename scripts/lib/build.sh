@@ -22,7 +22,7 @@ build_hindsight() {
         echo "cargo is missing: install Rust (rustup) first" >&2
         return 2
     fi
-    (cd "$checkout" && cargo build --quiet --locked --release -p hindsight) || return
+    (cd "$checkout" && cargo build --quiet --locked --release -p hindsight-cli) || return
     hindsight=$(in_reach "$(built hindsight)")
 }
 

@@ -2,7 +2,7 @@
 # Where dear things are kept from one checkout to the next. To be sourced.
 
 # shared_cache ELSE: makes and prints the user's cache directory, by the rule of the program itself
-# (vmm/src/kernel_cache.rs): $HINDSIGHT_CACHE, else hindsight in $XDG_CACHE_HOME, else in
+# (vmm/src/session/kernel_cache.rs): $HINDSIGHT_CACHE, else hindsight in $XDG_CACHE_HOME, else in
 # $HOME/.cache. Where that is none or cannot be written, the directory ELSE.
 shared_cache() {
     local directory

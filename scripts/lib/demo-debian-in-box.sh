@@ -9,7 +9,7 @@ say() { printf '\n== %s\n' "$*"; }
 say "recording Debian from power-on, through a login and what is typed there, to poweroff"
 rm -rf "$recording"
 "$session" "$recording" --net user >"$directory/console"
-# The kernel may put a message of its own behind the prompt.
+# The kernel may put a message of its own after the prompt.
 sed -n '/debian login: /,/ip -brief/p' "$directory/console" | cut -c 1-110
 
 say "replaying it"

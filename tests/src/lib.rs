@@ -10,6 +10,7 @@ pub mod seeds;
 pub mod session;
 pub mod sim;
 pub mod sim_world;
+pub mod skip;
 pub mod toy_counter;
 pub mod toy_cpu;
 pub mod toy_disks;

@@ -4,6 +4,8 @@
 //! reached goes into the registers: two runs whose inputs differ part at once. What differs
 //! between hosts (kicks, and when KVM finishes an instruction) comes from a seed of its own, the
 //! noise, so that a recording and its replay can be given different hosts.
+//!
+//! Long, because it is a whole CPU: what it executes, how it is preempted, and what of it is saved.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -350,7 +352,7 @@ impl ToyCpu {
         }
     }
 
-    /// Behind every instruction: the next place, and everything seen so far in R15.
+    /// After every instruction: the next place, and everything seen so far in R15.
     fn step(&mut self, h: u64) {
         // Round and round on 64 places, so that a place is more than its address.
         let rip = self.registers.0[16];

@@ -88,11 +88,11 @@ fn read(source: impl Read) -> Result<(Vec<Frame>, Tail), JournalError> {
     }
     assert!(
         reader.next_frame()?.is_none(),
-        "there is nothing behind the tail"
+        "there is nothing after the tail"
     );
     Ok((
         frames,
-        reader.tail().expect("known behind the last frame").clone(),
+        reader.tail().expect("known after the last frame").clone(),
     ))
 }
 

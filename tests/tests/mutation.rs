@@ -1,6 +1,6 @@
 //! A damaged journal is noticed: every bit, every length, every frame out of place.
 //!
-//! The rule for all of it: a replay of a changed file is refused, or cut short behind a beginning
+//! The rule for all of it: a replay of a changed file is refused, or cut short after a beginning
 //! that is equal to the recording, or diverges. It is never equal, never a panic, never endless.
 
 mod arbitrary;
@@ -103,7 +103,7 @@ impl Victim {
         )
     }
 
-    /// Replays a damaged journal that must break off exactly at `offset`, behind exit `through`.
+    /// Replays a damaged journal that must break off exactly at `offset`, after exit `through`.
     fn breaks_off(&self, journal: &[u8], offset: u64, through: u64) -> Tail {
         let replayed = self.replay(journal);
         let Verdict::CutShort(tail) = replayed.verdict else {
@@ -213,7 +213,7 @@ fn a_cut_journal_recorded_again_holds_all_that_was_left() {
         let cpu = ToyCpu::new(victim.scenario.seed, 3);
         let (verdict, copy) = relog(journal, &header, cpu);
         assert!(matches!(verdict, Verdict::CutShort(_)), "{verdict:?}");
-        assert!(copy == journal, "cut behind exit {}", cut.first);
+        assert!(copy == journal, "cut after exit {}", cut.first);
     }
 }
 

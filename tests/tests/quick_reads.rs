@@ -1,7 +1,5 @@
 //! Time reads without exits on the host's KVM: a kernel of a few instructions, loaded as Linux is.
 
-use hindsight::kvm::KvmCpu;
-use hindsight::machine::{LoadedKernel, build, describe};
 use hindsight_devices::Reset;
 use hindsight_devices::{Devices, NoDisks};
 use hindsight_replay::{
@@ -10,13 +8,16 @@ use hindsight_replay::{
 };
 use hindsight_tests::sim::{Scenario, Trace};
 use hindsight_tests::sim_world::SimWorld;
+use hindsight_tests::skip::skip;
+use hindsight_vmm::kvm::KvmCpu;
+use hindsight_vmm::session::{LoadedKernel, build, describe};
 use kvm_ioctls::Kvm;
 
 /// How often the kernel reads the time.
 const READS: u64 = 200;
 const VIRTUAL: u64 = 0xffff_ffff_8100_0000;
 const PHYSICAL: u64 = 0x100_0000;
-/// Of the text, mostly padding, and of the data behind it.
+/// Of the text, mostly padding, and of the data after it.
 const TEXT_BYTES: usize = 64 << 10;
 const DATA_BYTES: usize = 64;
 const MEMORY_BYTES: u64 = 32 << 20;
@@ -40,7 +41,7 @@ const CODE: [u8; 34] = [
     0x0f, 0x0b,                   // bad:   ud2
 ];
 
-/// An ELF file with padding in its text and room behind its data.
+/// An ELF file with padding in its text and room after its data.
 fn kernel() -> Vec<u8> {
     let mut text = CODE.to_vec();
     text.resize(TEXT_BYTES, 0xcc);
@@ -100,7 +101,7 @@ fn kernel() -> Vec<u8> {
 /// The host's KVM, or word of what is missing.
 fn kvm() -> Option<Kvm> {
     Kvm::new()
-        .inspect_err(|error| eprintln!("skipped: /dev/kvm does not open: {error}"))
+        .inspect_err(|error| skip(&format!("/dev/kvm does not open: {error}")))
         .ok()
 }
 

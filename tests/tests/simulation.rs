@@ -1,5 +1,7 @@
 //! Thousands of seeds, each a machine, a program and a world, through the production loop.
 //!
+//! Long, because each is one claim about the same loop over the same seeds.
+//!
 //! `HINDSIGHT_SIM_SEEDS` says how many seeds (default 5,000), `HINDSIGHT_SIM_SEED` picks one. A
 //! failure names its seed and how to run it alone.
 
@@ -186,7 +188,7 @@ fn a_replay_stops_at_exactly_the_exit_asked_for() {
             );
             let expected = recording.trace.through(until);
             assert_eq!(replayed.trace.turns, expected.turns);
-            // Windows that open behind the exit lie beyond the stop.
+            // Windows that open after the exit lie beyond the stop.
             assert!(expected.interrupts.starts_with(&replayed.trace.interrupts));
             let before = recording.trace.through(until.saturating_sub(1)).interrupts;
             assert!(replayed.trace.interrupts.starts_with(&before));
@@ -241,7 +243,7 @@ fn a_recording_whose_cpu_failed_replays_up_to_the_failure() {
         }
         let replayed = replay(&recording.journal, ToyCpu::new(seed, there), None);
         match &replayed.verdict {
-            // Turns behind the last event leave no trace; there are few of those.
+            // Turns after the last event leave no trace; there are few of those.
             Verdict::CutShort(tail) => {
                 assert!(tail.through <= recording.exits, "{tail}");
                 assert!(recording.exits - tail.through < WITNESS_EVERY, "{tail}");
@@ -566,7 +568,7 @@ fn the_seeds_reach_what_they_are_meant_to_reach() {
         "exits: {exits:?}"
     );
     assert_eq!(exits[Exit::PREEMPTED], 0);
-    assert!(posted >= 100, "{posted} exits behind posted writes");
+    assert!(posted >= 100, "{posted} exits after posted writes");
     let [_, rest @ .., _, _, _, left_open] = events;
     assert!(left_open >= 100, "{left_open} events of what is left open");
     assert!(rest.iter().all(|count| *count >= 100), "events: {events:?}");

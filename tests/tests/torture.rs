@@ -2,13 +2,14 @@
 //! interrupt one instruction off changes that. Rings 0 and 3, where the host's KVM has both;
 //! else the test says so and passes.
 
+use hindsight_tests::skip::skip;
 use std::time::Duration;
 
-use hindsight::kvm::probe::{Fault, Late, ProbeVm, Stop, bounded};
-use hindsight::kvm::{KvmError, cpuid};
 use hindsight_guest_images::layout::DATA;
 use hindsight_guest_images::micro::{self, Reach, TORTURE_VECTOR, Torture, Tortured};
 use hindsight_guest_images::{MicroGuest, Ring};
+use hindsight_vmm::kvm::probe::{Fault, Late, ProbeVm, Stop, bounded};
+use hindsight_vmm::kvm::{KvmError, cpuid};
 use kvm_bindings::{KVM_GUESTDBG_ENABLE, KVM_GUESTDBG_SINGLESTEP};
 use kvm_ioctls::Kvm;
 
@@ -68,7 +69,7 @@ fn reaches(reach: Reach) -> bool {
 /// Does `work` with a VM, where the host's KVM reaches so far.
 fn with_vm(reach: Reach, work: impl FnOnce(&mut ProbeVm) + Send + 'static) {
     if !reaches(reach) {
-        eprintln!("skipped: there is no KVM here that does {reach:?}");
+        skip(&format!("there is no KVM here that does {reach:?}"));
         return;
     }
     let result = bounded(LIMIT, |late| {
@@ -140,7 +141,7 @@ fn the_torture_has_the_checksum_that_it_has_on_every_cpu() {
     }
 }
 
-/// The checksum with one interrupt, `steps` instructions behind the second mark; nothing if the
+/// The checksum with one interrupt, `steps` instructions after the second mark; nothing if the
 /// guest takes none there.
 fn interrupted_behind(vm: &mut ProbeVm, steps: u32) -> Option<u64> {
     let mut taken = false;
@@ -172,7 +173,7 @@ fn an_interrupt_one_instruction_off_changes_the_checksum() {
         let sums: Vec<u64> = (0..24)
             .filter_map(|steps| {
                 let sum = interrupted_behind(vm, steps);
-                assert_eq!(interrupted_behind(vm, steps), sum, "behind {steps} steps");
+                assert_eq!(interrupted_behind(vm, steps), sum, "after {steps} steps");
                 sum
             })
             .collect();

@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
+use crate::failure::{Classified, Kind};
+
 /// Why a file was not read.
 #[derive(Debug, Error)]
 pub enum ReadError {
@@ -125,6 +127,12 @@ pub fn read_whole(
 /// Opens a regular file that the user named, and reads it if it has at most `limit` bytes.
 pub fn read(path: &Path, limit: u64) -> Result<Vec<u8>, ReadError> {
     read_whole(path, open(path, Links::Follow)?, limit)
+}
+
+impl Classified for ReadError {
+    fn kind(&self) -> Kind {
+        Kind::BadInput
+    }
 }
 
 #[cfg(test)]

@@ -31,7 +31,7 @@ pub enum Attempt {
     /// TPAUSE with a deadline long past. Where it is not known, its bytes may mean MFENCE, which
     /// leaves the flags alone; the answer is 1 if it changed them.
     Tpause,
-    /// XBEGIN, whose abort goes on behind it.
+    /// XBEGIN, whose abort goes on after it.
     Xbegin,
     /// XGETBV of XCR0.
     Xgetbv,

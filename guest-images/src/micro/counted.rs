@@ -73,7 +73,7 @@ pub fn counted(ring: Ring, rounds: u32) -> MicroGuest {
             g.done()?;
         }
 
-        // #PF: the error code, then RIP, which is set behind the store.
+        // #PF: the error code, then RIP, which is set after the store.
         g.entry(14)?;
         handler_loop(g, PER_FAULT)?;
         g.a.inc(qword_ptr(DATA))?;

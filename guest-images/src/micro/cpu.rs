@@ -45,7 +45,7 @@ pub fn write_msr(index: u32, value: u64) -> MicroGuest {
 
 /// `out %al` to `port` with 0xa, 0xb, 0xc and 0xd in RAX, RBX, RCX and RDX, as a rewritten CPUID
 /// does; what the four registers hold afterwards stands at `DATA`, eight bytes each.
-/// Place: `next`, the instruction behind the OUT.
+/// Place: `next`, the instruction after the OUT.
 pub fn trap_port(port: u8) -> MicroGuest {
     MicroGuest::assemble(Ring::Kernel, |g| {
         for (register, value) in [(rax, 0xau64), (rbx, 0xb), (rcx, 0xc), (rdx, 0xd)] {
@@ -61,20 +61,20 @@ pub fn trap_port(port: u8) -> MicroGuest {
     })
 }
 
-/// Where [`x87_pointers`] leaves what FNSTENV stores, before its mark and behind it.
+/// Where [`x87_pointers`] leaves what FNSTENV stores, before its mark and after it.
 pub const X87_ENVIRONMENTS: [u64; 2] = [DATA + 0x40, DATA + 0x80];
 /// Bytes of an environment, in the format of 32-bit protected mode (Intel SDM vol. 1, 8.1.10).
 pub const X87_ENVIRONMENT_BYTES: usize = 28;
 
 /// An x87 load, FNSTENV, a mark, and FNSTENV again.
 pub fn x87_pointers() -> MicroGuest {
-    let [before, behind] = X87_ENVIRONMENTS;
+    let [before, after] = X87_ENVIRONMENTS;
     MicroGuest::assemble(Ring::Kernel, |g| {
         g.a.fninit()?;
         g.a.fld(qword_ptr(DATA))?;
         g.a.fnstenv(ptr(before))?;
         g.mark()?;
-        g.a.fnstenv(ptr(behind))?;
+        g.a.fnstenv(ptr(after))?;
         g.done()
     })
 }

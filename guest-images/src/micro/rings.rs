@@ -15,7 +15,7 @@ pub(super) const MASKED_FLAGS: u64 = 0x700;
 /// Starts in ring 0, sets the SYSCALL MSRs, goes to ring 3 with IRETQ, and there does SYSCALL.
 /// The entry does what only ring 0 may (it reads CR3) and marks itself: at the mark CPL must be 0
 /// and RCX the place `back`. SYSRET then returns there, and ring 3 ends the guest. CS in the entry
-/// stands at `DATA`, CR3 at `DATA + 8`, CS behind SYSRET at `DATA + 16`. Places: `back`.
+/// stands at `DATA`, CR3 at `DATA + 8`, CS after SYSRET at `DATA + 16`. Places: `back`.
 pub fn syscall() -> MicroGuest {
     MicroGuest::assemble(Ring::Kernel, |g| {
         let mut user = g.a.create_label();
@@ -61,14 +61,14 @@ pub fn syscall() -> MicroGuest {
 
 /// Starts in ring 3 and divides by zero. The entry marks itself; CS there must be ring 0's and RSP
 /// five words below [`INTERRUPT_STACK`](crate::layout::INTERRUPT_STACK). IRETQ returns to ring 3,
-/// behind the division, and ring 3 ends the guest. CS in the entry stands at `DATA`, RSP at
-/// `DATA + 8`, CS behind IRETQ at `DATA + 16`.
+/// after the division, and ring 3 ends the guest. CS in the entry stands at `DATA`, RSP at
+/// `DATA + 8`, CS after IRETQ at `DATA + 16`.
 pub fn gate() -> MicroGuest {
     MicroGuest::assemble(Ring::User, |g| {
-        let mut behind = g.a.create_label();
+        let mut after = g.a.create_label();
         g.a.mov(eax, 0u32)?;
         g.a.div(eax)?;
-        g.a.set_label(&mut behind)?;
+        g.a.set_label(&mut after)?;
         g.a.mov(eax, cs)?;
         g.a.mov(qword_ptr(DATA + 16), rax)?;
         g.done()?;
@@ -78,7 +78,7 @@ pub fn gate() -> MicroGuest {
         g.a.mov(qword_ptr(DATA), rax)?;
         g.a.mov(qword_ptr(DATA + 8), rsp)?;
         g.mark()?;
-        g.address(rax, behind)?;
+        g.address(rax, after)?;
         g.a.mov(qword_ptr(rsp), rax)?;
         g.a.iretq()
     })

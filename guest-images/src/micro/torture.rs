@@ -368,7 +368,7 @@ fn write_handlers(g: &mut Draft, how: Torture, labels: &mut Labels) -> Result<()
         g.a.add(qword_ptr(rsp), 2i32)?;
         g.a.iretq()?;
     }
-    // #BP is a trap: RIP is behind it (Intel SDM vol. 3, 6.15).
+    // #BP is a trap: RIP is after it (Intel SDM vol. 3, 6.15).
     g.entry(3)?;
     g.a.nop()?;
     g.a.iretq()?;

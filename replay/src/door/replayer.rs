@@ -1,4 +1,6 @@
 //! Reads the door's answers from a journal, and checks the machine against it.
+//!
+//! Long, because all that is compared with a recording stands here, in the order in which the loop tells of it.
 
 use std::collections::VecDeque;
 use std::io::{Read, Seek};

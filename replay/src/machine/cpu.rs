@@ -29,7 +29,7 @@ pub trait Cpu {
     /// what a horizon between exits asks for runs to its next exit.
     fn run(&mut self, horizon: Horizon) -> Result<Back, Self::Error>;
     /// The next write that the guest has made since the exit before this one without an exit of its own, in
-    /// the order in which they were made: of bytes to [`POSTED_PORT`], of which at most
+    /// the order in which they were made: of bytes to [`hindsight_devices::POSTED_PORT`], of which at most
     /// [`hindsight_devices::POSTED_MAX`] wait. Asked for at each counted exit until there is none.
     fn posted(&mut self) -> Result<Option<u8>, Self::Error> {
         Ok(None)

@@ -10,10 +10,6 @@
 use std::process::ExitCode;
 use std::time::Instant;
 
-use hindsight::boot::{BootPlan, GuestRam};
-use hindsight::counting::{Counting, Preempt};
-use hindsight::kvm::{GuestMemory, KernelText, KvmCpu, cpuid};
-use hindsight::machine::{host_facts, open_kvm};
 use hindsight_devices::{Devices, FirstReads, Input, Nanos, NoDisks, Room};
 use hindsight_guest_images::layout::{
     CODE, DATA, DESCRIPTORS, GDT, KERNEL_CS, KERNEL_SS, PML4, RAM_BYTES, STACK0,
@@ -26,6 +22,9 @@ use hindsight_replay::{
     Position, Recorder, Replayer, TimeQuery, TrapCounts, Turn, World,
 };
 use hindsight_tests::sim::bare_machine;
+use hindsight_vmm::boot::{BootPlan, GuestRam};
+use hindsight_vmm::kvm::{GuestMemory, KernelText, KvmCpu, cpuid};
+use hindsight_vmm::session::{CounterWish, Counting, Preempt, host_facts, open_kvm};
 use kvm_ioctls::Kvm;
 
 /// Guest time passes by so much at each exit, and the timer ticks every second or third.
@@ -57,7 +56,7 @@ fn main() -> ExitCode {
 
 fn torture(landings: u64, first: u64) -> Result<(), Box<dyn std::error::Error>> {
     let (kvm, holes) = open_kvm()?;
-    let counting = Counting::choose(&kvm, Preempt::Branches, None, None)?;
+    let counting = Counting::choose(&kvm, Preempt::Branches, &CounterWish::default())?;
     let facts = counting.facts().expect("branches were asked for");
     println!(
         "event {:#x}; of {} kicks the latest came {} branches late, so the margin is {}",

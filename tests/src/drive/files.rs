@@ -7,7 +7,7 @@ use std::rc::Rc;
 use std::sync::OnceLock;
 
 use arbitrary::Unstructured;
-use hindsight::disk::{ExtError, Medium, Source, changes};
+use hindsight_vmm::disk::{ExtError, Medium, Source, changes};
 
 const SECTOR: usize = 512;
 /// Where a partition begins, in bytes.

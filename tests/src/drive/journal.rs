@@ -5,17 +5,17 @@
 
 use std::io::sink;
 
-use hindsight::cli::diff::Comparison;
-use hindsight::cli::inspect::{Listing, Survey};
-use hindsight::cli::pcap::Capture;
-use hindsight::cli::transcript::{Form, Transcript};
-use hindsight::index;
+use hindsight_cli::commands::console::{Form, Transcript};
+use hindsight_cli::commands::diff::Comparison;
+use hindsight_cli::commands::inspect::{Listing, Survey};
+use hindsight_cli::commands::pcap::Capture;
 use hindsight_devices::{Board, Nanos, NetSpec, NoDisks, Output, Ram};
 use hindsight_replay::{
     Answer, Back, Cpu, Event, Exit, FRAME_HEAD_BYTES, FRAME_MAGIC, FRAME_RAW_MAX, Guest, Header,
     Horizon, JournalReader, MAGIC, Machine, MemoryDigest, Moment, Observer, OperatorConsole,
     Registers, Replayer, ShownClock, TailReason, Turn, VERSION,
 };
+use hindsight_vmm::session::index;
 use vm_memory::GuestAddress;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 

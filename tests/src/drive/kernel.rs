@@ -7,10 +7,10 @@
 use std::collections::BTreeMap;
 use std::sync::OnceLock;
 
-use hindsight::boot::rewritten::{self, Changes, Rewritten};
-use hindsight::boot::{
-    self, Elf, Found, Given, GuestRam, Kernel, Modules, OutOfRam, QuickPlan, caves,
-};
+use hindsight_kernel::rewrite::rewritten::{self, Changes, Rewritten};
+use hindsight_kernel::rewrite::{caves, modules};
+use hindsight_kernel::{Elf, Found, Kernel, Modules, QuickPlan, find_sites, unpack};
+use hindsight_vmm::boot::{self, Given, GuestRam, OutOfRam};
 
 const PAGE: u64 = 4096;
 const RAM_BYTES: u64 = 64 << 20;
@@ -82,10 +82,10 @@ pub fn load_kernel(data: &[u8]) -> Option<Loaded> {
 pub fn seal_kernel(contents: &[u8]) -> Vec<u8> {
     let mut rest = contents;
     let mut next = || {
-        let (head, behind) = rest.split_at_checked(3)?;
+        let (head, after) = rest.split_at_checked(3)?;
         let length = usize::from(u16::from_le_bytes([head[1], head[2]]));
-        let (part, behind) = behind.split_at(length.min(behind.len()));
-        rest = behind;
+        let (part, after) = after.split_at(length.min(after.len()));
+        rest = after;
         let room = if head[0] & 0x80 != 0 { ROOM_BYTES } else { 0 };
         let mut part = part.to_vec();
         part.resize(part.len() + room, caves::PADDING);
@@ -174,11 +174,11 @@ impl Ram {
 
 fn load_file(file: &[u8]) -> Option<Loaded> {
     limit(UNPACKING_BYTES + 24 * file.len());
-    let kernel = boot::unpack(file).ok()?;
+    let kernel = unpack(file).ok()?;
     limit(LOOKING_BYTES + LOOKING_BYTES_PER_BYTE * kernel.elf.len());
     let elf = Elf::parse(&kernel.elf).ok()?;
-    let modules = boot::modules::find(&elf);
-    let found = boot::find_sites(&elf, modules.loads()).ok()?;
+    let modules = modules::find(&elf);
+    let found = find_sites(&elf, modules.loads()).ok()?;
     let places: Vec<u64> = found.sites.sites.iter().map(|site| site.address).collect();
     assert!(places.is_sorted(), "sites out of order");
     look_at_a_module(&elf, &modules);
@@ -219,14 +219,21 @@ fn load(kernel: &Kernel, elf: &Elf<'_>, found: &Found) -> Option<Loaded> {
         regions: &boot::e820(RAM_BYTES),
         slots: &[],
     };
-    let plan = boot::load(&mut ram, kernel, elf, &found.sites, &given).ok()?;
+    let plan = boot::load(
+        &mut ram,
+        kernel,
+        elf,
+        &found.sites.patches(elf).ok()?,
+        &given,
+    )
+    .ok()?;
     assert!(plan.entry < RAM_BYTES, "the entry is not in RAM");
     let quick = caves::find(elf)
         .and_then(|caves| caves.quick)
         .and_then(|caves| QuickPlan::new(elf, &found.windows, &found.transmits, &caves));
     let mut windows = &[][..];
     if let Some(quick) = &quick {
-        quick.install(&mut ram).expect("the kernel is in RAM");
+        boot::apply(&mut ram, quick.patches()).expect("the kernel is in RAM");
         windows = &found.windows[..];
     }
     let loaders = rewritten::loaders(elf, &found.sites);

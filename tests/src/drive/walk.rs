@@ -5,8 +5,8 @@
 use std::cell::Cell;
 
 use arbitrary::{Result, Unstructured};
-use hindsight::boot::GuestRam;
-use hindsight::kvm::{GuestMemory, GuestView, Paging};
+use hindsight_vmm::boot::GuestRam;
+use hindsight_vmm::kvm::{GuestMemory, GuestView, Paging};
 
 /// RAM of the guest, in bytes.
 const RAM_BYTES: u64 = 64 << 10;

@@ -1,6 +1,7 @@
 //! A guest that debugs itself: single-steps, debug registers, and interrupts beside them.
 
-use hindsight::boot::traps::TRAP_WRITE_DR;
+use hindsight_kernel::rewrite::traps::TRAP_WRITE_DR;
+use hindsight_tests::skip::skip;
 
 use super::*;
 
@@ -115,7 +116,7 @@ fn a_single_step_over_a_trap_stops_right_after_the_instruction_that_it_replaced(
     for ran in ran_in_each_world(&guest) {
         let log = log(&ran);
         if log.first() != expected.first() {
-            eprintln!("skipped: this KVM's guests do not single-step: {log:x?}");
+            skip(&format!("this KVM's guests do not single-step: {log:x?}"));
             return;
         }
         assert_eq!(
@@ -178,10 +179,10 @@ fn has_windows(ran: &Ran) -> bool {
     if ran.tally.windows > 0 {
         return true;
     }
-    let Err(why) = in_time(hindsight::doctor::check_recorder) else {
+    let Err(why) = in_time(hindsight_vmm::doctor::check_recorder) else {
         panic!("no window opened: {:?}", ran.counts);
     };
-    eprintln!("skipped: no window opened, and {why}");
+    skip(&format!("no window opened, and {why}"));
     false
 }
 
@@ -230,8 +231,8 @@ fn flags_that_are_pushed_or_popped_after_sti_are_those_of_a_cpu() {
 fn no_instruction_after_the_byte_of_an_sti_ends_a_recording() {
     // `mov al, 0xfb`, whose last byte looks like STI, and then what KVM cannot step over. The guest comes there by IRETQ,
     // with an interrupt pending, which is what opens the window right there.
-    if let Err(why) = in_time(hindsight::doctor::check_recorder) {
-        eprintln!("skipped: {why}");
+    if let Err(why) = in_time(hindsight_vmm::doctor::check_recorder) {
+        skip(&why);
         return;
     }
     let int3 = [0xcc, 0x90];

@@ -76,7 +76,7 @@ pub fn tables(slots: &[Slot]) -> Vec<u8> {
     area.bytes
 }
 
-/// Tables one behind the other.
+/// Tables one after the other.
 struct Area {
     bytes: Vec<u8>,
 }

@@ -43,7 +43,7 @@ pub const COMMAND_LINE_BYTES: usize = 2048;
 pub const SETUP_DATA: u64 = 0x2_1000;
 /// End of conventional memory.
 pub const CONVENTIONAL_END: u64 = 0x9_fc00;
-/// The ACPI tables: the RSDP, and the others behind it.
+/// The ACPI tables: the RSDP, and the others after it.
 pub const ACPI_TABLES: u64 = 0xe_0000;
 /// Room for the ACPI tables, in bytes: where a kernel looks for the RSDP (ACPI 6.5, 5.2.5.1).
 pub const ACPI_TABLES_BYTES: u64 = 0x2_0000;

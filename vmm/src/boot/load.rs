@@ -5,20 +5,17 @@
 //! zero page, flat segments. The addresses are those of [`super::layout`]; the registers are the caller's to load.
 
 use hindsight_devices::Slot;
+use hindsight_kernel::setup_header::{CMDLINE_SIZE, INIT_SIZE, INITRD_ADDR_MAX, SetupHeader};
+use hindsight_kernel::{Elf, Kernel, Patch};
 
 use super::acpi;
-use super::bzimage::Kernel;
-use super::elf::Elf;
 use super::error::{BootError, OutOfRam};
 use super::layout::{
     ACPI_TABLES, ACPI_TABLES_BYTES, CODE_SELECTOR, COMMAND_LINE, COMMAND_LINE_BYTES,
     CONVENTIONAL_END, DATA_SELECTOR, GDT, GDT_LIMIT, HIGH_MEMORY, IDENTITY_GIB, INITRD_LIMIT,
     LOW_RAM_END, PAGE_DIRECTORIES, PDPT, PML4, RAM_ABOVE_HOLE, SETUP_DATA, STACK_TOP, ZERO_PAGE,
 };
-use super::traps::{self, Sites};
-use super::zero_page::{
-    CMDLINE_SIZE, E820_LIMIT, INIT_SIZE, INITRD_ADDR_MAX, SetupHeader, ZeroPage,
-};
+use super::zero_page::{E820_LIMIT, ZeroPage};
 
 const PAGE: u64 = 4096;
 /// E820 type of usable memory.
@@ -120,19 +117,30 @@ pub struct Given<'a> {
     pub slots: &'a [Slot],
 }
 
-/// Makes guest memory ready for the first instruction, and says what the registers must hold.
-///
-/// `ram` must be all zero where it has not been written, and `sites` those of this kernel (they are checked against it).
+/// Writes what is rewritten in a kernel over it.
 ///
 /// # Errors
 ///
-/// Memory too small (with how much it takes), a command line too long, a kernel that wants the boot tables' place, or
-/// sites of another kernel. Memory may then be half written.
+/// Memory that does not hold the kernel.
+pub fn apply(ram: &mut dyn GuestRam, patches: &[Patch]) -> Result<(), OutOfRam> {
+    patches
+        .iter()
+        .try_for_each(|patch| ram.write(patch.gpa, &patch.bytes))
+}
+
+/// Makes guest memory ready for the first instruction, and says what the registers must hold.
+///
+/// `ram` must be all zero where it has not been written; `patches` are what is rewritten in the kernel.
+///
+/// # Errors
+///
+/// Memory too small (with how much it takes), a command line too long, or a kernel that wants the boot tables' place.
+/// Memory may then be half written.
 pub fn load(
     ram: &mut dyn GuestRam,
     kernel: &Kernel,
     elf: &Elf<'_>,
-    sites: &Sites,
+    patches: &[Patch],
     given: &Given<'_>,
 ) -> Result<BootPlan, BootError> {
     let Given {
@@ -157,11 +165,7 @@ pub fn load(
     for segment in &elf.segments {
         ram.write(segment.physical_address, elf.bytes(&segment.file))?;
     }
-    for site in &sites.sites {
-        traps::check(elf, site)?;
-        let (trap, length) = traps::rewrite(site.kind, site.length.into());
-        ram.write(site.physical, &trap[..length])?;
-    }
+    apply(ram, patches)?;
 
     let mut page = ZeroPage::new(header);
     page.command_line(COMMAND_LINE, cmdline.len());

@@ -60,7 +60,7 @@ fn write_blocks(file: &File, offset: u64, piece: &[u8]) -> Result<u64, Error> {
             file.write_all_at(&piece[start..start + run], offset + start as u64)?;
             kept += run as u64;
         }
-        // Behind the run there is a block of zeroes, or the end.
+        // After the run there is a block of zeroes, or the end.
         start += run + BLOCK_BYTES as usize;
     }
     Ok(kept)

@@ -14,7 +14,6 @@ mod ext;
 mod files;
 mod formats;
 mod image;
-mod option;
 mod overlay;
 mod partitions;
 
@@ -22,12 +21,13 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
+use crate::failure::{Classified, Kind};
+
 pub use changes::{Range, written_ranges};
 pub use export::{ExportError, export};
 pub use ext::{ExtError, Source};
 pub use files::{Change, FileChange, Files, Medium, changed_files, changes};
 pub use image::OpenImage;
-pub use option::{DiskOption, parse_disk};
 pub use overlay::{Disks, DisksState, SharedDisks};
 
 /// The unit of the overlay and of the hashes, in bytes.
@@ -109,4 +109,13 @@ pub enum DiskError {
         #[source]
         source: std::io::Error,
     },
+}
+
+impl Classified for DiskError {
+    fn kind(&self) -> Kind {
+        match self {
+            DiskError::Overlay { .. } => Kind::HostFailed,
+            _ => Kind::BadInput,
+        }
+    }
 }

@@ -89,7 +89,7 @@ pub const PROBES: &[Probe] = &[
         group: "interrupts",
         name: "STI's shadow is always kept",
         weight: Weight::Fact,
-        cost: "a step for each window that opens in it; Hindsight takes the place behind",
+        cost: "a step for each window that opens in it; Hindsight takes the place after",
         check: shadow,
     },
     Probe {
@@ -205,10 +205,10 @@ fn interrupt(bench: &mut Bench) -> Checked {
     if count != 1 || rip != guest.place("next") {
         return fails(format!("it came {count} times, last at {rip:#x}"));
     }
-    Ok("once, behind the OUT at which it was given".to_string())
+    Ok("once, after the OUT at which it was given".to_string())
 }
 
-/// Where `count` windows opened: behind the shadow, in it, elsewhere (and where last).
+/// Where `count` windows opened: after the shadow, in it, elsewhere (and where last).
 fn windows(bench: &mut Bench, count: u32) -> Result<(u32, u32, Option<u64>), Miss> {
     let guest = micro::window(count);
     let (open, shadow) = (guest.place("open"), guest.place("shadow"));
@@ -233,14 +233,14 @@ fn window(bench: &mut Bench) -> Checked {
     match windows(bench, 8)? {
         (_, _, Some(offset)) => fails(format!("one opened at byte {offset} of the loop")),
         (right, early, None) => Ok(format!(
-            "{right} of 8 opened behind its shadow, {early} in it"
+            "{right} of 8 opened after its shadow, {early} in it"
         )),
     }
 }
 
 fn shadow(bench: &mut Bench) -> Checked {
     match windows(bench, WINDOWS)? {
-        (WINDOWS, _, _) => Ok(format!("all of {WINDOWS} windows opened behind it")),
+        (WINDOWS, _, _) => Ok(format!("all of {WINDOWS} windows opened after it")),
         (_, early, None) => fails(format!("{early} of {WINDOWS} windows opened in it")),
         (_, _, Some(offset)) => fails(format!("one opened at byte {offset} of the loop")),
     }

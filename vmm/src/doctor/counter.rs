@@ -5,25 +5,17 @@ use std::time::Instant;
 use hindsight_guest_images::{Ring, micro};
 use kvm_ioctls::Kvm;
 
+use super::Wishes;
+use super::calibration::{Calibration, Effort, calibrate, reading_costs};
+use super::exactness::{Disturbances, Flaw, Inexact};
 use super::finding::{Checked, Finding, LIMIT, Miss, Probe, Weight, fails, on_a_bench};
+use super::spec_lock_map::SpecLockMap;
 use crate::kvm::kick_signal;
-use crate::perf::{
-    BranchCounter, Calibration, CounterError, CounterEvent, Disturbances, Effort, Flaw, Inexact,
-    REMEDY, SpecLockMap, Throttling, calibrate, reading_costs,
-};
+use crate::perf::{BranchCounter, CounterError, CounterEvent, REMEDY, Throttling};
 
 const COST: &str = "no branch counter: interrupts and input land only at exits";
 const LATE: &str = "a target may be overrun: the way back to it leads over a checkpoint";
 const THROTTLED: &str = "perf may stop the counter for a while, and branches are missed";
-
-/// What the operator says of the counter.
-#[derive(Clone, Debug, Default)]
-pub struct Wishes {
-    /// This event, instead of the one that is known.
-    pub event: Option<CounterEvent>,
-    /// This margin, instead of the one that follows.
-    pub margin: Option<u64>,
-}
 
 /// All that can be said of counters here.
 pub fn findings(kvm: Option<&Kvm>, wishes: &Wishes) -> Vec<Finding> {
@@ -88,7 +80,7 @@ pub fn findings(kvm: Option<&Kvm>, wishes: &Wishes) -> Vec<Finding> {
         findings.push(finding(
             "SpecLockMap is off",
             Weight::Feature,
-            "Zen counts some branches behind locked instructions twice: set bit 54 of MSR \
+            "Zen counts some branches after locked instructions twice: set bit 54 of MSR \
              0xc0011020 on every CPU, see docs/counters.md",
             checked,
         ));
@@ -269,7 +261,7 @@ fn spec_lock_map(found: Result<Option<SpecLockMap>, Miss>) -> Option<Checked> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::perf::Skid;
+    use crate::doctor::skid::Skid;
 
     fn calibration(late: Vec<u64>, inexact: Option<Inexact>) -> Calibration {
         let skid = Skid::of(late);
@@ -278,7 +270,7 @@ mod tests {
             runs: 9,
             disturbances: Disturbances::default(),
             inexact,
-            margin: crate::perf::margin(skid.worst, 0),
+            margin: crate::doctor::skid::margin(skid.worst, 0),
             skid,
         }
     }

@@ -170,7 +170,7 @@ fn features(bench: &mut Bench) -> Checked {
     Ok(format!("{}; beyond x86-64: {shown}", bench.table.vendor()))
 }
 
-/// The guest that does SYSCALL, behind its write of LSTAR: that comes to us, and we load it.
+/// The guest that does SYSCALL, after its write of LSTAR: that comes to us, and we load it.
 fn start_syscall<'a>(bench: &'a mut Bench, guest: &MicroGuest) -> Result<&'a mut ProbeVm, Miss> {
     let vm = bench.start(guest)?;
     match vm.run()? {
@@ -212,7 +212,7 @@ fn sysret(bench: &mut Bench) -> Checked {
     expect(vm, &Stop::Done)?;
     match vm.words(DATA + 16) {
         [cs] if cs == u64::from(USER_CS) => Ok("CPL 3".to_string()),
-        [cs] => fails(format!("CS is {cs:#x} behind SYSRET")),
+        [cs] => fails(format!("CS is {cs:#x} after SYSRET")),
     }
 }
 
@@ -221,10 +221,10 @@ fn gate(bench: &mut Bench) -> Checked {
     expect(vm, &Stop::Mark)?;
     let privilege = vm.privilege()?;
     expect(vm, &Stop::Done)?;
-    let [inside, rsp, behind] = vm.words(DATA);
-    if privilege != 0 || inside != u64::from(KERNEL_CS) || behind != u64::from(USER_CS) {
+    let [inside, rsp, after] = vm.words(DATA);
+    if privilege != 0 || inside != u64::from(KERNEL_CS) || after != u64::from(USER_CS) {
         return fails(format!(
-            "CPL {privilege}, CS {inside:#x} in the entry, CS {behind:#x} behind it"
+            "CPL {privilege}, CS {inside:#x} in the entry, CS {after:#x} after it"
         ));
     }
     if rsp != INTERRUPT_STACK - 40 {
@@ -236,7 +236,7 @@ fn gate(bench: &mut Bench) -> Checked {
 }
 
 fn refused(bench: &mut Bench) -> Checked {
-    // A rewritten instruction is an OUT, which KVM finishes by moving RIP behind it.
+    // A rewritten instruction is an OUT, which KVM finishes by moving RIP after it.
     const PORT: u8 = 0xe8;
     let guest = micro::trap_port(PORT);
     let out = guest.place("next") - 2;
@@ -252,7 +252,7 @@ fn refused(bench: &mut Bench) -> Checked {
         cs: KERNEL_CS,
     };
     expect(vm, &Stop::Fault(fault))?;
-    Ok("#GP(0) at the instruction, and not behind it".to_string())
+    Ok("#GP(0) at the instruction, and not after it".to_string())
 }
 
 fn msr_reads(bench: &mut Bench) -> Checked {

@@ -229,7 +229,7 @@ fn x87(bench: &mut Bench) -> Checked {
             stop => return Err(Miss::Unknown(stop.to_string())),
         }
     }
-    let [before, behind] =
+    let [before, after] =
         micro::X87_ENVIRONMENTS.map(|at| vm.bytes(at, micro::X87_ENVIRONMENT_BYTES));
     // Intel SDM vol. 1, figure 8-9: of seven words, the instruction's pointer and selector with its opcode,
     // the operand's pointer and selector.
@@ -240,11 +240,11 @@ fn x87(bench: &mut Bench) -> Checked {
             .map(|word| u32::from_le_bytes(*word))
             .collect()
     };
-    let (before, behind) = (words(&before), words(&behind));
-    if before != behind {
-        return fails(format!("{before:x?} before an exit, {behind:x?} behind it"));
+    let (before, after) = (words(&before), words(&after));
+    if before != after {
+        return fails(format!("{before:x?} before an exit, {after:x?} after it"));
     }
-    Ok(format!("{before:x?} before an exit and behind it"))
+    Ok(format!("{before:x?} before an exit and after it"))
 }
 
 fn hypercall(bench: &mut Bench) -> Checked {

@@ -5,8 +5,8 @@ use hindsight_guest_images::micro;
 use kvm_ioctls::Cap;
 
 use super::finding::{Bench, Checked, Probe, Weight, expect, fails};
-use crate::boot::traps::TRAP_CPUID;
 use crate::kvm::probe::Stop;
+use hindsight_kernel::rewrite::traps::TRAP_CPUID;
 
 const GROUP: &str = "exits";
 const UNUSABLE: &str = "no device works, so no guest runs";

@@ -4,8 +4,8 @@ use std::fs::read_to_string;
 use std::path::Path;
 
 use super::finding::{Checked, Finding, Miss, Verdict, Weight, fails};
-use crate::kvm::probe::host_cpuid;
 use crate::perf::Processor;
+use crate::perf::host_cpuid;
 
 const GROUP: &str = "host";
 /// What a small machine and its recorder need.

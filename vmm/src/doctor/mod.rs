@@ -1,47 +1,41 @@
-//! `hindsight doctor`: what this host's KVM can do, found out with micro-guests.
+//! What this host's KVM can do, found out with micro-guests.
 //!
 //! Every line of the output comes from a question put to this host now. Each question has a
 //! virtual machine of its own and a time limit, so that a KVM that fails one, or hangs in it,
 //! still answers the next. `record` asks the few without which a recording would be worthless.
 
+mod calibration;
 mod control;
 mod counter;
 mod cpu;
 mod entropy;
+mod exactness;
 mod exits;
 mod finding;
 mod host;
 mod report;
+mod skid;
+mod spec_lock_map;
 mod speed;
 
-use std::io::{IsTerminal, Write};
 use std::time::Duration;
 
-use clap::Args;
 use kvm_ioctls::Kvm;
 
-use crate::cli::Outcome;
 use crate::kvm::KvmError;
 use crate::perf::CounterEvent;
-use crate::tell::out;
+pub use calibration::{Effort, calibrate};
 use finding::{Finding, LIMIT, Miss, Probe, Verdict, Weight, on_a_bench};
-use report::{Report, WAY_OUT};
+pub use report::Report;
+use report::WAY_OUT;
 
-/// Options of `doctor`.
-#[derive(Debug, Args)]
-#[command(after_help = "\
-Each line is a claim, whether it holds on this host, what was seen, and what it costs if it does
-not hold. The exit code is 0 if this host can record and 4 if it cannot.")]
-pub struct Options {
-    /// Print the findings as JSON.
-    #[arg(long)]
-    json: bool,
-    /// Count this raw event, as r00c0 or 0xc0, instead of the one that is known for this CPU.
-    #[arg(long, value_name = "EVENT")]
-    event: Option<CounterEvent>,
+/// What is asked of the doctor.
+#[derive(Clone, Debug, Default)]
+pub struct Wishes {
+    /// Count this raw event, instead of the one that is known for this CPU.
+    pub event: Option<CounterEvent>,
     /// Say whether this margin, in branches, covers the skid of overflow signals.
-    #[arg(long, value_name = "BRANCHES")]
-    margin: Option<u64>,
+    pub margin: Option<u64>,
 }
 
 /// All probes that need a guest, in the order of the output.
@@ -57,22 +51,13 @@ fn probes() -> impl Iterator<Item = &'static Probe> {
     .flatten()
 }
 
-/// Says what is being done in the last line of a terminal, in place of what it said before.
-fn show_progress(what: &str) {
-    let mut terminal = std::io::stderr();
-    if terminal.is_terminal() {
-        // Nobody misses it where it cannot be shown.
-        let _ = write!(terminal, "\r\x1b[K{what}");
-    }
-}
-
-/// Probes everything and prints it.
-pub fn main(options: &Options) -> anyhow::Result<Outcome> {
+/// Probes everything; `progress` is told what is being asked.
+pub fn examine(wishes: &Wishes, progress: &mut dyn FnMut(&str)) -> Report {
     let mut findings = host::findings();
     let kvm = Kvm::new().map_err(KvmError::Open);
     findings.push(opening(&kvm));
     for probe in probes() {
-        show_progress(&format!("asking: {}", probe.name));
+        progress(&format!("asking: {}", probe.name));
         findings.push(match &kvm {
             Ok(kvm) => ask(kvm, probe),
             Err(_) => Finding::new(
@@ -81,24 +66,9 @@ pub fn main(options: &Options) -> anyhow::Result<Outcome> {
             ),
         });
     }
-    show_progress("calibrating the branch counter");
-    let wishes = counter::Wishes {
-        event: options.event.clone(),
-        margin: options.margin,
-    };
-    findings.extend(counter::findings(kvm.as_ref().ok(), &wishes));
-    show_progress("");
-    let report = Report::new(findings);
-    if options.json {
-        out!("{}", serde_json::to_string_pretty(&report)?);
-    } else {
-        out!("{}", report.text().trim_end());
-    }
-    Ok(if report.can_record {
-        Outcome::Good
-    } else {
-        Outcome::Unfit
-    })
+    progress("calibrating the branch counter");
+    findings.extend(counter::findings(kvm.as_ref().ok(), wishes));
+    Report::new(findings)
 }
 
 /// Whether there is a `/dev/kvm` for us.

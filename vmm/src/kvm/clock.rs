@@ -1,9 +1,10 @@
-//! The clock in guest memory that the kernel reads without an exit (see [`crate::boot::QuickPlan`]).
+//! The clock in guest memory that the kernel reads without an exit (see [`hindsight_kernel::QuickPlan`]).
 
 use hindsight_replay::ShownClock;
 
 use super::vcpu::KvmCpu;
-use crate::boot::{GuestRam, QuickClock};
+use crate::boot::GuestRam;
+use hindsight_kernel::QuickClock;
 
 impl KvmCpu {
     /// Sets the clock, if there is one and it is still the recorded kernel's: another one may have taken
@@ -13,15 +14,16 @@ impl KvmCpu {
             words,
             stub,
             stub_bytes,
-        }) = &self.text.clock
+        }) = &self.vm.text.clock
         else {
             return;
         };
         let mut found = stub_bytes.map(|_| 0);
-        if self.memory.read(*stub, &mut found) && found == *stub_bytes {
-            self.memory
+        if self.vm.memory.read(*stub, &mut found) && found == *stub_bytes {
+            self.vm
+                .memory
                 .write(*words, &clock.to_bytes())
-                .expect("the loader wrote behind it");
+                .expect("the loader wrote after it");
         }
     }
 }

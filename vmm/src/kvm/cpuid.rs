@@ -1,15 +1,15 @@
 //! The CPU the guest believes in: a stated set of features, as far as the host has them.
 //!
-//! An allowlist, for a feature not thought about is a hole. Left out on purpose: RDRAND, RDSEED,
-//! RDPMC, RDPID, WAITPKG, MONITOR, TSX (answers the guest could not compute); XSAVE and with it
-//! AVX and AMX (whether a state component counts as in use, which XSAVE writes to memory, depends
-//! on when the host last switched the thread); SMAP (its CLAC would be written over the trap at the #GP entry by the kernel's own
-//! patching); PCID, kvmclock and all hypervisor leaves.
+//! An allowlist, for a feature not thought about is a hole. Left out on purpose: RDRAND, RDSEED, RDPMC, RDPID,
+//! WAITPKG, MONITOR, TSX (answers the guest could not compute); XSAVE and with it AVX and AMX (whether a state
+//! component counts as in use, which XSAVE writes to memory, depends on when the host last switched the
+//! thread); SMAP (its CLAC would be written over the trap at the #GP entry by the kernel's own patching); PCID,
+//! kvmclock and all hypervisor leaves.
 //!
-//! What the board has is shown whatever the host has: the local APIC, that its timer never stops, and
-//! its TSC deadline, unless KVM keeps that from the board (see [`super::deadline`]). The x2APIC is there too, but not shown: a Linux that does not know itself to be
-//! under a hypervisor asks for interrupt remapping first, finds none and goes back to the xAPIC,
-//! which costs some 200 exits.
+//! What the board has is shown whatever the host has: the local APIC, that its timer never stops, and its TSC
+//! deadline, unless KVM keeps that from the board (see [`super::deadline`]). The x2APIC is there too, but not
+//! shown: a Linux that does not know itself to be under a hypervisor asks for interrupt remapping first, finds
+//! none and goes back to the xAPIC, which costs some 200 exits.
 //!
 //! Bit numbers are those of the Intel SDM vol. 2, CPUID, and the AMD APM vol. 3, appendix E.
 

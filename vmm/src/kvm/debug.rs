@@ -5,7 +5,7 @@
 //! those that the guest has enabled are set beside ours, in the registers where the guest has them; ours
 //! take what is left, and what is the guest's in a #DB is given back to it, exactly as the CPU would have raised it.
 //! Between two counted exits the guest's do not change: its writes of DR0 to DR3 and DR7 are exits (see
-//! [`crate::boot::traps`]). DR6, which the guest reads and clears at each #DB, is left to KVM.
+//! [`hindsight_kernel::rewrite::traps`]). DR6, which the guest reads and clears at each #DB, is left to KVM.
 //!
 //! The same door serves what we finish for the guest: an instruction that ends with RFLAGS.TF set
 //! raises #DB, whoever executed it.
@@ -221,7 +221,7 @@ impl KvmCpu {
     }
 
     /// Raises #DB where the guest stands, with these bits in DR6, as the CPU does when an instruction has
-    /// ended. The registers may be changed behind it: KVM forgets only what it has not begun to deliver.
+    /// ended. The registers may be changed after it: KVM forgets only what it has not begun to deliver.
     pub(super) fn raise_debug(&mut self, bits: u64) -> Result<(), KvmError> {
         let mut registers = self.debug_registers()?;
         registers.dr6 = registers.dr6 & !HITS | DR6_FIXED | bits;

@@ -4,7 +4,7 @@
 //! But its system calls and faults all lead through a few entry points of its kernel, and those can be
 //! counted: each gets a stub (see `entry_stub.rs`) that decrements one word in guest memory and
 //! exits when it comes to zero. So an entry costs a few instructions and no exit, and entry number
-//! n behind a counted exit is a place where the guest can be stopped, in a recording and in its replay.
+//! n after a counted exit is a place where the guest can be stopped, in a recording and in its replay.
 //! A guest that computes without entering its kernel has no such places.
 //!
 //! What is hooked, and when, follows from what the guest does at counted exits: LSTAR and CSTAR when
@@ -22,8 +22,9 @@ use super::error::KvmError;
 use super::memory::GuestMemory;
 use super::msr::{self, CSTAR, LSTAR};
 use super::vcpu::KvmCpu;
-use crate::boot::traps::TRAP_ENTRY;
-use crate::boot::{EntryCaves, GuestRam};
+use crate::boot::GuestRam;
+use hindsight_kernel::EntryCaves;
+use hindsight_kernel::rewrite::traps::TRAP_ENTRY;
 
 /// The exceptions that are counted, and Linux's 32-bit system call: one stub for each, in this order.
 const VECTORS: [u8; 14] = [0, 3, 4, 5, 6, 7, 10, 11, 12, PAGE_FAULT, 16, 17, 19, 0x80];
@@ -53,7 +54,7 @@ pub struct EntryStop {
 pub struct EntryState {
     caves: Option<EntryCaves>,
     /// The kernel's own entry behind each stub that stands.
-    behind: [Option<u64>; STUBS],
+    kernel_entries: [Option<u64>; STUBS],
     /// The entry that is waited for, and that the word counts down to.
     target: Option<u64>,
 }
@@ -71,7 +72,7 @@ impl EntryState {
     fn stub_at(&self, out: u64) -> Option<usize> {
         let offset = out.checked_sub(self.caves?.stubs.address + OUT_OFFSET)?;
         let index = usize::try_from(offset / STUB_BYTES).ok()?;
-        let stands = offset.is_multiple_of(STUB_BYTES) && self.behind.get(index)?.is_some();
+        let stands = offset.is_multiple_of(STUB_BYTES) && self.kernel_entries.get(index)?.is_some();
         stands.then_some(index)
     }
 }
@@ -88,7 +89,7 @@ impl EntryCounter<'_> {
     /// They are not before the kernel has set them up, nor in a kernel without room for stubs. A
     /// function of what the guest did at counted exits.
     pub fn available(&self) -> bool {
-        let stands = |stub: usize| self.state.behind[stub].is_some();
+        let stands = |stub: usize| self.state.kernel_entries[stub].is_some();
         stands(LSTAR_STUB) && stands(PAGE_FAULT_STUB)
     }
 
@@ -116,7 +117,7 @@ impl EntryCounter<'_> {
     /// anybody looks at memory.
     pub fn turn(&mut self) {
         self.state.target = None;
-        if self.state.behind.iter().any(Option::is_some) {
+        if self.state.kernel_entries.iter().any(Option::is_some) {
             self.set_word(0);
         }
     }
@@ -148,8 +149,8 @@ impl KvmCpu {
     /// The counter of kernel entries.
     pub fn entries(&mut self) -> EntryCounter<'_> {
         EntryCounter {
-            memory: &mut self.memory,
-            state: &mut self.entries,
+            memory: &mut self.vm.memory,
+            state: &mut self.vm.entries,
         }
     }
 
@@ -160,12 +161,12 @@ impl KvmCpu {
         if io.read || io.port != u16::from(TRAP_ENTRY) {
             return None;
         }
-        // KVM stands at the OUT, or behind it where it emulates.
+        // KVM stands at the OUT, or after it where it emulates.
         let rip = self.rip();
         let out = [rip, rip.wrapping_sub(2)]
             .into_iter()
-            .find(|&at| self.entries.stub_at(at).is_some())?;
-        let number = self.entries.target?;
+            .find(|&at| self.vm.entries.stub_at(at).is_some())?;
+        let number = self.vm.entries.target?;
         let reached = self.entries().done() == number;
         reached.then_some(EntryStop { number, rip: out })
     }
@@ -186,7 +187,7 @@ impl KvmCpu {
 
     /// Puts stubs between the gates of the IDT and the entries they lead to, if those are final.
     pub(super) fn hook_gates(&mut self, sregs: &kvm_sregs) -> Result<(), KvmError> {
-        if self.entries.caves.is_none() {
+        if self.vm.entries.caves.is_none() {
             return Ok(());
         }
         let mut table = [0; (VECTORS[VECTORS.len() - 1] as usize + 1) * GATE_BYTES];
@@ -208,35 +209,35 @@ impl KvmCpu {
 
     /// The gate with a stub before its entry; `None` if it is to stay as it is.
     fn hooked(&mut self, index: usize, gate: u128) -> Option<u128> {
-        let entry = entry_of(gate).filter(|&entry| !self.text.is_init(entry))?;
+        let entry = entry_of(gate).filter(|&entry| !self.vm.text.is_init(entry))?;
         Some(leading_to(gate, self.install(index, entry)?))
     }
 
     /// Writes the stub that counts and goes on at `entry`. Returns its address; `None` if it stands
     /// there already, or cannot.
     fn install(&mut self, index: usize, entry: u64) -> Option<u64> {
-        let caves = self.entries.caves?;
+        let caves = self.vm.entries.caves?;
         let offset = index as u64 * STUB_BYTES;
         let (at, gpa) = (caves.stubs.address + offset, caves.stubs.physical + offset);
-        let behind = self.entries.behind[index].take();
+        let before = self.vm.entries.kernel_entries[index].take();
         if entry == at {
-            self.entries.behind[index] = behind;
+            self.vm.entries.kernel_entries[index] = before;
             return None;
         }
         // Another kernel may have taken this one's place (kexec): then these addresses are no longer ours.
         let mut found = NO_STUB;
-        let ours = self.memory.read(gpa, &mut found)
+        let ours = self.vm.memory.read(gpa, &mut found)
             && (found == NO_STUB
-                || behind.is_some_and(|e| Some(found) == stub(at, caves.word.address, e)));
+                || before.is_some_and(|e| Some(found) == stub(at, caves.word.address, e)));
         let view = self.view().ok()?;
         let mapped = view.translate(at) == Some(gpa)
             && view.translate(caves.word.address) == Some(caves.word.physical);
         let bytes = stub(at, caves.word.address, entry)?;
-        if !ours || !mapped || self.memory.write(gpa, &bytes).is_err() {
+        if !ours || !mapped || self.vm.memory.write(gpa, &bytes).is_err() {
             return None;
         }
-        self.entries.behind[index] = Some(entry);
-        self.counts.entry_points = self.entries.behind.iter().flatten().count() as u32;
+        self.vm.entries.kernel_entries[index] = Some(entry);
+        self.counts.entry_points = self.vm.entries.kernel_entries.iter().flatten().count() as u32;
         Some(at)
     }
 }
@@ -261,7 +262,7 @@ fn leading_to(gate: u128, to: u64) -> u128 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::boot::Cave;
+    use hindsight_kernel::Cave;
 
     const WORD: u64 = 0x1040;
 
@@ -275,8 +276,8 @@ mod tests {
             word: cave(WORD),
             quick: None,
         }));
-        state.behind[LSTAR_STUB] = Some(0xffff_ffff_8100_3000);
-        state.behind[PAGE_FAULT_STUB] = Some(0xffff_ffff_8100_3040);
+        state.kernel_entries[LSTAR_STUB] = Some(0xffff_ffff_8100_3000);
+        state.kernel_entries[PAGE_FAULT_STUB] = Some(0xffff_ffff_8100_3040);
         let memory = GuestMemory::new(1 << 20).expect("a mebibyte");
         (memory, state)
     }

@@ -13,8 +13,8 @@
 //! the program's. But DEC leaves in them what the word was, which is the monitor's business and differs
 //! between a recording and its replay; CMP makes them the same again before the kernel can look.
 
-use crate::boot::caves::{BLOCK_BYTES, PADDING};
-use crate::boot::traps::TRAP_ENTRY;
+use hindsight_kernel::rewrite::caves::{BLOCK_BYTES, PADDING};
+use hindsight_kernel::rewrite::traps::TRAP_ENTRY;
 
 /// Distance of one stub from the next, in bytes.
 pub const STUB_BYTES: u64 = 32;

@@ -2,6 +2,8 @@
 
 use thiserror::Error;
 
+use crate::failure::{Classified, Kind};
+
 /// A failure of the host's KVM, or something the guest did that stock KVM cannot carry.
 #[derive(Debug, Error)]
 pub enum KvmError {
@@ -53,6 +55,12 @@ pub enum KvmError {
     PageMap(#[source] std::io::Error),
 }
 
+impl From<KvmError> for crate::perf::CounterError {
+    fn from(error: KvmError) -> Self {
+        crate::perf::CounterError::Kvm(Box::new(error))
+    }
+}
+
 impl From<crate::perf::CounterError> for KvmError {
     fn from(error: crate::perf::CounterError) -> KvmError {
         KvmError::Counter(Box::new(error))
@@ -68,5 +76,16 @@ pub(crate) trait Named<T> {
 impl<T> Named<T> for Result<T, kvm_ioctls::Error> {
     fn named(self, call: &'static str) -> Result<T, KvmError> {
         self.map_err(|source| KvmError::Call { call, source })
+    }
+}
+
+impl Classified for KvmError {
+    fn kind(&self) -> Kind {
+        match self {
+            KvmError::Open(_) | KvmError::Lacks(_) => Kind::Unfit,
+            // The recording is of another CPU.
+            KvmError::Cpu(_) => Kind::BadInput,
+            _ => Kind::HostFailed,
+        }
     }
 }

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
+use std::sync::Arc;
 
 use hindsight_devices::Ram;
 use hindsight_replay::{MemoryDigest, PAGE_BYTES};
@@ -24,6 +25,8 @@ pub struct GuestMemory {
     mapping: (NonNull<u8>, usize),
     /// The same RAM, as devices see it.
     ram: Ram,
+    /// Its regions. Whoever has a copy of `ram` has one of each of these.
+    shared: Vec<Arc<GuestRegionMmap>>,
 }
 
 /// A stretch of RAM that is contiguous for the guest.
@@ -73,11 +76,14 @@ impl GuestMemory {
         // SAFETY: the range lies inside the mapping. Advice only: a host without huge pages is slower.
         unsafe { libc::madvise(base.as_ptr().cast(), length, libc::MADV_HUGEPAGE) };
         let mapping = (start, length + HUGE_PAGE_BYTES);
+        let shared = view(&regions(base, length));
+        let ram = Ram::from_arc_regions(shared.clone());
         Ok(GuestMemory {
             base,
             bytes: length,
             mapping,
-            ram: view(&regions(base, length)),
+            ram: ram.expect("the regions are apart and in order"),
+            shared,
         })
     }
 
@@ -132,8 +138,10 @@ impl GuestMemory {
         Ok(digest)
     }
 
-    /// Shows every page that the host has backed, in ascending order.
+    /// Shows every page that the host has backed, in ascending order: a copy, for whoever looks may have the page
+    /// written meanwhile.
     pub fn each_resident_page(&self, mut show: impl FnMut(u64, &[u8])) -> Result<(), KvmError> {
+        let mut page = [0; PAGE_BYTES];
         let pagemap = File::open("/proc/self/pagemap").map_err(KvmError::PageMap)?;
         let mut entries = vec![0u8; 8 * 4096];
         for region in self.regions() {
@@ -148,19 +156,13 @@ impl GuestMemory {
                     // Linux, Documentation/admin-guide/mm/pagemap.rst: bit 63 present, 62 swapped.
                     if u64::from_ne_bytes(*entry) >> 62 != 0 {
                         let gpa = region.gpa + ((chunk + i) * PAGE_BYTES) as u64;
-                        show(gpa, self.page(gpa));
+                        assert!(self.read(gpa, &mut page), "the page is RAM");
+                        show(gpa, &page);
                     }
                 }
             }
         }
         Ok(())
-    }
-
-    fn page(&self, gpa: u64) -> &[u8] {
-        let offset = self.offset(gpa, PAGE_BYTES).expect("the page is RAM");
-        // SAFETY: `offset` checked the range; the guest's only vCPU runs on this thread, so nobody
-        // writes while the slice lives.
-        unsafe { std::slice::from_raw_parts(self.base.as_ptr().add(offset), PAGE_BYTES) }
     }
 }
 
@@ -185,17 +187,18 @@ fn regions(base: NonNull<u8>, bytes: usize) -> Vec<Region> {
 }
 
 /// vm-memory's view of these regions, which does not own them.
-fn view(regions: &[Region]) -> Ram {
+fn view(regions: &[Region]) -> Vec<Arc<GuestRegionMmap>> {
     let regions = regions.iter().map(|region| {
         let (address, bytes) = (region.host as *mut u8, region.bytes as usize);
         let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE);
-        // SAFETY: the range is part of the mapping that `GuestMemory` owns, and the view is a field of
-        // the same value: it is never used after the mapping is gone, and does not unmap it.
+        // SAFETY: the range is part of the mapping that `GuestMemory` owns, which does not unmap it while anybody
+        // else has one of these regions. A region does not unmap what it was told of.
         let mapped = unsafe { MmapRegion::build_raw(address, bytes, prot, flags) };
         let mapped = mapped.expect("a mapping that begins at a page can be looked at");
-        GuestRegionMmap::new(mapped, GuestAddress(region.gpa)).expect("RAM ends below 2^64")
+        let region = GuestRegionMmap::new(mapped, GuestAddress(region.gpa));
+        Arc::new(region.expect("RAM ends below 2^64"))
     });
-    Ram::from_regions(regions.collect()).expect("the regions are apart and in order")
+    regions.collect()
 }
 
 impl GuestRam for GuestMemory {
@@ -221,7 +224,47 @@ impl GuestRam for GuestMemory {
 
 impl Drop for GuestMemory {
     fn drop(&mut self) {
-        // SAFETY: the mapping is ours and whole; `KvmCpu` owns this value and drops the VM first.
+        self.ram = Ram::new();
+        if self
+            .shared
+            .iter_mut()
+            .any(|region| Arc::get_mut(region).is_none())
+        {
+            // Somebody has kept a copy of `ram`, and may look at it for as long as the program runs.
+            return;
+        }
+        // SAFETY: the mapping is ours and whole, and no view of it is left; `KvmCpu` owns this value and drops the VM
+        // first.
         unsafe { libc::munmap(self.mapping.0.as_ptr().cast(), self.mapping.1) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::Bytes;
+
+    use super::*;
+
+    #[test]
+    fn a_copy_of_ram_outlives_the_memory_that_it_is_of() {
+        let mut memory = GuestMemory::new(4 << 20).unwrap();
+        memory.write(4096, &[7; 8]).unwrap();
+        let copy = memory.ram().clone();
+        drop(memory);
+        let word: u64 = copy.read_obj(GuestAddress(4096)).unwrap();
+        assert_eq!(word, u64::from_le_bytes([7; 8]));
+    }
+
+    #[test]
+    fn a_page_that_is_shown_may_be_written_meanwhile() {
+        let mut memory = GuestMemory::new(1 << 20).unwrap();
+        memory.write(0, &[1; PAGE_BYTES]).unwrap();
+        let mut shown = 0;
+        let look = |gpa, page: &[u8]| {
+            memory.ram().write_obj(2_u8, GuestAddress(gpa)).unwrap();
+            shown += usize::from(page[0] == 1);
+        };
+        memory.each_resident_page(look).unwrap();
+        assert_eq!(shown, 1);
     }
 }

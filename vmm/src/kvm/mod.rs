@@ -26,6 +26,7 @@ mod tap;
 mod trap_sites;
 mod traps;
 mod vcpu;
+mod vm;
 
 pub use error::KvmError;
 pub use guest_text::GuestView;
@@ -35,4 +36,5 @@ pub use preemption::Preemption;
 pub use signals::{Alarm, Kicker, before_crash, install_kick, kick_signal};
 pub use tap::open_tap;
 pub use trap_sites::{Trap, TrapSites};
-pub use vcpu::{KernelText, KvmCpu, VcpuCounts};
+pub use vcpu::{KvmCpu, VcpuCounts};
+pub use vm::{KernelText, Vm};

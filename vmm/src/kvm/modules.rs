@@ -1,8 +1,9 @@
 //! Loadable modules: rewritten at the call with which the kernel makes them executable.
 //!
-//! That call is a trap (see [`crate::boot::modules`], which also says what is looked for in a module and why nothing undoes
-//! it). At its exit the module's text is read and decoded; with the answer the sites in it become traps, and the call is
-//! made for the guest: a return address pushed, and RIP set to where it leads.
+//! That call is a trap (see [`hindsight_kernel::rewrite::modules`], which also says what is looked for in a
+//! module and why nothing undoes it). At its exit the module's text is read and decoded; with the answer the
+//! sites in it become traps, and the call is made for the guest: a return address pushed, and RIP set to where
+//! it leads.
 
 use hindsight_replay::{Exit, LeftOpen};
 
@@ -10,8 +11,8 @@ use super::error::KvmError;
 use super::traps::Here;
 use super::vcpu::KvmCpu;
 use crate::boot::GuestRam;
-use crate::boot::modules::ModuleText;
-use crate::boot::traps;
+use hindsight_kernel::rewrite::modules::ModuleText;
+use hindsight_kernel::rewrite::traps;
 
 /// A module that is about to be made executable.
 #[derive(Clone, Debug)]
@@ -48,7 +49,7 @@ impl KvmCpu {
     /// What is to be trapped in the module at `module`, and where that is. All of it is looked up before anything is
     /// written: what a guest calls a module's text may be anything, its page tables among it.
     fn module_text(&mut self, module: u64) -> (ModuleText, Vec<Vec<(u64, usize)>>) {
-        let (Some(layout), Ok(view)) = (self.text.modules.as_ref(), self.view()) else {
+        let (Some(layout), Ok(view)) = (self.vm.text.modules.as_ref(), self.view()) else {
             return Default::default();
         };
         let text = layout.text(module, &|gva, buffer| view.read(gva, buffer));
@@ -76,15 +77,15 @@ impl KvmCpu {
             return Ok(());
         };
         if loading.text.is_cut {
-            self.noticed.add(LeftOpen::ModuleText);
+            self.vm.noticed.add(LeftOpen::ModuleText);
         }
-        self.noticed.look_soon();
+        self.vm.noticed.look_soon();
         for (site, pieces) in loading.text.sites.iter().zip(&loading.places) {
             let (trap, length) = traps::rewrite(site.kind, site.length);
             self.write_pieces(pieces, &trap[..length]);
         }
         // Whatever stood there before is gone: the kernel has given its place to this module.
-        self.text.sites.load_module(&loading.text);
+        self.vm.text.sites.load_module(&loading.text);
         self.make_call(loading.call, loading.target, loading.returns)
     }
 
@@ -133,7 +134,8 @@ impl KvmCpu {
         for &(gpa, length) in pieces {
             let (piece, after) = rest.split_at(length);
             rest = after;
-            self.memory
+            self.vm
+                .memory
                 .write(gpa, piece)
                 .expect("pieces are places in RAM");
         }

@@ -30,7 +30,7 @@ pub const LSTAR: u32 = 0xc000_0082;
 /// See [`LSTAR`].
 pub const CSTAR: u32 = 0xc000_0083;
 
-/// Loads the real register behind one that comes to the board.
+/// Loads the real register after one that comes to the board.
 pub fn load(fd: &VcpuFd, index: u32, data: u64) -> Result<(), KvmError> {
     let entry = kvm_msr_entry {
         index,

@@ -15,7 +15,7 @@ use super::debug::DebugExit;
 use super::entries::EntryStop;
 use super::error::{KvmError, Named};
 use super::vcpu::KvmCpu;
-use crate::counting::HostCounter;
+use crate::perf::HostCounter;
 
 /// RFLAGS.RF: the next instruction runs past its breakpoint (Intel SDM vol. 3, 17.3.1.1).
 const RFLAGS_RF: u64 = 1 << 16;
@@ -116,7 +116,7 @@ impl KvmCpu {
     ) -> Result<Back, KvmError> {
         self.watch_debug_registers()?;
         if horizon != Horizon::Exit && self.unfinished {
-            // RIP is the guest's only behind the instruction that exited.
+            // RIP is the guest's only after the instruction that exited.
             hindsight_replay::Cpu::settle(self)?;
             if let Some(reason) = self.take_held() {
                 return self.decode(reason).map(Back::Exit);

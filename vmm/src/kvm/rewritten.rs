@@ -1,5 +1,5 @@
-//! Notices while the guest runs that a trap is gone (see [`crate::boot::rewritten`]): the guest may then see what is
-//! recorded nowhere, and whoever records it is told so.
+//! Notices while the guest runs that a trap is gone (see [`hindsight_kernel::rewrite::rewritten`]): the guest
+//! may then see what is recorded nowhere, and whoever records it is told so.
 //!
 //! It is looked for where a counted exit makes it likely, where modules are loaded and where a kernel says where system
 //! calls enter it; else every so many counted exits, and at the end. All of it is decided by what the guest did at counted
@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 use hindsight_replay::LeftOpen;
 
 use super::vcpu::KvmCpu;
-use crate::boot::rewritten::Changes;
+use hindsight_kernel::rewrite::rewritten::Changes;
 
 /// Counted exits from one look to the next. A look reads some hundred instructions.
 const EVERY: u64 = 1 << 14;
@@ -61,34 +61,35 @@ impl Noticed {
 impl KvmCpu {
     /// A kernel says that system calls enter it at `entry`: is it the one that was loaded, and where it was loaded?
     pub(super) fn check_entry(&mut self, entry: u64) {
-        let text = &self.text.rewritten;
+        let text = &self.vm.text.rewritten;
         if entry == 0 || text.is_empty() {
             return;
         }
         let loaded = text.physical(entry);
         let found = self.view().ok().and_then(|view| view.translate(entry));
         if loaded.is_none() || found != loaded {
-            self.noticed.add(LeftOpen::OtherKernel);
+            self.vm.noticed.add(LeftOpen::OtherKernel);
         }
-        self.noticed.look_soon();
+        self.vm.noticed.look_soon();
     }
 
     /// What was noticed since the last call; one call is made at each counted exit, and one at the end.
     pub(super) fn take_noticed(&mut self, at_end: bool) -> Vec<LeftOpen> {
-        let noticed = &mut self.noticed;
+        let noticed = &mut self.vm.noticed;
         noticed.exits += u64::from(!at_end);
         let is_due = std::mem::take(&mut noticed.is_due);
         // Of another kernel's text there is nothing more to say.
         let other = noticed.told.contains(&LeftOpen::OtherKernel);
         if (is_due || at_end || noticed.exits.is_multiple_of(EVERY)) && !other {
-            let memory = &self.memory;
+            let memory = &self.vm.memory;
             let changes = self
+                .vm
                 .text
                 .rewritten
                 .changes(&|gpa, buffer| memory.read(gpa, buffer));
-            self.noticed.add_changes(changes);
+            self.vm.noticed.add_changes(changes);
         }
-        std::mem::take(&mut self.noticed.untold)
+        std::mem::take(&mut self.vm.noticed.untold)
     }
 }
 

@@ -7,8 +7,8 @@
 //! kept for the next one. None is lost; two may be reported as one.
 
 use std::cell::Cell;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicPtr, Ordering, compiler_fence};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use kvm_bindings::{KVM_EXIT_INTR, KVM_EXIT_SET_TPR};
 use kvm_ioctls::VcpuFd;
@@ -53,6 +53,16 @@ pub fn install_kick() -> std::io::Result<()> {
     Ok(())
 }
 
+/// The handler knows a flag, until this goes: at the end of an entry, or when a panic unwinds through it.
+struct Registered;
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        FLAG.with(|registered| registered.store(std::ptr::null_mut(), Ordering::Relaxed));
+        compiler_fence(Ordering::SeqCst);
+    }
+}
+
 /// Runs `enter` with the byte at `flag` at the handler's disposal, set at once if a kick is waiting.
 /// `enter` returns its result and whether that reports kicks.
 ///
@@ -62,13 +72,13 @@ pub fn install_kick() -> std::io::Result<()> {
 unsafe fn with_flag<T>(flag: *mut u8, enter: impl FnOnce() -> (T, bool)) -> T {
     FLAG.with(|registered| registered.store(flag, Ordering::Relaxed));
     compiler_fence(Ordering::SeqCst);
+    let registered = Registered;
     if KICKED.get() {
         // SAFETY: this function's condition.
         unsafe { flag.write_volatile(1) };
     }
     let (result, reports) = enter();
-    FLAG.with(|registered| registered.store(std::ptr::null_mut(), Ordering::Relaxed));
-    compiler_fence(Ordering::SeqCst);
+    drop(registered);
     // SAFETY: this function's condition; and the handler does not know the flag any more.
     unsafe { flag.write_volatile(0) };
     if reports {
@@ -165,28 +175,55 @@ impl Drop for Alarm {
     }
 }
 
+/// The number of a thread while it lives. Held while it is kicked: a thread that is about to end waits for that, so
+/// that nobody else has its number yet.
+#[derive(Debug)]
+struct Alive(Arc<Mutex<Option<libc::pid_t>>>);
+
+impl Alive {
+    fn this_thread() -> Alive {
+        // SAFETY: gettid has no preconditions.
+        let thread = unsafe { libc::gettid() };
+        Alive(Arc::new(Mutex::new(Some(thread))))
+    }
+}
+
+impl Drop for Alive {
+    fn drop(&mut self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+}
+
+thread_local! {
+    /// Goes when the thread does.
+    static ALIVE: Alive = Alive::this_thread();
+}
+
 /// Kicks a thread out of `KVM_RUN`.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Kicker {
     process: libc::pid_t,
-    thread: libc::pid_t,
+    thread: Arc<Mutex<Option<libc::pid_t>>>,
 }
 
 impl Kicker {
     /// A kicker for the calling thread. Installs the handler.
     pub fn for_this_thread() -> Result<Kicker, std::io::Error> {
         install_kick()?;
-        // SAFETY: neither has preconditions.
-        let (process, thread) = unsafe { (libc::getpid(), libc::gettid()) };
+        // SAFETY: getpid has no preconditions.
+        let process = unsafe { libc::getpid() };
+        let thread = ALIVE.with(|alive| Arc::clone(&alive.0));
         Ok(Kicker { process, thread })
     }
 
-    /// Brings the thread's vCPU back, now or as soon as it is entered. If the thread is gone, nobody hears
-    /// it, or another thread of this program, to which a kick is nothing.
+    /// Brings the thread's vCPU back, now or as soon as it is entered. If the thread is gone, nobody hears it.
     pub fn kick(&self) {
-        let (process, thread) = (self.process, self.thread);
-        // SAFETY: tgkill takes numbers alone, and the signal has a handler in each of our threads.
-        unsafe { libc::syscall(libc::SYS_tgkill, process, thread, kick_signal()) };
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(thread) = *thread {
+            // SAFETY: tgkill takes numbers alone, the thread lives while the lock is held, and the signal has a
+            // handler in each of our threads.
+            unsafe { libc::syscall(libc::SYS_tgkill, self.process, thread, kick_signal()) };
+        }
     }
 }
 
@@ -260,7 +297,7 @@ mod tests {
         Kicker::for_this_thread().unwrap().kick();
     }
 
-    /// Enters with a flag of its own. Returns what the flag was before and behind `during`.
+    /// Enters with a flag of its own. Returns what the flag was before and after `during`.
     fn entry(during: impl FnOnce(), reports: bool) -> (u8, u8) {
         let mut byte = 0;
         let flag = &raw mut byte;
@@ -273,7 +310,7 @@ mod tests {
         };
         // SAFETY: as above.
         let seen = unsafe { with_flag(flag, enter) };
-        assert_eq!(look(), 0, "the flag is down behind the entry");
+        assert_eq!(look(), 0, "the flag is down after the entry");
         seen
     }
 
@@ -305,6 +342,20 @@ mod tests {
             kicker.kick();
         }
         assert_eq!(entry(|| {}, true), (0, 0));
+    }
+
+    #[test]
+    fn a_flag_is_forgotten_when_a_panic_unwinds_through_its_entry() {
+        let unwound = std::panic::catch_unwind(|| {
+            let mut byte = 0;
+            // SAFETY: `byte` is there until the closure unwinds, and only the handler writes it.
+            unsafe { with_flag(&raw mut byte, || -> ((), bool) { panic!("on purpose") }) };
+        });
+        assert!(unwound.is_err());
+        let left = FLAG.with(|flag| flag.load(Ordering::Relaxed));
+        assert!(left.is_null());
+        // A kick would write to a stack that is somebody else's now.
+        assert_eq!(entry(kick_myself, true), (0, 1));
     }
 
     #[test]

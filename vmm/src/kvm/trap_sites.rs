@@ -9,9 +9,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
-use crate::boot::modules::ModuleText;
-use crate::boot::traps::SHORTEST;
-use crate::boot::{Alternative, SiteKind, Sites};
+use hindsight_kernel::rewrite::modules::ModuleText;
+use hindsight_kernel::rewrite::traps::SHORTEST;
+use hindsight_kernel::{Alternative, SiteKind, Sites};
 
 /// A trap, by what it replaced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,9 +107,9 @@ pub fn candidates(rip: u64) -> impl Iterator<Item = u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::boot::Site;
-    use crate::boot::modules::ModuleSite;
-    use crate::boot::traps::{TRAP_CPUID, TRAP_RDTSC};
+    use hindsight_kernel::Site;
+    use hindsight_kernel::rewrite::modules::ModuleSite;
+    use hindsight_kernel::rewrite::traps::{TRAP_CPUID, TRAP_RDTSC};
 
     const SITE: u64 = 0xffff_ffff_8100_1000;
 

@@ -1,9 +1,10 @@
 //! What the trap ports lead to: CR4 with its TSD bit, debug registers, and the #GP entry.
 //!
-//! The loader rewrote certain instructions of the kernel into OUTs (see [`crate::boot::traps`]).
-//! Time reads and CPUID are answered by the machine; the rest concerns the CPU alone and is done
-//! here. Whatever ends an instruction for the guest ends it as the CPU would: one that is single-stepped raises #DB. CR4.TSD is kept set, so that RDTSC in user mode raises #GP; the first instruction of the
-//! kernel's #GP entry is rewritten too, and there a user-mode time read is told from a real fault.
+//! The loader rewrote certain instructions of the kernel into OUTs (see [`hindsight_kernel::rewrite::traps`]).
+//! Time reads and CPUID are answered by the machine; the rest concerns the CPU alone and is done here. Whatever
+//! ends an instruction for the guest ends it as the CPU would: one that is single-stepped raises #DB. CR4.TSD
+//! is kept set, so that RDTSC in user mode raises #GP; the first instruction of the kernel's #GP entry is
+//! rewritten too, and there a user-mode time read is told from a real fault.
 
 use hindsight_replay::{Exit, LeftOpen, Mode, TimeInstruction};
 use iced_x86::Mnemonic;
@@ -15,7 +16,7 @@ use super::run_page::PortExit;
 use super::segments;
 use super::trap_sites::candidates;
 use super::vcpu::KvmCpu;
-use crate::boot::traps::{OUT, SHORTEST, SiteKind, TRAP_GP_ENTRY, is_trap_port};
+use hindsight_kernel::rewrite::traps::{OUT, SHORTEST, SiteKind, TRAP_GP_ENTRY, is_trap_port};
 
 /// CR4.TSD: RDTSC and RDTSCP are for ring 0 alone (Intel SDM vol. 3, 2.5).
 pub const CR4_TSD: u64 = 1 << 2;
@@ -129,7 +130,7 @@ impl KvmCpu {
     /// The trap at which the guest wrote to `port`.
     fn trap_here(&mut self, port: u8) -> Option<Here> {
         let rip = self.rip();
-        let known = self.text.sites.at(rip, port);
+        let known = self.vm.text.sites.at(rip, port);
         let known = known.map(|(address, trap)| Here {
             address,
             kind: trap.kind,
@@ -147,15 +148,15 @@ impl KvmCpu {
         let view = self.view().ok()?;
         let is_trap = |&at: &u64| {
             let mut bytes = [0; SHORTEST];
-            !self.text.sites.is_own_out(at)
+            !self.vm.text.sites.is_own_out(at)
                 && view.read(segments::linear(&sregs.cs, at), &mut bytes) == SHORTEST
                 && bytes == [OUT, port]
         };
         let address = candidates(rip).find(is_trap)?;
         let Some(kind) = SiteKind::of_port(port) else {
             // What it was to do only its place would say.
-            if !self.text.rewritten.is_empty() {
-                self.noticed.add(LeftOpen::Copied);
+            if !self.vm.text.rewritten.is_empty() {
+                self.vm.noticed.add(LeftOpen::Copied);
             }
             return None;
         };
@@ -246,7 +247,7 @@ impl KvmCpu {
         // Intel SDM vol. 3, 6.14.1: 64-bit interrupt gate.
         let present = low & 1 << 47 != 0;
         let entry = low & 0xffff | low >> 32 & 0xffff_0000 | high << 32;
-        if !present || entry < KERNEL_HALF || self.text.is_init(entry) {
+        if !present || entry < KERNEL_HALF || self.vm.text.is_init(entry) {
             return Ok(());
         }
         let bytes = view.instruction_bytes(entry);

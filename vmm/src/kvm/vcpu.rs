@@ -9,17 +9,15 @@ use hindsight_replay::{
     Answer, Back, Cpu, CpuidTable, Exit, Horizon, LeftOpen, MemoryDigest, Registers, ShownClock,
 };
 use kvm_bindings::{
-    KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_CAP_PMU_CAPABILITY, KVM_EXIT_HLT, KVM_EXIT_IO,
-    KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVM_PMU_CAP_DISABLE,
-    KVMIO, kvm_enable_cap, kvm_interrupt, kvm_regs, kvm_segment, kvm_sregs,
-    kvm_userspace_memory_region,
+    KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_EXIT_HLT, KVM_EXIT_IO, KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN,
+    KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR, KVMIO, kvm_enable_cap, kvm_interrupt, kvm_regs,
+    kvm_segment, kvm_sregs,
 };
-use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, Kvm, VcpuFd};
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_iow_nr;
 
 use super::debug::Breakpoints;
-use super::entries::EntryState;
 use super::error::{KvmError, Named};
 use super::guest_text::GuestView;
 use super::memory::GuestMemory;
@@ -27,64 +25,16 @@ use super::modules::LoadingModule;
 use super::page_walk::Paging;
 use super::posted::Posted;
 use super::preemption::Preemption;
-use super::rewritten::Noticed;
 use super::run_page::{PortExit, RunPage};
-use super::trap_sites::TrapSites;
 use super::traps::TrapState;
-use super::{cpuid, msr, signals};
-use crate::boot::{
-    BootPlan, Elf, EntryCaves, ModuleLayout, Modules, QuickClock, Rewritten, Sites, alternatives,
-    caves,
-};
+use super::vm::{KernelText, Vm};
+use super::{cpuid, signals};
+use crate::boot::BootPlan;
 
 /// IA32_APIC_BASE at power-on: the usual address, enabled, the boot processor's.
 const APIC_ENABLED: u64 = 0xfee0_0000 | 1 << 11 | 1 << 8;
 
 ioctl_iow_nr!(KVM_INTERRUPT, KVMIO, 0x86, kvm_interrupt);
-
-/// Three pages below 4 GiB that Intel CPUs want for real mode; any hole will do.
-const TSS_ADDRESS: usize = 0xfffb_d000;
-/// And a fourth.
-const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
-
-/// What the vCPU knows of the kernel's text.
-#[derive(Clone, Debug, Default)]
-pub struct KernelText {
-    /// The rewritten instructions.
-    pub sites: TrapSites,
-    /// Virtual addresses of `.init.text`, start and end.
-    pub init: Option<(u64, u64)>,
-    /// Where there is room for what counts kernel entries; `None` if they are not to be counted.
-    pub caves: Option<EntryCaves>,
-    /// The clock that is read without exits; `None` if each read exits.
-    pub clock: Option<QuickClock>,
-    /// Where a loaded module's text is; `None` if modules are left alone.
-    pub modules: Option<ModuleLayout>,
-    /// What of the text must stay as it was written.
-    pub rewritten: Rewritten,
-}
-
-impl KernelText {
-    /// What of a kernel the vCPU needs.
-    pub fn new(elf: &Elf<'_>, sites: &Sites, modules: &Modules) -> KernelText {
-        let init = elf.code.iter().find(|code| code.name == ".init.text");
-        let alternatives = alternatives::read(elf).unwrap_or_default();
-        KernelText {
-            sites: TrapSites::of_kernel(sites, alternatives.iter()),
-            init: init.map(|code| (code.address, code.address + code.file.len() as u64)),
-            caves: caves::find(elf),
-            clock: None,
-            modules: modules.layout().cloned(),
-            rewritten: Rewritten::default(),
-        }
-    }
-
-    /// Whether an address lies in code that is gone after boot.
-    pub fn is_init(&self, address: u64) -> bool {
-        self.init
-            .is_some_and(|(start, end)| (start..end).contains(&address))
-    }
-}
 
 /// What the vCPU counts beside exits.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -103,24 +53,18 @@ pub struct VcpuCounts {
     pub breakpoints_restored: u64,
 }
 
-/// A vCPU, its VM and its memory.
+/// A vCPU, and the VM that it is in.
 #[derive(Debug)]
 pub struct KvmCpu {
-    // The order of the fields is the order of their end: the VM is gone before the memory is.
     fd: VcpuFd,
-    vm: VmFd,
-    pub(super) memory: GuestMemory,
-    pub(super) text: KernelText,
+    pub(super) vm: Vm,
     pub(super) traps: TrapState,
     /// The module that is being loaded at this exit.
     pub(super) loading: Option<LoadingModule>,
-    pub(super) entries: EntryState,
     /// The guest's breakpoints.
     pub(super) breakpoints: Breakpoints,
     /// Whether its accesses to debug registers are KVM's to do.
     pub(super) watched: bool,
-    /// What traps were found to be gone.
-    pub(super) noticed: Noticed,
     pub(super) counts: VcpuCounts,
     /// How it is stopped between two exits.
     pub(super) preemption: Preemption,
@@ -160,41 +104,20 @@ impl KvmCpu {
                 "register synchronisation (KVM_CAP_SYNC_REGS)",
             ));
         }
-        let vm = kvm.create_vm().named("KVM_CREATE_VM")?;
-        vm.set_tss_address(TSS_ADDRESS).named("KVM_SET_TSS_ADDR")?;
-        vm.set_identity_map_address(IDENTITY_MAP_ADDRESS)
-            .named("KVM_SET_IDENTITY_MAP_ADDR")?;
-        for (slot, region) in (0..).zip(memory.regions()) {
-            let region = kvm_userspace_memory_region {
-                slot,
-                flags: 0,
-                guest_phys_addr: region.gpa,
-                memory_size: region.bytes,
-                userspace_addr: region.host,
-            };
-            // SAFETY: the region is part of the mapping that `memory` owns; this value owns both,
-            // and its fields are declared so that the VM is dropped first.
-            unsafe { vm.set_user_memory_region(region) }.named("KVM_SET_USER_MEMORY_REGION")?;
-        }
-        msr::install_filter(&vm)?;
-        hide_counters(kvm, &vm)?;
-        let mut fd = vm.create_vcpu(0).named("KVM_CREATE_VCPU")?;
+        let vm = Vm::new(kvm, memory)?;
+        let mut fd = vm.fd.create_vcpu(0).named("KVM_CREATE_VCPU")?;
         fd.set_cpuid2(&cpuid::for_kvm(table)?)
             .named("KVM_SET_CPUID2")?;
         hide_paravirtual_features(&fd)?;
-        let posted = Posted::new(kvm, &vm, &mut fd)?;
+        let posted = Posted::new(kvm, &vm.fd, &mut fd)?;
         RunPage::of(&mut fd).keep_registers();
         Ok(KvmCpu {
             fd,
             vm,
-            memory,
-            text: KernelText::default(),
             traps: TrapState::default(),
             loading: None,
-            entries: EntryState::default(),
             breakpoints: Breakpoints::default(),
             watched: false,
-            noticed: Noticed::default(),
             counts: VcpuCounts::default(),
             preemption: Preemption::default(),
             stops: Vec::new(),
@@ -235,8 +158,7 @@ impl KvmCpu {
         let mut fpu = self.fd.get_fpu().named("KVM_GET_FPU")?;
         (fpu.fcw, fpu.mxcsr) = (0x37f, 0x1f80);
         self.fd.set_fpu(&fpu).named("KVM_SET_FPU")?;
-        self.entries = EntryState::new(text.caves);
-        self.text = text;
+        self.vm.set_text(text);
         Ok(())
     }
 
@@ -257,7 +179,7 @@ impl KvmCpu {
 
     /// Guest memory.
     pub fn memory(&self) -> &GuestMemory {
-        &self.memory
+        &self.vm.memory
     }
 
     pub(super) fn fd(&self) -> &VcpuFd {
@@ -276,7 +198,7 @@ impl KvmCpu {
     pub(super) fn view(&self) -> Result<GuestView<'_>, KvmError> {
         Ok(GuestView {
             paging: Paging::new(&self.sregs()?),
-            memory: &self.memory,
+            memory: &self.vm.memory,
         })
     }
 
@@ -307,7 +229,7 @@ impl KvmCpu {
             return Ok(false);
         }
         let byte = self.page().port_data(&io, 0) as u8;
-        self.posted.add(byte, &self.vm, &mut self.fd)
+        self.posted.add(byte, &self.vm.fd, &mut self.fd)
     }
 
     /// Has KVM finish the instruction of the last exit, if it has not.
@@ -491,7 +413,7 @@ impl Cpu for KvmCpu {
     }
 
     fn posted(&mut self) -> Result<Option<u8>, KvmError> {
-        self.posted.take(&self.vm, &mut self.fd)
+        self.posted.take(&self.vm.fd, &mut self.fd)
     }
 
     fn registers(&mut self) -> Registers {
@@ -581,25 +503,12 @@ impl Cpu for KvmCpu {
     }
 
     fn ram(&self) -> &Ram {
-        self.memory.ram()
+        self.vm.memory.ram()
     }
 
     fn memory_digest(&mut self) -> Result<MemoryDigest, KvmError> {
-        self.memory.digest()
+        self.vm.memory.digest()
     }
-}
-
-/// Takes the performance counters away, where KVM can; elsewhere CPUID hides them.
-fn hide_counters(kvm: &Kvm, vm: &VmFd) -> Result<(), KvmError> {
-    if kvm.check_extension_raw(KVM_CAP_PMU_CAPABILITY.into()) as u32 & KVM_PMU_CAP_DISABLE == 0 {
-        return Ok(());
-    }
-    let mut cap = kvm_enable_cap {
-        cap: KVM_CAP_PMU_CAPABILITY,
-        ..Default::default()
-    };
-    cap.args[0] = KVM_PMU_CAP_DISABLE.into();
-    vm.enable_cap(&cap).named("KVM_CAP_PMU_CAPABILITY")
 }
 
 /// What CPUID does not show, KVM shall not offer either.

@@ -8,6 +8,8 @@
 use std::fs::File;
 use std::io::Read;
 
+use hindsight_replay::Counter;
+
 use super::error::CounterError;
 use super::event::{CounterEvent, Pmu};
 use super::settings::Throttling;
@@ -181,6 +183,40 @@ impl BranchCounter {
             });
         }
         Ok(())
+    }
+}
+
+/// The host's branch counter, with the margin that it needs.
+#[derive(Debug)]
+pub struct HostCounter {
+    counter: BranchCounter,
+    margin: u64,
+}
+
+impl HostCounter {
+    /// `counter`, which must be armed so many branches ahead of its target.
+    pub fn new(counter: BranchCounter, margin: u64) -> HostCounter {
+        HostCounter { counter, margin }
+    }
+}
+
+impl Counter for HostCounter {
+    type Error = CounterError;
+
+    fn read(&mut self) -> Result<u64, CounterError> {
+        self.counter.read()
+    }
+
+    fn arm(&mut self, at: Option<u64>) -> Result<(), CounterError> {
+        self.counter.arm(at)
+    }
+
+    fn margin(&self) -> u64 {
+        self.margin
+    }
+
+    fn check(&mut self) -> Result<(), CounterError> {
+        self.counter.check()
     }
 }
 

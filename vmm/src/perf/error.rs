@@ -5,7 +5,6 @@ use std::io;
 use thiserror::Error;
 
 use super::settings::{REMEDY, Throttling};
-use crate::kvm::KvmError;
 
 /// Why there is no exact count.
 #[derive(Debug, Error)]
@@ -154,8 +153,8 @@ pub enum CounterError {
     #[error("calibration: {0}")]
     Guest(String),
     /// KVM failed.
-    #[error(transparent)]
-    Kvm(#[from] KvmError),
+    #[error("{0}")]
+    Kvm(#[source] Box<dyn std::error::Error + Send + Sync>),
 }
 
 impl CounterError {

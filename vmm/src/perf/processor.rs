@@ -51,9 +51,15 @@ impl Processor {
 
     /// Whether it is software: QEMU's TCG says so in its hypervisor leaf.
     pub fn is_emulated(&self) -> bool {
-        let [_, b, c, d] = crate::kvm::probe::host_cpuid(0x4000_0000);
+        let [_, b, c, d] = host_cpuid(0x4000_0000);
         self.hypervisor && [b, c, d].map(u32::to_le_bytes).concat() == b"TCGTCGTCGTCG"
     }
+}
+
+/// EAX, EBX, ECX and EDX of the host's own CPUID.
+pub fn host_cpuid(leaf: u32) -> [u32; 4] {
+    let answer = std::arch::x86_64::__cpuid(leaf);
+    [answer.eax, answer.ebx, answer.ecx, answer.edx]
 }
 
 #[cfg(test)]

@@ -143,7 +143,7 @@ const _: () = assert!(offset_of!(MmapPage, data_head) == 1024);
 /// `cap_user_rdpmc` of the capabilities.
 const CAP_USER_RDPMC: u64 = 1 << 2;
 const PAGE: usize = 4096;
-/// Pages of the ring behind the shared page. A record is 8 bytes, and the ring is emptied at each
+/// Pages of the ring after the shared page. A record is 8 bytes, and the ring is emptied at each
 /// arming.
 const RING_PAGES: usize = 1;
 
@@ -192,7 +192,7 @@ pub struct Count {
     pub running_ns: u64,
 }
 
-/// The page that perf shares for an event, and the ring behind it. It belongs to the thread that
+/// The page that perf shares for an event, and the ring after it. It belongs to the thread that
 /// opened the event: RDPMC elsewhere would read another thread's counter.
 #[derive(Debug)]
 pub struct Page(NonNull<MmapPage>);
@@ -285,7 +285,7 @@ impl Page {
             .step_by(8)
             .map(|at| {
                 let offset = PAGE + (at % ring_bytes) as usize;
-                // SAFETY: the ring is mapped behind the page, and `offset` is in it and a
+                // SAFETY: the ring is mapped after the page, and `offset` is in it and a
                 // multiple of 8, as all records' lengths are. The kernel does not write between
                 // tail and head.
                 unsafe { page.cast::<u8>().add(offset).cast::<u64>().read_volatile() }

@@ -5,8 +5,9 @@
 
 mod bell;
 mod clock;
+pub mod net;
 mod operator;
-mod screen;
+mod standard_output;
 mod terminal;
 mod typed;
 
@@ -19,12 +20,12 @@ use hindsight_devices::{Input, Nanos, Room};
 use hindsight_replay::{OperatorConsole, World};
 
 use crate::kvm::{Alarm, Kicker};
-use crate::net::{Attached, Link, NetError, Waker};
 use bell::Bell;
 pub use bell::PATIENCE;
 use clock::HostClock;
+use net::{Attached, Link, NetError, Waker};
 pub use operator::Operator;
-pub use screen::{Hold, Screen, Shown};
+pub use standard_output::{Hold, Shown, StandardOutput};
 pub use terminal::RawTerminal;
 use typed::Typed;
 

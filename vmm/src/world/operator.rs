@@ -13,7 +13,6 @@ use nix::sys::signal::{SigSet, Signal, raise};
 
 use super::bell::Bell;
 use super::terminal;
-use crate::tell::tell;
 
 /// A signal to stop that comes so long after the first one, or later, does not wait for the recording to be closed.
 const LAST_WARNING: Duration = Duration::from_secs(2);
@@ -34,6 +33,8 @@ struct Watched {
 #[derive(Debug)]
 pub struct Operator {
     bell: Bell,
+    /// Tells the operator something, in words.
+    notice: fn(&str),
     stop: OnceLock<Instant>,
     presses: AtomicU32,
     /// The size that the terminal has now and that nobody was told: columns above rows, 0 if there is none.
@@ -42,9 +43,13 @@ pub struct Operator {
 }
 
 impl Operator {
-    /// Listens to signals from now on. To be called by the main thread while it is the only one.
-    pub fn listen() -> std::io::Result<Arc<Operator>> {
-        let operator = Arc::new(Operator::new(Bell::default()));
+    /// Listens to signals from now on; `notice` tells the operator something, in words, from whatever thread.
+    /// To be called by the main thread while it is the only one.
+    pub fn listen(notice: fn(&str)) -> std::io::Result<Arc<Operator>> {
+        let operator = Arc::new(Operator {
+            notice,
+            ..Operator::new(Bell::default())
+        });
         let mut signals = SigSet::empty();
         for signal in [
             Signal::SIGINT,
@@ -82,11 +87,17 @@ impl Operator {
     pub fn new(bell: Bell) -> Operator {
         Operator {
             bell,
+            notice: |_| (),
             stop: OnceLock::new(),
             presses: AtomicU32::new(0),
             size: AtomicU32::new(0),
             watched: Mutex::default(),
         }
+    }
+
+    /// Tells the operator something, in words.
+    pub fn notice(&self, what: &str) {
+        (self.notice)(what);
     }
 
     /// What wakes the machine.
@@ -127,7 +138,7 @@ impl Operator {
                 }
             }
             if said_at.is_some_and(|at| at <= Instant::now()) {
-                tell!("hindsight: {what}");
+                self.notice(what);
                 said_at = None;
             }
         }
@@ -208,7 +219,7 @@ impl Operator {
             _ => match self.stop_asked() {
                 Some(asked) if asked.elapsed() >= LAST_WARNING => {
                     terminal::restore();
-                    tell!("hindsight: told to stop again; what was not written yet is lost");
+                    self.notice("told to stop again; what was not written yet is lost");
                     take_by_default(signal);
                 }
                 _ => self.stop(),

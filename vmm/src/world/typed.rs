@@ -18,7 +18,6 @@ use rustix::event::{PollFd, PollFlags, poll};
 use super::bell::{Bell, PATIENCE};
 use super::operator::Operator;
 use super::terminal;
-use crate::tell::tell;
 
 /// Ctrl-], as in telnet and virsh: leaves the guest's console.
 const ESCAPE: u8 = 0x1d;
@@ -149,9 +148,9 @@ impl Typed {
             }
             if self.add(typed) > 0 && !told {
                 told = true;
-                tell!(
-                    "\r\nhindsight: the guest does not read its input; what is typed now is dropped until \
-                     it does. Ctrl-] ends the machine\r"
+                operator.notice(
+                    "the guest does not read its input; what is typed now is dropped until it does. Ctrl-] ends \
+                     the machine",
                 );
             }
             if escape.is_some() {

@@ -133,7 +133,7 @@ fn branches(g: &mut Draft, _: Ring, _: Labels) -> Written {
     g.a.jnz(again)
 }
 
-/// BT before each branch: an interrupt that lands behind it finds in RFLAGS what BT leaves undefined,
+/// BT before each branch: an interrupt that lands after it finds in RFLAGS what BT leaves undefined,
 /// which must not depend on where the guest was stopped before.
 fn bit_tests(g: &mut Draft, _: Ring, _: Labels) -> Written {
     let (mut clear, mut set) = (g.a.create_label(), g.a.create_label());

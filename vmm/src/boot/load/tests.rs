@@ -1,9 +1,10 @@
 //! What stands in guest memory after loading, and what is refused before.
 
-use super::super::testing::{Image, TINY_PHYSICAL, debian_kernels, tiny_elf};
-use super::super::zero_page::{CMD_LINE_PTR, RAMDISK_IMAGE, RAMDISK_SIZE, TYPE_OF_LOADER};
-use super::super::{traps, unpack};
 use super::*;
+use hindsight_kernel::rewrite::traps;
+use hindsight_kernel::setup_header::{CMD_LINE_PTR, RAMDISK_IMAGE, RAMDISK_SIZE, TYPE_OF_LOADER};
+use hindsight_kernel::testing::{Image, TINY_PHYSICAL, debian_kernels, tiny_elf};
+use hindsight_kernel::unpack;
 
 struct Ram(Vec<u8>);
 
@@ -59,7 +60,7 @@ fn boot(
         &mut ram,
         kernel,
         &elf,
-        &sites,
+        &sites.patches(&elf)?,
         &Given {
             initrd,
             cmdline,
@@ -203,7 +204,7 @@ fn a_segment_in_the_boot_tables_place_is_refused() {
 #[test]
 fn the_initrd_stays_below_what_the_kernel_can_read() {
     let mut kernel = tiny();
-    let at = INITRD_ADDR_MAX - super::super::zero_page::SETUP_HEADER;
+    let at = INITRD_ADDR_MAX - hindsight_kernel::setup_header::SETUP_HEADER;
     let header = kernel.setup_header.as_mut().unwrap();
     header[at..at + 4].copy_from_slice(&0x013f_ffff_u32.to_le_bytes());
     let (ram, plan) = boot(&kernel, 32 << 20, &[1; 4096], "").unwrap();

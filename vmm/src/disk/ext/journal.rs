@@ -220,7 +220,7 @@ impl<'a, S: Source> Log<'a, S> {
         Ok(block)
     }
 
-    /// Where the next block of the ring stands; `None` behind the last that there can be.
+    /// Where the next block of the ring stands; `None` after the last that there can be.
     fn advance(&mut self) -> Result<Option<u64>, ExtError> {
         let whole = self.last - self.first;
         if self.left == 0 {
@@ -375,7 +375,7 @@ impl<'a, S: Source> Log<'a, S> {
         Ok(true)
     }
 
-    /// The blocks behind the log that fast commits are in.
+    /// The blocks after the log that fast commits are in.
     fn fast_area(&self) -> Option<FastArea> {
         if !self.has(FAST_COMMIT) || self.last == self.fast_last {
             return None;

@@ -1,0 +1,506 @@
+//! `hindsight inspect`: what a recording is and what is in it.
+
+use std::io::{BufWriter, Read, Write};
+use std::path::PathBuf;
+
+use clap::Args;
+use comfy_table::{CellAlignment, Table, presets};
+use hindsight_devices::{Nanos, POSTED_PORT};
+use hindsight_replay::{
+    Detail, End, Event, FRAME_HEAD_BYTES, Frame, Guest, Header, IndexEntry, JournalError,
+    JournalReader, LeftOpen, Moment, Observer, Record, TailReason, Turn,
+};
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use crate::format::{bytes, seconds, thousands};
+use crate::outcome::Outcome;
+use crate::output::Output;
+use crate::summary::describe_end;
+use crate::tell::{out, tell};
+use crate::watching::watch;
+use hindsight_vmm::disk::OpenImage;
+use hindsight_vmm::failure::Failure;
+use hindsight_vmm::foreign::{shown, shown_path};
+use hindsight_vmm::session::Recording;
+
+/// Options of `inspect`.
+#[derive(Debug, Args)]
+pub struct Options {
+    /// The recording.
+    recording: PathBuf,
+    /// List every event of the journal.
+    #[arg(long, conflicts_with = "io")]
+    events: bool,
+    /// List every exit (device accesses, time reads, CPUID) with its value, and every interrupt.
+    ///
+    /// Read from the journal if it is of full detail, else found out by replaying.
+    #[arg(long)]
+    io: bool,
+    /// Print JSON: one object, or with --events and --io one line each.
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn main(options: &Options) -> Result<Outcome, Failure> {
+    let recording = Recording::at(&options.recording);
+    let journal = recording.journal()?;
+    if options.io && journal.header().detail == Detail::Default {
+        let begin = || Ok(Listing::new(stdout(), options.json));
+        return watch(recording, journal, begin, |listing, _| listing.finish());
+    }
+    if options.io || options.events {
+        return list(journal, Listing::new(stdout(), options.json), options.io);
+    }
+    overview(&recording, journal, options.json)
+}
+
+/// One line of a listing, as text or as JSON.
+#[derive(Debug)]
+pub struct Listing<W: Write> {
+    out: Output<W>,
+    json: bool,
+}
+
+impl<W: Write> Listing<W> {
+    /// A listing that goes to `out`.
+    pub fn new(out: W, json: bool) -> Listing<W> {
+        Listing {
+            out: Output::new(out),
+            json,
+        }
+    }
+
+    fn line(&mut self, text: impl FnOnce() -> String, value: impl FnOnce() -> Value) {
+        if self.out.has_failed() {
+            return;
+        }
+        let line = if self.json {
+            value().to_string()
+        } else {
+            text()
+        };
+        self.out.write(format!("{line}\n").as_bytes());
+    }
+
+    fn turn_line(&mut self, exits: u64, turn: &Turn) {
+        self.line(
+            || format!("{exits:>9} {turn}"),
+            || json!({"exit": exits, "turn": turn}),
+        );
+    }
+
+    fn posted_line(&mut self, exits: u64, bytes: &[u8]) {
+        self.line(
+            || {
+                format!(
+                    "{exits:>9} port {POSTED_PORT:#06x} was written \"{}\"",
+                    bytes.escape_ascii()
+                )
+            },
+            || json!({"exit": exits, "posted": {"port": POSTED_PORT, "bytes": bytes}}),
+        );
+    }
+
+    fn left_open_line(&mut self, exits: u64, what: LeftOpen) {
+        self.line(
+            || format!("{exits:>9} left open: {what}"),
+            || json!({"exit": exits, "left_open": what.to_string()}),
+        );
+    }
+
+    fn interrupt_line(&mut self, at: &Moment, vector: u8) {
+        self.line(
+            || {
+                format!(
+                    "{:>9} interrupt {vector:#04x} at rip {:#x} rcx {:#x}",
+                    at.exits, at.rip, at.rcx
+                )
+            },
+            || json!({"exit": at.exits, "interrupt": {"vector": vector, "at": at}}),
+        );
+    }
+
+    /// Lists what a journal says, event by event; `io_only`: exits and interrupts.
+    pub fn journal(
+        &mut self,
+        journal: &mut JournalReader<impl Read>,
+        io_only: bool,
+    ) -> Result<(), JournalError> {
+        while let Some(record) = journal.next_record()? {
+            self.record(&record, io_only);
+        }
+        Ok(())
+    }
+
+    fn record(&mut self, record: &Record, io_only: bool) {
+        let exits = record.exits;
+        match &record.event {
+            Event::Turn(turn) => self.turn_line(exits, turn),
+            Event::Posted(bytes) => self.posted_line(exits, bytes),
+            Event::LeftOpen(what) => self.left_open_line(exits, *what),
+            Event::Interrupt { vector, at } => self.interrupt_line(at, *vector),
+            _ if io_only => {}
+            Event::Time { ahead_ns } => self.line(
+                || format!("{exits:>9} time {ahead_ns:+} ns"),
+                || json!({"exit": exits, "time": {"ahead_ns": ahead_ns}}),
+            ),
+            Event::Input(input) => self.line(
+                || format!("{exits:>9} input {input:?}"),
+                || json!({"exit": exits, "input": input}),
+            ),
+            Event::Preempted(place) => self.line(
+                || format!("{exits:>9} preempted {place}"),
+                || json!({"exit": exits, "preempted": place}),
+            ),
+            Event::FirstReads { check } => self.line(
+                || format!("{exits:>9} first reads of a disk's image {check:016x}"),
+                || json!({"exit": exits, "first_reads": format!("{check:016x}")}),
+            ),
+            Event::Witness { check } => self.line(
+                || format!("{exits:>9} witness {:02x}{:02x}", check[1], check[0]),
+                || json!({"exit": exits, "witness": u16::from_le_bytes(*check)}),
+            ),
+            Event::Memory { digest } => self.line(
+                || format!("{exits:>9} memory {:016x}", digest.value()),
+                || json!({"exit": exits, "memory": format!("{:016x}", digest.value())}),
+            ),
+            Event::End(end) => self.line(
+                || format!("{exits:>9} end: {}", describe_end(end)),
+                || json!({"exit": exits, "end": end}),
+            ),
+        }
+    }
+
+    fn finish(self) -> Result<(), Failure> {
+        self.out.finish()
+    }
+}
+
+impl<W: Write> Observer for Listing<W> {
+    fn posted(&mut self, exits: u64, bytes: &[u8]) {
+        self.posted_line(exits, bytes);
+    }
+
+    fn turn(&mut self, exits: u64, turn: &Turn, _guest: &mut dyn Guest) {
+        self.turn_line(exits, turn);
+    }
+
+    fn interrupt(&mut self, at: &Moment, vector: u8, _now: Nanos) {
+        self.interrupt_line(at, vector);
+    }
+
+    fn left_open(&mut self, exits: u64, what: LeftOpen) {
+        self.left_open_line(exits, what);
+    }
+}
+
+fn stdout() -> BufWriter<std::io::Stdout> {
+    BufWriter::with_capacity(1 << 16, std::io::stdout())
+}
+
+fn list(
+    mut journal: JournalReader<impl Read>,
+    mut listing: Listing<impl Write>,
+    io_only: bool,
+) -> Result<Outcome, Failure> {
+    listing.journal(&mut journal, io_only)?;
+    listing.finish()?;
+    Ok(report_tail(&journal))
+}
+
+/// Says so if the journal was not read to a proper end.
+fn report_tail(journal: &JournalReader<impl Read>) -> Outcome {
+    match journal.tail() {
+        Some(tail) if tail.reason != TailReason::Closed => {
+            tell!("hindsight: {tail}");
+            Outcome::CutShort
+        }
+        _ => Outcome::Good,
+    }
+}
+
+/// What is counted over a whole journal.
+#[derive(Debug, Default, Serialize)]
+struct Census {
+    frames: u64,
+    frame_bytes: u64,
+    raw_bytes: u64,
+    events: [u64; Event::KINDS],
+    event_bytes: [u64; Event::KINDS],
+    /// Exits, journal bytes and interrupts by whole second of guest time.
+    seconds: Vec<[u64; 3]>,
+}
+
+impl Census {
+    /// Adds a frame, and shows each of its events.
+    fn count(&mut self, frame: &Frame, mut see: impl FnMut(Record)) {
+        self.frames += 1;
+        self.frame_bytes += FRAME_HEAD_BYTES as u64 + u64::from(frame.head.compressed_bytes);
+        self.raw_bytes += u64::from(frame.head.raw_bytes);
+        let second = (frame.place.now / 1_000_000_000) as usize;
+        // A journal may claim any time; a table of a day is as long as anyone reads.
+        let second = second.min(86_400);
+        if self.seconds.len() <= second {
+            self.seconds.resize(second + 1, [0; 3]);
+        }
+        let row = &mut self.seconds[second];
+        row[0] += frame.place.through - frame.place.first;
+        row[1] += FRAME_HEAD_BYTES as u64 + u64::from(frame.head.compressed_bytes);
+        let mut records = frame.records();
+        let mut before = 0;
+        while let Some(record) = records.next() {
+            let kind = record.event.kind();
+            self.events[kind] += 1;
+            self.event_bytes[kind] += (records.position() - before) as u64;
+            before = records.position();
+            row[2] += u64::from(matches!(record.event, Event::Interrupt { .. }));
+            see(record);
+        }
+    }
+}
+
+/// What a journal comes to, read to its end.
+#[derive(Debug, Default)]
+pub struct Survey {
+    census: Census,
+    /// How the guest ended, if the journal says it.
+    pub end: Option<End>,
+    /// Where the frames are: what the index holds.
+    pub frames: Vec<IndexEntry>,
+    /// What was found to be left open, and at which exit. Each is told once; a journal that somebody made may say
+    /// anything.
+    pub left_open: Vec<(u64, LeftOpen)>,
+}
+
+impl Survey {
+    /// Reads `journal` to its end.
+    pub fn of(journal: &mut JournalReader<impl Read>) -> Result<Survey, JournalError> {
+        let mut survey = Survey::default();
+        while let Some(frame) = journal.next_frame()? {
+            let Survey {
+                census,
+                end,
+                left_open,
+                ..
+            } = &mut survey;
+            *end = None;
+            census.count(&frame, |Record { exits, event }| match event {
+                Event::End(found) => *end = Some(*found),
+                Event::LeftOpen(what) if !left_open.iter().any(|(_, told)| *told == what) => {
+                    left_open.push((exits, what));
+                }
+                _ => {}
+            });
+            survey.frames.push(frame.place);
+        }
+        Ok(survey)
+    }
+}
+
+fn overview(
+    recording: &Recording,
+    mut journal: JournalReader<impl Read>,
+    as_json: bool,
+) -> Result<Outcome, Failure> {
+    let Survey {
+        census,
+        end,
+        frames,
+        left_open,
+    } = Survey::of(&mut journal)?;
+    let header = journal.header().clone();
+    let tail = journal
+        .tail()
+        .expect("the journal was read to its end")
+        .clone();
+    if recording.directory().is_dir() && recording.read_index().is_none() && !frames.is_empty() {
+        // The index only saves time; a directory that cannot be written to does without.
+        let _ = recording.write_index(&frames);
+    }
+    if as_json {
+        let value = json!({
+            "header": header,
+            "exits": journal.through(),
+            "end": end,
+            "tail": tail.to_string(),
+            "closed": tail.reason == TailReason::Closed,
+            "left_open": left_open
+                .iter()
+                .map(|(exit, what)| json!({"exit": exit, "what": what.to_string()}))
+                .collect::<Vec<_>>(),
+            "disks": disks(recording, &header).collect::<Vec<_>>(),
+            "journal": census,
+        });
+        out!("{value}");
+    } else {
+        print_header(&header, &left_open);
+        print_devices(recording, &header);
+        match &end {
+            Some(end) => out!(
+                "end         {}, after exit {} and {}\n            digest {:016x}, memory {}",
+                describe_end(end),
+                thousands(journal.through()),
+                seconds(end.now),
+                end.digest,
+                end.memory
+                    .map_or("none".into(), |memory| format!("{:016x}", memory.value()))
+            ),
+            None => out!("end         none: {tail}"),
+        }
+        print_census(&census);
+    }
+    Ok(report_tail(&journal))
+}
+
+fn print_header(header: &Header, left_open: &[(u64, LeftOpen)]) {
+    let machine = &header.machine;
+    let detail = match header.detail {
+        Detail::Default => "default",
+        Detail::Full => "full",
+    };
+    let recorder = shown(&header.host.recorder);
+    out!("recorded    by {recorder}, {detail} detail");
+    out!(
+        "host        {}, Linux {}",
+        shown(&header.host.cpu),
+        shown(&header.host.kernel)
+    );
+    for hole in &header.host.holes {
+        out!("left open   {}", shown(hole));
+    }
+    for (exit, what) in left_open {
+        out!("left open   {what}; from exit {} on", thousands(*exit));
+    }
+    out!("kernel      {}", shown(&machine.kernel_version));
+    out!(
+        "            {} bytes, BLAKE3 {}",
+        thousands(machine.kernel.bytes),
+        machine.kernel.hex()
+    );
+    if let Some(initrd) = &machine.initrd {
+        out!(
+            "initrd      {} bytes, BLAKE3 {}",
+            thousands(initrd.bytes),
+            initrd.hex()
+        );
+    }
+    out!("cmdline     {}", shown(&machine.cmdline));
+    out!("memory      {}", bytes(machine.memory_bytes));
+    out!(
+        "cpu         {}, {} CPUID entries",
+        shown(&machine.cpuid.vendor()),
+        machine.cpuid.entries.len()
+    );
+    let traps = &machine.traps;
+    out!(
+        "traps       {} rdtsc, {} rdtscp, {} cpuid, {} CR4 writes, {} CR4 reads, {} DR writes, {} pause, {} module loads, {} panics, {} kept ages of pages",
+        traps.rdtsc,
+        traps.rdtscp,
+        traps.cpuid,
+        traps.cr4_writes,
+        traps.cr4_reads,
+        traps.dr_writes,
+        traps.pause,
+        traps.module_loads,
+        traps.panics,
+        traps.ages
+    );
+    match &machine.quick_reads {
+        Some(quick) => out!(
+            "time reads  quick at {} places: up to {} between two exits, {} ns each",
+            quick.sites,
+            quick.reads,
+            quick.step_ns
+        ),
+        None => out!("time reads  each exits"),
+    }
+}
+
+/// Where the image of a recorded disk is.
+#[derive(Debug, Serialize)]
+struct DiskImage {
+    /// Its place: what the recording links to, or the recording's own file.
+    image: PathBuf,
+    /// Why it cannot be replayed with, if so.
+    missing: Option<String>,
+}
+
+/// The images of a recording's disks, in the order of the disks.
+fn disks(recording: &Recording, header: &Header) -> impl Iterator<Item = DiskImage> {
+    let images = header.machine.images.iter().enumerate();
+    images.filter_map(|(disk, image)| {
+        let path = recording.disk_path(disk)?;
+        let opened = OpenImage::open(&path).and_then(|opened| opened.check(disk, image));
+        Some(DiskImage {
+            image: std::fs::read_link(&path).unwrap_or(path),
+            missing: opened.err().map(|error| error.to_string()),
+        })
+    })
+}
+
+fn print_devices(recording: &Recording, header: &Header) {
+    let devices = &header.machine.devices;
+    let found = disks(recording, header);
+    for (disk, (spec, found)) in devices.disks.iter().zip(found).enumerate() {
+        let read_only = if spec.read_only { ", read-only" } else { "" };
+        let serial = match spec.serial.as_str() {
+            "" => String::new(),
+            serial => format!(", serial \"{}\"", shown(serial)),
+        };
+        out!("disk {disk}      {}{read_only}{serial}", bytes(spec.bytes));
+        out!("            {}", shown_path(&found.image));
+        if let Some(missing) = found.missing {
+            out!("            it will not replay: {}", shown(&missing));
+        }
+    }
+    if let Some(net) = &devices.net {
+        let mac = net.mac.map(|byte| format!("{byte:02x}")).join(":");
+        out!("network     a card, {mac}");
+    }
+}
+
+fn print_census(census: &Census) {
+    out!(
+        "journal     {} in {} frames, {} raw\n",
+        bytes(census.frame_bytes),
+        census.frames,
+        bytes(census.raw_bytes)
+    );
+    let mut table = Table::new();
+    table
+        .load_preset(presets::NOTHING)
+        .set_header(["event", "count", "raw bytes"]);
+    for (kind, name) in Event::KIND_NAMES.into_iter().enumerate() {
+        if census.events[kind] > 0 {
+            table.add_row([
+                name.to_string(),
+                thousands(census.events[kind]),
+                thousands(census.event_bytes[kind]),
+            ]);
+        }
+    }
+    right_align(&mut table);
+    out!("{table}\n");
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING).set_header([
+        "guest second",
+        "exits",
+        "journal bytes",
+        "interrupts",
+    ]);
+    // At most twenty rows: a long recording is shown in larger steps.
+    let step = census.seconds.len().div_ceil(20).max(1);
+    for (row, seconds) in census.seconds.chunks(step).enumerate() {
+        let sum = |column: usize| thousands(seconds.iter().map(|second| second[column]).sum());
+        table.add_row([format!("{}..", row * step), sum(0), sum(1), sum(2)]);
+    }
+    right_align(&mut table);
+    out!("{table}");
+}
+
+fn right_align(table: &mut Table) {
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+}

@@ -1,0 +1,199 @@
+//! `hindsight replay`.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use clap::Args;
+use hindsight_replay::ExitNumber;
+use hindsight_vmm::failure::Failure;
+use hindsight_vmm::foreign::shown_lines;
+use hindsight_vmm::session::{
+    CounterWish, RecordedPaths, RelogWish, ReplayWish, Replayed, Verdict, replay,
+};
+use serde::Serialize;
+
+use crate::format::{parse_size, seconds, thousands};
+use crate::front::Terminal;
+use crate::options::{DetailOption, Verify, parse_verify};
+use crate::outcome::Outcome;
+use crate::summary::{Summary, describe_end, not_compared};
+use crate::tell::{out, tell};
+
+/// Options of `replay`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The guest's console goes to standard output, the verdict to standard error. Memory is always
+compared at the end of a whole recording, unless the guest was stopped between two exits: then the
+verdict says that it was not.")]
+pub struct Options {
+    /// The recording.
+    recording: PathBuf,
+    /// Compare all of memory: at the end (memory), or every N exits too (memory=N).
+    ///
+    /// The latter where the recording holds digests made with the same option.
+    #[arg(long, value_name = "memory[=N]", value_parser = parse_verify)]
+    verify: Option<Verify>,
+    /// Stop after this exit.
+    #[arg(long, value_name = "EXIT")]
+    until: Option<ExitNumber>,
+    /// Show the console at the recorded pace instead of as fast as it can be computed.
+    #[arg(long)]
+    real_time: bool,
+    /// Write what the replay does as a recording of full detail.
+    ///
+    /// If the replay is refused, nothing is written. If it diverges, DIR has what was replayed until then.
+    #[arg(long, value_name = "DIR")]
+    relog: Option<PathBuf>,
+    /// Detail of what --relog writes.
+    #[arg(long, value_enum, default_value_t = DetailOption::Full, requires = "relog")]
+    detail: DetailOption,
+    /// With --relog: replace the recording that is there, once the new one is whole.
+    ///
+    /// The old one is moved to DIR/replaced-XXXXXX when the replay begins, and deleted when it has ended
+    /// equal; else both are kept.
+    #[arg(long, requires = "relog")]
+    force: bool,
+    /// Take the kernel from here instead of from the recording; it must be the same.
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
+    /// Take the initrd from here instead of from the recording; it must be the same.
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+    /// Take the image of a disk from here instead of from where it was; it must be the same.
+    ///
+    /// Once for each disk, in their order.
+    #[arg(long = "disk", value_name = "FILE")]
+    disks: Vec<PathBuf>,
+    /// Refuse unless the recorded machine has this much RAM.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    memory: Option<u64>,
+    /// Force the raw event that is counted between exits; without it, the one known for this CPU.
+    #[arg(long, value_name = "EVENT")]
+    event: Option<String>,
+    /// Force how many branches short of a place the counter is set.
+    #[arg(long, value_name = "BRANCHES")]
+    margin: Option<u64>,
+    /// Do not show the guest's console.
+    #[arg(long, short)]
+    quiet: bool,
+    /// Print the verdict as JSON on standard output, and nothing else.
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn main(options: &Options) -> Result<Outcome, Failure> {
+    let start = Instant::now();
+    let relog = options.relog.as_ref().map(|output| RelogWish {
+        output: output.clone(),
+        force: options.force,
+        detail: options.detail.into(),
+    });
+    let wish = ReplayWish {
+        recording: options.recording.clone(),
+        instead: RecordedPaths {
+            kernel: options.kernel.clone(),
+            initrd: options.initrd.clone(),
+            disks: options.disks.clone(),
+        },
+        until: options.until.map(|until| until.0),
+        memory_every: options.verify.and_then(|verify| verify.every),
+        counter: CounterWish {
+            event: options.event.clone(),
+            margin: options.margin,
+        },
+        memory_bytes: options.memory,
+        relog,
+    };
+    let mut terminal = Terminal {
+        quiet: options.quiet || options.json,
+        real_time: options.real_time,
+    };
+    let replayed = replay(&wish, &mut terminal)?;
+    let host_ns = start.elapsed().as_nanos() as u64;
+    Ok(conclude(&replayed, host_ns, options.json))
+}
+
+/// The verdict as a program reads it.
+#[derive(Serialize)]
+struct Report<'a> {
+    verdict: &'static str,
+    detail: String,
+    exits: u64,
+    guest_ns: u64,
+    witnesses_equal: u64,
+    memories_equal: u64,
+    /// What the verdict does not cover, in words.
+    not_compared: Option<&'static str>,
+    /// How many of these are equal but for Accessed bits of page tables.
+    memories_but_accessed: u64,
+    summary: Option<&'a Summary>,
+}
+
+fn conclude(replayed: &Replayed, host_ns: u64, json: bool) -> Outcome {
+    let machine = &replayed.machine;
+    let exits = machine.at().exits;
+    let but_accessed = replayed.memories_but_accessed;
+    let (equal, equal_so_far) = match but_accessed {
+        0 => ("equal", "equal so far"),
+        _ => (
+            "equal but for Accessed bits",
+            "equal so far but for Accessed bits",
+        ),
+    };
+    let (verdict, outcome, detail, end) = match &replayed.verdict {
+        Verdict::Equal(end) => (equal, Outcome::Good, describe_end(end), Some(end)),
+        Verdict::Reached => (
+            equal_so_far,
+            Outcome::Good,
+            format!("stopped at {}", machine.at()),
+            None,
+        ),
+        Verdict::CutShort(tail) => ("cut short", Outcome::CutShort, tail.to_string(), None),
+        Verdict::Diverged(divergence) => {
+            ("diverged", Outcome::Different, divergence.to_string(), None)
+        }
+    };
+    let not_compared = end.and_then(not_compared);
+    let summary = end.map(|end| Summary::new(machine, end, host_ns, None));
+    let (witnesses, memories) = (replayed.witnesses, replayed.memories);
+    if json {
+        let report = Report {
+            verdict,
+            detail,
+            exits,
+            guest_ns: machine.now(),
+            witnesses_equal: witnesses,
+            memories_equal: memories,
+            not_compared,
+            memories_but_accessed: but_accessed,
+            summary: summary.as_ref(),
+        };
+        out!(
+            "{}",
+            serde_json::to_string(&report).expect("plain values serialise")
+        );
+        return outcome;
+    }
+    let aside = not_compared.map_or(String::new(), |what| format!("; {what}"));
+    tell!("replay {verdict}: {}{aside}", shown_lines(&detail));
+    tell!(
+        "  {} exits, {} of guest time in {}; {} witnesses and {} memory digests equal",
+        thousands(exits),
+        seconds(machine.now()),
+        seconds(host_ns),
+        thousands(witnesses),
+        thousands(memories)
+    );
+    if but_accessed > 0 {
+        tell!(
+            "  memory differs in Accessed bits of page tables alone, in {} of these digests: the CPU sets them as it \
+             walks the tables, and nothing that the guest did differs",
+            thousands(but_accessed)
+        );
+    }
+    if let Some(summary) = summary {
+        let memory = summary.memory_digest.as_deref().unwrap_or("none");
+        tell!("  digest {}, memory {memory}", summary.digest);
+    }
+    outcome
+}

@@ -1,0 +1,114 @@
+//! The program: commands, output, exit codes. One file per command.
+
+pub mod commands;
+mod format;
+mod front;
+mod options;
+mod outcome;
+mod output;
+mod screen;
+mod summary;
+mod tell;
+mod watching;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand};
+use hindsight_vmm::failure::Failure;
+use hindsight_vmm::foreign::shown_lines;
+
+use commands::{bench, console, diff, disk, doctor, inspect, pcap, record, replay, run};
+use outcome::{EXIT_CODES, Outcome};
+use tell::{out, tell};
+
+/// Records a whole Linux machine under stock KVM, and replays it bit for bit.
+#[derive(Debug, Parser)]
+#[command(name = "hindsight", version, after_help = EXIT_CODES)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Boot a machine without recording it.
+    Run(run::Options),
+    /// Boot a machine and record everything it could not have computed for itself.
+    Record(record::Options),
+    /// Run a recorded machine again, and check every step against the recording.
+    Replay(replay::Options),
+    /// Tell what a recording is and what is in it.
+    Inspect(inspect::Options),
+    /// Print what the guest wrote to its console, with times; or make an asciicast of it.
+    Console(console::Options),
+    /// Write the frames that a machine sent and received as a pcapng, for Wireshark and the like.
+    Pcap(pcap::Options),
+    /// Write a machine's disk as it was at some moment, or list what the guest had changed on it.
+    Disk(disk::Options),
+    /// Show the first difference between two recordings, and what led up to it.
+    Diff(diff::Options),
+    /// Probe this host's KVM with tiny guests: can it record, and what would be left open?
+    Doctor(doctor::Options),
+    /// Measure what recording and replaying cost, as ratios in one run.
+    Bench(bench::Options),
+    /// Print a completion script for a shell.
+    Completions {
+        /// Which shell.
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page (roff).
+    Man,
+}
+
+/// Parses the arguments and does what they say.
+pub fn main() -> ExitCode {
+    let command = Cli::parse().command;
+    let is_doctor = matches!(command, Command::Doctor(_));
+    let result = match command {
+        Command::Run(options) => run::main(&options),
+        Command::Record(options) => record::main(&options),
+        Command::Replay(options) => replay::main(&options),
+        Command::Inspect(options) => inspect::main(&options),
+        Command::Console(options) => console::main(&options),
+        Command::Pcap(options) => pcap::main(&options),
+        Command::Disk(options) => disk::main(&options),
+        Command::Diff(options) => diff::main(&options),
+        Command::Doctor(options) => doctor::main(&options),
+        Command::Bench(options) => bench::main(&options),
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "hindsight", &mut script);
+            out!("{}", String::from_utf8_lossy(&script).trim_end());
+            Ok(Outcome::Good)
+        }
+        Command::Man => print_manual(),
+    };
+    match result {
+        Ok(outcome) => ExitCode::from(outcome as u8),
+        Err(error) => {
+            let (outcome, mut text) = (Outcome::from(error.kind()), error.to_string());
+            if outcome == Outcome::Unfit && !is_doctor && !text.contains("hindsight doctor") {
+                text.push_str("; `hindsight doctor` tells more");
+            }
+            tell!("hindsight: {}", shown_lines(text));
+            ExitCode::from(outcome as u8)
+        }
+    }
+}
+
+/// The main page, and each command's after it.
+fn print_manual() -> Result<Outcome, Failure> {
+    let mut command = Cli::command();
+    command.build();
+    let mut pages = Vec::new();
+    clap_mangen::Man::new(command.clone()).render(&mut pages)?;
+    for sub in command
+        .get_subcommands()
+        .filter(|sub| sub.get_name() != "help")
+    {
+        let name: &'static str = format!("hindsight-{}", sub.get_name()).leak();
+        clap_mangen::Man::new(sub.clone().name(name)).render(&mut pages)?;
+    }
+    out!("{}", String::from_utf8_lossy(&pages).trim_end());
+    Ok(Outcome::Good)
+}

@@ -1,0 +1,122 @@
+//! The virtual machine: what all of its vCPUs have in common.
+
+use hindsight_kernel::rewrite::{alternatives, caves};
+use hindsight_kernel::{Elf, EntryCaves, ModuleLayout, Modules, QuickClock, Rewritten, Sites};
+use kvm_bindings::{
+    KVM_CAP_PMU_CAPABILITY, KVM_PMU_CAP_DISABLE, kvm_enable_cap, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Kvm, VmFd};
+
+use super::entries::EntryState;
+use super::error::{KvmError, Named};
+use super::memory::GuestMemory;
+use super::msr;
+use super::rewritten::Noticed;
+use super::trap_sites::TrapSites;
+
+/// Three pages below 4 GiB that Intel CPUs want for real mode; any hole will do.
+const TSS_ADDRESS: usize = 0xfffb_d000;
+/// And a fourth.
+const IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
+
+/// What is known of the kernel's text.
+#[derive(Clone, Debug, Default)]
+pub struct KernelText {
+    /// The rewritten instructions.
+    pub sites: TrapSites,
+    /// Virtual addresses of `.init.text`, start and end.
+    pub init: Option<(u64, u64)>,
+    /// Where there is room for what counts kernel entries; `None` if they are not to be counted.
+    pub caves: Option<EntryCaves>,
+    /// The clock that is read without exits; `None` if each read exits.
+    pub clock: Option<QuickClock>,
+    /// Where a loaded module's text is; `None` if modules are left alone.
+    pub modules: Option<ModuleLayout>,
+    /// What of the text must stay as it was written.
+    pub rewritten: Rewritten,
+}
+
+impl KernelText {
+    /// What of a kernel a VM needs.
+    pub fn new(elf: &Elf<'_>, sites: &Sites, modules: &Modules) -> KernelText {
+        let init = elf.code.iter().find(|code| code.name == ".init.text");
+        let alternatives = alternatives::read(elf).unwrap_or_default();
+        KernelText {
+            sites: TrapSites::of_kernel(sites, alternatives.iter()),
+            init: init.map(|code| (code.address, code.address + code.file.len() as u64)),
+            caves: caves::find(elf),
+            clock: None,
+            modules: modules.layout().cloned(),
+            rewritten: Rewritten::default(),
+        }
+    }
+
+    /// Whether an address lies in code that is gone after boot.
+    pub fn is_init(&self, address: u64) -> bool {
+        self.init
+            .is_some_and(|(start, end)| (start..end).contains(&address))
+    }
+}
+
+/// A VM: its memory, and what is known of the kernel in it.
+#[derive(Debug)]
+pub struct Vm {
+    // The order of the fields is the order of their end: the VM is gone before the memory is.
+    pub(super) fd: VmFd,
+    pub(super) memory: GuestMemory,
+    pub(super) text: KernelText,
+    /// What counts entries into that kernel.
+    pub(super) entries: EntryState,
+    /// What traps were found to be gone.
+    pub(super) noticed: Noticed,
+}
+
+impl Vm {
+    /// A VM over `memory`, without vCPUs.
+    pub(super) fn new(kvm: &Kvm, memory: GuestMemory) -> Result<Vm, KvmError> {
+        let fd = kvm.create_vm().named("KVM_CREATE_VM")?;
+        fd.set_tss_address(TSS_ADDRESS).named("KVM_SET_TSS_ADDR")?;
+        fd.set_identity_map_address(IDENTITY_MAP_ADDRESS)
+            .named("KVM_SET_IDENTITY_MAP_ADDR")?;
+        for (slot, region) in (0..).zip(memory.regions()) {
+            let region = kvm_userspace_memory_region {
+                slot,
+                flags: 0,
+                guest_phys_addr: region.gpa,
+                memory_size: region.bytes,
+                userspace_addr: region.host,
+            };
+            // SAFETY: the region is part of the mapping that `memory` owns; this value owns both,
+            // and its fields are declared so that the VM is dropped first.
+            unsafe { fd.set_user_memory_region(region) }.named("KVM_SET_USER_MEMORY_REGION")?;
+        }
+        msr::install_filter(&fd)?;
+        hide_counters(kvm, &fd)?;
+        Ok(Vm {
+            fd,
+            memory,
+            text: KernelText::default(),
+            entries: EntryState::default(),
+            noticed: Noticed::default(),
+        })
+    }
+
+    /// What is in its memory from now on.
+    pub(super) fn set_text(&mut self, text: KernelText) {
+        self.entries = EntryState::new(text.caves);
+        self.text = text;
+    }
+}
+
+/// Takes the performance counters away, where KVM can; elsewhere CPUID hides them.
+fn hide_counters(kvm: &Kvm, vm: &VmFd) -> Result<(), KvmError> {
+    if kvm.check_extension_raw(KVM_CAP_PMU_CAPABILITY.into()) as u32 & KVM_PMU_CAP_DISABLE == 0 {
+        return Ok(());
+    }
+    let mut cap = kvm_enable_cap {
+        cap: KVM_CAP_PMU_CAPABILITY,
+        ..Default::default()
+    };
+    cap.args[0] = KVM_PMU_CAP_DISABLE.into();
+    vm.enable_cap(&cap).named("KVM_CAP_PMU_CAPABILITY")
+}

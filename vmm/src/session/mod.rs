@@ -1,0 +1,66 @@
+//! What a command, a debugger and a page share: making a machine, recording it, opening a recording, replaying it and
+//! watching it.
+//!
+//! Nothing here prints, ends the process or reads options. What is worth saying while a session runs goes to its
+//! [`Front`], what ends it is a [`Failure`].
+
+mod counting;
+mod images;
+pub mod index;
+mod kernel_cache;
+mod make;
+mod new_recording;
+mod open;
+mod record;
+mod recording;
+mod replay;
+mod run;
+
+use hindsight_replay::{Observer, OperatorConsole, Unit};
+
+use crate::failure::Failure;
+use crate::world::{Hold, Shown};
+
+pub use counting::{CounterWish, Counting, CountingError, Preempt};
+pub use images::{DiskWish, Images, MachineWish};
+pub use make::{
+    LoadedKernel, MACHINE_CMDLINE, MachineError, build, cmdline, describe, host_facts, open_kvm,
+    random_number,
+};
+pub use open::{RecordedImages, RecordedPaths};
+pub use record::{RecordWish, Recorded, record};
+pub use recording::{INITRD_BYTES_MAX, Recording, RecordingError, content};
+pub use replay::{RelogWish, ReplayWish, Replayed, Until, Verdict, Watch, Watched, replay};
+pub use run::{Ran, RunPreempt, RunWish, run};
+
+/// Whoever is in front of a session: hears what is worth saying, and shows the guest's console.
+pub trait Front {
+    /// Something that the operator should know, in words: whole lines.
+    fn notice(&mut self, what: &str);
+
+    /// Shows what a machine writes, from its start on. A machine that is recorded can be held back.
+    ///
+    /// # Errors
+    ///
+    /// The host cannot show it.
+    fn view(&mut self, viewed: Viewed) -> Result<Box<dyn View>, Failure>;
+}
+
+/// A machine that is about to be shown.
+#[derive(Clone, Debug)]
+pub struct Viewed {
+    /// Which of its consoles is the operator's.
+    pub console: OperatorConsole,
+    /// By what its guest is preempted, if by anything.
+    pub preemption: Option<Unit>,
+    /// What holds it back; a replay is not held.
+    pub hold: Option<Hold>,
+    /// How many exits there will be, if that is known.
+    pub last_exit: Option<u64>,
+}
+
+/// Shows what a machine does.
+pub trait View: Observer {
+    /// Shows what is left. Tells what became of all of it.
+    fn finish(self: Box<Self>) -> Shown;
+}

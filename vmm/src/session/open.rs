@@ -1,0 +1,86 @@
+//! The files that a recording is of, found to be the recorded ones, and the machine made of them.
+
+use std::path::PathBuf;
+
+use hindsight_replay::{Header, Machine};
+
+use super::counting::{CounterWish, Counting};
+use super::make::{LoadedKernel, build, check_cpu, open_kvm};
+use super::recording::Recording;
+use crate::disk::{DiskError, Disks, OpenImage};
+use crate::failure::Failure;
+use crate::kvm::KvmCpu;
+
+/// Files that take the place of the recording's own.
+#[derive(Clone, Debug, Default)]
+pub struct RecordedPaths {
+    /// The kernel.
+    pub kernel: Option<PathBuf>,
+    /// The initrd.
+    pub initrd: Option<PathBuf>,
+    /// The images of the disks, in their order; none, or one for each.
+    pub disks: Vec<PathBuf>,
+}
+
+/// The files a recording is of.
+#[derive(Debug)]
+pub struct RecordedImages {
+    /// The kernel's file.
+    pub image: Vec<u8>,
+    /// The initrd's, empty if there is none.
+    pub initrd: Vec<u8>,
+    /// The images of its disks.
+    pub disks: Vec<OpenImage>,
+    kernel: LoadedKernel,
+}
+
+impl RecordedImages {
+    /// Reads the recording's own files, or those given in their place.
+    ///
+    /// # Errors
+    ///
+    /// Files that are not the recorded ones.
+    pub fn open(
+        recording: &Recording,
+        header: &Header,
+        instead: &RecordedPaths,
+    ) -> Result<RecordedImages, Failure> {
+        let initrd = recording.initrd(header, instead.initrd.as_deref())?;
+        // Nothing is unpacked, nor taken from the cache, but what is known to be the recorded kernel.
+        let image = recording.kernel(header, instead.kernel.as_deref())?;
+        let kernel = LoadedKernel::open_as(&image, header.machine.kernel.clone())?;
+        Ok(RecordedImages {
+            image,
+            initrd,
+            disks: recording.disks(header, &instead.disks)?,
+            kernel,
+        })
+    }
+
+    /// Disks over the images, with nothing written to them yet.
+    ///
+    /// # Errors
+    ///
+    /// No room for an overlay.
+    pub fn fresh_disks(&self) -> Result<Disks, DiskError> {
+        Disks::new(self.disks.clone())
+    }
+
+    /// The machine, ready to run from its beginning.
+    ///
+    /// # Errors
+    ///
+    /// A host that cannot replay this recording.
+    pub fn machine(
+        &self,
+        header: &Header,
+        counter: &CounterWish,
+    ) -> Result<(KvmCpu, Machine), Failure> {
+        let (kvm, _) = open_kvm()?;
+        check_cpu(&kvm, &header.machine.cpuid)?;
+        let counting = Counting::for_unit(&kvm, header.machine.preemption, counter)?;
+        let (mut cpu, machine) = build(&kvm, &header.machine, &self.kernel, &self.initrd)?;
+        counting.give_to(&mut cpu)?;
+        Ok((cpu, machine))
+    }
+}

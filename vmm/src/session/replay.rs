@@ -1,0 +1,314 @@
+//! Replays recordings: to check them, to write them anew, or to watch them.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use hindsight_devices::{Nanos, Storage};
+use hindsight_replay::{
+    Closed, Detail, Divergence, End, Header, JournalReader, Machine, Observer, Outside, Recorder,
+    Replayer, RunError, Tail,
+};
+
+use super::counting::CounterWish;
+use super::new_recording::NewRecording;
+use super::open::{RecordedImages, RecordedPaths};
+use super::record::no_index;
+use super::recording::Recording;
+use super::{Front, Viewed};
+use crate::failure::{Failure, Kind};
+use crate::foreign::{shown_lines, shown_path};
+use crate::kvm::KvmError;
+
+/// What is to be replayed, and how.
+#[derive(Clone, Debug)]
+pub struct ReplayWish {
+    /// The recording.
+    pub recording: PathBuf,
+    /// Files that take the place of its own.
+    pub instead: RecordedPaths,
+    /// The exit after which to stop.
+    pub until: Option<u64>,
+    /// Exits from one digest of all of memory to the next: those that the journal has are compared, a relog makes them.
+    pub memory_every: Option<u64>,
+    /// The counter that finds the places between exits.
+    pub counter: CounterWish,
+    /// Refuse a machine that does not have this much RAM, in bytes.
+    pub memory_bytes: Option<u64>,
+    /// Where what the replay does is recorded.
+    pub relog: Option<RelogWish>,
+}
+
+/// A recording of a replay.
+#[derive(Clone, Debug)]
+pub struct RelogWish {
+    /// The directory that it goes to.
+    pub output: PathBuf,
+    /// Whether it replaces the recording that is there.
+    pub force: bool,
+    /// How much its journal says.
+    pub detail: Detail,
+}
+
+/// How a replay compares with its recording.
+#[derive(Debug)]
+pub enum Verdict {
+    /// Equal to the end.
+    Equal(End),
+    /// Equal up to where it was to stop.
+    Reached,
+    /// Equal as far as the recording goes, which ends before the guest does.
+    CutShort(Tail),
+    /// It did something else.
+    Diverged(Box<Divergence>),
+}
+
+impl Verdict {
+    /// What the end of a run says of it.
+    fn of(result: Result<End, RunError<KvmError>>) -> Result<Verdict, Failure> {
+        match result {
+            Ok(end) => Ok(Verdict::Equal(end)),
+            Err(RunError::Closed(Closed::Reached(_))) => Ok(Verdict::Reached),
+            Err(RunError::Closed(Closed::CutShort(tail))) => Ok(Verdict::CutShort(tail)),
+            Err(RunError::Closed(Closed::Diverged(divergence))) => {
+                Ok(Verdict::Diverged(divergence))
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Whether what was seen is right as far as the recording goes.
+    pub fn is_right(&self) -> bool {
+        !matches!(self, Verdict::Diverged(_))
+    }
+}
+
+/// What a replay came to.
+#[derive(Debug)]
+pub struct Replayed {
+    /// The machine where it stopped.
+    pub machine: Machine,
+    /// How it compares.
+    pub verdict: Verdict,
+    /// How many witnesses were equal.
+    pub witnesses: u64,
+    /// How many digests of memory were.
+    pub memories: u64,
+    /// How many of them are equal but for Accessed bits of page tables.
+    pub memories_but_accessed: u64,
+}
+
+/// Replays what `wish` says.
+///
+/// # Errors
+///
+/// A recording or a host that will not do, or a host that failed on the way.
+pub fn replay(wish: &ReplayWish, front: &mut dyn Front) -> Result<Replayed, Failure> {
+    let recording = Recording::at(&wish.recording);
+    let journal = recording.journal()?;
+    let header = journal.header().clone();
+    if let Some(memory) = wish.memory_bytes
+        && memory != header.machine.memory_bytes
+    {
+        let message = format!(
+            "--memory is {memory} bytes, the recorded machine has {} bytes",
+            header.machine.memory_bytes
+        );
+        return Err(Failure::new(Kind::BadInput, message));
+    }
+    let mut target = match &wish.relog {
+        None => None,
+        Some(relog) => {
+            refuse_same_place(&wish.recording, &relog.output)?;
+            Some((relog, NewRecording::create(&relog.output, relog.force)?))
+        }
+    };
+    let images = RecordedImages::open(&recording, &header, &wish.instead)?;
+    let (mut cpu, mut machine) = images.machine(&header, &wish.counter)?;
+    let mut disks = images.fresh_disks()?;
+    let mut view = front.view(Viewed {
+        console: header.host.console,
+        preemption: None,
+        hold: None,
+        last_exit: wish.until.or_else(|| last_exit(&recording)),
+    })?;
+    // A relog asks for digests of its own; a plain replay only for those that can be compared.
+    let own_digests = wish.memory_every.filter(|_| wish.relog.is_some());
+    let mut replayer = Replayer::new(journal, wish.until, own_digests);
+    let (result, replayer) = match &mut target {
+        None => {
+            let result = machine.run(&mut cpu, &mut disks, &mut replayer, &mut *view);
+            (result, replayer)
+        }
+        Some((relog, target)) => {
+            target.write("kernel", &images.image)?;
+            if header.machine.initrd.is_some() {
+                target.write("initrd", &images.initrd)?;
+            }
+            target.link_disks(&images.disks)?;
+            let header = Header {
+                detail: relog.detail,
+                ..header.clone()
+            };
+            let mut relog = Recorder::create(replayer, target.create_journal()?, &header)
+                .map_err(|error| Failure::new(Kind::HostFailed, error))?;
+            target.begin()?;
+            let result = machine.run(&mut cpu, &mut disks, &mut relog, &mut *view);
+            if result.is_err() {
+                relog
+                    .abandon(machine.complete())
+                    .map_err(|error| Failure::new(Kind::HostFailed, error))?;
+            }
+            if let Err(error) = target.recording().write_index(relog.index()) {
+                front.notice(&no_index(shown_lines(error)));
+            }
+            (result, relog.into_inner())
+        }
+    };
+    if let Some(complaint) = view.finish().complaint() {
+        front.notice(&complaint);
+    }
+    let equal = matches!(result, Ok(_) | Err(RunError::Closed(Closed::Reached(_))));
+    if let Some((_, target)) = target {
+        if equal {
+            target.finish()?;
+        } else {
+            tell_what_is_kept(&target, machine.at().exits, front);
+        }
+    }
+    if let Some(every) = wish.memory_every
+        && equal
+        && wish.relog.is_none()
+        && replayer.memories_checked() < 2
+        && machine.at().exits >= every
+    {
+        let message = format!(
+            "the recording holds no memory digests on the way; record it with --verify \
+             memory={every}, or add them: replay --verify memory={every} --relog DIR"
+        );
+        return Err(Failure::new(Kind::BadInput, message));
+    }
+    Ok(Replayed {
+        machine,
+        verdict: Verdict::of(result)?,
+        witnesses: replayer.witnesses_checked(),
+        memories: replayer.memories_checked(),
+        memories_but_accessed: replayer.memories_but_accessed(),
+    })
+}
+
+/// The last exit of a recording, if its index is there to say so.
+fn last_exit(recording: &Recording) -> Option<u64> {
+    let index = recording.read_index()?;
+    index.last().map(|last| last.through)
+}
+
+/// Writing a recording over itself would lose it.
+fn refuse_same_place(recording: &Path, relog: &Path) -> Result<(), Failure> {
+    match (recording.canonicalize(), relog.canonicalize()) {
+        (Ok(a), Ok(b)) if a == b => {
+            let message = "--relog names the recording itself; give another directory";
+            Err(Failure::new(Kind::BadInput, message))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// A relog that does not go to the end is kept, for it shows what led up to that.
+fn tell_what_is_kept(target: &NewRecording, exits: u64, front: &mut dyn Front) {
+    let directory = shown_path(target.recording().directory());
+    front.notice(&format!(
+        "{directory} has what was replayed, up to exit {exits}"
+    ));
+    if let Some(replaced) = target.replaced() {
+        let replaced = shown_path(replaced);
+        front.notice(&format!(
+            "the recording that was there before is in {replaced}"
+        ));
+    }
+}
+
+/// Up to where a recording is watched.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Until {
+    /// Its end.
+    #[default]
+    End,
+    /// This exit.
+    Exit(u64),
+    /// The first exit at this guest time or later.
+    Time(Nanos),
+}
+
+/// A recording that is being watched has come to an end, or to where it was to stop.
+#[derive(Debug)]
+pub struct Watched {
+    /// The machine there.
+    pub machine: Machine,
+    /// How it compares with the recording.
+    pub verdict: Verdict,
+}
+
+/// A recording, opened to be watched.
+#[derive(Debug)]
+pub struct Watch<R: Read> {
+    recording: Recording,
+    journal: JournalReader<R>,
+    images: RecordedImages,
+}
+
+impl<R: Read> Watch<R> {
+    /// Opens the files of `recording`, of which this is the journal.
+    ///
+    /// # Errors
+    ///
+    /// Files that are not the recorded ones.
+    pub fn open(
+        recording: Recording,
+        journal: JournalReader<R>,
+        instead: &RecordedPaths,
+    ) -> Result<Watch<R>, Failure> {
+        let images = RecordedImages::open(&recording, journal.header(), instead)?;
+        Ok(Watch {
+            recording,
+            journal,
+            images,
+        })
+    }
+
+    /// The images that its disks are over.
+    pub fn images(&self) -> &RecordedImages {
+        &self.images
+    }
+
+    /// The last exit on the way, if the index is there to say so.
+    pub fn last_exit(&self, until: Until) -> Option<u64> {
+        match until {
+            Until::Exit(exit) => Some(exit),
+            Until::End | Until::Time(_) => last_exit(&self.recording),
+        }
+    }
+
+    /// Replays it for an observer, which is made by `begin` when all is ready.
+    ///
+    /// # Errors
+    ///
+    /// A host that will not do, or failed on the way; or what `begin` says.
+    pub fn run<O: Observer>(
+        self,
+        disks: &mut dyn Storage,
+        until: Until,
+        begin: impl FnOnce() -> Result<O, Failure>,
+    ) -> Result<(Watched, O), Failure> {
+        let header = self.journal.header().clone();
+        let (mut cpu, mut machine) = self.images.machine(&header, &CounterWish::default())?;
+        let mut replayer = match until {
+            Until::End => Replayer::new(self.journal, None, None),
+            Until::Exit(exit) => Replayer::new(self.journal, Some(exit), None),
+            Until::Time(time) => Replayer::new(self.journal, None, None).until_time(time),
+        };
+        let mut observer = begin()?;
+        let result = machine.run(&mut cpu, disks, &mut replayer, &mut observer);
+        let verdict = Verdict::of(result)?;
+        Ok((Watched { machine, verdict }, observer))
+    }
+}
