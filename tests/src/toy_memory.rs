@@ -61,7 +61,13 @@ impl ToyMemory {
 
     /// All of it.
     pub fn to_vec(&self) -> Vec<u8> {
-        let words = (0..self.bytes).step_by(8);
-        words.flat_map(|at| self.word(at).to_le_bytes()).collect()
+        let mut bytes = vec![0; self.bytes];
+        self.ram
+            .read_slice(&mut bytes, GuestAddress(0))
+            .expect("it is RAM");
+        for (at, word) in self.written.iter().flatten() {
+            bytes[*at..at + 8].copy_from_slice(&word.to_le_bytes());
+        }
+        bytes
     }
 }

@@ -9,8 +9,8 @@ use std::io::Cursor;
 use hindsight_devices::{NoDisks, Output, Storage, StorageError};
 use hindsight_replay::rng::{Rng, mix};
 use hindsight_replay::{
-    Closed, Cpu, Detail, End, Ending, Header, JournalError, JournalReader, Machine, MachineState,
-    Pages, Replayer, RunError, StateDigest, StateError, StateOf, Stateful,
+    Closed, Cpu, Detail, End, Ending, Exit, Header, JournalError, JournalReader, Machine,
+    MachineState, Pages, Replayer, RunError, StateDigest, StateError, StateOf, Stateful, Turn,
 };
 use hindsight_tests::busy_world;
 use hindsight_tests::sim::{Recording, Scenario, Trace, machine_of};
@@ -33,6 +33,10 @@ trait Recorded {
     fn journal(&self) -> &[u8];
     fn end(&self) -> &End;
     fn exits(&self) -> u64;
+    /// An exit before the last but one.
+    fn place(&self, rng: &mut Rng) -> u64 {
+        rng.below(self.exits() - 1)
+    }
     /// On the host of `noise`.
     fn cpu(&self, noise: u64) -> Self::Cpu;
     fn disks(&self) -> Self::Disks;
@@ -118,7 +122,7 @@ fn obeys_the_law<R: Recorded>(recorded: &R, seed: u64) {
         return;
     }
     let mut rng = Rng::new(seed, 21);
-    let here = rng.below(recorded.exits() - 1);
+    let here = recorded.place(&mut rng);
     let there = here + 1 + rng.below(recorded.exits() - here - 1);
     let noise = |number: u64| mix(seed ^ number << 32);
 
@@ -138,13 +142,17 @@ fn obeys_the_law<R: Recorded>(recorded: &R, seed: u64) {
     saved.run_to(there);
     assert_same::<R>("after a save", &saved.save(), &expected);
 
-    // Restored: on another host, in a fresh machine or in one that has been elsewhere.
+    // Restored: on another host, in a fresh machine, in one that is elsewhere, or in one that has ended.
     let bytes = state.to_bytes();
     let state: State<R> = MachineState::from_bytes(&bytes).expect("it was kept");
     assert!(state.to_bytes() == bytes);
-    let mut restored = match rng.one_in(2) {
-        true => Replay::new(recorded, noise(3)),
-        false => saved,
+    let mut restored = match rng.below(3) {
+        0 => Replay::new(recorded, noise(3)),
+        1 => saved,
+        _ => {
+            saved.run(None).expect("it is the recording");
+            saved
+        }
     };
     let done = restored.restore(recorded, &state);
     done.unwrap_or_else(|error| panic!("it could not be restored: {error}"));
@@ -164,6 +172,16 @@ struct Altered {
     refused: u64,
     noticed: u64,
     without_effect: u64,
+}
+
+impl Altered {
+    /// Whoever tries a few seeds may be lucky.
+    fn assert_many_kinds(self) {
+        println!("{self:?}");
+        let all = self.refused + self.noticed + self.without_effect;
+        let many = self.refused * 20 > all && self.noticed * 4 > all;
+        assert!(many || all < 500, "{self:?}");
+    }
 }
 
 /// Flips bits of a state's bytes. Whatever that makes of it is refused, or noticed by the replay, or has no effect:
@@ -187,17 +205,25 @@ fn survives_alteration<R: Recorded>(recorded: &R, seed: u64, times: u64, altered
         };
         bytes[at] ^= 1 << rng.below(8);
         let sealed = seal(&bytes);
-        let Ok(state) = State::<R>::from_bytes(&sealed) else {
+        let Ok(other) = State::<R>::from_bytes(&sealed) else {
             altered.refused += 1;
             continue;
         };
         let mut replay = Replay::new(recorded, 2);
-        if replay.restore(recorded, &state).is_err() {
+        if replay.restore(recorded, &other).is_err() {
             altered.refused += 1;
             continue;
         }
         match replay.run(None) {
-            Err(_) => altered.noticed += 1,
+            Err(_) => {
+                altered.noticed += 1;
+                // Wherever it has gone astray, it can be brought back.
+                let back = replay.restore(recorded, &state);
+                back.unwrap_or_else(|error| panic!("it could not be restored: {error}"));
+                assert_same::<R>("brought back", &replay.save(), &state);
+                let found = replay.run(None).expect("it is the recording");
+                assert_eq!(found, *recorded.end());
+            }
             Ok(end) => {
                 assert_eq!(end, *recorded.end());
                 let seen = covered(&replay.trace, here);
@@ -220,8 +246,15 @@ fn covered(trace: &Trace, after: u64) -> Trace {
     covered
 }
 
-/// Puts one part of a state of another exit into a state. Returns how often each part's was noticed.
-fn notices_each_part<R: Recorded>(recorded: &R, seed: u64, noticed: &mut [u64; 6]) {
+/// How often a part of a state was another exit's, and how often that was noticed.
+#[derive(Clone, Copy, Debug, Default)]
+struct Noticed {
+    times: u64,
+    of: u64,
+}
+
+/// Puts one part of a state of another exit into a state.
+fn notices_each_part<R: Recorded>(recorded: &R, seed: u64, noticed: &mut [Noticed; 6]) {
     if recorded.exits() < 40 {
         return;
     }
@@ -250,7 +283,8 @@ fn notices_each_part<R: Recorded>(recorded: &R, seed: u64, noticed: &mut [u64; 6
         assert_eq!(differences, [StateDigest::PARTS[part]]);
         let mut replay = Replay::new(recorded, 2);
         let went_on = replay.restore(recorded, &mixed);
-        *noticed += u64::from(went_on.is_err() || replay.run(None).is_err());
+        noticed.times += u64::from(went_on.is_err() || replay.run(None).is_err());
+        noticed.of += 1;
     }
 }
 
@@ -274,11 +308,11 @@ struct Toy {
 impl Toy {
     fn record(seed: u64) -> Toy {
         let mut scenario = Scenario::new(seed);
-        // A tenth of them with a counter, since those take the longest, and half of these with trouble.
-        let counts = seed.is_multiple_of(10);
+        // A quarter of them with a counter, since those take the longest, and half of these with trouble.
+        let counts = seed.is_multiple_of(4);
         if counts {
             scenario = scenario.with_patience(20_000);
-            scenario.chaos = seed.is_multiple_of(20).then_some(seed);
+            scenario.chaos = seed.is_multiple_of(8).then_some(seed);
         }
         if seed.is_multiple_of(3) {
             scenario.panic_grace_ns = Some(1_000_000);
@@ -329,6 +363,19 @@ impl Recorded for Toy {
     }
     fn exits(&self) -> u64 {
         self.recording.exits
+    }
+    /// Every second time one at which the guest was preempted, if it was.
+    fn place(&self, rng: &mut Rng) -> u64 {
+        let place = rng.below(self.exits() - 1);
+        let turns = &self.recording.trace.turns[..self.exits() as usize - 2];
+        let preempted = |turn: &Turn| matches!(turn.exit, Exit::Preempted(_));
+        let mut places = (1..)
+            .zip(turns)
+            .filter(|(at, turn)| *at >= place && preempted(turn));
+        match rng.one_in(2) {
+            true => places.next().map_or(place, |(at, _)| at),
+            false => place,
+        }
     }
     fn cpu(&self, noise: u64) -> ToyCpu {
         let cpu = ToyCpu::new(self.seed, noise);
@@ -410,12 +457,7 @@ fn an_altered_state_is_refused_or_noticed_or_has_no_effect() {
         };
         survives_alteration(&toy, seed, 3, &mut altered.borrow_mut());
     });
-    let altered = altered.into_inner();
-    println!("{altered:?}");
-    let Altered {
-        refused, noticed, ..
-    } = altered;
-    assert!(refused > 100 && noticed > 100, "{altered:?}");
+    altered.into_inner().assert_many_kinds();
 }
 
 #[test]
@@ -424,18 +466,13 @@ fn an_altered_state_of_disks_and_cards_is_refused_or_noticed_or_has_no_effect() 
     for_seeds(20, |seed| {
         survives_alteration(&Driver::record(seed), seed, 6, &mut altered.borrow_mut());
     });
-    let altered = altered.into_inner();
-    println!("{altered:?}");
-    let Altered {
-        refused, noticed, ..
-    } = altered;
-    assert!(refused > 50 && noticed > 50, "{altered:?}");
+    altered.into_inner().assert_many_kinds();
 }
 
 /// The law would hold of a state that leaves something out if nobody ever looked at that.
 #[test]
 fn each_part_of_a_state_is_missed_where_it_is_another_exits() {
-    let noticed = std::cell::RefCell::new([[0; 6]; 2]);
+    let noticed = std::cell::RefCell::new([[Noticed::default(); 6]; 2]);
     for_seeds(20, |seed| {
         let toy = Toy {
             distrusted: true,
@@ -446,14 +483,11 @@ fn each_part_of_a_state_is_missed_where_it_is_another_exits() {
     for_seeds(50, |seed| {
         notices_each_part(&Driver::record(seed), seed, &mut noticed.borrow_mut()[1]);
     });
-    let [toy, driver] = noticed.into_inner();
-    println!("{:?}: {toy:?}, {driver:?}", StateDigest::PARTS);
-    // The toy CPU has no disks.
-    for (part, times) in toy.iter().enumerate().filter(|(part, _)| *part != 3) {
-        assert!(*times > 50, "{}: {times}", StateDigest::PARTS[part]);
-    }
-    for (part, times) in driver.iter().enumerate() {
-        assert!(*times > 20, "{}: {times}", StateDigest::PARTS[part]);
+    for noticed in noticed.into_inner() {
+        for (part, Noticed { times, of }) in StateDigest::PARTS.iter().zip(noticed) {
+            println!("{part}: noticed {times} of {of} times");
+            assert!(times * 3 > of || of < 20, "{part}: {times} of {of} times");
+        }
     }
 }
 
