@@ -33,7 +33,7 @@ use typed::Typed;
 /// something for too long.
 const TICK: Duration = Duration::from_millis(100);
 /// A guest that has not exited for this long after a stop was asked for is stopped where it is.
-const STOP_PATIENCE: Duration = Duration::from_secs(1);
+const STOP_PATIENCE: Duration = Duration::from_millis(500);
 
 /// Wakes the world for the network.
 #[derive(Clone, Debug)]
