@@ -469,6 +469,28 @@ fn noticeable(records: &[Record]) -> Vec<&Record> {
     records.iter().filter(counts).collect()
 }
 
+#[test]
+fn a_time_correction_by_centuries_is_a_difference() {
+    for seed in 0..10 {
+        for full in [Detail::Default, Detail::Full] {
+            let scenario = Scenario::new(seed);
+            let victim = Victim::of(scenario, scenario.record(full, 1));
+            let original = records_of(&victim.recording.journal);
+            for at in 0..original.len() {
+                let mut records = original.clone();
+                let exits = original[at].exits;
+                let ahead_ns = i64::MAX;
+                let event = Event::Time { ahead_ns };
+                records.insert(at, Record { exits, event });
+                let records = changed(records, &[]);
+                let journal = write_records(&scenario.header(full), &records, 50);
+                let replayed = victim.replay(&journal);
+                judge(&victim, &records, &original, &replayed);
+            }
+        }
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(1_500))]
 

@@ -10,7 +10,9 @@ use hindsight_devices::{FirstReads, Input, Nanos, Room};
 use super::closed::Closed;
 use super::divergence::{Difference, Divergence, first_difference};
 use super::recorder::WITNESS_EVERY;
-use crate::journal::{Detail, Event, JournalError, JournalReader, Record, RecordPlace, TailReason};
+use crate::journal::{
+    Detail, Event, JournalError, JournalReader, Record, RecordPlace, TIME_MAX, TailReason,
+};
 use crate::machine::{
     Complete, Digest, End, Ending, Horizon, JournalPlace, LeftOpen, Likeness, MemoryDigest, Moment,
     Outside, Place, Position, TimeQuery, Turn,
@@ -270,23 +272,23 @@ impl<R: Read> Outside for Replayer<R> {
             Event::Time { ahead_ns } => Some(*ahead_ns),
             _ => None,
         })?;
-        let Some(ahead_ns) = ahead else {
-            return if query.halted && query.deadline.is_none() {
-                Err(Closed::End(Ending::Halted))
-            } else {
-                Ok(query.rule)
-            };
-        };
-        match query.rule.checked_add_signed(ahead_ns) {
-            Some(now) if now >= query.earliest => Ok(now),
-            _ => {
-                let what = format!(
-                    "a time correction by {ahead_ns} ns from {} ns would run backwards from {} ns",
-                    query.rule, query.earliest
-                );
-                Err(self.diverged(self.last_moment(exits), Difference::Impossible { what }))
-            }
+        if ahead.is_none() && query.halted && query.deadline.is_none() {
+            return Err(Closed::End(Ending::Halted));
         }
+        let ahead_ns = ahead.unwrap_or(0);
+        let what = match query.rule.checked_add_signed(ahead_ns) {
+            Some(now) if (query.earliest..=TIME_MAX).contains(&now) => return Ok(now),
+            Some(now) if now > TIME_MAX => {
+                format!(
+                    "guest time would be {now} ns, and no machine runs longer than {TIME_MAX} ns"
+                )
+            }
+            _ => format!(
+                "a time correction by {ahead_ns} ns from {} ns would run backwards from {} ns",
+                query.rule, query.earliest
+            ),
+        };
+        Err(self.diverged(self.last_moment(exits), Difference::Impossible { what }))
     }
 
     fn arrival(&mut self, exits: u64, room: &Room) -> Result<Option<Input>, Closed> {

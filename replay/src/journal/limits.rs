@@ -3,7 +3,7 @@
 //! A journal may come from anybody. Each figure here is the most that a recorder of ours can come to, so
 //! that a reader needs memory for one frame and one event, whatever a file claims.
 
-use hindsight_devices::FRAME_BYTES_MAX;
+use hindsight_devices::{FRAME_BYTES_MAX, Nanos};
 
 use super::event::{Event, Record};
 use crate::machine::{ARRIVALS_MAX, LeftOpen};
@@ -19,6 +19,9 @@ pub const FRAME_RAW_MAX: usize = 5 << 20;
 pub const FRAME_PAYLOAD_MAX: usize = FRAME_RAW_MAX + (FRAME_RAW_MAX >> 8);
 /// The head of a journal is no longer than this.
 pub const HEADER_MAX: usize = 64 << 10;
+
+/// The longest that a machine runs, in nanoseconds of guest time: 292 years.
+pub const TIME_MAX: Nanos = Nanos::MAX / 2;
 
 /// Events that there is at most one of between two places where a frame can be closed: `Preempted`, `Time`,
 /// `FirstReads`, `Posted`, `Turn`, `Witness`, `Memory`, an `Interrupt`, `End`.
