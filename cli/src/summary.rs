@@ -41,6 +41,8 @@ pub struct Summary {
     pub digest: String,
     /// Digest of all of memory, in hexadecimal.
     pub memory_digest: Option<String>,
+    /// Digest of the whole state: memory, vCPU, devices and disks. In hexadecimal.
+    pub state_digest: Option<String>,
     /// Bytes of journal.
     pub journal_bytes: Option<u64>,
     /// What was found to be left open while it ran.
@@ -83,7 +85,10 @@ impl Summary {
             modules: exits[Exit::MODULE],
             module_sites,
             digest: format!("{:016x}", end.digest),
-            memory_digest: end.memory.map(|digest| format!("{:016x}", digest.value())),
+            memory_digest: end
+                .state
+                .map(|state| format!("{:016x}", state.memory.value())),
+            state_digest: end.state.map(|state| state.to_string()),
             journal_bytes,
             left_open: left_open.iter().map(ToString::to_string).collect(),
             chaos_seed: None,
@@ -151,7 +156,7 @@ impl Summary {
 
 /// What an `equal` does not cover at this end, in words; `None`: nothing.
 pub fn not_compared(end: &End) -> Option<&'static str> {
-    end.memory
+    end.state
         .is_none()
         .then_some("memory was not compared: the guest was stopped between two exits")
 }
@@ -181,23 +186,23 @@ pub fn describe_end(end: &End) -> String {
 
 #[cfg(test)]
 mod tests {
-    use hindsight_replay::MemoryDigest;
+    use hindsight_replay::FullDigest;
 
     use super::*;
 
     #[test]
     fn only_a_guest_that_was_stopped_between_two_exits_has_a_memory_that_nobody_compared() {
-        let end = |ending, memory| End {
+        let end = |ending, state| End {
             ending,
             panic: None,
             now: 0,
             digest: 0,
-            memory,
+            state,
         };
         let said = not_compared(&end(Ending::StoppedRunning, None)).expect("it is said");
         assert!(said.contains("memory was not compared"), "{said}");
         assert_eq!(
-            not_compared(&end(Ending::Stopped, Some(MemoryDigest::default()))),
+            not_compared(&end(Ending::Stopped, Some(FullDigest::default()))),
             None
         );
     }

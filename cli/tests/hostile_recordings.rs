@@ -53,7 +53,7 @@ fn ended(header: &Header, panic: Option<&str>) -> Vec<u8> {
         panic: panic.map(Into::into),
         now: 0,
         digest: 0,
-        memory: None,
+        state: None,
     };
     writer
         .append(1, Event::End(Box::new(end)))

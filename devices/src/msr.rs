@@ -11,6 +11,9 @@ use crate::{Nanos, Reply};
 
 const IA32_TSC: u32 = 0x10;
 const IA32_TSC_ADJUST: u32 = 0x3b;
+const IA32_SYSENTER_CS: u32 = 0x174;
+const IA32_SYSENTER_ESP: u32 = 0x175;
+const IA32_SYSENTER_EIP: u32 = 0x176;
 const IA32_MISC_ENABLE: u32 = 0x1a0;
 const AMD_HWCR: u32 = 0xc001_0015;
 const LSTAR: u32 = 0xc000_0082;
@@ -42,7 +45,7 @@ struct Harmless {
     why: &'static str,
 }
 
-const HARMLESS: [Harmless; 11] = [
+const HARMLESS: [Harmless; 14] = [
     Harmless {
         index: 0x17, // IA32_PLATFORM_ID
         reads: Some(0),
@@ -62,6 +65,24 @@ const HARMLESS: [Harmless; 11] = [
         reads: Some(0x7fff_ffff << 32),
         write: OnWrite::Ignore,
         why: "Intel's protocol writes 0, runs CPUID, then reads the revision; AMD only reads",
+    },
+    Harmless {
+        index: IA32_SYSENTER_CS,
+        reads: Some(0),
+        write: OnWrite::Store,
+        why: "where SYSENTER enters the kernel; KVM forgets the upper half of what it is given for AMD's CPUs",
+    },
+    Harmless {
+        index: IA32_SYSENTER_ESP,
+        reads: Some(0),
+        write: OnWrite::StoreAddress,
+        why: "the same: the stack that it enters with",
+    },
+    Harmless {
+        index: IA32_SYSENTER_EIP,
+        reads: Some(0),
+        write: OnWrite::StoreAddress,
+        why: "the same: the address that it enters at",
     },
     Harmless {
         index: IA32_MISC_ENABLE,
@@ -125,6 +146,8 @@ pub(crate) struct Msrs {
     hwcr: u64,
     lstar: u64,
     cstar: u64,
+    /// Code segment, stack and entry.
+    sysenter: [u64; 3],
 }
 
 impl Msrs {
@@ -142,6 +165,7 @@ impl Msrs {
             hwcr: power_on(AMD_HWCR),
             lstar: power_on(LSTAR),
             cstar: power_on(CSTAR),
+            sysenter: [IA32_SYSENTER_CS, IA32_SYSENTER_ESP, IA32_SYSENTER_EIP].map(power_on),
         }
     }
 
@@ -165,6 +189,9 @@ impl Msrs {
             AMD_HWCR => Some(self.hwcr),
             LSTAR => Some(self.lstar),
             CSTAR => Some(self.cstar),
+            IA32_SYSENTER_CS..=IA32_SYSENTER_EIP => {
+                Some(self.sysenter[(index - IA32_SYSENTER_CS) as usize])
+            }
             _ => HARMLESS
                 .iter()
                 .find(|entry| entry.index == index)
@@ -210,6 +237,9 @@ impl Msrs {
                     AMD_HWCR => self.hwcr = value,
                     LSTAR => self.lstar = value,
                     CSTAR => self.cstar = value,
+                    IA32_SYSENTER_CS..=IA32_SYSENTER_EIP => {
+                        self.sysenter[(index - IA32_SYSENTER_CS) as usize] = value;
+                    }
                     _ => unreachable!("MSR {index:#x} is stored, but nowhere"),
                 }
                 Reply::Done

@@ -44,6 +44,14 @@ pub trait Storage: Debug {
     /// As for [`Storage::write`].
     fn clear(&mut self, disk: usize, offset: u64, bytes: u64) -> Result<(), StorageError>;
 
+    /// A number for what the guest has written and for what it has read: equal for disks that will give
+    /// the same answers from here on.
+    ///
+    /// # Errors
+    ///
+    /// The host cannot give back what is there. The run cannot go on.
+    fn digest(&mut self) -> Result<u64, StorageError>;
+
     /// What was read from images for the first time since this was last asked.
     fn take_first_reads(&mut self) -> Option<FirstReads>;
 }
@@ -84,6 +92,9 @@ impl Storage for NoDisks {
     }
     fn clear(&mut self, disk: usize, _: u64, _: u64) -> Result<(), StorageError> {
         none(disk)
+    }
+    fn digest(&mut self) -> Result<u64, StorageError> {
+        Ok(0)
     }
     fn take_first_reads(&mut self) -> Option<FirstReads> {
         None

@@ -25,12 +25,12 @@ pub use journal::{
     TailReason, TrapCounts, VERSION,
 };
 pub use machine::{
-    ARRIVALS_MAX, Ahead, Answer, Back, Closing, Complete, Counter, Cpu, CpuidEntry, CpuidTable,
-    Digest, End, Ending, Exit, ExitNumber, Guest, Horizon, JournalPlace, Lander, LeftOpen,
-    Likeness, Machine, MachineState, MemoryDigest, Mode, Moment, Observer, Outside, Overshoot,
-    PAGE_BYTES, Page, PageBytes, Pages, Place, Position, Progress, QuickReads, Registers,
-    ShownClock, StateDigest, StateError, StateOf, Stateful, Tally, TimeInstruction, TimeQuery,
-    Turn, Unit, UnreadableState, Walk, WalkEnd,
+    ARRIVALS_MAX, Ahead, Answer, Back, Closing, Complete, Counter, Cpu, CpuDigest, CpuidEntry,
+    CpuidTable, Digest, End, Ending, Exit, ExitNumber, FullDigest, Guest, Horizon, JournalPlace,
+    Lander, LeftOpen, Likeness, Machine, MachineState, MemoryDigest, Mode, Moment, Observer,
+    Outside, Overshoot, PAGE_BYTES, Page, PageBytes, Pages, Place, Position, Progress, QuickReads,
+    Registers, ShownClock, StateDigest, StateError, StateOf, Stateful, Tally, TimeInstruction,
+    TimeQuery, Turn, Unit, UnreadableState, Walk, WalkEnd,
 };
 
 /// Why a machine came to its end other than by the run's own ending.

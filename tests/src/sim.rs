@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use hindsight_devices::{Devices, FirstReads, Input, Nanos, NoDisks, Output, Room};
 use hindsight_replay::{
     Chaos, Closed, Complete, Content, CpuidEntry, CpuidTable, Detail, Divergence, End, Event,
-    Guest, Header, Horizon, Host, JournalError, JournalReader, JournalWriter, LeftOpen, Live,
-    Machine, MachineDescription, MemoryDigest, Moment, Observer, Outside, Patience, Place,
-    Position, QuickReads, Record, Recorder, Replayer, RunError, Tail, TrapCounts, Turn, Unit,
+    FullDigest, Guest, Header, Horizon, Host, JournalError, JournalReader, JournalWriter, LeftOpen,
+    Live, Machine, MachineDescription, Moment, Observer, Outside, Patience, Place, Position,
+    QuickReads, Record, Recorder, Replayer, RunError, Tail, TrapCounts, Turn, Unit,
 };
 
 use crate::sim_world::SimWorld;
@@ -306,9 +306,9 @@ pub struct Replayed {
     /// The machine's time rule and state.
     pub digest: u64,
     /// Memory digests compared.
-    pub memories_checked: u64,
+    pub states_checked: u64,
     /// Of those, how many were equal but for Accessed bits.
-    pub memories_but_accessed: u64,
+    pub states_but_accessed: u64,
 }
 
 /// Replays `journal` on `cpu`, up to exit `until` if given.
@@ -332,14 +332,14 @@ pub fn replay_on(
     until: Option<u64>,
 ) -> Replayed {
     let mut trace = Trace::default();
-    let (mut memories_checked, mut memories_but_accessed) = (0, 0);
+    let (mut states_checked, mut states_but_accessed) = (0, 0);
     let verdict = match JournalReader::open(journal) {
         Err(error) => Verdict::Refused(error),
         Ok(reader) => {
             let mut replayer = Replayer::new(reader, until, None);
             let verdict = verdict(machine.run(&mut cpu, &mut NoDisks, &mut replayer, &mut trace));
-            memories_checked = replayer.memories_checked();
-            memories_but_accessed = replayer.memories_but_accessed();
+            states_checked = replayer.states_checked();
+            states_but_accessed = replayer.states_but_accessed();
             verdict
         }
     };
@@ -349,8 +349,8 @@ pub fn replay_on(
         trace,
         memory,
         digest: machine.digest().value(),
-        memories_checked,
-        memories_but_accessed,
+        states_checked,
+        states_but_accessed,
     }
 }
 
@@ -547,11 +547,11 @@ impl Outside for Unchecked {
         Ok(())
     }
 
-    fn wants_memory(&mut self, _: u64) -> bool {
+    fn wants_state(&mut self, _: u64) -> bool {
         false
     }
 
-    fn memory(&mut self, _: u64, _: MemoryDigest) -> Result<(), Closed> {
+    fn state(&mut self, _: u64, _: FullDigest) -> Result<(), Closed> {
         Ok(())
     }
 

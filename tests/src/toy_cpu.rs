@@ -13,8 +13,8 @@ use std::fmt;
 
 use hindsight_devices::{Access, POSTED_PORT, Ram, Width};
 use hindsight_replay::{
-    Ahead, Answer, Back, Cpu, Exit, Horizon, Lander, LeftOpen, MemoryDigest, Mode, Overshoot,
-    PAGE_BYTES, Registers, ShownClock, Stateful, TimeInstruction, Walk, WalkEnd,
+    Ahead, Answer, Back, Cpu, CpuDigest, Exit, Horizon, Lander, LeftOpen, MemoryDigest, Mode,
+    Overshoot, PAGE_BYTES, Registers, ShownClock, Stateful, TimeInstruction, Walk, WalkEnd,
 };
 
 use serde::{Deserialize, Serialize};
@@ -582,11 +582,19 @@ impl Cpu for ToyCpu {
     fn memory_digest(&mut self) -> Result<MemoryDigest, Broken> {
         let mut digest = MemoryDigest::default();
         let memory = self.memory.to_vec();
-        let pages = memory.chunks_exact(PAGE_BYTES);
+        let pages = memory.as_chunks::<PAGE_BYTES>().0.iter();
         for (page, gpa) in pages.zip((0..).step_by(PAGE_BYTES)) {
             digest.absorb_page(gpa, page);
         }
         Ok(digest)
+    }
+
+    fn state_digest(&mut self) -> Result<CpuDigest, Broken> {
+        let registers = self.registers.0.map(u64::to_le_bytes);
+        let seen = self.seen.unwrap_or_default().to_le_bytes();
+        let shadow = [u8::from(self.shadow)];
+        let general = registers.as_flattened();
+        Ok(CpuDigest::of([general, &[], &[], &[], &[], &shadow, &seen]))
     }
 }
 

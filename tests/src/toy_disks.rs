@@ -104,6 +104,16 @@ impl Storage for ToyDisks {
         self.write(disk, offset, &vec![0; bytes as usize])
     }
 
+    fn digest(&mut self) -> Result<u64, StorageError> {
+        let words = self.written.iter().map(|(sector, bytes)| {
+            bytes
+                .iter()
+                .fold(*sector, |digest, byte| mix(digest ^ u64::from(*byte)))
+        });
+        let words = words.chain(self.seen.iter().copied());
+        Ok(words.fold(0, |digest, word| mix(digest ^ word)))
+    }
+
     fn take_first_reads(&mut self) -> Option<FirstReads> {
         self.first_reads.take()
     }

@@ -43,6 +43,8 @@ mod console;
 mod debugging;
 #[path = "micro_guests/interrupts.rs"]
 mod interrupts;
+#[path = "micro_guests/states.rs"]
+mod states;
 #[path = "micro_guests/traps.rs"]
 mod traps;
 
@@ -400,6 +402,9 @@ fn recorded_and_replayed(kvm: &Kvm, guest: &Guest, how: How) -> Ran {
         assert_eq!(replayed.end(), recorded.end(), "{how:?}");
         assert!(replayed.trace == recorded.trace, "{how:?}: another trace");
         assert!(replayed.memory == recorded.memory, "{how:?}: other memory");
+    }
+    if how.detail == Detail::Default {
+        states::obeys_the_law(kvm, guest, &recorded);
     }
     recorded
 }

@@ -463,7 +463,7 @@ fn noticeable(records: &[Record]) -> Vec<&Record> {
     let counts = |record: &&Record| {
         !matches!(
             record.event,
-            Event::Input(_) | Event::Time { ahead_ns: 0 } | Event::Memory { .. }
+            Event::Input(_) | Event::Time { ahead_ns: 0 } | Event::State { .. }
         )
     };
     records.iter().filter(counts).collect()

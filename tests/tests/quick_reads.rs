@@ -169,7 +169,7 @@ fn time_never_falls_from_read_to_read_and_every_thirty_third_exits() {
             .run(&mut cpu, &mut NoDisks, &mut door, &mut replayed)
             .expect("it replays");
         assert_eq!((again, replayed), (end, recorded));
-        assert!(door.memories_checked() > exits);
+        assert!(door.states_checked() > exits);
     }
 }
 

@@ -8,9 +8,9 @@
 use hindsight_devices::{Access, Input, Nanos, NoDisks, Ram, Room, Width};
 use hindsight_replay::rng::{Rng, mix};
 use hindsight_replay::{
-    Answer, Back, Closed, Cpu, Detail, Difference, Ending, Event, Exit, Horizon, JournalReader,
-    LeftOpen, Machine, MemoryDigest, Mode, Record, Registers, Replayer, RunError, ShownClock,
-    TimeInstruction, WITNESS_EVERY, World,
+    Answer, Back, Closed, Cpu, CpuDigest, Detail, Difference, Ending, Event, Exit, FullDigest,
+    Horizon, JournalReader, LeftOpen, Machine, MemoryDigest, Mode, Record, Registers, Replayer,
+    RunError, ShownClock, TimeInstruction, WITNESS_EVERY, World,
 };
 use hindsight_tests::sim::{
     Recording, Replayed, Scenario, Unchecked, Verdict, bare_machine, cpuid_table, machine_of,
@@ -68,11 +68,11 @@ fn every_seed_replays_bit_for_bit_on_another_host() {
         assert_equal(&recording, &replayed);
         let asked = records_of(&recording.journal)
             .iter()
-            .filter(|record| matches!(record.event, Event::Memory { .. }))
+            .filter(|record| matches!(record.event, Event::State { .. }))
             .count() as u64;
         let at_end = u64::from(!stopped_running(&recording));
         assert_eq!(
-            replayed.memories_checked,
+            replayed.states_checked,
             asked + at_end,
             "every memory digest is compared"
         );
@@ -302,7 +302,7 @@ fn one_flipped_bit_is_noticed_at_the_first_exit_it_affects() {
                 let missed = matches!(divergence.difference, Difference::Missed { .. });
                 let at = divergence.at.exits;
                 // Memory is looked at in between.
-                let memory = matches!(divergence.difference, Difference::Memory { .. });
+                let memory = matches!(divergence.difference, Difference::State { .. });
                 assert!(
                     at == first || (missed && at == first + 1) || (memory && at < first),
                     "first affected at {first}, noticed at {at}: {divergence}"
@@ -320,7 +320,7 @@ fn one_flipped_bit_is_noticed_at_the_first_exit_it_affects() {
             }
             (None, Verdict::Diverged(divergence)) => {
                 let last = divergence.at.exits == full.exits;
-                let memory = matches!(divergence.difference, Difference::Memory { .. });
+                let memory = matches!(divergence.difference, Difference::State { .. });
                 assert!(last || memory, "{divergence}");
             }
             (first, other) => panic!("first affected at {first:?}, but {other:?}"),
@@ -357,17 +357,15 @@ fn memory_that_differs_in_accessed_bits_alone_is_told_and_ends_no_replay() {
         };
         let recording = scenario.record(Detail::Default, here);
         let replayed = replay(&recording.journal, ToyCpu::new(seed, there), None);
-        assert_eq!(replayed.memories_but_accessed, 0);
+        assert_eq!(replayed.states_but_accessed, 0);
 
         let mut records = records_of(&recording.journal);
-        let other = |memory: &mut MemoryDigest| {
-            *memory = MemoryDigest::of_parts(!memory.value(), memory.masked());
-        };
+        let other = |state: &mut FullDigest| state.memory = state.memory.otherwise_accessed();
         let mut others = 0;
         for record in &mut records {
             match &mut record.event {
-                Event::Memory { digest } => other(digest),
-                Event::End(end) if end.memory.is_some() => end.memory.iter_mut().for_each(other),
+                Event::State { digest } => other(digest),
+                Event::End(end) if end.state.is_some() => end.state.iter_mut().for_each(other),
                 _ => continue,
             }
             others += 1;
@@ -377,8 +375,8 @@ fn memory_that_differs_in_accessed_bits_alone_is_told_and_ends_no_replay() {
         let replayed = replay(&journal, ToyCpu::new(seed, there), None);
         let equal = matches!(replayed.verdict, Verdict::Equal(_));
         assert!(equal, "{:?}", replayed.verdict);
-        assert_eq!(replayed.memories_but_accessed, others);
-        assert_eq!(replayed.memories_checked, others);
+        assert_eq!(replayed.states_but_accessed, others);
+        assert_eq!(replayed.states_checked, others);
     });
 }
 
@@ -461,14 +459,12 @@ fn tampered(record: &Record, rng: &mut Rng) -> Option<Record> {
         },
         Event::Witness { check } => check[rng.below(2) as usize] ^= 1 << rng.below(8),
         Event::FirstReads { check } => *check ^= 1 << rng.below(64),
-        Event::Memory { digest } => {
-            *digest = MemoryDigest::of_parts(digest.value(), rng.below(u64::MAX))
-        }
+        Event::State { digest } => digest.memory = MemoryDigest::of_parts(rng.below(u64::MAX), 0),
         Event::End(end) => match rng.below(4) {
             0 => end.digest ^= 1 << rng.below(64),
             1 => end.now += 1,
             2 => end.panic = Some("no".into()),
-            _ => end.memory = end.memory.map_or(Some(MemoryDigest::default()), |_| None),
+            _ => end.state = end.state.map_or(Some(FullDigest::default()), |_| None),
         },
         Event::Posted(bytes) => bytes[0] ^= 1 << rng.below(8),
         Event::LeftOpen(what) => {
@@ -634,6 +630,9 @@ impl Cpu for Poller {
     }
     fn memory_digest(&mut self) -> Result<MemoryDigest, Broken> {
         Ok(MemoryDigest::default())
+    }
+    fn state_digest(&mut self) -> Result<CpuDigest, Broken> {
+        Ok(CpuDigest::default())
     }
 }
 

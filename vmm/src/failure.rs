@@ -6,7 +6,7 @@
 use std::error::Error;
 use std::fmt::{self, Display};
 
-use hindsight_replay::{JournalError, RunError};
+use hindsight_replay::{JournalError, RunError, StateError};
 
 /// Of what kind a failure is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,6 +99,19 @@ impl Classified for JournalError {
 impl<E: Error + 'static> Classified for RunError<E> {
     fn kind(&self) -> Kind {
         Kind::HostFailed
+    }
+}
+
+impl<E: Classified + 'static> Classified for StateError<E> {
+    fn kind(&self) -> Kind {
+        match self {
+            StateError::Cpu(error) => error.kind(),
+            StateError::Storage(_) => Kind::HostFailed,
+            StateError::NotAtAnExit
+            | StateError::Damaged(_)
+            | StateError::OtherMachine
+            | StateError::Board(_) => Kind::BadInput,
+        }
     }
 }
 

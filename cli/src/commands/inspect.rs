@@ -161,9 +161,20 @@ impl<W: Write> Listing<W> {
                 || format!("{exits:>9} witness {:02x}{:02x}", check[1], check[0]),
                 || json!({"exit": exits, "witness": u16::from_le_bytes(*check)}),
             ),
-            Event::Memory { digest } => self.line(
-                || format!("{exits:>9} memory {:016x}", digest.value()),
-                || json!({"exit": exits, "memory": format!("{:016x}", digest.value())}),
+            Event::State { digest } => self.line(
+                || {
+                    format!(
+                        "{exits:>9} memory {:016x}, state {digest}",
+                        digest.memory.value()
+                    )
+                },
+                || {
+                    json!({
+                        "exit": exits,
+                        "memory": format!("{:016x}", digest.memory.value()),
+                        "state": digest.to_string(),
+                    })
+                },
             ),
             Event::End(end) => self.line(
                 || format!("{exits:>9} end: {}", describe_end(end)),
@@ -343,8 +354,10 @@ fn overview(
                 thousands(journal.through()),
                 seconds(end.now),
                 end.digest,
-                end.memory
-                    .map_or("none".into(), |memory| format!("{:016x}", memory.value()))
+                end.state.map_or("none".into(), |state| format!(
+                    "{:016x}, state {state}",
+                    state.memory.value()
+                ))
             ),
             None => out!("end         none: {tail}"),
         }

@@ -3,16 +3,16 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use clap::Args;
+use clap::{ArgGroup, Args};
 use hindsight_replay::ExitNumber;
-use hindsight_vmm::failure::Failure;
-use hindsight_vmm::foreign::shown_lines;
+use hindsight_vmm::failure::{Failure, Kind};
+use hindsight_vmm::foreign::{shown_lines, shown_path};
 use hindsight_vmm::session::{
-    CounterWish, RecordedPaths, RelogWish, ReplayWish, Replayed, Verdict, replay,
+    CounterWish, RecordedPaths, RelogWish, ReplayWish, Replayed, SaveWish, Saved, Verdict, replay,
 };
 use serde::Serialize;
 
-use crate::format::{parse_size, seconds, thousands};
+use crate::format::{bytes, parse_size, seconds, thousands};
 use crate::front::Terminal;
 use crate::options::{DetailOption, Verify, parse_verify};
 use crate::outcome::Outcome;
@@ -21,6 +21,7 @@ use crate::tell::{out, tell};
 
 /// Options of `replay`.
 #[derive(Debug, Args)]
+#[command(group(ArgGroup::new("written").args(["relog", "save"])))]
 #[command(after_help = "\
 The guest's console goes to standard output, the verdict to standard error. Memory is always
 compared at the end of a whole recording, unless the guest was stopped between two exits: then the
@@ -36,22 +37,31 @@ pub struct Options {
     /// Stop after this exit.
     #[arg(long, value_name = "EXIT")]
     until: Option<ExitNumber>,
+    /// With --until: save the state of the machine there, for --from.
+    ///
+    /// Nothing is written if the replay is refused, diverges, or ends before. The file holds the guest's memory
+    /// and what it has written to its disks, so it is as secret as those.
+    #[arg(long, value_name = "FILE", requires = "until")]
+    save: Option<PathBuf>,
+    /// Go on from a saved state of this recording instead of from the start.
+    #[arg(long, value_name = "FILE", conflicts_with = "relog")]
+    from: Option<PathBuf>,
     /// Show the console at the recorded pace instead of as fast as it can be computed.
     #[arg(long)]
     real_time: bool,
     /// Write what the replay does as a recording of full detail.
     ///
     /// If the replay is refused, nothing is written. If it diverges, DIR has what was replayed until then.
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", conflicts_with = "save")]
     relog: Option<PathBuf>,
     /// Detail of what --relog writes.
     #[arg(long, value_enum, default_value_t = DetailOption::Full, requires = "relog")]
     detail: DetailOption,
-    /// With --relog: replace the recording that is there, once the new one is whole.
+    /// With --relog or --save: replace the recording, or the file, that is there.
     ///
-    /// The old one is moved to DIR/replaced-XXXXXX when the replay begins, and deleted when it has ended
+    /// A recording is replaced once the new one is whole. The old one is moved to DIR/replaced-XXXXXX when the replay begins, and deleted when it has ended
     /// equal; else both are kept.
-    #[arg(long, requires = "relog")]
+    #[arg(long, requires = "written")]
     force: bool,
     /// Take the kernel from here instead of from the recording; it must be the same.
     #[arg(long, value_name = "FILE")]
@@ -103,6 +113,11 @@ pub fn main(options: &Options) -> Result<Outcome, Failure> {
         },
         memory_bytes: options.memory,
         relog,
+        from: options.from.clone(),
+        save: options.save.as_ref().map(|output| SaveWish {
+            output: output.clone(),
+            force: options.force,
+        }),
     };
     let mut terminal = Terminal {
         quiet: options.quiet || options.json,
@@ -110,7 +125,16 @@ pub fn main(options: &Options) -> Result<Outcome, Failure> {
     };
     let replayed = replay(&wish, &mut terminal)?;
     let host_ns = start.elapsed().as_nanos() as u64;
-    Ok(conclude(&replayed, host_ns, options.json))
+    let outcome = conclude(&replayed, host_ns, options.json);
+    if let (Some(save), None, Outcome::Good) = (&options.save, replayed.saved, outcome) {
+        let exits = replayed.machine.at().exits;
+        let message = format!(
+            "the recording ends at exit {exits}, before it comes to where --until says: {} was not written",
+            shown_path(save)
+        );
+        return Err(Failure::new(Kind::BadInput, message));
+    }
+    Ok(outcome)
 }
 
 /// The verdict as a program reads it.
@@ -122,6 +146,10 @@ struct Report<'a> {
     guest_ns: u64,
     witnesses_equal: u64,
     memories_equal: u64,
+    /// The exit from which it went on, if not from the start.
+    from_exit: Option<u64>,
+    /// Length in bytes of the state that was saved.
+    saved_bytes: Option<u64>,
     /// What the verdict does not cover, in words.
     not_compared: Option<&'static str>,
     /// How many of these are equal but for Accessed bits of page tables.
@@ -132,7 +160,7 @@ struct Report<'a> {
 fn conclude(replayed: &Replayed, host_ns: u64, json: bool) -> Outcome {
     let machine = &replayed.machine;
     let exits = machine.at().exits;
-    let but_accessed = replayed.memories_but_accessed;
+    let but_accessed = replayed.states_but_accessed;
     let (equal, equal_so_far) = match but_accessed {
         0 => ("equal", "equal so far"),
         _ => (
@@ -155,13 +183,15 @@ fn conclude(replayed: &Replayed, host_ns: u64, json: bool) -> Outcome {
     };
     let not_compared = end.and_then(not_compared);
     let summary = end.map(|end| Summary::new(machine, end, host_ns, None));
-    let (witnesses, memories) = (replayed.witnesses, replayed.memories);
+    let (witnesses, memories) = (replayed.witnesses, replayed.states);
     if json {
         let report = Report {
             verdict,
             detail,
             exits,
             guest_ns: machine.now(),
+            from_exit: replayed.from,
+            saved_bytes: replayed.saved.map(|saved| saved.bytes),
             witnesses_equal: witnesses,
             memories_equal: memories,
             not_compared,
@@ -184,6 +214,16 @@ fn conclude(replayed: &Replayed, host_ns: u64, json: bool) -> Outcome {
         thousands(witnesses),
         thousands(memories)
     );
+    if let Some(from) = replayed.from {
+        tell!("  from the saved state of exit {}", thousands(from));
+    }
+    if let Some(Saved {
+        bytes: length,
+        host_ns,
+    }) = replayed.saved
+    {
+        tell!("  state saved, {} in {}", bytes(length), seconds(host_ns));
+    }
     if but_accessed > 0 {
         tell!(
             "  memory differs in Accessed bits of page tables alone, in {} of these digests: the CPU sets them as it \

@@ -117,6 +117,9 @@ impl Storage for TestDisk {
         self.range(offset, bytes).fill(0);
         Ok(())
     }
+    fn digest(&mut self) -> Result<u64, StorageError> {
+        Ok(0)
+    }
     fn take_first_reads(&mut self) -> Option<FirstReads> {
         None
     }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::machine::{MemoryDigest, Moment, Registers, Turn};
+use crate::machine::{FullDigest, Moment, Registers, Turn};
 
 /// One thing that differs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,12 +44,12 @@ pub enum Difference {
         /// What the recording says.
         expected: String,
     },
-    /// All of memory differs.
-    Memory {
+    /// The state differs: memory, the vCPU, the devices or the disks.
+    State {
         /// The recording's digest.
-        expected: Option<MemoryDigest>,
+        expected: Option<FullDigest>,
         /// The replay's.
-        found: Option<MemoryDigest>,
+        found: Option<FullDigest>,
     },
     /// The run ended differently.
     End {
@@ -150,9 +150,10 @@ impl fmt::Display for Divergence {
                     "the replay passed by what was recorded\n  recorded: {expected}"
                 )?;
             }
-            Difference::Memory { expected, found } => write!(
+            Difference::State { expected, found } => write!(
                 f,
-                "memory differs, and in more than Accessed bits of page tables\n  recorded: {}\n  replayed: {}",
+                "the state differs, in {}\n  recorded: {}\n  replayed: {}",
+                parts(expected.as_ref(), found.as_ref()),
                 hex(*expected),
                 hex(*found)
             )?,
@@ -168,11 +169,16 @@ impl fmt::Display for Divergence {
     }
 }
 
-fn hex(digest: Option<MemoryDigest>) -> String {
-    digest.map_or_else(
-        || "none".to_string(),
-        |digest| format!("{:016x}", digest.value()),
-    )
+fn hex(digest: Option<FullDigest>) -> String {
+    digest.map_or_else(|| "none".to_string(), |digest| digest.to_string())
+}
+
+/// The parts of a state in which two of them differ.
+fn parts(expected: Option<&FullDigest>, found: Option<&FullDigest>) -> String {
+    match (expected, found) {
+        (Some(expected), Some(found)) => expected.differences(found).join("; "),
+        _ => "that there is none".into(),
+    }
 }
 
 /// The first field in which two turns differ, with both sides.

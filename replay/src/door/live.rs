@@ -7,8 +7,8 @@ use super::chaos::Chaos;
 use super::closed::Closed;
 use super::world::World;
 use crate::machine::{
-    Complete, Digest, End, Ending, Horizon, LeftOpen, MemoryDigest, Moment, Outside, Place,
-    Position, TimeQuery, Turn, Unit,
+    Complete, Digest, End, Ending, FullDigest, Horizon, LeftOpen, Moment, Outside, Place, Position,
+    TimeQuery, Turn, Unit,
 };
 
 /// Guest time may be this far from the host's before it is corrected. A smaller tolerance buys a
@@ -229,7 +229,7 @@ impl<W: World> Outside for Live<W> {
         Ok(())
     }
 
-    fn wants_memory(&mut self, exits: u64) -> bool {
+    fn wants_state(&mut self, exits: u64) -> bool {
         self.memory_every
             .is_some_and(|every| exits.is_multiple_of(every))
     }
@@ -238,7 +238,7 @@ impl<W: World> Outside for Live<W> {
         Ok(())
     }
 
-    fn memory(&mut self, _exits: u64, _digest: MemoryDigest) -> Result<(), Closed> {
+    fn state(&mut self, _exits: u64, _digest: FullDigest) -> Result<(), Closed> {
         Ok(())
     }
 

@@ -10,7 +10,7 @@ use hindsight_devices::{FirstReads, Input, Nanos, Room};
 use super::closed::Closed;
 use crate::journal::{Detail, Event, Header, IndexEntry, JournalError, JournalWriter};
 use crate::machine::{
-    Complete, Digest, End, Horizon, LeftOpen, MemoryDigest, Moment, Outside, Position, TimeQuery,
+    Complete, Digest, End, FullDigest, Horizon, LeftOpen, Moment, Outside, Position, TimeQuery,
     Turn,
 };
 
@@ -163,13 +163,13 @@ impl<O: Outside<Closed = Closed>, W: Write> Outside for Recorder<O, W> {
         Ok(())
     }
 
-    fn wants_memory(&mut self, exits: u64) -> bool {
-        self.inner.wants_memory(exits)
+    fn wants_state(&mut self, exits: u64) -> bool {
+        self.inner.wants_state(exits)
     }
 
-    fn memory(&mut self, exits: u64, digest: MemoryDigest) -> Result<(), Closed> {
-        self.inner.memory(exits, digest)?;
-        self.append(exits, Event::Memory { digest })?;
+    fn state(&mut self, exits: u64, digest: FullDigest) -> Result<(), Closed> {
+        self.inner.state(exits, digest)?;
+        self.append(exits, Event::State { digest })?;
         Ok(())
     }
 

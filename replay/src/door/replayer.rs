@@ -14,7 +14,7 @@ use crate::journal::{
     Detail, Event, JournalError, JournalReader, Record, RecordPlace, TIME_MAX, TailReason,
 };
 use crate::machine::{
-    Complete, Digest, End, Ending, Horizon, JournalPlace, LeftOpen, Likeness, MemoryDigest, Moment,
+    Complete, Digest, End, Ending, FullDigest, Horizon, JournalPlace, LeftOpen, Likeness, Moment,
     Outside, Place, Position, TimeQuery, Turn,
 };
 
@@ -38,8 +38,8 @@ pub struct Replayer<R: Read> {
     memory_every: Option<u64>,
     history: VecDeque<(u64, Turn)>,
     equal_through: u64,
-    memories_checked: u64,
-    memories_but_accessed: u64,
+    states_checked: u64,
+    states_but_accessed: u64,
     witnesses_checked: u64,
     /// Met where nothing could be refused; the next look at the journal refuses.
     failed: Option<JournalError>,
@@ -62,8 +62,8 @@ impl<R: Read> Replayer<R> {
             memory_every,
             history: VecDeque::with_capacity(HISTORY + 1),
             equal_through: 0,
-            memories_checked: 0,
-            memories_but_accessed: 0,
+            states_checked: 0,
+            states_but_accessed: 0,
             witnesses_checked: 0,
             failed: None,
         }
@@ -81,8 +81,8 @@ impl<R: Read> Replayer<R> {
         let counts = [
             place.equal_through,
             place.witnesses_checked,
-            place.memories_checked,
-            place.memories_but_accessed,
+            place.states_checked,
+            place.states_but_accessed,
         ];
         if place.history.len() > HISTORY || counts.iter().any(|count| *count > COUNT_MAX) {
             let what = "what was counted by then could not have been";
@@ -97,8 +97,8 @@ impl<R: Read> Replayer<R> {
             taken,
             history: place.history.iter().copied().collect(),
             equal_through: place.equal_through,
-            memories_checked: place.memories_checked,
-            memories_but_accessed: place.memories_but_accessed,
+            states_checked: place.states_checked,
+            states_but_accessed: place.states_but_accessed,
             witnesses_checked: place.witnesses_checked,
             ..Replayer::new(journal, None, None)
         })
@@ -118,13 +118,13 @@ impl<R: Read> Replayer<R> {
     }
 
     /// How many memory digests were compared and found equal, or equal but for Accessed bits of page tables.
-    pub fn memories_checked(&self) -> u64 {
-        self.memories_checked
+    pub fn states_checked(&self) -> u64 {
+        self.states_checked
     }
 
     /// How many of them were equal but for those bits.
-    pub fn memories_but_accessed(&self) -> u64 {
-        self.memories_but_accessed
+    pub fn states_but_accessed(&self) -> u64 {
+        self.states_but_accessed
     }
 
     /// How many witnesses were compared and found equal.
@@ -228,23 +228,23 @@ impl<R: Read> Replayer<R> {
 
     /// Compares memory with what was recorded of it. Which records of its page tables a CPU has marked as accessed
     /// is no guest's doing, so a difference there is counted and does not end the replay.
-    fn compare_memory(
+    fn compare_state(
         &mut self,
         exits: u64,
-        expected: Option<MemoryDigest>,
-        found: Option<MemoryDigest>,
+        expected: Option<FullDigest>,
+        found: Option<FullDigest>,
     ) -> Result<(), Closed> {
         let likeness = match (expected, found) {
             (None, None) => return Ok(()),
-            (Some(expected), Some(found)) => expected.likeness(found),
+            (Some(expected), Some(found)) => expected.likeness(&found),
             _ => Likeness::Different,
         };
         if likeness == Likeness::Different {
-            let difference = Difference::Memory { expected, found };
+            let difference = Difference::State { expected, found };
             return Err(self.diverged(self.last_moment(exits), difference));
         }
-        self.memories_checked += 1;
-        self.memories_but_accessed += u64::from(likeness == Likeness::ButAccessed);
+        self.states_checked += 1;
+        self.states_but_accessed += u64::from(likeness == Likeness::ButAccessed);
         Ok(())
     }
 
@@ -452,11 +452,11 @@ impl<R: Read> Outside for Replayer<R> {
         Err(self.diverged(self.last_moment(exits), difference))
     }
 
-    fn wants_memory(&mut self, exits: u64) -> bool {
+    fn wants_state(&mut self, exits: u64) -> bool {
         let recorded = match self.peek() {
             Ok(Some(Record {
                 exits: at,
-                event: Event::Memory { .. },
+                event: Event::State { .. },
             })) => *at == exits,
             Ok(_) => false,
             Err(error) => {
@@ -470,15 +470,15 @@ impl<R: Read> Outside for Replayer<R> {
                 .is_some_and(|every| exits.is_multiple_of(every))
     }
 
-    fn memory(&mut self, exits: u64, digest: MemoryDigest) -> Result<(), Closed> {
+    fn state(&mut self, exits: u64, digest: FullDigest) -> Result<(), Closed> {
         let recorded = self.take(exits, |event| match event {
-            Event::Memory { digest } => Some(*digest),
+            Event::State { digest } => Some(*digest),
             _ => None,
         })?;
         let Some(expected) = recorded else {
             return Ok(());
         };
-        self.compare_memory(exits, Some(expected), Some(digest))
+        self.compare_state(exits, Some(expected), Some(digest))
     }
 
     fn horizon(&mut self, position: &Position) -> Result<Horizon, Closed> {
@@ -523,8 +523,8 @@ impl<R: Read> Outside for Replayer<R> {
             records: self.taken.records,
             equal_through: self.equal_through,
             witnesses_checked: self.witnesses_checked,
-            memories_checked: self.memories_checked,
-            memories_but_accessed: self.memories_but_accessed,
+            states_checked: self.states_checked,
+            states_but_accessed: self.states_but_accessed,
             history: self.history.iter().copied().collect(),
         })
     }
@@ -600,7 +600,7 @@ impl<R: Read> Outside for Replayer<R> {
                 ));
             }
         }
-        self.compare_memory(exits, expected.memory, found.memory)?;
+        self.compare_state(exits, expected.state, found.state)?;
         self.forget_ahead();
         // Look after the end: a file that was tampered with or glued together is not whole.
         assert!(
@@ -622,7 +622,7 @@ fn describe(record: &Record) -> String {
         Event::Input(input) => format!("exit {exits}: {input:?}"),
         Event::Interrupt { vector, at } => describe_interrupt(at, *vector),
         Event::Witness { .. } => format!("exit {exits}: a witness of the digest"),
-        Event::Memory { .. } => format!("exit {exits}: a digest of memory"),
+        Event::State { .. } => format!("exit {exits}: a digest of the state"),
         Event::End(end) => format!("exit {exits}: the end ({:?})", end.ending),
         Event::Preempted(place) => format!("exit {exits}: preempted {place}"),
         Event::FirstReads { .. } => format!("exit {exits}: blocks of a disk's image are read"),

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::event::{Event, Record};
 use super::limits::EVENT_RAW_MAX;
 use crate::machine::{
-    Answer, End, Exit, LeftOpen, MemoryDigest, Moment, Place, Registers, Turn, Unit,
+    Answer, End, Exit, FullDigest, LeftOpen, Moment, Place, Registers, Turn, Unit,
 };
 
 /// An event as it is written.
@@ -38,8 +38,8 @@ enum Wire {
     Witness {
         check: [u8; 2],
     },
-    Memory {
-        digest: MemoryDigest,
+    State {
+        digest: FullDigest,
     },
     End(Box<End>),
     /// `rip` against the RIP of the interrupt or preemption before.
@@ -93,7 +93,7 @@ impl Codec {
                 rcx: at.rcx,
             },
             Event::Witness { check } => Wire::Witness { check: *check },
-            Event::Memory { digest } => Wire::Memory { digest: *digest },
+            Event::State { digest } => Wire::State { digest: *digest },
             Event::End(end) => Wire::End(end.clone()),
             Event::Preempted(place) => Wire::Preempted {
                 unit: place.unit,
@@ -163,7 +163,7 @@ impl Codec {
                 Event::Interrupt { vector, at }
             }
             Wire::Witness { check } => Event::Witness { check },
-            Wire::Memory { digest } => Event::Memory { digest },
+            Wire::State { digest } => Event::State { digest },
             Wire::End(end) => Event::End(end),
             Wire::FirstReads { check } => Event::FirstReads {
                 check: u64::from_le_bytes(check),

@@ -2,7 +2,7 @@
 
 use hindsight_devices::Input;
 
-use crate::machine::{End, LeftOpen, MemoryDigest, Moment, Place, Turn};
+use crate::machine::{End, FullDigest, LeftOpen, Moment, Place, Turn};
 
 /// One thing a journal says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,10 +28,10 @@ pub enum Event {
         /// Those bits, little-endian.
         check: [u8; 2],
     },
-    /// The digest of all of memory at this turn.
-    Memory {
+    /// The digest of the whole state at this turn.
+    State {
         /// The digest.
-        digest: MemoryDigest,
+        digest: FullDigest,
     },
     /// The recording is complete.
     End(Box<End>),
@@ -74,7 +74,7 @@ impl Event {
             Event::Input(_) => 2,
             Event::Interrupt { .. } => 3,
             Event::Witness { .. } => 4,
-            Event::Memory { .. } => 5,
+            Event::State { .. } => 5,
             Event::End(_) => 6,
             Event::Preempted(_) => 7,
             Event::FirstReads { .. } => 8,

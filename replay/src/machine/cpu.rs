@@ -4,6 +4,7 @@ use hindsight_devices::Ram;
 
 use super::digest::MemoryDigest;
 use super::exit::{Answer, Exit, Registers};
+use super::full_digest::CpuDigest;
 use super::left_open::LeftOpen;
 use super::place::Horizon;
 use super::quick_clock::ShownClock;
@@ -68,4 +69,6 @@ pub trait Cpu {
     fn ram(&self) -> &Ram;
     /// The digest of all of memory.
     fn memory_digest(&mut self) -> Result<MemoryDigest, Self::Error>;
+    /// The digest of all else that decides what the vCPU does next. By then its last instruction is settled.
+    fn state_digest(&mut self) -> Result<CpuDigest, Self::Error>;
 }

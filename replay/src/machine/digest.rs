@@ -130,13 +130,13 @@ fn answer_words(answer: &Answer) -> (u64, u64, u64) {
 /// Pages that hold only zeroes do not count, so that a page never touched and a page cleared by
 /// the guest are the same, as they are to the guest.
 ///
-/// A second one leaves out what the CPU sets in page-table entries by walking them (the Accessed bit), so that a
-/// memory that differs in that alone can be told. No list of page tables is needed for it: what could be an entry
-/// is masked wherever it stands.
+/// The Accessed bits, which the CPU sets in page-table entries as it walks them, are digested apart, so that a memory
+/// that differs in those alone can be told. No list of page tables is needed for it: what could be an entry is
+/// masked wherever it is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryDigest {
-    whole: u64,
-    masked: u64,
+    masked: [u8; 8],
+    accessed: [u8; 4],
 }
 
 /// How two memories compare.
@@ -168,37 +168,31 @@ pub const PAGE_BYTES: usize = 4096;
 
 impl MemoryDigest {
     /// Chains one page. Pages must come in ascending order of `gpa`.
-    pub fn absorb_page(&mut self, gpa: u64, page: &[u8]) {
-        assert_eq!(page.len(), PAGE_BYTES, "a page has {PAGE_BYTES} bytes");
+    pub fn absorb_page(&mut self, gpa: u64, page: &[u8; PAGE_BYTES]) {
         let words = page.as_chunks::<8>().0.iter();
-        let mut words = words.map(|word| u64::from_le_bytes(*word));
-        if words.clone().all(|word| word == 0) {
+        if words.fold(0, |any, word| any | u64::from_ne_bytes(*word)) == 0 {
             return;
         }
+        let (masked, accessed) = split(page);
         // XXH64 rather than XXH3: it needs no vector unit, and emulated hosts have a slow one.
-        let whole = xxh64(page, gpa);
-        let masked = if words.any(could_be_entry) {
-            xxh64(&without_accessed(page), gpa)
-        } else {
-            whole
-        };
-        self.whole = xxh64(&whole.to_le_bytes(), self.whole);
-        self.masked = xxh64(&masked.to_le_bytes(), self.masked);
+        let masked = xxh64(&masked, gpa);
+        self.masked = xxh64(&masked.to_le_bytes(), u64::from_le_bytes(self.masked)).to_le_bytes();
+        if accessed != [0; ACCESSED_WORDS] {
+            let before = u32::from_le_bytes(self.accessed);
+            let bytes = accessed.map(u64::to_le_bytes);
+            let digest = xxh64(bytes.as_flattened(), gpa ^ u64::from(before) << 32);
+            self.accessed = ((digest ^ digest >> 32) as u32).to_le_bytes();
+        }
     }
 
     /// The digest of all of it, as a number.
     pub fn value(self) -> u64 {
-        self.whole
-    }
-
-    /// The digest of it with Accessed bits masked, as a number.
-    pub fn masked(self) -> u64 {
-        self.masked
+        xxh64(&self.accessed, u64::from_le_bytes(self.masked))
     }
 
     /// How this memory compares with another.
     pub fn likeness(self, other: MemoryDigest) -> Likeness {
-        if self.whole == other.whole && self.masked == other.masked {
+        if self == other {
             Likeness::Equal
         } else if self.masked == other.masked {
             Likeness::ButAccessed
@@ -207,21 +201,36 @@ impl MemoryDigest {
         }
     }
 
-    /// The digest with these two numbers.
-    pub fn of_parts(whole: u64, masked: u64) -> MemoryDigest {
-        MemoryDigest { whole, masked }
+    /// The digest of the same memory with other Accessed bits.
+    pub fn otherwise_accessed(self) -> MemoryDigest {
+        let accessed = self.accessed.map(|byte| !byte);
+        MemoryDigest { accessed, ..self }
+    }
+
+    /// The digest with these two numbers: of memory without its Accessed bits, and of those.
+    pub fn of_parts(masked: u64, accessed: u32) -> MemoryDigest {
+        MemoryDigest {
+            masked: masked.to_le_bytes(),
+            accessed: accessed.to_le_bytes(),
+        }
     }
 }
 
-fn without_accessed(page: &[u8]) -> [u8; PAGE_BYTES] {
-    let mut masked = [0; PAGE_BYTES];
-    masked.copy_from_slice(page);
-    for bytes in masked.as_chunks_mut::<8>().0 {
-        let word = u64::from_le_bytes(*bytes);
-        let cleared = ACCESSED * u64::from(could_be_entry(word));
-        *bytes = (word & !cleared).to_le_bytes();
+/// Words of one bit for each word of a page.
+const ACCESSED_WORDS: usize = PAGE_BYTES / 8 / 64;
+
+/// The page without Accessed bits, and where they were.
+fn split(page: &[u8; PAGE_BYTES]) -> ([u8; PAGE_BYTES], [u64; ACCESSED_WORDS]) {
+    let (mut masked, mut accessed) = (*page, [0; ACCESSED_WORDS]);
+    for (bits, bytes) in accessed.iter_mut().zip(masked.chunks_exact_mut(8 * 64)) {
+        for (place, bytes) in bytes.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+            let word = u64::from_le_bytes(*bytes);
+            let is_accessed = u64::from(could_be_entry(word)) & word / ACCESSED;
+            *bits |= is_accessed << place;
+            *bytes = (word & !(is_accessed * ACCESSED)).to_le_bytes();
+        }
     }
-    masked
+    (masked, accessed)
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use hindsight_devices::{Nanos, Reset};
 use serde::{Deserialize, Serialize};
 
-use super::digest::MemoryDigest;
+use super::full_digest::FullDigest;
 
 /// How the guest's run ended.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,6 +33,6 @@ pub struct End {
     pub now: Nanos,
     /// The digest of every turn and interrupt.
     pub digest: u64,
-    /// The digest of all of memory; `None` where the guest was still running.
-    pub memory: Option<MemoryDigest>,
+    /// The digest of the whole state; `None` where the guest was still running.
+    pub state: Option<FullDigest>,
 }

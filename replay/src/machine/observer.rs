@@ -2,8 +2,8 @@
 
 use hindsight_devices::{Input, Nanos, Output};
 
-use super::digest::MemoryDigest;
 use super::exit::Turn;
+use super::full_digest::FullDigest;
 use super::guest::Guest;
 use super::left_open::LeftOpen;
 use super::moment::Moment;
@@ -23,7 +23,7 @@ pub trait Observer {
     /// Something was found to be left open.
     fn left_open(&mut self, _exits: u64, _what: LeftOpen) {}
     /// Memory was digested.
-    fn memory(&mut self, _exits: u64, _digest: MemoryDigest) {}
+    fn state(&mut self, _exits: u64, _digest: FullDigest) {}
     /// The vCPU was kicked and nothing else happened.
     fn kicked(&mut self, _exits: u64) {}
 }
@@ -63,9 +63,9 @@ impl<A: Observer, B: Observer> Observer for (A, B) {
         self.1.left_open(exits, what);
     }
 
-    fn memory(&mut self, exits: u64, digest: MemoryDigest) {
-        self.0.memory(exits, digest);
-        self.1.memory(exits, digest);
+    fn state(&mut self, exits: u64, digest: FullDigest) {
+        self.0.state(exits, digest);
+        self.1.state(exits, digest);
     }
 
     fn kicked(&mut self, exits: u64) {

@@ -6,9 +6,10 @@
 use hindsight_devices::{FirstReads, Input, Nanos, Room};
 use serde::{Deserialize, Serialize};
 
-use super::digest::{Digest, MemoryDigest};
+use super::digest::Digest;
 use super::ending::{End, Ending};
 use super::exit::Turn;
+use super::full_digest::FullDigest;
 use super::left_open::LeftOpen;
 use super::moment::Moment;
 use super::place::{Horizon, Place};
@@ -83,9 +84,9 @@ pub struct JournalPlace {
     /// Witnesses that were equal.
     pub witnesses_checked: u64,
     /// Memory digests that were equal, or equal but for Accessed bits.
-    pub memories_checked: u64,
+    pub states_checked: u64,
     /// Of those, how many were equal but for those bits.
-    pub memories_but_accessed: u64,
+    pub states_but_accessed: u64,
     /// The last turns, for a report, oldest first, with the numbers of their exits.
     pub history: Vec<(u64, Turn)>,
 }
@@ -133,10 +134,10 @@ pub trait Outside {
     fn left_open(&mut self, exits: u64, what: LeftOpen) -> Result<(), Self::Closed>;
 
     /// Whether a digest of all of memory is wanted at this exit.
-    fn wants_memory(&mut self, exits: u64) -> bool;
+    fn wants_state(&mut self, exits: u64) -> bool;
 
     /// The digest of all of memory at this exit.
-    fn memory(&mut self, exits: u64, digest: MemoryDigest) -> Result<(), Self::Closed>;
+    fn state(&mut self, exits: u64, digest: FullDigest) -> Result<(), Self::Closed>;
 
     /// All that belongs to the last exit is done: how far may the guest run on?
     fn horizon(&mut self, position: &Position) -> Result<Horizon, Self::Closed>;

@@ -5,6 +5,7 @@ use hindsight_devices::{Access, BusContext, Input, Output, POSTED_PORT, Reply, S
 use super::cpu::{Back, Cpu};
 use super::ending::{End, Ending};
 use super::exit::{Answer, Exit, Mode, TimeInstruction, Turn};
+use super::full_digest::FullDigest;
 use super::guest::View;
 use super::moment::Moment;
 use super::observer::Observer;
@@ -133,7 +134,7 @@ impl<C: Cpu, O: Outside + ?Sized> Turns<'_, C, O> {
         }
         self.pass_left_open(false).map_err(RunError::Closed)?;
         self.pass_output();
-        self.pass_memory()?;
+        self.pass_state()?;
         if let Some(ending) = self.ending(&exit, stopped) {
             self.settle()?;
             return Ok(Next::Finish(ending));
@@ -335,16 +336,29 @@ impl<C: Cpu, O: Outside + ?Sized> Turns<'_, C, O> {
         }
     }
 
-    fn pass_memory(&mut self) -> Result<(), Failure<C, O>> {
+    fn pass_state(&mut self) -> Result<(), Failure<C, O>> {
         let exits = self.machine.at.exits;
-        if !self.outside.wants_memory(exits) {
+        if !self.outside.wants_state(exits) {
             return Ok(());
         }
+        let digest = self.full_digest()?;
+        self.observer.state(exits, digest);
+        self.outside.state(exits, digest).map_err(RunError::Closed)
+    }
+
+    /// The digest of everything that decides what happens next.
+    fn full_digest(&mut self) -> Result<FullDigest, Failure<C, O>> {
         self.settle()?;
-        let digest = self.cpu.memory_digest();
-        let digest = self.cpu(digest)?;
-        self.observer.memory(exits, digest);
-        self.outside.memory(exits, digest).map_err(RunError::Closed)
+        let memory = self.cpu.memory_digest();
+        let memory = self.cpu(memory)?;
+        let cpu = self.cpu.state_digest();
+        let cpu = self.cpu(cpu)?;
+        let board = postcard::to_stdvec(&self.machine.board.save());
+        let board = board.expect("plain values serialise");
+        let exits = self.machine.at.exits;
+        let failed = |source| RunError::Storage { exits, source };
+        let disks = self.storage.digest().map_err(failed)?;
+        Ok(FullDigest::new(memory, cpu, &board, disks))
     }
 
     fn ending(&self, exit: &Exit, stopped: bool) -> Option<Ending> {
@@ -394,12 +408,11 @@ impl<C: Cpu, O: Outside + ?Sized> Turns<'_, C, O> {
 
     fn finish(&mut self, ending: Ending) -> Result<End, Failure<C, O>> {
         // A guest that was stopped between exits is at no moment, and neither is its memory.
-        let memory = match ending {
+        let state = match ending {
             Ending::StoppedRunning => None,
             _ => {
                 self.pass_left_open(true).map_err(RunError::Closed)?;
-                let digest = self.cpu.memory_digest();
-                Some(self.cpu(digest)?)
+                Some(self.full_digest()?)
             }
         };
         let end = End {
@@ -407,7 +420,7 @@ impl<C: Cpu, O: Outside + ?Sized> Turns<'_, C, O> {
             panic: self.machine.panic().map(String::from),
             now: self.machine.now(),
             digest: self.machine.digest.value(),
-            memory,
+            state,
         };
         let passed = self.outside.end(self.machine.at.exits, &end);
         passed.map_err(RunError::Closed)?;

@@ -17,8 +17,8 @@ use hindsight_guest_images::layout::{
 use hindsight_guest_images::micro::{self, Reach, Torture, Tortured};
 use hindsight_replay::rng::Rng;
 use hindsight_replay::{
-    Closed, Complete, Content, CpuidTable, Detail, Digest, End, Exit, Guest, Header, Horizon,
-    JournalReader, LeftOpen, Live, MachineDescription, MemoryDigest, Moment, Observer, Outside,
+    Closed, Complete, Content, CpuidTable, Detail, Digest, End, Exit, FullDigest, Guest, Header,
+    Horizon, JournalReader, LeftOpen, Live, MachineDescription, Moment, Observer, Outside,
     Position, Recorder, Replayer, TimeQuery, TrapCounts, Turn, World,
 };
 use hindsight_tests::sim::bare_machine;
@@ -291,11 +291,11 @@ impl<O: Outside<Closed = Closed>> Outside for Poke<O> {
     fn left_open(&mut self, exits: u64, what: LeftOpen) -> Result<(), Closed> {
         self.inner.left_open(exits, what)
     }
-    fn wants_memory(&mut self, exits: u64) -> bool {
-        self.inner.wants_memory(exits)
+    fn wants_state(&mut self, exits: u64) -> bool {
+        self.inner.wants_state(exits)
     }
-    fn memory(&mut self, exits: u64, digest: MemoryDigest) -> Result<(), Closed> {
-        self.inner.memory(exits, digest)
+    fn state(&mut self, exits: u64, digest: FullDigest) -> Result<(), Closed> {
+        self.inner.state(exits, digest)
     }
     fn kicked(&mut self, position: &Position) -> Result<(), Closed> {
         self.inner.kicked(position)

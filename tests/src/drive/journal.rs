@@ -11,9 +11,9 @@ use hindsight_cli::commands::inspect::{Listing, Survey};
 use hindsight_cli::commands::pcap::Capture;
 use hindsight_devices::{Board, Nanos, NetSpec, NoDisks, Output, Ram};
 use hindsight_replay::{
-    Answer, Back, Cpu, Event, Exit, FRAME_HEAD_BYTES, FRAME_MAGIC, FRAME_RAW_MAX, Guest, Header,
-    Horizon, JournalReader, MAGIC, Machine, MemoryDigest, Moment, Observer, OperatorConsole,
-    Registers, Replayer, ShownClock, TailReason, Turn, VERSION,
+    Answer, Back, Cpu, CpuDigest, Event, Exit, FRAME_HEAD_BYTES, FRAME_MAGIC, FRAME_RAW_MAX, Guest,
+    Header, Horizon, JournalReader, MAGIC, Machine, MemoryDigest, Moment, Observer,
+    OperatorConsole, Registers, Replayer, ShownClock, TailReason, Turn, VERSION,
 };
 use hindsight_vmm::session::index;
 use vm_memory::GuestAddress;
@@ -334,5 +334,8 @@ impl Cpu for NoCpu {
 
     fn memory_digest(&mut self) -> Result<MemoryDigest, Never> {
         Ok(MemoryDigest::default())
+    }
+    fn state_digest(&mut self) -> Result<CpuDigest, Never> {
+        Ok(CpuDigest::default())
     }
 }

@@ -2,7 +2,7 @@
 
 use hindsight_devices::{Access, Input, Reset, Width};
 use hindsight_replay::{
-    Answer, End, Ending, Event, Exit, LeftOpen, MemoryDigest, Mode, Moment, Registers,
+    Answer, End, Ending, Event, Exit, FullDigest, LeftOpen, MemoryDigest, Mode, Moment, Registers,
     TimeInstruction, Turn,
 };
 use proptest::prelude::*;
@@ -133,21 +133,22 @@ pub fn end() -> impl Strategy<Value = Event> {
         panic,
         any::<u64>(),
         any::<u64>(),
-        proptest::option::of(memory()),
+        proptest::option::of(state()),
     )
-        .prop_map(|(ending, panic, now, digest, memory)| {
+        .prop_map(|(ending, panic, now, digest, state)| {
             Event::End(Box::new(End {
                 ending,
                 panic,
                 now,
                 digest,
-                memory,
+                state,
             }))
         })
 }
 
-fn memory() -> impl Strategy<Value = MemoryDigest> {
-    any::<(u64, u64)>().prop_map(|(whole, masked)| MemoryDigest::of_parts(whole, masked))
+fn state() -> impl Strategy<Value = FullDigest> {
+    let memory = |(masked, accessed)| MemoryDigest::of_parts(masked, accessed);
+    any::<(u64, u32)>().prop_map(move |parts| FullDigest::of_memory(memory(parts)))
 }
 
 /// Every event but the end.
@@ -158,7 +159,7 @@ pub fn event() -> impl Strategy<Value = Event> {
         input().prop_map(Event::Input),
         interrupt(),
         any::<[u8; 2]>().prop_map(|check| Event::Witness { check }),
-        memory().prop_map(|digest| Event::Memory { digest }),
+        state().prop_map(|digest| Event::State { digest }),
         any::<u64>().prop_map(|check| Event::FirstReads { check }),
         prop::collection::vec(any::<u8>(), 1..40).prop_map(Event::Posted),
         (0..LeftOpen::ALL.len()).prop_map(|which| Event::LeftOpen(LeftOpen::ALL[which])),

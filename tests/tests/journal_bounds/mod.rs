@@ -148,7 +148,7 @@ fn what_a_reader_would_refuse_is_not_written_and_all_else_goes_on() {
         panic: None,
         now: 0,
         digest: 0,
-        memory: None,
+        state: None,
     }));
     writer.append(exits, end).unwrap();
     assert!(writer.append(exits, typed(1)).is_err(), "after the end");

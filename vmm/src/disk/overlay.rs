@@ -275,6 +275,10 @@ impl Storage for SharedDisks {
         self.0.borrow_mut().clear(disk, offset, bytes)
     }
 
+    fn digest(&mut self) -> Result<u64, StorageError> {
+        self.0.borrow_mut().digest()
+    }
+
     fn take_first_reads(&mut self) -> Option<FirstReads> {
         self.0.borrow_mut().take_first_reads()
     }
@@ -347,6 +351,11 @@ impl Storage for Disks {
                 .map_err(|source| overlay_failed(disk, &source))?;
         }
         Ok(())
+    }
+
+    fn digest(&mut self) -> Result<u64, StorageError> {
+        let mut disks = self.disks.iter().enumerate();
+        disks.try_fold(0, |digest, (number, disk)| disk.digest(number, digest))
     }
 
     fn take_first_reads(&mut self) -> Option<FirstReads> {

@@ -11,6 +11,7 @@
 //! raises #DB, whoever executed it.
 
 use kvm_bindings::{KVM_GUESTDBG_ENABLE, kvm_debugregs, kvm_guest_debug, kvm_guest_debug_arch};
+use serde::{Deserialize, Serialize};
 
 use super::error::{KvmError, Named};
 use super::traps::Here;
@@ -58,7 +59,7 @@ pub enum DebugExit {
 /// real ones until its next exit and reads them back there; if a signal comes between, and breakpoints of ours are set for
 /// the next entry, it warns and reads those back as the guest's (`KVM_DEBUGREG_WONT_EXIT`, seen with Linux 6.1). So a guest
 /// that may be led to places is always debugged ([`WATCHED`]), and this is what counts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Breakpoints {
     addresses: [u64; 4],
     dr7: u64,
@@ -77,6 +78,11 @@ impl Breakpoints {
     /// Whether these registers hold them.
     fn are_in(&self, registers: &kvm_debugregs) -> bool {
         (registers.db, registers.dr7) == (self.addresses, self.dr7)
+    }
+
+    /// Flips bits of an address.
+    pub fn flip(&mut self, number: usize, bits: u64) {
+        self.addresses[number] ^= bits;
     }
 
     /// Whether one is enabled, for its task or for all.

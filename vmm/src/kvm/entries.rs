@@ -49,12 +49,14 @@ pub struct EntryStop {
     pub rip: u64,
 }
 
+/// The kernel's own entry after each stub that is installed.
+pub type KernelEntries = [Option<u64>; STUBS];
+
 /// What is known of the stubs in the guest.
 #[derive(Clone, Debug, Default)]
 pub struct EntryState {
     caves: Option<EntryCaves>,
-    /// The kernel's own entry behind each stub that stands.
-    kernel_entries: [Option<u64>; STUBS],
+    kernel_entries: KernelEntries,
     /// The entry that is waited for, and that the word counts down to.
     target: Option<u64>,
 }
@@ -66,6 +68,26 @@ impl EntryState {
             caves,
             ..EntryState::default()
         }
+    }
+
+    /// The kernel's own entries.
+    pub fn kernel_entries(&self) -> KernelEntries {
+        self.kernel_entries
+    }
+
+    /// How many stubs are installed.
+    pub fn count(&self) -> u32 {
+        self.kernel_entries.iter().flatten().count() as u32
+    }
+
+    /// Takes these as installed in guest memory, with nothing waited for. `false`, and nothing is changed, if there is
+    /// no room for stubs in this kernel.
+    pub fn put_kernel_entries(&mut self, entries: &KernelEntries) -> bool {
+        let fits = self.caves.is_some() || entries.iter().all(Option::is_none);
+        if fits {
+            (self.kernel_entries, self.target) = (*entries, None);
+        }
+        fits
     }
 
     /// Which stub has its OUT at this address.
@@ -179,6 +201,7 @@ impl KvmCpu {
         let stub = match index {
             LSTAR => LSTAR_STUB,
             CSTAR => CSTAR_STUB,
+            index if msr::SYSENTER.contains(&index) => return msr::load(self.fd(), index, value),
             _ => return Ok(()),
         };
         let data = self.install(stub, value).unwrap_or(value);
@@ -237,7 +260,7 @@ impl KvmCpu {
             return None;
         }
         self.vm.entries.kernel_entries[index] = Some(entry);
-        self.counts.entry_points = self.vm.entries.kernel_entries.iter().flatten().count() as u32;
+        self.counts.entry_points = self.vm.entries.count();
         Some(at)
     }
 }

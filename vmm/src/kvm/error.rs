@@ -50,6 +50,11 @@ pub enum KvmError {
     /// The branch counter cannot be relied on.
     #[error("{0}")]
     Counter(#[source] Box<crate::perf::CounterError>),
+    /// A saved state could not have been, or KVM does not take it.
+    #[error(
+        "a saved state that cannot be restored: {0}; take another one, or replay from the start"
+    )]
+    State(String),
     /// The host's page map cannot be read.
     #[error("cannot read this process's page map: {0}")]
     PageMap(#[source] std::io::Error),
@@ -84,7 +89,7 @@ impl Classified for KvmError {
         match self {
             KvmError::Open(_) | KvmError::Lacks(_) => Kind::Unfit,
             // The recording is of another CPU.
-            KvmError::Cpu(_) => Kind::BadInput,
+            KvmError::Cpu(_) | KvmError::State(_) => Kind::BadInput,
             _ => Kind::HostFailed,
         }
     }

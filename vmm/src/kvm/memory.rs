@@ -140,7 +140,10 @@ impl GuestMemory {
 
     /// Shows every page that the host has backed, in ascending order: a copy, for whoever looks may have the page
     /// written meanwhile.
-    pub fn each_resident_page(&self, mut show: impl FnMut(u64, &[u8])) -> Result<(), KvmError> {
+    pub fn each_resident_page(
+        &self,
+        mut show: impl FnMut(u64, &[u8; PAGE_BYTES]),
+    ) -> Result<(), KvmError> {
         let mut page = [0; PAGE_BYTES];
         let pagemap = File::open("/proc/self/pagemap").map_err(KvmError::PageMap)?;
         let mut entries = vec![0u8; 8 * 4096];
@@ -260,7 +263,7 @@ mod tests {
         let mut memory = GuestMemory::new(1 << 20).unwrap();
         memory.write(0, &[1; PAGE_BYTES]).unwrap();
         let mut shown = 0;
-        let look = |gpa, page: &[u8]| {
+        let look = |gpa, page: &[u8; PAGE_BYTES]| {
             memory.ram().write_obj(2_u8, GuestAddress(gpa)).unwrap();
             shown += usize::from(page[0] == 1);
         };

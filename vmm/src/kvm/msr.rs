@@ -2,8 +2,11 @@
 //!
 //! Closed by default: KVM answers some MSRs with facts about the host (the TSC, APERF and MPERF,
 //! thermal and performance counters), and which ones those are changes from release to release.
-//! What stands here is the guest's own state, which KVM only stores. LSTAR and CSTAR are such state too,
-//! but the board keeps them: the real ones may point to a stub that counts (see [`super::entries`]).
+//! What is listed here is the guest's own state, which KVM only stores. LSTAR and CSTAR are such state too,
+//! but the board keeps them: the real ones may point to a stub that counts (see [`super::entries`]). So it does those of
+//! SYSENTER: on AMD's CPUs KVM does not give back, nor put back, all of what the guest has written to them.
+
+use std::ops::RangeInclusive;
 
 use kvm_bindings::{
     KVM_CAP_X86_USER_SPACE_MSR, KVM_MSR_EXIT_REASON_FILTER, KVM_MSR_EXIT_REASON_INVAL,
@@ -16,7 +19,6 @@ use super::error::{KvmError, Named};
 /// A run of MSRs that KVM keeps (first, how many), and why it may.
 pub const KEPT: &[(u32, u32, &str)] = &[
     (0x00fe, 1, "MTRRcap: constant"),
-    (0x0174, 3, "SYSENTER_CS, _ESP, _EIP: stored"),
     (0x0200, 0x70, "MTRRs: stored, without effect on the guest"),
     (0x0277, 1, "PAT: stored"),
     (0x02ff, 1, "MTRRdefType: stored"),
@@ -29,6 +31,8 @@ pub const KEPT: &[(u32, u32, &str)] = &[
 pub const LSTAR: u32 = 0xc000_0082;
 /// See [`LSTAR`].
 pub const CSTAR: u32 = 0xc000_0083;
+/// Code segment, stack and entry of SYSENTER.
+pub const SYSENTER: RangeInclusive<u32> = 0x174..=0x176;
 
 /// Loads the real register after one that comes to the board.
 pub fn load(fd: &VcpuFd, index: u32, data: u64) -> Result<(), KvmError> {

@@ -118,8 +118,8 @@ impl KvmCpu {
         if horizon != Horizon::Exit && self.unfinished {
             // RIP is the guest's only after the instruction that exited.
             hindsight_replay::Cpu::settle(self)?;
-            if let Some(reason) = self.take_held() {
-                return self.decode(reason).map(Back::Exit);
+            if let Some(exit) = self.next_part() {
+                return Ok(Back::Exit(exit));
             }
         }
         match horizon {

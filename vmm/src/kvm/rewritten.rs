@@ -8,6 +8,7 @@
 use std::collections::BTreeSet;
 
 use hindsight_replay::LeftOpen;
+use serde::{Deserialize, Serialize};
 
 use super::vcpu::KvmCpu;
 use hindsight_kernel::rewrite::rewritten::Changes;
@@ -16,7 +17,7 @@ use hindsight_kernel::rewrite::rewritten::Changes;
 const EVERY: u64 = 1 << 14;
 
 /// What was noticed.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Noticed {
     exits: u64,
     /// Look at this exit.

@@ -62,6 +62,26 @@ impl<'a> RunPage<'a> {
         self.0.request_interrupt_window = wanted.into();
     }
 
+    /// Whether that was asked for.
+    pub fn wants_window(&self) -> bool {
+        self.0.request_interrupt_window != 0
+    }
+
+    /// Sets CR8, which KVM takes over when the vCPU runs next.
+    pub fn set_cr8(&mut self, cr8: u64) {
+        self.0.cr8 = cr8;
+    }
+
+    /// Whether registers were changed that KVM has not taken over.
+    pub fn has_changed_registers(&self) -> bool {
+        self.0.kvm_dirty_regs != 0
+    }
+
+    /// What was changed and not taken over is not to be.
+    pub fn forget_changed_registers(&mut self) {
+        self.0.kvm_dirty_regs = 0;
+    }
+
     /// Asks KVM to finish what is unfinished and come back at once.
     pub fn set_immediate_exit(&mut self, wanted: bool) {
         self.0.immediate_exit = wanted.into();

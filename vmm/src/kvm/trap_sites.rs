@@ -12,9 +12,10 @@ use std::ops::Range;
 use hindsight_kernel::rewrite::modules::ModuleText;
 use hindsight_kernel::rewrite::traps::SHORTEST;
 use hindsight_kernel::{Alternative, SiteKind, Sites};
+use serde::{Deserialize, Serialize};
 
 /// A trap, by what it replaced.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Trap {
     /// The instruction that stood there.
     pub kind: SiteKind,
@@ -23,7 +24,7 @@ pub struct Trap {
 }
 
 /// The traps in a guest's kernel, by virtual address.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct TrapSites {
     known: BTreeMap<u64, Trap>,
     /// OUTs to our ports that the guest's own code has.

@@ -9,6 +9,7 @@
 use hindsight_replay::{Exit, LeftOpen, Mode, TimeInstruction};
 use iced_x86::Mnemonic;
 use kvm_bindings::kvm_sregs;
+use serde::{Deserialize, Serialize};
 
 use super::debug::RFLAGS_TF;
 use super::error::{KvmError, Named};
@@ -30,7 +31,7 @@ const GP_VECTOR: u8 = 13;
 const KERNEL_HALF: u64 = 1 << 63;
 
 /// The instruction that stood where the #GP entry was rewritten.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 enum Overwritten {
     /// NOP or ENDBR64: nothing.
     Nothing,
@@ -56,13 +57,27 @@ impl Here {
     }
 }
 
-/// What the traps remember of the CPU.
-#[derive(Clone, Debug, Default)]
-pub struct TrapState {
+/// What the traps remember of the CPU from one exit to the next.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TrapMemory {
     /// The CR4 the guest believes in, once it has written one through a trap.
     guest_cr4: Option<u64>,
     /// Where the #GP entry is rewritten, and what stood there.
     gp_entry: Option<(u64, Overwritten)>,
+}
+
+impl TrapMemory {
+    /// Where the #GP entry is rewritten.
+    pub fn gp_entry(&self) -> Option<u64> {
+        self.gp_entry.map(|(entry, _)| entry)
+    }
+}
+
+/// What the traps know of the CPU.
+#[derive(Clone, Debug, Default)]
+pub struct TrapState {
+    /// What they remember.
+    pub memory: TrapMemory,
     /// A user-mode time read that waits for its value: what IRET would have loaded.
     user_read: Option<UserFrame>,
     /// The trap that waits for its answer.
@@ -79,6 +94,16 @@ struct UserFrame {
     rsp: u64,
 }
 
+impl TrapState {
+    /// Remembers this, and waits for nothing.
+    pub fn put(&mut self, memory: &TrapMemory) {
+        *self = TrapState {
+            memory: memory.clone(),
+            ..TrapState::default()
+        };
+    }
+}
+
 impl KvmCpu {
     /// Turns an OUT to a trap port into the exit it stands for; `None` if it is an ordinary OUT.
     pub(super) fn trapped(&mut self, io: &PortExit) -> Option<Exit> {
@@ -89,7 +114,7 @@ impl KvmCpu {
             return None;
         }
         if port == TRAP_GP_ENTRY {
-            let (entry, _) = self.traps.gp_entry?;
+            let (entry, _) = self.traps.memory.gp_entry?;
             let is_there = candidates(self.rip()).any(|at| at == entry);
             return is_there.then(|| self.gp_exit());
         }
@@ -203,7 +228,7 @@ impl KvmCpu {
         sregs.cr4 = value | CR4_TSD;
         match self.fd().set_sregs(&sregs) {
             Ok(()) => {
-                self.traps.guest_cr4 = Some(value);
+                self.traps.memory.guest_cr4 = Some(value);
                 self.hook_gp_entry(&sregs)?;
                 self.hook_gates(&sregs)
             }
@@ -216,7 +241,7 @@ impl KvmCpu {
     /// Performs a read of CR4: the guest sees what it wrote.
     pub(super) fn read_cr4(&mut self, target: u8) -> Result<(), KvmError> {
         let real = self.sregs()?.cr4;
-        let value = self.traps.guest_cr4.unwrap_or(real);
+        let value = self.traps.memory.guest_cr4.unwrap_or(real);
         self.page()
             .change_registers(|registers| *general_mut(registers, target) = value);
         Ok(())
@@ -262,7 +287,7 @@ impl KvmCpu {
         };
         let trap = [OUT, TRAP_GP_ENTRY, 0x90, 0x90];
         if self.write_guest(entry, &trap[..length])? {
-            self.traps.gp_entry = Some((entry, overwritten));
+            self.traps.memory.gp_entry = Some((entry, overwritten));
             self.counts.gp_entry = Some(entry);
         }
         Ok(())
@@ -283,7 +308,12 @@ impl KvmCpu {
     }
 
     fn user_time_read(&mut self) -> Option<(TimeInstruction, UserFrame)> {
-        if self.traps.guest_cr4.is_some_and(|cr4| cr4 & CR4_TSD != 0) {
+        if self
+            .traps
+            .memory
+            .guest_cr4
+            .is_some_and(|cr4| cr4 & CR4_TSD != 0)
+        {
             // The guest forbids it to its users itself, so this fault is one it wants to see.
             return None;
         }
@@ -341,7 +371,7 @@ impl KvmCpu {
 
     /// Does what the overwritten first instruction of the #GP entry did.
     pub(super) fn finish_fault(&mut self) {
-        if let Some((_, Overwritten::Clac)) = self.traps.gp_entry {
+        if let Some((_, Overwritten::Clac)) = self.traps.memory.gp_entry {
             self.page()
                 .change_registers(|registers| registers.rflags &= !RFLAGS_AC);
         }

@@ -4,9 +4,10 @@
 //! exit, and takes changed ones from there at the next entry. Trap ports are OUTs, so that no
 //! unfinished register write stands between an exit and its answer.
 
-use hindsight_devices::{Access, POSTED_PORT, Ram, Width};
+use hindsight_devices::{Access, POSTED_PORT, Ram};
 use hindsight_replay::{
-    Answer, Back, Cpu, CpuidTable, Exit, Horizon, LeftOpen, MemoryDigest, Registers, ShownClock,
+    Answer, Back, Cpu, CpuDigest, CpuidTable, Exit, Horizon, LeftOpen, MemoryDigest, Registers,
+    ShownClock,
 };
 use kvm_bindings::{
     KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_EXIT_HLT, KVM_EXIT_IO, KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN,
@@ -23,9 +24,10 @@ use super::guest_text::GuestView;
 use super::memory::GuestMemory;
 use super::modules::LoadingModule;
 use super::page_walk::Paging;
+use super::parts::Parts;
 use super::posted::Posted;
 use super::preemption::Preemption;
-use super::run_page::{PortExit, RunPage};
+use super::run_page::RunPage;
 use super::traps::TrapState;
 use super::vm::{KernelText, Vm};
 use super::{cpuid, signals};
@@ -56,7 +58,7 @@ pub struct VcpuCounts {
 /// A vCPU, and the VM that it is in.
 #[derive(Debug)]
 pub struct KvmCpu {
-    fd: VcpuFd,
+    pub(super) fd: VcpuFd,
     pub(super) vm: Vm,
     pub(super) traps: TrapState,
     /// The module that is being loaded at this exit.
@@ -70,29 +72,10 @@ pub struct KvmCpu {
     pub(super) preemption: Preemption,
     /// Where breakpoints are set, for us and not for the guest.
     pub(super) stops: Vec<u64>,
-    posted: Posted,
-    string: Option<StringAccess>,
+    pub(super) posted: Posted,
+    /// What is left of the instruction of the last exit.
+    pub(super) parts: Parts,
     pub(super) unfinished: bool,
-    /// KVM's reason for an exit that came while another was being finished.
-    held: Option<u32>,
-}
-
-/// A port access of several elements, or a memory access of an odd length, taken one by one.
-#[derive(Clone, Copy, Debug)]
-struct StringAccess {
-    kind: StringKind,
-    next: usize,
-    count: usize,
-}
-
-#[derive(Clone, Copy, Debug)]
-enum StringKind {
-    Ports(PortExit),
-    Bytes {
-        gpa: u64,
-        write: bool,
-        data: [u8; 8],
-    },
 }
 
 impl KvmCpu {
@@ -122,9 +105,8 @@ impl KvmCpu {
             preemption: Preemption::default(),
             stops: Vec::new(),
             posted,
-            string: None,
+            parts: Parts::default(),
             unfinished: false,
-            held: None,
         })
     }
 
@@ -164,12 +146,7 @@ impl KvmCpu {
 
     /// Drops what is left of an exit that nobody answers.
     pub(super) fn forget_exit(&mut self) {
-        self.string = None;
-    }
-
-    /// KVM's reason for an exit that came while another was being finished.
-    pub(super) fn take_held(&mut self) -> Option<u32> {
-        self.held.take()
+        self.parts.begin();
     }
 
     /// What was counted beside exits.
@@ -232,31 +209,9 @@ impl KvmCpu {
         self.posted.add(byte, &self.vm.fd, &mut self.fd)
     }
 
-    /// Has KVM finish the instruction of the last exit, if it has not.
-    pub(super) fn finish_exit(&mut self) -> Result<(), KvmError> {
-        if self.unfinished {
-            self.unfinished = false;
-            self.counts.settles += 1;
-            match signals::finish(&mut self.fd)? {
-                None => {}
-                // The rest of an access across a page: the same instruction, its next exit.
-                Some(KVM_EXIT_MMIO) => self.held = Some(KVM_EXIT_MMIO),
-                Some(reason) => {
-                    let rip = self.rip();
-                    let what = format!("it came back with reason {reason} instead of at once");
-                    return Err(KvmError::Stopped {
-                        rip,
-                        bytes: Vec::new(),
-                        what,
-                    });
-                }
-            }
-        }
-        Ok(())
-    }
-
     /// The exit that KVM's reason stands for.
     pub(super) fn decode(&mut self, reason: u32) -> Result<Exit, KvmError> {
+        self.parts.begin();
         self.unfinished = matches!(
             reason,
             KVM_EXIT_IO | KVM_EXIT_MMIO | KVM_EXIT_X86_RDMSR | KVM_EXIT_X86_WRMSR
@@ -267,12 +222,7 @@ impl KvmCpu {
                 if let Some(exit) = self.trapped(&io) {
                     return Ok(exit);
                 }
-                self.string = Some(StringAccess {
-                    kind: StringKind::Ports(io),
-                    next: 0,
-                    count: io.count,
-                });
-                Ok(self.next_element().expect("a port access moves something"))
+                Ok(self.decode_port(io))
             }
             KVM_EXIT_MMIO => Ok(self.decode_mmio()),
             KVM_EXIT_X86_RDMSR | KVM_EXIT_X86_WRMSR => {
@@ -295,121 +245,16 @@ impl KvmCpu {
             }
         }
     }
-
-    fn decode_mmio(&mut self) -> Exit {
-        let mmio = self
-            .page()
-            .mmio()
-            .expect("the reason is a memory-mapped access");
-        let value = u64::from_le_bytes(mmio.data);
-        match Width::from_bytes(mmio.bytes) {
-            Some(width) if mmio.write => Exit::Access(Access::MemoryWrite {
-                gpa: mmio.gpa,
-                width,
-                value: value & width.ones(),
-            }),
-            Some(width) => Exit::Access(Access::MemoryRead {
-                gpa: mmio.gpa,
-                width,
-            }),
-            // An access across a page comes in parts of any length: take them byte by byte.
-            None => {
-                let kind = StringKind::Bytes {
-                    gpa: mmio.gpa,
-                    write: mmio.write,
-                    data: mmio.data,
-                };
-                self.string = Some(StringAccess {
-                    kind,
-                    next: 0,
-                    count: mmio.bytes.max(1),
-                });
-                self.next_element().expect("an access moves something")
-            }
-        }
-    }
-
-    /// The present element of a string access, as an exit of its own.
-    fn next_element(&mut self) -> Option<Exit> {
-        let StringAccess { kind, next, count } = self.string?;
-        if next == count {
-            self.string = None;
-            return None;
-        }
-        Some(Exit::Access(match kind {
-            StringKind::Ports(io) => {
-                let width = Width::from_bytes(io.size).expect("ports are 1, 2 or 4 bytes wide");
-                if io.read {
-                    Access::PortRead {
-                        port: io.port,
-                        width,
-                    }
-                } else {
-                    let value = self.page().port_data(&io, next);
-                    Access::PortWrite {
-                        port: io.port,
-                        width,
-                        value,
-                    }
-                }
-            }
-            StringKind::Bytes { gpa, write, data } => {
-                let (gpa, width) = (gpa.wrapping_add(next as u64), Width::Byte);
-                if write {
-                    Access::MemoryWrite {
-                        gpa,
-                        width,
-                        value: data[next].into(),
-                    }
-                } else {
-                    Access::MemoryRead { gpa, width }
-                }
-            }
-        }))
-    }
-
-    /// Hands the value of a read to where KVM will take it from.
-    fn give(&mut self, value: u64) {
-        match self.string {
-            Some(StringAccess {
-                kind: StringKind::Ports(io),
-                next,
-                ..
-            }) => {
-                self.page().set_port_data(&io, next, value as u32);
-            }
-            Some(StringAccess {
-                kind: StringKind::Bytes { .. },
-                next,
-                ..
-            }) => {
-                let mut data = self.page().mmio().expect("an MMIO exit is open").data;
-                data[next] = value as u8;
-                self.page().set_mmio_data(data);
-            }
-            None => {
-                let mut page = self.page();
-                if page.msr().is_some() {
-                    page.set_msr(Some(value));
-                } else {
-                    page.set_mmio_data(value.to_le_bytes());
-                }
-            }
-        }
-    }
 }
 
 impl Cpu for KvmCpu {
     type Error = KvmError;
 
     fn run(&mut self, horizon: Horizon) -> Result<Back, KvmError> {
-        if let Some(exit) = self.next_element() {
-            return Ok(Back::Exit(exit));
+        match self.finish_parts()? {
+            Some(exit) => Ok(Back::Exit(exit)),
+            None => self.run_to(horizon),
         }
-        if let Some(reason) = self.take_held() {
-            return self.decode(reason).map(Back::Exit);
-        }
-        self.run_to(horizon)
     }
 
     fn posted(&mut self) -> Result<Option<u8>, KvmError> {
@@ -452,23 +297,15 @@ impl Cpu for KvmCpu {
             }),
             (_, Answer::Done | Answer::Time { .. }) => {}
         }
-        self.end_trap()?;
-        if let Some(string) = &mut self.string {
-            string.next += 1;
-        }
-        Ok(())
+        self.end_trap()
     }
 
     fn settle(&mut self) -> Result<bool, KvmError> {
-        if self.string.is_some_and(|string| string.next < string.count) {
-            // Between two elements of one instruction; the next exit is at hand.
-            return Ok(false);
+        if !self.parts.is_reading() {
+            self.finish_exit()?;
         }
-        self.finish_exit()?;
-        if self.held.is_some() {
-            return Ok(false);
-        }
-        Ok(self.page().ready_for_interrupt())
+        // Between two parts of one instruction the next exit is at hand.
+        Ok(!self.parts.are_left() && self.page().ready_for_interrupt())
     }
 
     fn interrupt(&mut self, vector: u8) -> Result<(), KvmError> {
@@ -508,6 +345,10 @@ impl Cpu for KvmCpu {
 
     fn memory_digest(&mut self) -> Result<MemoryDigest, KvmError> {
         self.vm.memory.digest()
+    }
+
+    fn state_digest(&mut self) -> Result<CpuDigest, KvmError> {
+        self.digest()
     }
 }
 

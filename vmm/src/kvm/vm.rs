@@ -3,7 +3,8 @@
 use hindsight_kernel::rewrite::{alternatives, caves};
 use hindsight_kernel::{Elf, EntryCaves, ModuleLayout, Modules, QuickClock, Rewritten, Sites};
 use kvm_bindings::{
-    KVM_CAP_PMU_CAPABILITY, KVM_PMU_CAP_DISABLE, kvm_enable_cap, kvm_userspace_memory_region,
+    KVM_CAP_EXCEPTION_PAYLOAD, KVM_CAP_PMU_CAPABILITY, KVM_PMU_CAP_DISABLE, kvm_enable_cap,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, VmFd};
 
@@ -91,6 +92,7 @@ impl Vm {
             unsafe { fd.set_user_memory_region(region) }.named("KVM_SET_USER_MEMORY_REGION")?;
         }
         msr::install_filter(&fd)?;
+        tell_exceptions_apart(kvm, &fd)?;
         hide_counters(kvm, &fd)?;
         Ok(Vm {
             fd,
@@ -106,6 +108,20 @@ impl Vm {
         self.entries = EntryState::new(text.caves);
         self.text = text;
     }
+}
+
+/// Has KVM say of an exception whether it is raised or already on its way in, and not act on it when it is asked. The frame
+/// that is pushed tells the two apart (RFLAGS.RF).
+fn tell_exceptions_apart(kvm: &Kvm, vm: &VmFd) -> Result<(), KvmError> {
+    if kvm.check_extension_raw(KVM_CAP_EXCEPTION_PAYLOAD.into()) == 0 {
+        return Ok(());
+    }
+    let mut cap = kvm_enable_cap {
+        cap: KVM_CAP_EXCEPTION_PAYLOAD,
+        ..Default::default()
+    };
+    cap.args[0] = 1;
+    vm.enable_cap(&cap).named("KVM_CAP_EXCEPTION_PAYLOAD")
 }
 
 /// Takes the performance counters away, where KVM can; elsewhere CPUID hides them.

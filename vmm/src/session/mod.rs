@@ -15,6 +15,7 @@ mod record;
 mod recording;
 mod replay;
 mod run;
+mod state_file;
 
 use hindsight_replay::{Observer, OperatorConsole, Unit};
 
@@ -30,7 +31,9 @@ pub use make::{
 pub use open::{RecordedImages, RecordedPaths};
 pub use record::{RecordWish, Recorded, record};
 pub use recording::{INITRD_BYTES_MAX, Recording, RecordingError, content};
-pub use replay::{RelogWish, ReplayWish, Replayed, Until, Verdict, Watch, Watched, replay};
+pub use replay::{
+    RelogWish, ReplayWish, Replayed, SaveWish, Saved, Until, Verdict, Watch, Watched, replay,
+};
 pub use run::{Ran, RunPreempt, RunWish, run};
 
 /// Whoever is in front of a session: hears what is worth saying, and shows the guest's console.

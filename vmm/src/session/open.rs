@@ -1,6 +1,6 @@
 //! The files that a recording is of, found to be the recorded ones, and the machine made of them.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use hindsight_replay::{Header, Machine};
 
@@ -20,6 +20,23 @@ pub struct RecordedPaths {
     pub initrd: Option<PathBuf>,
     /// The images of the disks, in their order; none, or one for each.
     pub disks: Vec<PathBuf>,
+}
+
+impl RecordedPaths {
+    /// Those that are given, with what each is.
+    pub fn named(&self) -> impl Iterator<Item = (&Path, &'static str)> {
+        let kernel = self
+            .kernel
+            .iter()
+            .map(|path| (path, "the kernel of this recording"));
+        let initrd = self
+            .initrd
+            .iter()
+            .map(|path| (path, "the initrd of this recording"));
+        let disks = (self.disks.iter()).map(|path| (path, "the image of a disk of this recording"));
+        let all = kernel.chain(initrd).chain(disks);
+        all.map(|(path, what)| (path.as_path(), what))
+    }
 }
 
 /// The files a recording is of.

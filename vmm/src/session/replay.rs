@@ -1,7 +1,8 @@
 //! Replays recordings: to check them, to write them anew, or to watch them.
 
-use std::io::Read;
+use std::io::{Read, Seek};
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use hindsight_devices::{Nanos, Storage};
 use hindsight_replay::{
@@ -14,10 +15,13 @@ use super::new_recording::NewRecording;
 use super::open::{RecordedImages, RecordedPaths};
 use super::record::no_index;
 use super::recording::Recording;
+use super::state_file::{self, State};
 use super::{Front, Viewed};
+use crate::disk::Disks;
 use crate::failure::{Failure, Kind};
 use crate::foreign::{shown_lines, shown_path};
-use crate::kvm::KvmError;
+use crate::kvm::{KvmCpu, KvmError};
+use crate::output_file::Plan;
 
 /// What is to be replayed, and how.
 #[derive(Clone, Debug)]
@@ -36,6 +40,28 @@ pub struct ReplayWish {
     pub memory_bytes: Option<u64>,
     /// Where what the replay does is recorded.
     pub relog: Option<RelogWish>,
+    /// The file with the state from which to go on, instead of from the start.
+    pub from: Option<PathBuf>,
+    /// Where the state goes at which the replay stops.
+    pub save: Option<SaveWish>,
+}
+
+/// A state to be saved.
+#[derive(Clone, Debug)]
+pub struct SaveWish {
+    /// The file that it goes to.
+    pub output: PathBuf,
+    /// Whether it replaces a file that is there.
+    pub force: bool,
+}
+
+/// A state that was saved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Saved {
+    /// Length of the file in bytes.
+    pub bytes: u64,
+    /// How long it took to take the state and to write it.
+    pub host_ns: u64,
 }
 
 /// A recording of a replay.
@@ -92,9 +118,13 @@ pub struct Replayed {
     /// How many witnesses were equal.
     pub witnesses: u64,
     /// How many digests of memory were.
-    pub memories: u64,
+    pub states: u64,
     /// How many of them are equal but for Accessed bits of page tables.
-    pub memories_but_accessed: u64,
+    pub states_but_accessed: u64,
+    /// The exit from which it went on, if not from the start.
+    pub from: Option<u64>,
+    /// What was saved.
+    pub saved: Option<Saved>,
 }
 
 /// Replays what `wish` says.
@@ -115,6 +145,21 @@ pub fn replay(wish: &ReplayWish, front: &mut dyn Front) -> Result<Replayed, Fail
         );
         return Err(Failure::new(Kind::BadInput, message));
     }
+    let plan = wish.save.as_ref().map(|save| {
+        let mut kept = recording.kept();
+        for (path, what) in wish.instead.named() {
+            kept.keep(path, what);
+        }
+        if let Some(from) = &wish.from {
+            kept.keep(from, "the state that this replay goes on from");
+        }
+        Plan::new(&save.output, save.force, kept)
+    });
+    let plan = plan.transpose()?;
+    if wish.relog.is_some() && (wish.from.is_some() || plan.is_some()) {
+        let message = "a relog is a recording of a whole replay: it goes with no state";
+        return Err(Failure::new(Kind::BadInput, message));
+    }
     let mut target = match &wish.relog {
         None => None,
         Some(relog) => {
@@ -133,7 +178,15 @@ pub fn replay(wish: &ReplayWish, front: &mut dyn Front) -> Result<Replayed, Fail
     })?;
     // A relog asks for digests of its own; a plain replay only for those that can be compared.
     let own_digests = wish.memory_every.filter(|_| wish.relog.is_some());
-    let mut replayer = Replayer::new(journal, wish.until, own_digests);
+    let mut replayer = match &wish.from {
+        None => Replayer::new(journal, wish.until, own_digests),
+        Some(path) => {
+            let state = state_file::read(path, &header)?;
+            machine.restore(&state, &mut cpu, &mut disks)?;
+            begin_at(journal, &state, wish.until)?
+        }
+    };
+    let from = wish.from.is_some().then(|| machine.at().exits);
     let (result, replayer) = match &mut target {
         None => {
             let result = machine.run(&mut cpu, &mut disks, &mut replayer, &mut *view);
@@ -164,6 +217,10 @@ pub fn replay(wish: &ReplayWish, front: &mut dyn Front) -> Result<Replayed, Fail
             (result, relog.into_inner())
         }
     };
+    let saved = match plan {
+        Some(plan) => save(&machine, &mut cpu, &mut disks, &replayer, plan, &result)?,
+        None => None,
+    };
     if let Some(complaint) = view.finish().complaint() {
         front.notice(&complaint);
     }
@@ -178,7 +235,7 @@ pub fn replay(wish: &ReplayWish, front: &mut dyn Front) -> Result<Replayed, Fail
     if let Some(every) = wish.memory_every
         && equal
         && wish.relog.is_none()
-        && replayer.memories_checked() < 2
+        && replayer.states_checked() < 2
         && machine.at().exits >= every
     {
         let message = format!(
@@ -191,9 +248,58 @@ pub fn replay(wish: &ReplayWish, front: &mut dyn Front) -> Result<Replayed, Fail
         machine,
         verdict: Verdict::of(result)?,
         witnesses: replayer.witnesses_checked(),
-        memories: replayer.memories_checked(),
-        memories_but_accessed: replayer.memories_but_accessed(),
+        states: replayer.states_checked(),
+        states_but_accessed: replayer.states_but_accessed(),
+        from,
+        saved,
     })
+}
+
+/// The door to what the journal holds after `state`.
+fn begin_at<R: Read + Seek>(
+    journal: JournalReader<R>,
+    state: &State,
+    until: Option<u64>,
+) -> Result<Replayer<R>, Failure> {
+    let bad = |message: String| Failure::new(Kind::BadInput, message);
+    let Some(place) = &state.journal else {
+        return Err(bad(
+            "this state says nothing of where it is in a recording".into()
+        ));
+    };
+    let exits = state.progress.at().exits;
+    if let Some(until) = until.filter(|until| *until < exits) {
+        return Err(bad(format!(
+            "the replay is to stop after exit {until}, and goes on from exit {exits}; take an earlier state"
+        )));
+    }
+    let mut replayer = Replayer::at(journal, place)
+        .map_err(|error| bad(format!("this is no state of this recording: {error}")))?;
+    replayer.close_after(until);
+    Ok(replayer)
+}
+
+/// Saves the state of a replay that has come to where it was to stop; nothing of one that has not.
+fn save<R: Read>(
+    machine: &Machine,
+    cpu: &mut KvmCpu,
+    disks: &mut Disks,
+    replayer: &Replayer<R>,
+    plan: Plan,
+    result: &Result<End, RunError<KvmError>>,
+) -> Result<Option<Saved>, Failure> {
+    if !matches!(result, Err(RunError::Closed(Closed::Reached(_)))) {
+        return Ok(None);
+    }
+    let start = Instant::now();
+    let mut output = plan.begin()?;
+    let state = machine.save(cpu, disks, replayer)?;
+    let bytes = state_file::write(&state, &mut output)?;
+    output.finish()?;
+    Ok(Some(Saved {
+        bytes,
+        host_ns: start.elapsed().as_nanos() as u64,
+    }))
 }
 
 /// The last exit of a recording, if its index is there to say so.

@@ -34,7 +34,7 @@ fn end(ending: Ending) -> Event {
         panic: None,
         now: 0,
         digest: 0,
-        memory: None,
+        state: None,
     }))
 }
 

@@ -1,11 +1,18 @@
 //! What the guest has done to its disks, as a value: the blocks that it has written, and those of the images that it
 //! has read.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
 use hindsight_devices::StorageError;
 use hindsight_replay::Stateful;
 use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh64::xxh64;
 
 use super::{BLOCK_BYTES, BlockSet, Disk, Disks, LEAF_BLOCKS, SharedDisks, overlay_failed};
+
+/// How much of an overlay is read at a time to be digested; whole blocks.
+const DIGEST_BYTES: usize = 1 << 20;
 
 /// All of a machine's disks.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,6 +59,37 @@ impl Disk {
         })
     }
 
+    /// A number for what was written and what was read, chained to `before`. Holes in the overlay are zeroes, and are
+    /// not read: a guest may clear more than there is time to look at.
+    pub(super) fn digest(&self, number: usize, before: u64) -> Result<u64, StorageError> {
+        let mut digest = before;
+        for set in [&self.written, &self.seen] {
+            for (leaf, words) in &set.0 {
+                let words = words.map(u64::to_le_bytes);
+                digest = xxh64(words.as_flattened(), digest ^ leaf);
+            }
+        }
+        let mut buffer = vec![0; DIGEST_BYTES];
+        let failed = |source| overlay_failed(number, &source);
+        let mut at = 0;
+        while let Some(data) = next_data(&self.overlay, at).map_err(failed)? {
+            let start = data - data % DIGEST_BYTES as u64;
+            let bytes = self.overlay.metadata().map_err(failed)?.len() - start;
+            let piece = &mut buffer[..bytes.min(DIGEST_BYTES as u64) as usize];
+            self.overlay.read_exact_at(piece, start).map_err(failed)?;
+            for (block, bytes) in (start..)
+                .step_by(BLOCK_BYTES as usize)
+                .zip(piece.chunks(BLOCK_BYTES as usize))
+            {
+                if bytes.iter().any(|byte| *byte != 0) {
+                    digest = xxh64(bytes, digest ^ block);
+                }
+            }
+            at = start + DIGEST_BYTES as u64;
+        }
+        Ok(digest)
+    }
+
     fn restore(&mut self, number: usize, state: &DiskState) -> Result<(), StorageError> {
         let seen = self.checked(state).ok_or_else(|| damaged(number))?;
         let failed = |source| overlay_failed(number, &source);
@@ -62,7 +100,8 @@ impl Disk {
         self.written = BlockSet::default();
         for block in &state.written {
             let start = block.number * BLOCK_BYTES;
-            std::os::unix::fs::FileExt::write_all_at(&self.overlay, &block.bytes, start)
+            self.overlay
+                .write_all_at(&block.bytes, start)
                 .map_err(failed)?;
             self.written.insert(block.number);
         }
@@ -136,6 +175,15 @@ impl Stateful for SharedDisks {
     }
 }
 
+/// The next byte of `file` from `at` on that is in no hole.
+fn next_data(file: &File, at: u64) -> std::io::Result<Option<u64>> {
+    match rustix::fs::seek(file, rustix::fs::SeekFrom::Data(at)) {
+        Ok(data) => Ok(Some(data)),
+        Err(rustix::io::Errno::NXIO) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
 fn damaged(disk: usize) -> StorageError {
     let what = "its saved state is damaged, or is another disk's; take an earlier state, or replay \
                 from the start";
@@ -154,6 +202,34 @@ mod tests {
         std::fs::write(file.path(), vec![5; bytes]).unwrap();
         let image = crate::disk::OpenImage::open(file.path()).unwrap();
         (file, Disks::new(vec![image]).unwrap())
+    }
+
+    #[test]
+    fn the_digest_knows_what_was_written_read_and_cleared_and_not_how_it_is_kept() {
+        use hindsight_devices::Storage;
+        const BYTES: usize = 3 << 20;
+        let (_file, mut disks) = disks(BYTES);
+        let fresh = disks.digest().unwrap();
+        disks.write(0, (BYTES - 512) as u64, &[1; 512]).unwrap();
+        let written = disks.digest().unwrap();
+        disks.write(0, 8192, &[0; 4096]).unwrap();
+        let zeroes = disks.digest().unwrap();
+        disks.clear(0, 8192, 4096).unwrap();
+        assert_eq!(disks.digest().unwrap(), zeroes);
+        disks.write(0, 1 << 20, &[2; 4096]).unwrap();
+        let more = disks.digest().unwrap();
+        disks.read(0, 40960, &mut [0; 512]).unwrap();
+        disks.take_first_reads();
+        let read = disks.digest().unwrap();
+        let all = [fresh, written, zeroes, more, read];
+        assert_eq!(
+            all.iter().collect::<std::collections::BTreeSet<_>>().len(),
+            5
+        );
+        let state = disks.save().unwrap();
+        let (_file, mut others) = self::disks(BYTES);
+        others.restore(&state).unwrap();
+        assert_eq!(others.digest().unwrap(), read);
     }
 
     #[test]
