@@ -25,6 +25,8 @@ mod outputs;
 mod panics;
 #[path = "debian/refusals.rs"]
 mod refusals;
+#[path = "debian/states.rs"]
+mod states;
 #[path = "debian/world.rs"]
 mod world;
 

@@ -12,8 +12,8 @@ use std::time::Duration;
 
 use hindsight_devices::{Access, Input, NoDisks, Output, POSTED_MAX, Reset, Width};
 use hindsight_guest_images::layout::{
-    CODE, DATA, DESCRIPTORS, GDT, IDT, KERNEL_CS, KERNEL_SS, MMIO, PML4, PORT_FAULT, RAM_BYTES,
-    STACK0,
+    CODE, DATA, DESCRIPTORS, GDT, IDT, KERNEL_CS, KERNEL_SS, MMIO, PAGE_DIRECTORY, PML4,
+    PORT_FAULT, RAM_BYTES, STACK0,
 };
 use hindsight_guest_images::micro;
 use hindsight_kernel::rewrite::modules::TextPlace;

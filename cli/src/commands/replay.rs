@@ -150,6 +150,8 @@ struct Report<'a> {
     from_exit: Option<u64>,
     /// Length in bytes of the state that was saved.
     saved_bytes: Option<u64>,
+    /// How long it took to take and to write it, in nanoseconds.
+    saved_host_ns: Option<u64>,
     /// What the verdict does not cover, in words.
     not_compared: Option<&'static str>,
     /// How many of these are equal but for Accessed bits of page tables.
@@ -192,6 +194,7 @@ fn conclude(replayed: &Replayed, host_ns: u64, json: bool) -> Outcome {
             guest_ns: machine.now(),
             from_exit: replayed.from,
             saved_bytes: replayed.saved.map(|saved| saved.bytes),
+            saved_host_ns: replayed.saved.map(|saved| saved.host_ns),
             witnesses_equal: witnesses,
             memories_equal: memories,
             not_compared,

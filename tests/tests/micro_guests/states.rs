@@ -194,3 +194,179 @@ fn a_flipped_register_that_no_exit_shows_is_noticed_at_the_next_digest_and_named
         }
     });
 }
+
+#[test]
+fn what_a_guest_keeps_in_its_registers_is_there_when_it_is_restored() {
+    if kvm().is_none() || !windows_are_sure() {
+        skip("a KVM that cannot record may not have all of these instructions");
+        return;
+    }
+    const FS_BASE: u32 = 0xc000_0100;
+    let guest = Guest::new(|a| {
+        // Whatever has no exit of its own: SSE, x87, segment bases, MSRs that KVM keeps, CR2, CR8, debug registers.
+        a.mov(rax, 0x1111_2222_3333_4444u64)?;
+        a.movq(xmm0, rax)?;
+        a.movq(xmm15, rax)?;
+        a.fninit()?;
+        a.fld1()?;
+        a.fldpi()?;
+        for (index, value) in [
+            (FS_BASE, 0x5000_u32),
+            (FS_BASE + 1, 0x6000),
+            (FS_BASE + 2, 0x7000),
+            (0x277, 0x0007_0406),
+        ] {
+            a.mov(ecx, index)?;
+            a.mov(eax, value)?;
+            a.xor(edx, edx)?;
+            a.wrmsr()?;
+        }
+        a.mov(rax, 0x1234_5000u64)?;
+        a.mov(cr2, rax)?;
+        a.mov(dr1, rax)?;
+        a.mov(eax, 5)?;
+        a.mov(cr8, rax)?;
+        out(a, NOBODY, 1)?;
+        out(a, NOBODY, 2)?;
+        // And all of it shown.
+        a.mov(rdi, DATA + 0x200)?;
+        a.movups(xmmword_ptr(rdi), xmm0)?;
+        a.movups(xmmword_ptr(rdi + 0x10), xmm15)?;
+        a.fstp(qword_ptr(rdi + 0x20))?;
+        a.fstp(qword_ptr(rdi + 0x28))?;
+        a.mov(rax, cr2)?;
+        a.mov(qword_ptr(rdi + 0x30), rax)?;
+        a.mov(rax, dr1)?;
+        a.mov(qword_ptr(rdi + 0x38), rax)?;
+        a.mov(rax, cr8)?;
+        a.mov(qword_ptr(rdi + 0x40), rax)?;
+        for (place, index) in [(0x48, FS_BASE), (0x50, FS_BASE + 2), (0x58, 0x277)] {
+            a.mov(ecx, index)?;
+            a.rdmsr()?;
+            a.mov(dword_ptr(rdi + place), eax)?;
+        }
+        a.xor(eax, eax)?;
+        a.mov(cr8, rax)
+    });
+    for ran in proved(&guest) {
+        let shown: [u64; 12] = ran.words(DATA + 0x200);
+        let wide = 0x1111_2222_3333_4444;
+        let expected = [
+            wide,
+            0,
+            wide,
+            0,
+            std::f64::consts::PI.to_bits(),
+            1f64.to_bits(),
+            0x1234_5000,
+            0x1234_5000,
+            5,
+            0x5000,
+            0x7000,
+            0x0007_0406,
+        ];
+        assert_eq!(shown, expected);
+    }
+}
+
+#[test]
+fn a_restored_guest_sees_no_page_through_what_the_cpu_knew_of_another_mapping() {
+    // The second page of 2 MiB is where the first is, then without RAM, then back.
+    const ENTRY: u64 = PAGE_DIRECTORY + 8;
+    const PAGE: u64 = 2 << 20;
+    let guest = Guest::new(|a| {
+        a.mov(rsi, ENTRY)?;
+        a.mov(rdi, PAGE + DATA)?;
+        for (number, frame) in [(1, 0u64), (2, MMIO), (3, 0)] {
+            a.mov(rax, frame | 0x83)?;
+            a.mov(qword_ptr(rsi), rax)?;
+            a.invlpg(byte_ptr(rdi))?;
+            a.mov(ebx, dword_ptr(rdi))?;
+            out(a, NOBODY, number)?;
+            a.mov(r8d, dword_ptr(rdi))?;
+            out(a, NOBODY, number)?;
+        }
+        Ok(())
+    });
+    let guest = Guest {
+        data: b"here",
+        ..guest
+    };
+    for ran in proved(&guest) {
+        assert_eq!(
+            ran.registers()[RBX],
+            u64::from(u32::from_le_bytes(*b"here"))
+        );
+        assert_eq!(ran.registers()[R8], ran.registers()[RBX]);
+    }
+}
+
+#[test]
+fn a_state_with_any_bit_flipped_is_refused_or_noticed_and_is_no_panic() {
+    const FLIPS: u64 = 400;
+    if kvm().is_none() {
+        return;
+    }
+    let guest = Guest::new(|a| {
+        for value in 0..6 {
+            out(a, NOBODY, value)?;
+            a.in_(al, 0x92)?;
+        }
+        Ok(())
+    });
+    let how = How {
+        seed: 1,
+        detail: Detail::Default,
+        memory_every: Some(1),
+    };
+    let (recorded, state) = {
+        let guest = guest.clone();
+        in_time(move |kvm| {
+            let recorded = record(kvm, &guest, how);
+            let mut replay = Replay::new(kvm, &guest, &recorded.journal);
+            replay.run_to(4);
+            let state = replay.save();
+            (recorded.journal, state)
+        })
+    };
+    let bytes = postcard::to_stdvec(&state.cpu).expect("plain values serialise");
+    let mut rng = hindsight_replay::rng::Rng::new(1, 77);
+    let (mut noticed, mut of_no_account) = (0, 0);
+    for _ in 0..FLIPS {
+        let bit = rng.below(8 * bytes.len() as u64);
+        let mut altered = bytes.clone();
+        altered[bit as usize / 8] ^= 1 << (bit % 8);
+        let Ok(cpu) = postcard::from_bytes(&altered) else {
+            noticed += 1;
+            continue;
+        };
+        let state = State {
+            cpu,
+            ..state.clone()
+        };
+        let (guest, journal) = (guest.clone(), recorded.clone());
+        let result = bounded(PATIENCE, move |_| {
+            let kvm = kvm().expect("it opened before");
+            let mut replay = Replay::new(&kvm, &guest, &journal);
+            if replay
+                .machine
+                .restore(&state, &mut replay.cpu, &mut NoDisks)
+                .is_err()
+            {
+                return true;
+            }
+            replay.restore(&state);
+            replay.run(None).is_err()
+        });
+        match result {
+            Ok(true) => noticed += 1,
+            // What only says which parts of it are meant, or is a host's.
+            Ok(false) => of_no_account += 1,
+            Err(Stuck::Panicked) => panic!("bit {bit} flipped, and the replayer panics"),
+            // It runs on without an exit.
+            Err(_) => noticed += 1,
+        }
+    }
+    eprintln!("{noticed} of {FLIPS} noticed, {of_no_account} decide nothing");
+    assert!(10 * noticed >= 7 * FLIPS, "{noticed} of {FLIPS} noticed");
+}

@@ -244,6 +244,19 @@ impl KvmCpu {
         Ok(())
     }
 
+    /// What is under way. KVM keeps numbers of what was delivered long ago: those are gone.
+    fn pending_events(&self) -> Result<kvm_vcpu_events, KvmError> {
+        let mut events = self.fd.get_vcpu_events().named("KVM_GET_VCPU_EVENTS")?;
+        if events.exception.injected | events.exception.pending == 0 {
+            events.exception = Default::default();
+            (events.exception_has_payload, events.exception_payload) = (0, 0);
+        }
+        if events.interrupt.injected == 0 {
+            (events.interrupt.nr, events.interrupt.soft) = (0, 0);
+        }
+        Ok(events)
+    }
+
     /// See [`hindsight_replay::Cpu::state_digest`].
     pub(super) fn digest(&mut self) -> Result<CpuDigest, KvmError> {
         self.hand_over_registers()?;
@@ -253,8 +266,7 @@ impl KvmCpu {
         let fpu = self.fpu()?.digested();
         let debug = self.fd.get_debug_regs().named("KVM_GET_DEBUGREGS")?;
         let debug = bytes(&(debug, self.breakpoints));
-        let events = self.fd.get_vcpu_events().named("KVM_GET_VCPU_EVENTS")?;
-        let events = bytes(&digested_events(events));
+        let events = bytes(&digested_events(self.pending_events()?));
         let known = bytes(&(self.take_known(), self.middle()));
         Ok(CpuDigest::of([
             registers.as_flattened(),
@@ -341,7 +353,7 @@ impl Stateful for KvmCpu {
             fpu: self.fpu()?,
             debug: self.fd.get_debug_regs().named("KVM_GET_DEBUGREGS")?,
             breakpoints: self.breakpoints,
-            events: self.fd.get_vcpu_events().named("KVM_GET_VCPU_EVENTS")?,
+            events: self.pending_events()?,
             middle: self.middle(),
             window: self.page().wants_window(),
             known: self.take_known(),
