@@ -109,7 +109,7 @@ pub fn main(options: &Options) -> Result<Outcome, Failure> {
         machine: options.machine.wish(options.chaos.is_none())?,
         detail: options.detail.into(),
         memory_every: options.verify.and_then(|verify| verify.every),
-        preempt: options.preempt.into(),
+        preemption: options.preempt.into(),
         counter: CounterWish {
             event: options.event.clone(),
             margin: options.margin,

@@ -9,9 +9,9 @@ use hindsight_replay::{
     Replayer, RunError, Tail,
 };
 
-use super::counting::CounterWish;
 use super::new_recording::NewRecording;
 use super::open::{RecordedImages, RecordedPaths};
+use super::preemption_plan::CounterWish;
 use super::record::no_index;
 use super::recording::Recording;
 use super::{Front, Viewed};
