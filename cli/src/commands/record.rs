@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use clap::Args;
 use hindsight_devices::Nanos;
+use hindsight_replay::foreign::shown_path;
 use hindsight_vmm::failure::Failure;
-use hindsight_vmm::foreign::shown_path;
 use hindsight_vmm::session::{CounterWish, RecordWish, record};
 use hindsight_vmm::world::Operator;
 

@@ -169,10 +169,7 @@ impl fmt::Display for Divergence {
 }
 
 fn hex(digest: Option<MemoryDigest>) -> String {
-    digest.map_or_else(
-        || "none".to_string(),
-        |digest| format!("{:016x}", digest.value()),
-    )
+    digest.map_or_else(|| "none".to_string(), |digest| digest.to_string())
 }
 
 /// The first field in which two turns differ, with both sides.

@@ -16,9 +16,9 @@ use super::new_recording::NewRecording;
 use super::preemption_plan::{CounterWish, PreemptionPlan, PreemptionWish};
 use super::{Front, Viewed};
 use crate::failure::{Failure, Kind};
-use crate::foreign::{shown_lines, shown_path};
 use crate::world::net::Link;
 use crate::world::{HostWorld, Operator, RawTerminal};
+use hindsight_replay::foreign::{shown_lines, shown_path};
 
 /// What is to be recorded, and how.
 #[derive(Clone, Debug)]

@@ -16,8 +16,8 @@ use super::record::no_index;
 use super::recording::Recording;
 use super::{Front, Viewed};
 use crate::failure::{Failure, Kind};
-use crate::foreign::{shown_lines, shown_path};
 use crate::kvm::KvmError;
+use hindsight_replay::foreign::{shown_lines, shown_path};
 
 /// What is to be replayed, and how.
 #[derive(Clone, Debug)]
