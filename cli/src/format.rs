@@ -1,4 +1,7 @@
 //! Numbers as people read and write them.
+//!
+//! The crates that read sizes (bytesize, parse-size) count in floats, or take sizes that are no whole pages
+//! without a word; those that write them would each save three lines.
 
 use hindsight_replay::MEMORY_BYTES_MAX;
 

@@ -2,8 +2,8 @@
 
 use std::io::IsTerminal;
 
+use hindsight_replay::foreign::shown_lines;
 use hindsight_vmm::failure::Failure;
-use hindsight_vmm::foreign::shown_lines;
 use hindsight_vmm::session::{Front, View, Viewed};
 
 use crate::screen::Screen;

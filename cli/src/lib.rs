@@ -14,8 +14,8 @@ mod watching;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
+use hindsight_replay::foreign::shown_lines;
 use hindsight_vmm::failure::Failure;
-use hindsight_vmm::foreign::shown_lines;
 
 use commands::{bench, console, diff, disk, doctor, inspect, pcap, record, replay, run};
 use outcome::{EXIT_CODES, Outcome};

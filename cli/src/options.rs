@@ -4,9 +4,9 @@ use std::fmt;
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
-use hindsight_replay::{Detail, OperatorConsole, Patience};
+use hindsight_replay::{Detail, OperatorConsole, Patience, Unit};
 use hindsight_vmm::failure::{Failure, Kind};
-use hindsight_vmm::session::{DiskWish, MachineWish, Preempt, RunPreempt, cmdline};
+use hindsight_vmm::session::{DiskWish, MachineWish, PreemptionWish, cmdline};
 use hindsight_vmm::world::net::{Network, Publish, is_tap_name, parse_publish};
 
 use crate::format::parse_size;
@@ -140,7 +140,7 @@ impl From<ConsoleOption> for OperatorConsole {
     }
 }
 
-/// What stops a guest that does not exit.
+/// What `record --preempt` says.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum PreemptOption {
     /// A branch counter if this host has one that is exact; else kernel entries.
@@ -154,18 +154,18 @@ pub enum PreemptOption {
     Never,
 }
 
-impl From<PreemptOption> for Preempt {
-    fn from(option: PreemptOption) -> Preempt {
+impl From<PreemptOption> for PreemptionWish {
+    fn from(option: PreemptOption) -> PreemptionWish {
         match option {
-            PreemptOption::Auto => Preempt::Auto,
-            PreemptOption::Branches => Preempt::Branches,
-            PreemptOption::Entries => Preempt::Entries,
-            PreemptOption::Never => Preempt::Never,
+            PreemptOption::Auto => PreemptionWish::Auto,
+            PreemptOption::Branches => PreemptionWish::Exactly(Some(Unit::Branches)),
+            PreemptOption::Entries => PreemptionWish::Exactly(Some(Unit::Entries)),
+            PreemptOption::Never => PreemptionWish::Exactly(None),
         }
     }
 }
 
-/// Where a machine that is not recorded is preempted.
+/// What `run --preempt` and `bench --run-preempt` say.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum RunPreemptOption {
     /// As often as a recorder would do it on this host: anywhere if there is a branch counter, else at
@@ -174,15 +174,6 @@ pub enum RunPreemptOption {
     AsRecorded,
     /// Anywhere, as nobody will look for the place again.
     Anywhere,
-}
-
-impl From<RunPreemptOption> for RunPreempt {
-    fn from(option: RunPreemptOption) -> RunPreempt {
-        match option {
-            RunPreemptOption::AsRecorded => RunPreempt::AsRecorded,
-            RunPreemptOption::Anywhere => RunPreempt::Anywhere,
-        }
-    }
 }
 
 /// The patience that an operator who names so many microseconds, or none, wants.

@@ -3,8 +3,8 @@
 use std::io::{Error, ErrorKind, Write};
 
 use crate::tell::tell;
+use hindsight_replay::foreign::shown_path;
 use hindsight_vmm::failure::{Failure, Kind};
-use hindsight_vmm::foreign::shown_path;
 use hindsight_vmm::output_file::OutputFile;
 
 /// Where text goes. What goes wrong is told at the end.

@@ -1,17 +1,15 @@
 //! What a run, a recording or a replay came to, for people and for programs.
 
-use hindsight_devices::Reset;
-use hindsight_replay::{End, Ending, Exit, Machine, Tally};
+use hindsight_replay::{End, Exit, Machine, Tally};
 use serde::Serialize;
 
 use crate::format::{bytes, seconds, thousands};
 use crate::tell::{out, tell};
-use hindsight_vmm::foreign::shown;
 
 /// The one summary that ends a run.
 #[derive(Clone, Debug, Serialize)]
 pub struct Summary {
-    /// How the guest ended, in words.
+    /// How the guest ended.
     pub ending: String,
     /// Whether the guest panicked.
     pub panicked: bool,
@@ -71,7 +69,7 @@ impl Summary {
             .filter(|(_, count)| *count > 0);
         let preemptions = exits[Exit::PREEMPTED];
         Summary {
-            ending: describe_end(end),
+            ending: end.to_string(),
             panicked: end.panic.is_some(),
             guest_ns: end.now,
             host_ns,
@@ -85,9 +83,7 @@ impl Summary {
             modules: exits[Exit::MODULE],
             module_sites,
             digest: format!("{:016x}", end.digest),
-            memory_digest: end
-                .state
-                .map(|state| format!("{:016x}", state.memory.value())),
+            memory_digest: end.state.map(|state| state.memory.to_string()),
             state_digest: end.state.map(|state| state.to_string()),
             journal_bytes,
             left_open: left_open.iter().map(ToString::to_string).collect(),
@@ -106,7 +102,7 @@ impl Summary {
             return;
         }
         let rate = self.exits as f64 / (self.host_ns.max(1) as f64 / 1e9);
-        tell!("{headline}: {}", shown(&self.ending));
+        tell!("{headline}: {}", self.ending);
         tell!(
             "  {} of guest time in {}, {} exits ({rate:.0}/s), {} interrupts",
             seconds(self.guest_ns),
@@ -161,32 +157,9 @@ pub fn not_compared(end: &End) -> Option<&'static str> {
         .then_some("memory was not compared: the guest was stopped between two exits")
 }
 
-/// How the guest ended, in words. They quote the guest: see [`hindsight_vmm::foreign`].
-pub fn describe_end(end: &End) -> String {
-    let ending = match &end.ending {
-        Ending::Reset(Reset::Keyboard) => "reset by the keyboard controller",
-        Ending::Reset(Reset::ControlRegister) => "reset by the reset control register (0xcf9)",
-        Ending::Reset(Reset::FastReset) => "reset by port 0x92",
-        Ending::TripleFault => "triple fault",
-        Ending::Halted => "halted for good",
-        Ending::Stopped if end.panic.is_some() => "stopped, for it had not reset itself",
-        Ending::Stopped => "asked to stop",
-        Ending::StoppedRunning => "asked to stop, between two exits",
-        Ending::PowerOff => "powered off",
-    };
-    match &end.panic {
-        Some(reason) => {
-            // It is the guest's, or a journal's.
-            let reason = shown(reason);
-            format!("kernel panic ({reason}), then {ending}")
-        }
-        None => ending.to_string(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use hindsight_replay::FullDigest;
+    use hindsight_replay::{Ending, FullDigest};
 
     use super::*;
 

@@ -2,9 +2,9 @@
 
 use std::io::Read;
 
+use hindsight_replay::foreign::shown_lines;
 use hindsight_replay::{JournalReader, Observer};
 use hindsight_vmm::failure::Failure;
-use hindsight_vmm::foreign::shown_lines;
 use hindsight_vmm::session::{RecordedPaths, Recording, Until, Verdict, Watch};
 
 use crate::outcome::Outcome;

@@ -9,6 +9,7 @@
 #![forbid(unsafe_code)]
 
 mod door;
+pub mod foreign;
 mod journal;
 mod machine;
 pub mod rng;

@@ -5,7 +5,6 @@ pub mod boot;
 pub mod disk;
 pub mod doctor;
 pub mod failure;
-pub mod foreign;
 // Where the project meets the kernel: ioctls, mappings, the page shared with KVM.
 #[allow(unsafe_code)]
 pub mod kvm;

@@ -12,8 +12,8 @@ use crate::options::ConsoleOption;
 use crate::outcome::Outcome;
 use crate::output::{Output, settle};
 use crate::watching::watch;
+use hindsight_replay::foreign::shown_bytes;
 use hindsight_vmm::failure::Failure;
-use hindsight_vmm::foreign::shown_bytes;
 use hindsight_vmm::output_file::Plan;
 use hindsight_vmm::session::Recording;
 

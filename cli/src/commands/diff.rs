@@ -5,14 +5,14 @@ use std::io::Read;
 use std::path::PathBuf;
 
 use clap::Args;
-use hindsight_replay::{Event, Header, JournalError, JournalReader, Record, Tail, TailReason};
+use hindsight_replay::{Header, JournalError, JournalReader, Record, Tail, TailReason};
 use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::outcome::Outcome;
 use crate::tell::out;
+use hindsight_replay::foreign::{shown, shown_path};
 use hindsight_vmm::failure::Failure;
-use hindsight_vmm::foreign::{shown, shown_path};
 use hindsight_vmm::session::Recording;
 
 /// How many events before the difference are shown.
@@ -132,7 +132,7 @@ impl Comparison {
     fn side(&self, side: usize) -> Option<String> {
         let record = self.event.as_ref()?[side].as_ref();
         let tail = self.tails[side].as_ref().map(Tail::to_string);
-        Some(record.map_or_else(|| tail.unwrap_or_default(), describe))
+        Some(record.map_or_else(|| tail.unwrap_or_default(), Record::to_string))
     }
 
     /// For programs.
@@ -175,7 +175,7 @@ impl Comparison {
                 line("what led up to it:".into());
             }
             for record in &self.history {
-                line(format!("  {}", shown(&describe(record))));
+                line(format!("  {}", record));
             }
             return text;
         }
@@ -192,14 +192,6 @@ impl Comparison {
             line(format!("  {name}: {}", shown(&tail)));
         }
         text
-    }
-}
-
-fn describe(record: &Record) -> String {
-    let exits = record.exits;
-    match &record.event {
-        Event::Turn(turn) => format!("exit {exits}: {turn}"),
-        event => format!("exit {exits}: {event:?}"),
     }
 }
 

@@ -14,12 +14,12 @@ use crate::outcome::Outcome;
 use crate::output::Output;
 use crate::screen::{Screen, progress_bar};
 use crate::tell::tell;
+use hindsight_replay::foreign::{shown, shown_lines, shown_path};
 use hindsight_vmm::disk::{
     BLOCK_BYTES, Change, ExportError, Files, Range, SharedDisks, changed_files, export,
     written_ranges,
 };
 use hindsight_vmm::failure::{Failure, Kind};
-use hindsight_vmm::foreign::{shown, shown_lines, shown_path};
 use hindsight_vmm::output_file::{OutputError, Plan};
 use hindsight_vmm::session::{RecordedPaths, Recording, Until, Verdict, Viewed, Watch};
 

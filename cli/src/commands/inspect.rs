@@ -7,7 +7,7 @@ use clap::Args;
 use comfy_table::{CellAlignment, Table, presets};
 use hindsight_devices::{Nanos, POSTED_PORT};
 use hindsight_replay::{
-    Detail, End, Event, FRAME_HEAD_BYTES, Frame, Guest, Header, IndexEntry, JournalError,
+    Detail, End, Event, FRAME_HEAD_BYTES, Frame, FullDigest, Guest, Header, IndexEntry, JournalError,
     JournalReader, LeftOpen, Moment, Observer, Record, TailReason, Turn,
 };
 use serde::Serialize;
@@ -16,12 +16,11 @@ use serde_json::{Value, json};
 use crate::format::{bytes, seconds, thousands};
 use crate::outcome::Outcome;
 use crate::output::Output;
-use crate::summary::describe_end;
 use crate::tell::{out, tell};
 use crate::watching::watch;
+use hindsight_replay::foreign::{shown, shown_path};
 use hindsight_vmm::disk::OpenImage;
 use hindsight_vmm::failure::Failure;
-use hindsight_vmm::foreign::{shown, shown_path};
 use hindsight_vmm::session::Recording;
 
 /// Options of `inspect`.
@@ -71,54 +70,16 @@ impl<W: Write> Listing<W> {
         }
     }
 
-    fn line(&mut self, text: impl FnOnce() -> String, value: impl FnOnce() -> Value) {
+    fn event(&mut self, exits: u64, event: &Event) {
         if self.out.has_failed() {
             return;
         }
         let line = if self.json {
-            value().to_string()
+            format!("{}\n", event_json(exits, event))
         } else {
-            text()
+            format!("{exits:>9} {event}\n")
         };
-        self.out.write(format!("{line}\n").as_bytes());
-    }
-
-    fn turn_line(&mut self, exits: u64, turn: &Turn) {
-        self.line(
-            || format!("{exits:>9} {turn}"),
-            || json!({"exit": exits, "turn": turn}),
-        );
-    }
-
-    fn posted_line(&mut self, exits: u64, bytes: &[u8]) {
-        self.line(
-            || {
-                format!(
-                    "{exits:>9} port {POSTED_PORT:#06x} was written \"{}\"",
-                    bytes.escape_ascii()
-                )
-            },
-            || json!({"exit": exits, "posted": {"port": POSTED_PORT, "bytes": bytes}}),
-        );
-    }
-
-    fn left_open_line(&mut self, exits: u64, what: LeftOpen) {
-        self.line(
-            || format!("{exits:>9} left open: {what}"),
-            || json!({"exit": exits, "left_open": what.to_string()}),
-        );
-    }
-
-    fn interrupt_line(&mut self, at: &Moment, vector: u8) {
-        self.line(
-            || {
-                format!(
-                    "{:>9} interrupt {vector:#04x} at rip {:#x} rcx {:#x}",
-                    at.exits, at.rip, at.rcx
-                )
-            },
-            || json!({"exit": at.exits, "interrupt": {"vector": vector, "at": at}}),
-        );
+        self.out.write(line.as_bytes());
     }
 
     /// Lists what a journal says, event by event; `io_only`: exits and interrupts.
@@ -128,59 +89,15 @@ impl<W: Write> Listing<W> {
         io_only: bool,
     ) -> Result<(), JournalError> {
         while let Some(record) = journal.next_record()? {
-            self.record(&record, io_only);
+            let is_io = matches!(
+                record.event,
+                Event::Turn(_) | Event::Posted(_) | Event::LeftOpen(_) | Event::Interrupt { .. }
+            );
+            if is_io || !io_only {
+                self.event(record.exits, &record.event);
+            }
         }
         Ok(())
-    }
-
-    fn record(&mut self, record: &Record, io_only: bool) {
-        let exits = record.exits;
-        match &record.event {
-            Event::Turn(turn) => self.turn_line(exits, turn),
-            Event::Posted(bytes) => self.posted_line(exits, bytes),
-            Event::LeftOpen(what) => self.left_open_line(exits, *what),
-            Event::Interrupt { vector, at } => self.interrupt_line(at, *vector),
-            _ if io_only => {}
-            Event::Time { ahead_ns } => self.line(
-                || format!("{exits:>9} time {ahead_ns:+} ns"),
-                || json!({"exit": exits, "time": {"ahead_ns": ahead_ns}}),
-            ),
-            Event::Input(input) => self.line(
-                || format!("{exits:>9} input {input:?}"),
-                || json!({"exit": exits, "input": input}),
-            ),
-            Event::Preempted(place) => self.line(
-                || format!("{exits:>9} preempted {place}"),
-                || json!({"exit": exits, "preempted": place}),
-            ),
-            Event::FirstReads { check } => self.line(
-                || format!("{exits:>9} first reads of a disk's image {check:016x}"),
-                || json!({"exit": exits, "first_reads": format!("{check:016x}")}),
-            ),
-            Event::Witness { check } => self.line(
-                || format!("{exits:>9} witness {:02x}{:02x}", check[1], check[0]),
-                || json!({"exit": exits, "witness": u16::from_le_bytes(*check)}),
-            ),
-            Event::State { digest } => self.line(
-                || {
-                    format!(
-                        "{exits:>9} memory {:016x}, state {digest}",
-                        digest.memory.value()
-                    )
-                },
-                || {
-                    json!({
-                        "exit": exits,
-                        "memory": format!("{:016x}", digest.memory.value()),
-                        "state": digest.to_string(),
-                    })
-                },
-            ),
-            Event::End(end) => self.line(
-                || format!("{exits:>9} end: {}", describe_end(end)),
-                || json!({"exit": exits, "end": end}),
-            ),
-        }
     }
 
     fn finish(self) -> Result<(), Failure> {
@@ -188,21 +105,47 @@ impl<W: Write> Listing<W> {
     }
 }
 
+fn state_json(state: &FullDigest) -> Value {
+    json!({"memory": state.memory.to_string(), "digest": state.to_string()})
+}
+
+/// One line of `--json`.
+fn event_json(exits: u64, event: &Event) -> Value {
+    let (name, value) = match event {
+        Event::Turn(turn) => ("turn", json!(turn)),
+        Event::Time { ahead_ns } => ("time", json!({"ahead_ns": ahead_ns})),
+        Event::Input(input) => ("input", json!(input)),
+        Event::Interrupt { vector, at } => ("interrupt", json!({"vector": vector, "at": at})),
+        Event::Witness { check } => ("witness", json!(u16::from_le_bytes(*check))),
+        Event::State { digest } => ("state", state_json(digest)),
+        Event::End(end) => {
+            let mut value = json!(end);
+            value["state"] = json!(end.state.as_ref().map(state_json));
+            ("end", value)
+        }
+        Event::Preempted(place) => ("preempted", json!(place)),
+        Event::FirstReads { check } => ("first_reads", json!(format!("{check:016x}"))),
+        Event::Posted(bytes) => ("posted", json!({"port": POSTED_PORT, "bytes": bytes})),
+        Event::LeftOpen(what) => ("left_open", json!(what.to_string())),
+    };
+    json!({"exit": exits, name: value})
+}
+
 impl<W: Write> Observer for Listing<W> {
     fn posted(&mut self, exits: u64, bytes: &[u8]) {
-        self.posted_line(exits, bytes);
+        self.event(exits, &Event::Posted(bytes.to_vec()));
     }
 
     fn turn(&mut self, exits: u64, turn: &Turn, _guest: &mut dyn Guest) {
-        self.turn_line(exits, turn);
+        self.event(exits, &Event::Turn(Box::new(*turn)));
     }
 
     fn interrupt(&mut self, at: &Moment, vector: u8, _now: Nanos) {
-        self.interrupt_line(at, vector);
+        self.event(at.exits, &Event::Interrupt { vector, at: *at });
     }
 
     fn left_open(&mut self, exits: u64, what: LeftOpen) {
-        self.left_open_line(exits, what);
+        self.event(exits, &Event::LeftOpen(what));
     }
 }
 
@@ -350,13 +293,13 @@ fn overview(
         match &end {
             Some(end) => out!(
                 "end         {}, after exit {} and {}\n            digest {:016x}, memory {}",
-                describe_end(end),
+                end,
                 thousands(journal.through()),
                 seconds(end.now),
                 end.digest,
                 end.state.map_or("none".into(), |state| format!(
-                    "{:016x}, state {state}",
-                    state.memory.value()
+                    "{}, state {state}",
+                    state.memory
                 ))
             ),
             None => out!("end         none: {tail}"),

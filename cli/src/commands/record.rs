@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use clap::Args;
 use hindsight_devices::Nanos;
+use hindsight_replay::foreign::shown_path;
 use hindsight_vmm::failure::Failure;
-use hindsight_vmm::foreign::shown_path;
 use hindsight_vmm::session::{CounterWish, RecordWish, record};
 use hindsight_vmm::world::Operator;
 
@@ -109,7 +109,7 @@ pub fn main(options: &Options) -> Result<Outcome, Failure> {
         machine: options.machine.wish(options.chaos.is_none())?,
         detail: options.detail.into(),
         memory_every: options.verify.and_then(|verify| verify.every),
-        preempt: options.preempt.into(),
+        preemption: options.preempt.into(),
         counter: CounterWish {
             event: options.event.clone(),
             margin: options.margin,

@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use clap::{ArgGroup, Args};
 use hindsight_replay::ExitNumber;
+use hindsight_replay::foreign::{shown_lines, shown_path};
 use hindsight_vmm::failure::{Failure, Kind};
-use hindsight_vmm::foreign::{shown_lines, shown_path};
 use hindsight_vmm::session::{
     CounterWish, RecordedPaths, RelogWish, ReplayWish, Replayed, SaveWish, Saved, Verdict, replay,
 };
@@ -16,7 +16,7 @@ use crate::format::{bytes, parse_size, seconds, thousands};
 use crate::front::Terminal;
 use crate::options::{DetailOption, Verify, parse_verify};
 use crate::outcome::Outcome;
-use crate::summary::{Summary, describe_end, not_compared};
+use crate::summary::{Summary, not_compared};
 use crate::tell::{out, tell};
 
 /// Options of `replay`.
@@ -171,7 +171,7 @@ fn conclude(replayed: &Replayed, host_ns: u64, json: bool) -> Outcome {
         ),
     };
     let (verdict, outcome, detail, end) = match &replayed.verdict {
-        Verdict::Equal(end) => (equal, Outcome::Good, describe_end(end), Some(end)),
+        Verdict::Equal(end) => (equal, Outcome::Good, end.to_string(), Some(end)),
         Verdict::Reached => (
             equal_so_far,
             Outcome::Good,

@@ -37,7 +37,7 @@ pub fn main(options: &Options) -> Result<Outcome, Failure> {
     let operator = Operator::listen(notice)?;
     let wish = RunWish {
         machine: options.machine.wish(true)?,
-        preempt: options.preempt.into(),
+        anywhere: options.preempt == RunPreemptOption::Anywhere,
         patience: patience(options.patience),
     };
     let mut terminal = Terminal {

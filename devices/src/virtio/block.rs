@@ -9,6 +9,8 @@
 use std::io::{Read, Write};
 
 use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_blk::*;
+use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_queue::{Reader, Writer};
 
 use super::ring::Ring;
@@ -39,23 +41,16 @@ const CLEAR_COUNTS_BYTES: usize = EXIT_BYTES_MAX / 8;
 /// The size that writes are best a multiple of: that of a guest's page.
 const BLOCK_SECTORS: u32 = 8;
 
-/// VIRTIO_BLK_F_* (5.2.3).
-const SIZE_MAX: u64 = 1 << 1;
-const SEG_MAX: u64 = 1 << 2;
-const READ_ONLY: u64 = 1 << 5;
-const BLK_SIZE: u64 = 1 << 6;
-const FLUSH: u64 = 1 << 9;
-const DISCARD: u64 = 1 << 13;
-const WRITE_ZEROES: u64 = 1 << 14;
+/// Features of disks (5.2.3): those that can be written, and those that cannot.
+const WRITES: u64 =
+    1 << VIRTIO_BLK_F_FLUSH | 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES;
+const READ_ONLY: u64 = 1 << VIRTIO_BLK_F_RO;
+const SIZE_MAX: u64 = 1 << VIRTIO_BLK_F_SIZE_MAX;
 
-/// VIRTIO_BLK_T_* of those that clear (5.2.6).
-const DISCARD_REQUEST: u32 = 11;
-const WRITE_ZEROES_REQUEST: u32 = 13;
-
-/// VIRTIO_BLK_S_* (5.2.6).
-const OK: u8 = 0;
-const IO_ERROR: u8 = 1;
-const UNSUPPORTED: u8 = 2;
+/// The status of a request (5.2.6).
+const OK: u8 = VIRTIO_BLK_S_OK as u8;
+const IO_ERROR: u8 = VIRTIO_BLK_S_IOERR as u8;
+const UNSUPPORTED: u8 = VIRTIO_BLK_S_UNSUPP as u8;
 
 /// `struct virtio_blk_req` up to its data, and `struct virtio_blk_discard_write_zeroes`, are both 16 bytes.
 type Words = [u8; 16];
@@ -125,22 +120,22 @@ impl Block {
         let sector = long(&header, 8);
         let kind = word(&header, 0);
         let (status, bytes) = match kind {
-            0 => self.read(sector, writer, storage)?,
-            1 => (self.write(sector, reader, storage)?, 0),
+            VIRTIO_BLK_T_IN => self.read(sector, writer, storage)?,
+            VIRTIO_BLK_T_OUT => (self.write(sector, reader, storage)?, 0),
             // What was written is as durable as a recording is: there is nothing to wait for.
-            4 => (OK, 0),
-            8 => {
+            VIRTIO_BLK_T_FLUSH => (OK, 0),
+            VIRTIO_BLK_T_GET_ID => {
                 let count = writer.available_bytes().min(self.serial.len());
                 writer.write_all(&self.serial[..count])?;
                 (OK, count as u32)
             }
-            DISCARD_REQUEST | WRITE_ZEROES_REQUEST => (self.clear(reader, storage)?, 0),
+            VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => (self.clear(reader, storage)?, 0),
             _ => (UNSUPPORTED, 0),
         };
         Ok(Done {
             status,
             bytes,
-            cleared: matches!(kind, DISCARD_REQUEST | WRITE_ZEROES_REQUEST),
+            cleared: matches!(kind, VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES),
         })
     }
 
@@ -219,16 +214,12 @@ impl Block {
 
 impl Device for Block {
     fn id(&self) -> u32 {
-        2
+        VIRTIO_ID_BLOCK
     }
 
     fn features(&self) -> u64 {
-        let write = if self.read_only {
-            READ_ONLY
-        } else {
-            FLUSH | DISCARD | WRITE_ZEROES
-        };
-        SIZE_MAX | SEG_MAX | BLK_SIZE | write
+        let write = if self.read_only { READ_ONLY } else { WRITES };
+        SIZE_MAX | 1 << VIRTIO_BLK_F_SEG_MAX | 1 << VIRTIO_BLK_F_BLK_SIZE | write
     }
 
     fn queues(&self) -> &'static [u16] {

@@ -7,6 +7,7 @@ use std::collections::VecDeque;
 use std::io::{Read, Write};
 
 use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 
 use super::ring::Ring;
 use super::{Device, Stop};
@@ -22,7 +23,7 @@ const BACKLOG_BYTES: usize = 4096;
 /// Of one chain that the guest writes, no more is looked at: Linux writes pages.
 const CHAIN_BYTES_MAX: usize = 64 << 10;
 
-/// VIRTIO_CONSOLE_F_SIZE (5.3.3).
+/// VIRTIO_CONSOLE_F_SIZE (5.3.3), which virtio-bindings does not have.
 const SIZE: u64 = 1 << 0;
 
 /// The device.
@@ -68,7 +69,7 @@ impl Console {
 
 impl Device for Console {
     fn id(&self) -> u32 {
-        3
+        VIRTIO_ID_CONSOLE
     }
 
     fn features(&self) -> u64 {

@@ -7,6 +7,7 @@
 use std::io::Write;
 
 use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 
 use super::ring::Ring;
 use super::{Device, Stop};
@@ -30,7 +31,7 @@ impl Entropy {
 
 impl Device for Entropy {
     fn id(&self) -> u32 {
-        4
+        VIRTIO_ID_RNG
     }
 
     fn features(&self) -> u64 {

@@ -11,6 +11,10 @@
 use std::io::Read;
 
 use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
+};
 
 use super::ring::Ring;
 use super::{Device, NetSpec, Stop};
@@ -22,12 +26,12 @@ const QUEUES: [u16; 2] = [256, 256];
 const RECEIVE: usize = 0;
 const SEND: usize = 1;
 
-/// VIRTIO_NET_F_* (5.1.3).
-const MAC: u64 = 1 << 5;
-const MERGE: u64 = 1 << 15;
-const STATUS: u64 = 1 << 16;
-/// VIRTIO_NET_S_LINK_UP (5.1.4).
-const LINK_UP: u16 = 1;
+/// Features (5.1.3).
+const MAC: u64 = 1 << VIRTIO_NET_F_MAC;
+const MERGE: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
+const STATUS: u64 = 1 << VIRTIO_NET_F_STATUS;
+/// The status that the driver finds (5.1.4).
+const LINK_UP: u16 = VIRTIO_NET_S_LINK_UP as u16;
 
 /// `struct virtio_net_hdr` of a device of virtio 1 (5.1.6). Without offloads it is all zeroes, but for the
 /// number of buffers that a received frame takes.
@@ -71,7 +75,7 @@ impl Net {
 
 impl Device for Net {
     fn id(&self) -> u32 {
-        1
+        VIRTIO_ID_NET
     }
 
     fn features(&self) -> u64 {

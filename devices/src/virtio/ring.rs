@@ -8,6 +8,7 @@ use std::io::Write;
 use std::sync::atomic::Ordering;
 
 use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT, Reader, Writer};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -157,7 +158,7 @@ impl Ring {
     /// Whether the driver wants to hear of what was given back (virtio 1.3, 2.7.7.2). Without event
     /// indexes the driver says so in a flag, which virtio-queue does not look at.
     fn wants_interrupt(&self, queue: &mut Queue, ram: &Ram) -> Result<bool, Stop> {
-        const NO_INTERRUPT: u16 = 1;
+        const NO_INTERRUPT: u16 = VRING_AVAIL_F_NO_INTERRUPT as u16;
         let lost = |_| Stop::Broken("a ring outside memory");
         if self.event_index {
             return queue.needs_notification(ram).map_err(lost);

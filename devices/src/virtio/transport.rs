@@ -4,6 +4,15 @@
 //! interrupts. Only version 2 of the registers is offered, and only drivers of virtio 1 are accepted.
 
 use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_config::{
+    VIRTIO_CONFIG_S_DRIVER_OK as STATUS_DRIVER_OK,
+    VIRTIO_CONFIG_S_FEATURES_OK as STATUS_FEATURES_OK,
+    VIRTIO_CONFIG_S_NEEDS_RESET as STATUS_NEEDS_RESET, VIRTIO_F_VERSION_1,
+};
+use virtio_bindings::virtio_mmio::{
+    VIRTIO_MMIO_INT_CONFIG as CONFIGURATION, VIRTIO_MMIO_INT_VRING as USED_BUFFER, *,
+};
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use super::ring::Ring;
 use super::{Kind, Stop};
@@ -17,23 +26,13 @@ const VERSION: u32 = 2;
 /// Nobody in particular.
 const VENDOR: u32 = 0x4453_4e48;
 
-/// VIRTIO_F_INDIRECT_DESC (virtio 1.3, 6).
-const INDIRECT: u64 = 1 << 28;
-/// VIRTIO_F_EVENT_IDX.
-const EVENT_INDEX: u64 = 1 << 29;
-/// VIRTIO_F_VERSION_1.
-const VERSION_1: u64 = 1 << 32;
-
-const STATUS_FEATURES_OK: u32 = 8;
-const STATUS_DRIVER_OK: u32 = 4;
-const STATUS_NEEDS_RESET: u32 = 0x40;
-
-/// Interrupt status: a buffer was used, or the configuration has changed.
-const USED_BUFFER: u32 = 1;
-const CONFIGURATION: u32 = 2;
+/// Features of every device (virtio 1.3, 6).
+const INDIRECT: u64 = 1 << VIRTIO_RING_F_INDIRECT_DESC;
+const EVENT_INDEX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
+const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
 
 /// The device's own registers begin here.
-const CONFIG: u64 = 0x100;
+const CONFIG: u64 = VIRTIO_MMIO_CONFIG as u64;
 
 /// One device behind its registers.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -115,23 +114,24 @@ impl Transport {
 
     fn register(&self, offset: u64) -> u32 {
         let ring = self.rings.get(self.queue as usize);
-        match offset {
-            0x000 => MAGIC,
-            0x004 => VERSION,
-            0x008 => self.kind.device().id(),
-            0x00c => VENDOR,
-            0x010 => match self.device_features_page {
+        // What is below the device's own registers fits.
+        match offset as u32 {
+            VIRTIO_MMIO_MAGIC_VALUE => MAGIC,
+            VIRTIO_MMIO_VERSION => VERSION,
+            VIRTIO_MMIO_DEVICE_ID => self.kind.device().id(),
+            VIRTIO_MMIO_VENDOR_ID => VENDOR,
+            VIRTIO_MMIO_DEVICE_FEATURES => match self.device_features_page {
                 0 => self.offered() as u32,
                 1 => (self.offered() >> 32) as u32,
                 _ => 0,
             },
-            0x034 => ring.map_or(0, |ring| ring.max_size().into()),
-            0x044 => ring.map_or(0, |ring| ring.ready.into()),
-            0x060 => self.interrupts,
-            0x070 => self.status,
-            0x0fc => self.generation,
+            VIRTIO_MMIO_QUEUE_NUM_MAX => ring.map_or(0, |ring| ring.max_size().into()),
+            VIRTIO_MMIO_QUEUE_READY => ring.map_or(0, |ring| ring.ready.into()),
+            VIRTIO_MMIO_INTERRUPT_STATUS => self.interrupts,
+            VIRTIO_MMIO_STATUS => self.status,
+            VIRTIO_MMIO_CONFIG_GENERATION => self.generation,
             // There is no shared memory: its length reads as all ones (4.2.2).
-            0x0b0..=0x0bc => u32::MAX,
+            VIRTIO_MMIO_SHM_LEN_LOW..=VIRTIO_MMIO_SHM_BASE_HIGH => u32::MAX,
             _ => 0,
         }
     }
@@ -167,18 +167,20 @@ impl Transport {
         value: u32,
         context: &mut BusContext<'_>,
     ) -> Result<(), StorageError> {
-        match offset {
-            0x014 => self.device_features_page = value,
-            0x024 => self.driver_features_page = value,
-            0x020 if self.status & STATUS_FEATURES_OK == 0 => match self.driver_features_page {
-                0 => set_low(&mut self.driver_features, value),
-                1 => set_high(&mut self.driver_features, value),
-                _ => {}
-            },
-            0x030 => self.queue = value,
-            0x050 => return self.notify(value, context),
-            0x064 => return self.acknowledge(value, context),
-            0x070 => self.set_status(value),
+        match offset as u32 {
+            VIRTIO_MMIO_DEVICE_FEATURES_SEL => self.device_features_page = value,
+            VIRTIO_MMIO_DRIVER_FEATURES_SEL => self.driver_features_page = value,
+            VIRTIO_MMIO_DRIVER_FEATURES if self.status & STATUS_FEATURES_OK == 0 => {
+                match self.driver_features_page {
+                    0 => set_low(&mut self.driver_features, value),
+                    1 => set_high(&mut self.driver_features, value),
+                    _ => {}
+                }
+            }
+            VIRTIO_MMIO_QUEUE_SEL => self.queue = value,
+            VIRTIO_MMIO_QUEUE_NOTIFY => return self.notify(value, context),
+            VIRTIO_MMIO_INTERRUPT_ACK => return self.acknowledge(value, context),
+            VIRTIO_MMIO_STATUS => self.set_status(value),
             _ => self.set_up_ring(offset, value),
         }
         Ok(())
@@ -191,7 +193,8 @@ impl Transport {
         let Some(ring) = self.rings.get_mut(self.queue as usize) else {
             return;
         };
-        if offset == 0x044 {
+        let offset = offset as u32;
+        if offset == VIRTIO_MMIO_QUEUE_READY {
             ring.set_ready(value & 1 != 0 && may, event_index);
             return;
         }
@@ -201,16 +204,16 @@ impl Transport {
         match offset {
             // What is no size of a ring is found out when the ring is used; none is larger than
             // what was offered.
-            0x038 => {
+            VIRTIO_MMIO_QUEUE_NUM => {
                 let size = u16::try_from(value).ok();
                 ring.size = size.filter(|size| *size <= ring.max_size()).unwrap_or(0);
             }
-            0x080 => set_low(&mut ring.descriptors, value),
-            0x084 => set_high(&mut ring.descriptors, value),
-            0x090 => set_low(&mut ring.available, value),
-            0x094 => set_high(&mut ring.available, value),
-            0x0a0 => set_low(&mut ring.used, value),
-            0x0a4 => set_high(&mut ring.used, value),
+            VIRTIO_MMIO_QUEUE_DESC_LOW => set_low(&mut ring.descriptors, value),
+            VIRTIO_MMIO_QUEUE_DESC_HIGH => set_high(&mut ring.descriptors, value),
+            VIRTIO_MMIO_QUEUE_AVAIL_LOW => set_low(&mut ring.available, value),
+            VIRTIO_MMIO_QUEUE_AVAIL_HIGH => set_high(&mut ring.available, value),
+            VIRTIO_MMIO_QUEUE_USED_LOW => set_low(&mut ring.used, value),
+            VIRTIO_MMIO_QUEUE_USED_HIGH => set_high(&mut ring.used, value),
             _ => {}
         }
     }

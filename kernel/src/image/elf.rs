@@ -1,28 +1,21 @@
 //! Reads the unpacked kernel: what to load where, where to begin, and which of it is code.
 //!
-//! A small reader of its own, not a general one. A kernel needs three tables of the ELF file, each of fixed-size
-//! entries; what it needs beyond that is that every number be checked against the
+//! The structures are those of the crate `object`; its reader is not used. A kernel needs three tables of the ELF file,
+//! each of fixed-size records; what it needs beyond that is that every number be checked against the
 //! file and against the others before anybody uses it, since a wrong one would put a trap into the wrong byte.
 
 use std::ops::Range;
 
+use object::elf;
+use object::endian::LittleEndian;
+use object::pod::{self, Pod};
+
 use crate::error::KernelError;
 
-const MACHINE_X86_64: u16 = 62;
-const CLASS_64: u8 = 2;
-const LITTLE_ENDIAN: u8 = 1;
-const HEADER_BYTES: usize = 64;
-const PROGRAM_HEADER_BYTES: usize = 56;
-const SECTION_HEADER_BYTES: usize = 64;
-const ET_EXEC: u16 = 2;
-const ET_DYN: u16 = 3;
-const PT_LOAD: u32 = 1;
-const PF_X: u32 = 1;
-const PF_W: u32 = 2;
-const SHT_PROGBITS: u32 = 1;
-const SHF_WRITE: u64 = 1;
-const SHF_ALLOC: u64 = 2;
-const SHF_EXECINSTR: u64 = 4;
+type FileHeader = elf::FileHeader64<LittleEndian>;
+type ProgramHeader = elf::ProgramHeader64<LittleEndian>;
+type SectionHeader = elf::SectionHeader64<LittleEndian>;
+
 /// No segment ends as close to the end of the address space: the kernel's half ends 1 GiB below it.
 const ROUNDING_BYTES: u64 = 2 << 20;
 /// Linux has five program headers.
@@ -104,38 +97,40 @@ impl<'a> Elf<'a> {
     ///
     /// A file for another machine, one that was cut short, or one whose tables contradict each other.
     pub fn parse(file: &'a [u8]) -> Result<Self, KernelError> {
-        let header = slice(file, "the ELF header", 0, HEADER_BYTES)?;
-        if !header.starts_with(b"\x7fELF") {
+        let header: &FileHeader = &records(file, "the ELF header", 0, 1)?[0];
+        let ident = &header.e_ident;
+        if ident.magic != elf::ELFMAG {
             return Err(KernelError::NotAKernel {
-                found: header[..8].to_vec(),
+                found: file[..8].to_vec(),
             });
         }
+        let machine = header.e_machine.get(LittleEndian);
         for (what, found, expected) in [
-            ("the ELF class", u64::from(header[4]), u64::from(CLASS_64)),
+            (
+                "the ELF class",
+                ident.class.0.into(),
+                elf::ELFCLASS64.0.into(),
+            ),
             (
                 "the ELF byte order",
-                u64::from(header[5]),
-                u64::from(LITTLE_ENDIAN),
+                ident.data.0.into(),
+                elf::ELFDATA2LSB.0.into(),
             ),
-            (
-                "the ELF machine",
-                u64::from(u16_in(header, 18)),
-                u64::from(MACHINE_X86_64),
-            ),
+            ("the ELF machine", machine.0, elf::EM_X86_64.0),
         ] {
             if found != expected {
                 return Err(KernelError::NotX86_64 {
                     what,
-                    found,
-                    expected,
+                    found: found.into(),
+                    expected: expected.into(),
                 });
             }
         }
-        let kind = u16_in(header, 16);
-        if kind != ET_EXEC && kind != ET_DYN {
+        let kind = header.e_type.get(LittleEndian);
+        if kind != elf::ET_EXEC && kind != elf::ET_DYN {
             return Err(KernelError::BadElf {
                 what: "the ELF type",
-                found: kind.into(),
+                found: kind.0.into(),
                 expected: "2 or 3, a program; 1 is an object file such as a module, 4 a core dump",
             });
         }
@@ -152,7 +147,7 @@ impl<'a> Elf<'a> {
             },
         };
         code.sort_by_key(|code| code.address);
-        let entry = entry(&segments, &code, u64_in(header, 24))?;
+        let entry = entry(&segments, &code, header.e_entry.get(LittleEndian))?;
         Ok(Elf {
             file,
             entry,
@@ -170,25 +165,14 @@ impl<'a> Elf<'a> {
 
     /// The bytes of the first section of this name; `None` without one, or without section headers.
     pub fn section(&self, wanted: &str) -> Option<&'a [u8]> {
-        let header = self.file.get(..HEADER_BYTES)?;
-        let (offset, count) = (u64_in(header, 40), u16_in(header, 60));
-        let entry_bytes = u16_in(header, 58);
-        let what = "the section headers";
-        let table = table(
-            self.file,
-            what,
-            offset,
-            count,
-            entry_bytes,
-            SECTION_HEADER_BYTES,
-        )
-        .ok()?;
-        let names = names(self.file, table, u16_in(header, 62)).ok()?;
-        let entry = table
-            .chunks_exact(SECTION_HEADER_BYTES)
-            .find(|entry| name(names, u32_in(entry, 0)) == wanted)?;
-        let place = range(self.file, "a section", u64_in(entry, 24), u64_in(entry, 32)).ok()?;
-        (u32_in(entry, 4) == SHT_PROGBITS).then(|| &self.file[place])
+        let header: &FileHeader = records(self.file, "the ELF header", 0, 1).ok()?.first()?;
+        let table = section_headers(self.file, header).ok()?;
+        let names = names(self.file, table, header).ok()?;
+        let section = table
+            .iter()
+            .find(|section| name(names, section.sh_name.get(LittleEndian)) == wanted)?;
+        let place = section_bytes(self.file, "a section", section).ok()?;
+        (section.sh_type.get(LittleEndian) == elf::SHT_PROGBITS).then(|| &self.file[place])
     }
 
     /// The file's bytes at `range`, which is one of this value's own ranges.
@@ -232,8 +216,8 @@ impl<'a> Elf<'a> {
 }
 
 /// The PT_LOAD entries of the program header table.
-fn segments(file: &[u8], header: &[u8]) -> Result<Vec<Segment>, KernelError> {
-    let count = u16_in(header, 56);
+fn segments(file: &[u8], header: &FileHeader) -> Result<Vec<Segment>, KernelError> {
+    let count = header.e_phnum.get(LittleEndian);
     if count > PROGRAM_HEADERS_MAX {
         return Err(KernelError::BadElf {
             what: "the number of program headers",
@@ -241,21 +225,22 @@ fn segments(file: &[u8], header: &[u8]) -> Result<Vec<Segment>, KernelError> {
             expected: "128 or fewer",
         });
     }
-    let table = table(
+    let table: &[ProgramHeader] = table(
         file,
         "the program headers",
-        u64_in(header, 32),
+        header.e_phoff.get(LittleEndian),
         count,
-        u16_in(header, 54),
-        PROGRAM_HEADER_BYTES,
+        header.e_phentsize.get(LittleEndian),
     )?;
     let mut segments = Vec::new();
-    for entry in table.chunks_exact(PROGRAM_HEADER_BYTES) {
-        let (file_bytes, memory_bytes) = (u64_in(entry, 32), u64_in(entry, 40));
-        if u32_in(entry, 0) != PT_LOAD || memory_bytes == 0 {
+    for program in table {
+        let file_bytes = program.p_filesz.get(LittleEndian);
+        let memory_bytes = program.p_memsz.get(LittleEndian);
+        if program.p_type.get(LittleEndian) != elf::PT_LOAD || memory_bytes == 0 {
             continue;
         }
-        let (virtual_address, physical_address) = (u64_in(entry, 16), u64_in(entry, 24));
+        let virtual_address = program.p_vaddr.get(LittleEndian);
+        let physical_address = program.p_paddr.get(LittleEndian);
         if file_bytes > memory_bytes {
             let expected = "at most its size in memory";
             return Err(KernelError::BadElf {
@@ -281,14 +266,19 @@ fn segments(file: &[u8], header: &[u8]) -> Result<Vec<Segment>, KernelError> {
                 });
             }
         }
-        let flags = u32_in(entry, 4);
+        let flags = program.p_flags.get(LittleEndian);
         segments.push(Segment {
             virtual_address,
             physical_address,
-            file: range(file, "a segment", u64_in(entry, 8), file_bytes)?,
+            file: range(
+                file,
+                "a segment",
+                program.p_offset.get(LittleEndian),
+                file_bytes,
+            )?,
             memory_bytes,
-            executable: flags & PF_X != 0,
-            writable: flags & PF_W != 0,
+            executable: flags.contains(elf::PF_X),
+            writable: flags.contains(elf::PF_W),
         });
     }
     if segments.is_empty() {
@@ -365,32 +355,28 @@ fn entry(segments: &[Segment], code: &[Code], entry: u64) -> Result<u64, KernelE
 /// The sections; `None` where the file has no section headers.
 fn sections(
     file: &[u8],
-    header: &[u8],
+    header: &FileHeader,
     segments: &[Segment],
 ) -> Result<Option<Sections>, KernelError> {
-    let (offset, count) = (u64_in(header, 40), u16_in(header, 60));
-    if offset == 0 || count == 0 {
+    if header.e_shoff.get(LittleEndian) == 0 || header.e_shnum.get(LittleEndian) == 0 {
         return Ok(None);
     }
-    let table = table(
-        file,
-        "the section headers",
-        offset,
-        count,
-        u16_in(header, 58),
-        SECTION_HEADER_BYTES,
-    )?;
-    let names = names(file, table, u16_in(header, 62))?;
+    let table = section_headers(file, header)?;
+    let names = names(file, table, header)?;
     let mut found = Sections::default();
-    for entry in table.chunks_exact(SECTION_HEADER_BYTES) {
-        let (flags, address, bytes) = (u64_in(entry, 8), u64_in(entry, 16), u64_in(entry, 32));
-        if flags & SHF_ALLOC != 0 {
+    for section in table {
+        let flags = section.sh_flags.get(LittleEndian);
+        let address = section.sh_addr.get(LittleEndian);
+        let bytes = section.sh_size.get(LittleEndian);
+        let is_loaded = flags.contains(elf::SHF_ALLOC);
+        if is_loaded {
             found.taken.push(address..address.saturating_add(bytes));
         }
-        if u32_in(entry, 4) != SHT_PROGBITS || flags & SHF_ALLOC == 0 || bytes == 0 {
+        let is_data = section.sh_type.get(LittleEndian) == elf::SHT_PROGBITS;
+        if !is_data || !is_loaded || bytes == 0 {
             continue;
         }
-        let range = range(file, "a section", u64_in(entry, 24), bytes)?;
+        let range = section_bytes(file, "a section", section)?;
         // What is found through the section is written through the segment: they must mean the same bytes.
         let same = segments.iter().any(|segment| {
             segment.holds(address, bytes)
@@ -405,11 +391,11 @@ fn sections(
                 expected,
             });
         }
-        let name = name(names, u32_in(entry, 0));
+        let name = name(names, section.sh_name.get(LittleEndian));
         // Since 6.14 `.data` is executable as well: it holds the little code that kexec copies elsewhere. To take
         // data for code would be to rewrite it.
-        let is_code =
-            flags & SHF_EXECINSTR != 0 && (flags & SHF_WRITE == 0 || name.contains("text"));
+        let is_code = flags.contains(elf::SHF_EXECINSTR)
+            && (!flags.contains(elf::SHF_WRITE) || name.contains("text"));
         let list = match is_code {
             true => &mut found.code,
             false => &mut found.data,
@@ -429,18 +415,40 @@ fn sections(
     Ok(Some(found))
 }
 
+fn section_headers<'a>(
+    file: &'a [u8],
+    header: &FileHeader,
+) -> Result<&'a [SectionHeader], KernelError> {
+    table(
+        file,
+        "the section headers",
+        header.e_shoff.get(LittleEndian),
+        header.e_shnum.get(LittleEndian),
+        header.e_shentsize.get(LittleEndian),
+    )
+}
+
+/// Where a section's bytes are in the file.
+fn section_bytes(
+    file: &[u8],
+    what: &'static str,
+    section: &SectionHeader,
+) -> Result<Range<usize>, KernelError> {
+    let offset = section.sh_offset.get(LittleEndian);
+    range(file, what, offset, section.sh_size.get(LittleEndian))
+}
+
 /// The section names' string table; empty where the file names none.
-fn names<'a>(file: &'a [u8], table: &[u8], index: u16) -> Result<&'a [u8], KernelError> {
-    match table
-        .chunks_exact(SECTION_HEADER_BYTES)
-        .nth(usize::from(index))
-    {
-        Some(entry) if index != 0 => Ok(&file[range(
-            file,
-            "the section names",
-            u64_in(entry, 24),
-            u64_in(entry, 32),
-        )?]),
+fn names<'a>(
+    file: &'a [u8],
+    table: &[SectionHeader],
+    header: &FileHeader,
+) -> Result<&'a [u8], KernelError> {
+    let index = header.e_shstrndx.get(LittleEndian).0;
+    match table.get(usize::from(index)) {
+        Some(section) if index != 0 => {
+            Ok(&file[section_bytes(file, "the section names", section)?])
+        }
         _ => Ok(&[]),
     }
 }
@@ -476,23 +484,34 @@ fn code_of_segments(segments: &[Segment]) -> Result<Vec<Code>, KernelError> {
     Ok(code)
 }
 
-/// A table of `count` entries of a fixed size.
-fn table<'a>(
+/// A table of `count` records, each of which is said to have `record_bytes` bytes.
+fn table<'a, T: Pod>(
     file: &'a [u8],
     what: &'static str,
     offset: u64,
     count: u16,
-    entry_bytes: u16,
-    expected_bytes: usize,
-) -> Result<&'a [u8], KernelError> {
-    if count != 0 && usize::from(entry_bytes) != expected_bytes {
+    record_bytes: u16,
+) -> Result<&'a [T], KernelError> {
+    if count != 0 && usize::from(record_bytes) != size_of::<T>() {
         return Err(KernelError::BadElf {
             what: "a table's entry size",
-            found: u64::from(entry_bytes),
+            found: u64::from(record_bytes),
             expected: "56 for segments, 64 for sections",
         });
     }
-    Ok(&file[range(file, what, offset, u64::from(count) * expected_bytes as u64)?])
+    records(file, what, offset, count)
+}
+
+/// Records that stand in the file, wherever that is.
+fn records<'a, T: Pod>(
+    file: &'a [u8],
+    what: &'static str,
+    offset: u64,
+    count: u16,
+) -> Result<&'a [T], KernelError> {
+    const { assert!(align_of::<T>() == 1, "object has the feature `unaligned`") };
+    let bytes = range(file, what, offset, u64::from(count) * size_of::<T>() as u64)?;
+    Ok(pod::slice_from_all_bytes(&file[bytes]).expect("whole records"))
 }
 
 /// A range of the file, known to lie in it.
@@ -511,29 +530,6 @@ fn range(
         });
     }
     Ok(offset as usize..needed as usize)
-}
-
-fn slice<'a>(
-    file: &'a [u8],
-    what: &'static str,
-    offset: u64,
-    bytes: usize,
-) -> Result<&'a [u8], KernelError> {
-    Ok(&file[range(file, what, offset, bytes as u64)?])
-}
-
-// These three read inside an entry whose size has been checked.
-
-fn u16_in(entry: &[u8], offset: usize) -> u16 {
-    u16::from_le_bytes(entry[offset..offset + 2].try_into().expect("two bytes"))
-}
-
-fn u32_in(entry: &[u8], offset: usize) -> u32 {
-    u32::from_le_bytes(entry[offset..offset + 4].try_into().expect("four bytes"))
-}
-
-fn u64_in(entry: &[u8], offset: usize) -> u64 {
-    u64::from_le_bytes(entry[offset..offset + 8].try_into().expect("eight bytes"))
 }
 
 #[cfg(test)]

@@ -173,7 +173,7 @@ impl<R: Read> Replayer<R> {
     /// Refuses to go on if the journal has an event for an exit before `exits`.
     fn nothing_missed(&mut self, exits: u64) -> Result<(), Closed> {
         let missed = match self.peek()? {
-            Some(record) if record.exits < exits => describe(record),
+            Some(record) if record.exits < exits => record.to_string(),
             _ => return Ok(()),
         };
         let at = self.last_moment(exits);
@@ -192,7 +192,7 @@ impl<R: Read> Replayer<R> {
         let say = |place: Option<Place>| {
             place.map_or_else(
                 || "an exit of its own".to_string(),
-                |place| format!("preempted {place}"),
+                |place| Event::Preempted(place).to_string(),
             )
         };
         let difference = Difference::Preemption {
@@ -423,13 +423,17 @@ impl<R: Read> Outside for Replayer<R> {
                 self.forget_ahead();
                 return Ok(());
             }
-            Some(record) => describe(record),
+            Some(record) => record.to_string(),
             None => {
                 self.cut_short(at.exits)?;
                 format!("no more interrupts through exit {}", self.journal.through())
             }
         };
-        let found = describe_interrupt(at, vector);
+        let found = Record {
+            exits: at.exits,
+            event: Event::Interrupt { vector, at: *at },
+        }
+        .to_string();
         Err(self.diverged(*at, Difference::Interrupt { expected, found }))
     }
 
@@ -508,7 +512,7 @@ impl<R: Read> Outside for Replayer<R> {
             }) if end.ending == Ending::StoppedRunning => {
                 return Err(Closed::End(Ending::StoppedRunning));
             }
-            Some(record) => describe(record),
+            Some(record) => record.to_string(),
         };
         Err(self.diverged(self.last_moment(exits), Difference::Missed { expected }))
     }
@@ -541,8 +545,8 @@ impl<R: Read> Outside for Replayer<R> {
                 event: Event::End(end),
             }) if *recorded == exits => end.clone(),
             Some(record) => {
-                let expected = describe(record);
-                let found = format!("{:?} at exit {exits}", found.ending);
+                let expected = record.to_string();
+                let found = format!("exit {exits}: end: {found}");
                 return Err(self.diverged(
                     at,
                     Difference::End {
@@ -555,7 +559,7 @@ impl<R: Read> Outside for Replayer<R> {
             None => {
                 self.cut_short(exits)?;
                 let expected = "a journal that goes on".to_string();
-                let found = format!("{:?} at exit {exits}", found.ending);
+                let found = format!("exit {exits}: end: {found}");
                 return Err(self.diverged(
                     at,
                     Difference::End {
@@ -569,8 +573,8 @@ impl<R: Read> Outside for Replayer<R> {
         let fields = [
             (
                 "how it ended",
-                format!("{:?}", expected.ending),
-                format!("{:?}", found.ending),
+                expected.ending.to_string(),
+                found.ending.to_string(),
             ),
             (
                 "guest time",
@@ -612,25 +616,4 @@ impl<R: Read> Outside for Replayer<R> {
             _ => Ok(()),
         }
     }
-}
-
-fn describe(record: &Record) -> String {
-    let exits = record.exits;
-    match &record.event {
-        Event::Turn(turn) => format!("exit {exits}: {turn}"),
-        Event::Time { ahead_ns } => format!("exit {exits}: guest time corrected by {ahead_ns} ns"),
-        Event::Input(input) => format!("exit {exits}: {input:?}"),
-        Event::Interrupt { vector, at } => describe_interrupt(at, *vector),
-        Event::Witness { .. } => format!("exit {exits}: a witness of the digest"),
-        Event::State { .. } => format!("exit {exits}: a digest of the state"),
-        Event::End(end) => format!("exit {exits}: the end ({:?})", end.ending),
-        Event::Preempted(place) => format!("exit {exits}: preempted {place}"),
-        Event::FirstReads { .. } => format!("exit {exits}: blocks of a disk's image are read"),
-        Event::Posted(bytes) => format!("exit {exits}: \"{}\" is written", bytes.escape_ascii()),
-        Event::LeftOpen(what) => format!("exit {exits}: left open: {what}"),
-    }
-}
-
-fn describe_interrupt(at: &Moment, vector: u8) -> String {
-    format!("interrupt with vector {vector:#x} at {at}")
 }

@@ -10,6 +10,7 @@ mod frame;
 mod header;
 mod limits;
 mod reader;
+mod text;
 mod writer;
 
 use std::io;

@@ -139,6 +139,12 @@ pub struct MemoryDigest {
     accessed: [u8; 4],
 }
 
+impl std::fmt::Display for MemoryDigest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:016x}", self.value())
+    }
+}
+
 /// How two memories compare.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Likeness {

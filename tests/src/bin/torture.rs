@@ -19,12 +19,12 @@ use hindsight_replay::rng::Rng;
 use hindsight_replay::{
     Closed, Complete, Content, CpuidTable, Detail, Digest, End, Exit, FullDigest, Guest, Header,
     Horizon, JournalReader, LeftOpen, Live, MachineDescription, Moment, Observer, Outside,
-    Position, Recorder, Replayer, TimeQuery, TrapCounts, Turn, World,
+    Position, Recorder, Replayer, TimeQuery, TrapCounts, Turn, Unit, World,
 };
 use hindsight_tests::sim::bare_machine;
 use hindsight_vmm::boot::{BootPlan, GuestRam};
 use hindsight_vmm::kvm::{GuestMemory, KernelText, KvmCpu, cpuid};
-use hindsight_vmm::session::{CounterWish, Counting, Preempt, host_facts, open_kvm};
+use hindsight_vmm::session::{CounterWish, PreemptionPlan, PreemptionWish, host_facts, open_kvm};
 use kvm_ioctls::Kvm;
 
 /// Guest time passes by so much at each exit, and the timer ticks every second or third.
@@ -56,8 +56,9 @@ fn main() -> ExitCode {
 
 fn torture(landings: u64, first: u64) -> Result<(), Box<dyn std::error::Error>> {
     let (kvm, holes) = open_kvm()?;
-    let counting = Counting::choose(&kvm, Preempt::Branches, &CounterWish::default())?;
-    let facts = counting.facts().expect("branches were asked for");
+    let wish = PreemptionWish::Exactly(Some(Unit::Branches));
+    let plan = PreemptionPlan::choose(&kvm, wish, &CounterWish::default())?;
+    let facts = plan.facts().expect("branches were asked for");
     println!(
         "event {:#x}; of {} kicks the latest came {} branches late, so the margin is {}",
         facts.event, facts.kicks, facts.worst_skid, facts.margin
@@ -66,7 +67,7 @@ fn torture(landings: u64, first: u64) -> Result<(), Box<dyn std::error::Error>> 
         host: host_facts(holes),
         table: cpuid::for_host(&kvm)?,
         kvm,
-        counting,
+        plan,
     };
     let start = Instant::now();
     let (mut done, mut interrupts, mut faults, mut seeds) = (0, 0, 0, 0);
@@ -99,7 +100,7 @@ fn torture(landings: u64, first: u64) -> Result<(), Box<dyn std::error::Error>> 
 struct Bench {
     kvm: Kvm,
     table: CpuidTable,
-    counting: Counting,
+    plan: PreemptionPlan,
     host: hindsight_replay::Host,
 }
 
@@ -169,7 +170,7 @@ impl Bench {
             data_selector: KERNEL_SS,
         };
         cpu.boot(&plan, KernelText::default())?;
-        self.counting.give_to(&mut cpu)?;
+        self.plan.apply(&mut cpu)?;
         let mut machine = bare_machine(self.table.clone(), NS_PER_EXIT);
         let mut count = Count(0);
         let end = machine.run(&mut cpu, &mut NoDisks, outside, &mut count)?;
@@ -199,7 +200,7 @@ impl Bench {
                 cpuid: self.table.clone(),
                 seed: [0; 32],
                 ns_per_exit: NS_PER_EXIT,
-                preemption: self.counting.unit(),
+                preemption: self.plan.unit(),
                 quick_reads: None,
                 devices: Devices::default(),
                 images: Vec::new(),

@@ -1,6 +1,7 @@
 //! The zero page (`struct boot_params`): the letter from the boot loader to Linux.
 //!
 //! Offsets follow `Documentation/arch/x86/zero-page.rst`; those of the setup header in it are the kernel crate's.
+//! linux-loader has the whole structure, as bindings that are to be written as bytes by unsafe code; a dozen offsets do.
 
 use hindsight_kernel::setup_header::*;
 

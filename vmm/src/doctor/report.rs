@@ -5,7 +5,7 @@ use std::fmt::Write;
 use serde::Serialize;
 
 use super::finding::{Finding, Verdict, Weight};
-use crate::foreign::shown;
+use hindsight_replay::foreign::shown;
 
 /// The way out for a host that cannot record.
 pub const WAY_OUT: &str = "use a host with kvm_intel or kvm_amd, or run `scripts/box COMMAND`, \

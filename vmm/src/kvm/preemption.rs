@@ -22,7 +22,7 @@ const RFLAGS_RF: u64 = 1 << 16;
 /// How many instructions are looked at for the next conditional branch.
 const LOOK_AHEAD: usize = 64;
 
-/// What stops a guest that does not exit.
+/// The mechanism that stops a guest that does not exit.
 #[derive(Debug, Default)]
 pub enum Preemption {
     /// Nothing: what is due waits for its next exit.

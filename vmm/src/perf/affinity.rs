@@ -3,8 +3,9 @@
 use std::collections::BTreeSet;
 use std::fmt;
 
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+
 use super::error::CounterError;
-use super::sys;
 
 /// Some CPUs, by number.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -17,7 +18,7 @@ impl CpuList {
         for part in text.trim().split(',').filter(|part| !part.is_empty()) {
             let (first, last) = part.split_once('-').unwrap_or((part, part));
             let (first, last): (usize, usize) = (first.parse().ok()?, last.parse().ok()?);
-            if last < first || last >= sys::MAX_CPUS {
+            if last < first || last >= CpuSet::MAX_CPU {
                 return None;
             }
             cpus.extend(first..=last);
@@ -27,18 +28,23 @@ impl CpuList {
 
     /// Those the calling thread may run on.
     pub fn of_this_thread() -> Result<CpuList, CounterError> {
-        let cpus = sys::affinity().map_err(|source| CounterError::Call {
+        let set = sched_getaffinity(None).map_err(|error| CounterError::Call {
             call: "sched_getaffinity",
-            source,
+            source: error.into(),
         })?;
-        Ok(CpuList(cpus.into_iter().collect()))
+        let cpus = 0..CpuSet::MAX_CPU;
+        Ok(CpuList(cpus.filter(|cpu| set.is_set(*cpu)).collect()))
     }
 
     /// Keeps the calling thread to these.
     pub fn keep_this_thread(&self) -> Result<(), CounterError> {
-        sys::set_affinity(self.iter()).map_err(|source| CounterError::Call {
+        let mut set = CpuSet::new();
+        for cpu in self.iter() {
+            set.set(cpu);
+        }
+        sched_setaffinity(None, &set).map_err(|error| CounterError::Call {
             call: "sched_setaffinity",
-            source,
+            source: error.into(),
         })
     }
 

@@ -1,4 +1,8 @@
-//! perf_event_open, the page and ring it shares, RDPMC, and the CPUs of a thread.
+//! perf_event_open, the page and ring it shares, and RDPMC.
+//!
+//! The two structures are written out here. The crate that has them, perf-event-open-sys, generates some
+//! thousand lines for them, with flags and unions that take more unsafe code to set and to read than
+//! these take to write; where their fields are is asserted.
 
 use std::fs::File;
 use std::io;
@@ -22,6 +26,9 @@ struct PerfEventAttr {
     config1: u64,
     config2: u64,
 }
+
+const _: () = assert!(offset_of!(PerfEventAttr, flags) == 40);
+const _: () = assert!(size_of::<PerfEventAttr>() == 72);
 
 /// Flags: pinned, exclude_hv, exclude_host.
 const PINNED_GUEST_ONLY: u64 = 1 << 2 | 1 << 6 | 1 << 19;
@@ -318,33 +325,6 @@ unsafe fn rdpmc(index: u32) -> u64 {
             options(nomem, nostack, preserves_flags));
     }
     u64::from(high) << 32 | u64::from(low)
-}
-
-/// CPUs that a `cpu_set_t` has room for.
-pub const MAX_CPUS: usize = libc::CPU_SETSIZE as usize;
-
-/// The CPUs that the calling thread may run on.
-pub fn affinity() -> io::Result<Vec<usize>> {
-    // SAFETY: a `cpu_set_t` is bits, all of which may be zero.
-    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
-    // SAFETY: the call fills at most the size given.
-    checked(unsafe { libc::sched_getaffinity(0, size_of_val(&set), &mut set) }.into())?;
-    // SAFETY: every number is below the set's size.
-    let has = |cpu: &usize| unsafe { libc::CPU_ISSET(*cpu, &set) };
-    Ok((0..MAX_CPUS).filter(has).collect())
-}
-
-/// Keeps the calling thread to these CPUs.
-pub fn set_affinity(cpus: impl Iterator<Item = usize>) -> io::Result<()> {
-    // SAFETY: a `cpu_set_t` is bits, all of which may be zero.
-    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
-    for cpu in cpus {
-        assert!(cpu < MAX_CPUS, "a CPU list holds no such number: {cpu}");
-        // SAFETY: the number is below the set's size.
-        unsafe { libc::CPU_SET(cpu, &mut set) };
-    }
-    // SAFETY: the call reads the size given.
-    checked(unsafe { libc::sched_setaffinity(0, size_of_val(&set), &set) }.into()).map(drop)
 }
 
 #[cfg(test)]

@@ -4,13 +4,13 @@
 //! Nothing here prints, ends the process or reads options. What is worth saying while a session runs goes to its
 //! [`Front`], what ends it is a [`Failure`].
 
-mod counting;
 mod images;
 pub mod index;
 mod kernel_cache;
 mod make;
 mod new_recording;
 mod open;
+mod preemption_plan;
 mod record;
 mod recording;
 mod replay;
@@ -22,19 +22,19 @@ use hindsight_replay::{Observer, OperatorConsole, Unit};
 use crate::failure::Failure;
 use crate::world::{Hold, Shown};
 
-pub use counting::{CounterWish, Counting, CountingError, Preempt};
 pub use images::{DiskWish, Images, MachineWish};
 pub use make::{
     LoadedKernel, MACHINE_CMDLINE, MachineError, build, cmdline, describe, host_facts, open_kvm,
     random_number,
 };
 pub use open::{RecordedImages, RecordedPaths};
+pub use preemption_plan::{CounterWish, PreemptionError, PreemptionPlan, PreemptionWish};
 pub use record::{RecordWish, Recorded, record};
 pub use recording::{INITRD_BYTES_MAX, Recording, RecordingError, content};
 pub use replay::{
     RelogWish, ReplayWish, Replayed, SaveWish, Saved, Until, Verdict, Watch, Watched, replay,
 };
-pub use run::{Ran, RunPreempt, RunWish, run};
+pub use run::{Ran, RunWish, run};
 
 /// Whoever is in front of a session: hears what is worth saying, and shows the guest's console.
 pub trait Front {

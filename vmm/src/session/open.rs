@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use hindsight_replay::{Header, Machine};
 
-use super::counting::{CounterWish, Counting};
 use super::make::{LoadedKernel, build, check_cpu, open_kvm};
+use super::preemption_plan::{CounterWish, PreemptionPlan, PreemptionWish};
 use super::recording::Recording;
 use crate::disk::{DiskError, Disks, OpenImage};
 use crate::failure::Failure;
@@ -95,9 +95,10 @@ impl RecordedImages {
     ) -> Result<(KvmCpu, Machine), Failure> {
         let (kvm, _) = open_kvm()?;
         check_cpu(&kvm, &header.machine.cpuid)?;
-        let counting = Counting::for_unit(&kvm, header.machine.preemption, counter)?;
+        let wish = PreemptionWish::Exactly(header.machine.preemption);
+        let plan = PreemptionPlan::choose(&kvm, wish, counter)?;
         let (mut cpu, machine) = build(&kvm, &header.machine, &self.kernel, &self.initrd)?;
-        counting.give_to(&mut cpu)?;
+        plan.apply(&mut cpu)?;
         Ok((cpu, machine))
     }
 }

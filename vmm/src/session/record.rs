@@ -10,15 +10,15 @@ use hindsight_replay::{
 };
 use kvm_ioctls::Kvm;
 
-use super::counting::{CounterWish, Counting, Preempt};
 use super::images::{Images, MachineWish};
 use super::make::{host_facts, open_kvm, random_bytes, random_number};
 use super::new_recording::NewRecording;
+use super::preemption_plan::{CounterWish, PreemptionPlan, PreemptionWish};
 use super::{Front, Viewed};
 use crate::failure::{Failure, Kind};
-use crate::foreign::{shown_lines, shown_path};
 use crate::world::net::Link;
 use crate::world::{HostWorld, Operator, RawTerminal};
+use hindsight_replay::foreign::{shown_lines, shown_path};
 
 /// What is to be recorded, and how.
 #[derive(Clone, Debug)]
@@ -33,8 +33,8 @@ pub struct RecordWish {
     pub detail: Detail,
     /// Exits from one digest of all of memory to the next.
     pub memory_every: Option<u64>,
-    /// What stops a guest that does not exit.
-    pub preempt: Preempt,
+    /// What is to stop a guest that does not exit.
+    pub preemption: PreemptionWish,
     /// The counter that does.
     pub counter: CounterWish,
     /// How long what is due waits for the guest to exit.
@@ -77,12 +77,12 @@ pub fn record(
     let images = Images::read(&wish.machine, &operator)?;
     let (kvm, mut holes) = open_kvm()?;
     holes.extend(images.kernel.holes());
-    let counting = Counting::choose(&kvm, wish.preempt, &wish.counter)?;
-    for warning in counting.warnings() {
+    let plan = PreemptionPlan::choose(&kvm, wish.preemption, &wish.counter)?;
+    for warning in plan.warnings() {
         front.notice(warning);
     }
     let mut machine = images.describe(&kvm, &wish.machine)?;
-    machine.preemption = counting.unit();
+    machine.preemption = plan.unit();
     let chaos = match wish.chaos {
         None => None,
         Some(Some(seed)) => Some(seed),
@@ -103,7 +103,7 @@ pub fn record(
         front,
         kvm,
         header,
-        counting,
+        plan,
         // Before anything is written: most that can be wrong with a network is wrong from the start.
         link: wish.machine.network.clone().map(Link::open).transpose()?,
         operator,
@@ -149,7 +149,7 @@ struct Session<'a> {
     front: &'a mut dyn Front,
     kvm: Kvm,
     header: Header,
-    counting: Counting,
+    plan: PreemptionPlan,
     /// For the first recording.
     link: Option<Link>,
     operator: Arc<Operator>,
@@ -163,13 +163,13 @@ impl Session<'_> {
     fn record(&mut self, images: Rc<Images>, chaos: Option<u64>) -> Result<Recorded, Failure> {
         let wish = self.wish;
         self.header.host.chaos = chaos;
-        self.header.host.counter = self.counting.facts();
+        self.header.host.counter = self.plan.facts();
         let console = wish.machine.console;
         self.header.host.console = console;
         let (mut cpu, mut machine) = images.build(&self.kvm, &self.header.machine)?;
         let mut disks = images.fresh_disks()?;
         drop(images);
-        self.counting.give_to(&mut cpu)?;
+        self.plan.apply(&mut cpu)?;
 
         let unit = self.header.machine.preemption;
         let patience = match unit {

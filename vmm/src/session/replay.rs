@@ -10,18 +10,18 @@ use hindsight_replay::{
     Replayer, RunError, Tail,
 };
 
-use super::counting::CounterWish;
 use super::new_recording::NewRecording;
 use super::open::{RecordedImages, RecordedPaths};
+use super::preemption_plan::CounterWish;
 use super::record::no_index;
 use super::recording::Recording;
 use super::state_file::{self, State};
 use super::{Front, Viewed};
 use crate::disk::Disks;
 use crate::failure::{Failure, Kind};
-use crate::foreign::{shown_lines, shown_path};
 use crate::kvm::{KvmCpu, KvmError};
 use crate::output_file::Plan;
+use hindsight_replay::foreign::{shown_lines, shown_path};
 
 /// What is to be replayed, and how.
 #[derive(Clone, Debug)]

@@ -4,33 +4,23 @@ use std::sync::Arc;
 
 use hindsight_replay::{End, Live, Machine, Patience, Unit};
 
-use super::counting::Counting;
 use super::images::{Images, MachineWish};
 use super::make::open_kvm;
+use super::preemption_plan::PreemptionPlan;
 use super::{Front, Viewed};
 use crate::failure::{Failure, Kind};
 use crate::kvm::Preemption;
 use crate::world::net::Link;
 use crate::world::{HostWorld, Operator, RawTerminal, Shown};
 
-/// Where a bare machine is preempted.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum RunPreempt {
-    /// As often as a recorder would do it on this host: anywhere if there is a branch counter, else at
-    /// kernel entries.
-    #[default]
-    AsRecorded,
-    /// Anywhere, as nobody will look for the place again.
-    Anywhere,
-}
-
 /// How a machine is to be run.
 #[derive(Clone, Debug)]
 pub struct RunWish {
     /// The machine.
     pub machine: MachineWish,
-    /// Where it is preempted.
-    pub preempt: RunPreempt,
+    /// Whether a guest that does not exit is preempted wherever it is, as nobody will look for the place again, even
+    /// where a recorder on this host would wait for a kernel entry.
+    pub anywhere: bool,
     /// How long what is due waits for the guest to exit.
     pub patience: Patience,
 }
@@ -56,12 +46,12 @@ pub struct Ran {
 pub fn run(wish: &RunWish, operator: Arc<Operator>, front: &mut dyn Front) -> Result<Ran, Failure> {
     let images = Images::read(&wish.machine, &operator)?;
     let (kvm, _) = open_kvm()?;
-    let unit = Counting::likely_unit();
+    let unit = PreemptionPlan::likely_unit();
     let mut description = images.describe(&kvm, &wish.machine)?;
     description.preemption = Some(unit);
     let (mut cpu, mut machine) = images.build(&kvm, &description)?;
-    cpu.preempt_by(match (wish.preempt, unit) {
-        (RunPreempt::AsRecorded, Unit::Entries) => Preemption::Entries,
+    cpu.preempt_by(match unit {
+        Unit::Entries if !wish.anywhere => Preemption::Entries,
         _ => Preemption::Anywhere,
     });
     let mut disks = images.fresh_disks()?;

@@ -10,10 +10,10 @@ use hindsight_replay::{Header, MachineState, StateOf};
 
 use crate::disk::Disks;
 use crate::failure::{Failure, Kind};
-use crate::foreign::shown_path;
 use crate::kvm::KvmCpu;
 use crate::output_file::OutputFile;
 use crate::regular_file::{self, Links};
+use hindsight_replay::foreign::shown_path;
 
 /// A machine on KVM with disks of files.
 pub type State = StateOf<KvmCpu, Disks>;

@@ -13,7 +13,7 @@ mod typed;
 
 use std::fs::File;
 use std::io::Read;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use hindsight_devices::{Input, Nanos, Room};
@@ -21,42 +21,18 @@ use hindsight_replay::{OperatorConsole, World};
 
 use crate::kvm::{Alarm, Kicker};
 use bell::Bell;
-pub use bell::PATIENCE;
 use clock::HostClock;
-use net::{Attached, Link, NetError, Waker};
+use net::{Attached, Link, NetError};
 pub use operator::Operator;
 pub use standard_output::{Hold, Shown, StandardOutput};
 pub use terminal::RawTerminal;
 use typed::Typed;
 
-/// How often somebody looks at the clock, and the vCPU is brought back to see whether it has waited for
+/// How often at least somebody looks at the clock, and the vCPU is brought back to see whether it has waited for
 /// something for too long.
 const TICK: Duration = Duration::from_millis(100);
 /// A guest that has not exited for this long after a stop was asked for is stopped where it is.
 const STOP_PATIENCE: Duration = Duration::from_millis(500);
-
-/// Wakes the world for the network.
-#[derive(Clone, Debug)]
-struct NetWaker {
-    bell: Bell,
-    /// What was seen of a link that is lost.
-    lost: Arc<OnceLock<String>>,
-}
-
-impl Waker for NetWaker {
-    fn frames_came(&self) {
-        self.bell.ring();
-    }
-
-    fn kick(&self) {
-        self.bell.kick();
-    }
-
-    fn link_lost(&self, seen: String) {
-        let _ = self.lost.set(seen);
-        self.bell.ring_and_kick();
-    }
-}
 
 /// The host, as the machine's world.
 #[derive(Debug)]
@@ -75,7 +51,6 @@ pub struct HostWorld {
     /// Why the world cannot go on, if it cannot: the machine is stopped then.
     failure: Option<String>,
     network: Option<Attached>,
-    link_lost: Arc<OnceLock<String>>,
     alarm: Alarm,
     /// When the alarm goes off, unless it has; and how much of the host's time the clock had left out when
     /// it was set, which it goes off too early by since.
@@ -108,12 +83,11 @@ impl HostWorld {
             random: File::open("/dev/urandom")?,
             failure: None,
             network: None,
-            link_lost: Arc::default(),
             alarm: Alarm::for_this_thread()?,
             alarm_at: None,
         };
-        let waker = world.waker();
-        world.network = link.map(|link| Attached::new(link, &waker)).transpose()?;
+        let bell = world.operator.bell().clone();
+        world.network = link.map(|link| Attached::new(link, bell)).transpose()?;
         world.begin();
         Ok(world)
     }
@@ -129,21 +103,12 @@ impl HostWorld {
 
     /// The world from now on again, for another machine.
     pub fn restart(mut self) -> Result<HostWorld, NetError> {
-        self.link_lost = Arc::default();
-        let waker = self.waker();
         if let Some(network) = &mut self.network {
-            network.put_up(&waker)?;
+            network.put_up()?;
         }
         self.clock.restart();
         self.begin();
         Ok(self)
-    }
-
-    fn waker(&self) -> NetWaker {
-        NetWaker {
-            bell: self.operator.bell().clone(),
-            lost: Arc::clone(&self.link_lost),
-        }
     }
 
     /// What a new machine begins with.
@@ -173,10 +138,8 @@ impl HostWorld {
     /// A network that is lost ends the world.
     fn look_at_link(&mut self) {
         if self.failure.is_none()
-            && let Some(seen) = self.link_lost.get()
-            && let Some(network) = &mut self.network
+            && let Some(why) = self.network.as_mut().and_then(Attached::post_mortem)
         {
-            let why = network.post_mortem(seen);
             self.fail(why);
         }
     }
@@ -210,33 +173,11 @@ impl HostWorld {
         self.alarm_at = self.alarm_at.filter(|(at, _)| *at > now);
     }
 
-    fn has_input(&self, room: &Room) -> bool {
-        let stops = self.operator.stop_asked().is_some() && !self.stop_given;
-        let types = self.room_to_type(room) > 0 && self.typed.count() > 0;
-        let network = self.network.as_ref().filter(|_| room.frames > 0);
-        let receives = network.is_some_and(Attached::waits);
-        stops || self.operator.wants() || types || receives || room.entropy > 0
-    }
-
-    /// How many typed bytes the operator's console has room for.
-    fn room_to_type(&self, room: &Room) -> usize {
-        match self.console {
-            OperatorConsole::Serial => room.console,
-            OperatorConsole::Virtio => room.virtio_console,
-        }
-    }
-}
-
-impl World for HostWorld {
-    fn now(&mut self) -> Nanos {
-        self.clock.now()
-    }
-
-    fn poll(&mut self, room: &Room) -> Option<Input> {
+    /// The next input that the machine has room for.
+    fn next_input(&mut self, room: &Room) -> Option<Input> {
         if let Some(unix_seconds) = self.wall_clock.take() {
             return Some(Input::WallClock { unix_seconds });
         }
-        // The common case is a look at some flags.
         self.look_at_link();
         if self.operator.stop_asked().is_some() && !self.stop_given {
             self.stop_given = true;
@@ -269,6 +210,37 @@ impl World for HostWorld {
             }
         }
         None
+    }
+
+    fn has_input(&self, room: &Room) -> bool {
+        let stops = self.operator.stop_asked().is_some() && !self.stop_given;
+        let types = self.room_to_type(room) > 0 && self.typed.count() > 0;
+        let network = self.network.as_ref().filter(|_| room.frames > 0);
+        let receives = network.is_some_and(Attached::waits);
+        stops || self.operator.wants() || types || receives || room.entropy > 0
+    }
+
+    /// How many typed bytes the operator's console has room for.
+    fn room_to_type(&self, room: &Room) -> usize {
+        match self.console {
+            OperatorConsole::Serial => room.console,
+            OperatorConsole::Virtio => room.virtio_console,
+        }
+    }
+}
+
+impl World for HostWorld {
+    fn now(&mut self) -> Nanos {
+        self.clock.now()
+    }
+
+    fn poll(&mut self, room: &Room) -> Option<Input> {
+        // The common case is a look at some flags.
+        self.operator.bell().looks();
+        let input = self.next_input(room)?;
+        // More may be there than the loop takes at this exit.
+        self.operator.bell().ring();
+        Some(input)
     }
 
     fn sleep(&mut self, until: Option<Nanos>, room: &Room) -> bool {
@@ -322,9 +294,10 @@ fn wall_clock() -> u64 {
         .map_or(0, |since| since.as_secs())
 }
 
+/// Brings the vCPU back for whatever is overdue, and now and then in any case.
 fn tick(clock: &HostClock, bell: &Bell) {
     loop {
-        std::thread::sleep(TICK);
+        bell.wait_until_overdue(TICK);
         clock.now();
         bell.kick();
     }

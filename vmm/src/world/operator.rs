@@ -108,7 +108,7 @@ impl Operator {
     /// Wants the machine to stop.
     pub fn stop(&self) {
         let _ = self.stop.set(Instant::now());
-        self.bell.ring_and_kick();
+        self.bell.ring_at_once();
     }
 
     /// Since when.
@@ -189,7 +189,7 @@ impl Operator {
             watched.last = size;
             let size = u32::from(columns) << 16 | u32::from(rows);
             self.size.store(size, Ordering::SeqCst);
-            self.bell.ring();
+            self.bell.ring_at_once();
         }
     }
 
@@ -201,12 +201,9 @@ impl Operator {
         match signal {
             Signal::SIGPWR => {
                 self.presses.fetch_add(1, Ordering::SeqCst);
-                self.bell.ring_and_kick();
+                self.bell.ring_at_once();
             }
-            Signal::SIGWINCH => {
-                self.look_at_size();
-                self.bell.kick();
-            }
+            Signal::SIGWINCH => self.look_at_size(),
             Signal::SIGTSTP => {
                 terminal::restore();
                 take_by_default(signal);

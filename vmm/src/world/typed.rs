@@ -15,7 +15,7 @@ use std::time::Duration;
 use nix::sys::signal::{SigSet, Signal};
 use rustix::event::{PollFd, PollFlags, poll};
 
-use super::bell::{Bell, PATIENCE};
+use super::bell::Bell;
 use super::operator::Operator;
 use super::terminal;
 
@@ -182,26 +182,13 @@ impl Typed {
             let (fits, rest) = bytes.split_at(room.min(bytes.len()));
             waiting.waiting.extend(fits);
             self.count.store(waiting.waiting.len(), Ordering::SeqCst);
-            let takes = waiting.takes;
             drop(waiting);
             bytes = rest;
             if is_first {
                 self.bell.ring();
-                self.kick_unless_taken(takes);
             }
         }
         0
-    }
-
-    /// A kick costs the guest more than an exit that it makes by itself.
-    fn kick_unless_taken(&self, takes: u64) {
-        let waits = |now: &mut Bytes| now.takes == takes;
-        let waited = self.taken.wait_timeout_while(self.bytes(), PATIENCE, waits);
-        let (bytes, timeout) = waited.expect("nobody panics with input in hand");
-        drop(bytes);
-        if timeout.timed_out() {
-            self.bell.kick();
-        }
     }
 }
 

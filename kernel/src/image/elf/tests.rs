@@ -211,3 +211,7 @@ fn counts_and_lengths_that_no_kernel_has_are_refused_before_they_cost_anything()
     let error = Elf::parse(&section).unwrap_err();
     assert!(matches!(error, KernelError::Truncated { .. }), "{error}");
 }
+
+fn u64_in(bytes: &[u8], offset: usize) -> u64 {
+    u64::from_le_bytes(bytes[offset..offset + 8].try_into().expect("eight bytes"))
+}

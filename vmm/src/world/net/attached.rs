@@ -1,44 +1,32 @@
-//! A machine's network while it runs: the link, what has come over it, and whom to wake.
+//! A machine's network while it runs: the link and what has come over it.
 
-use super::receiver::{Bell, Receiver};
+use super::receiver::Receiver;
 use super::{Link, NetError, Network};
-
-/// Brings the world back that sleeps until something happens, or the vCPU that runs.
-pub trait Waker: Clone + Send + 'static {
-    /// Frames are there that were not.
-    fn frames_came(&self);
-    /// They have waited for a while: the vCPU is to come back, if it runs.
-    fn kick(&self);
-    /// The link is lost, and this was seen of it.
-    fn link_lost(&self, seen: String);
-}
+use crate::world::bell::Bell;
 
 /// A network and its state.
 #[derive(Debug)]
 pub struct Attached {
     network: Network,
+    bell: Bell,
     /// In this order: the receiver's thread must not see the link end.
     up: Option<(Receiver, Link)>,
 }
 
 impl Attached {
-    /// Lets frames come in over `link`.
-    pub fn new(link: Link, waker: &impl Waker) -> Result<Attached, NetError> {
+    /// Lets frames come in over `link`, and ring `bell`.
+    pub fn new(link: Link, bell: Bell) -> Result<Attached, NetError> {
         let mut attached = Attached {
             network: link.network.clone(),
+            bell,
             up: None,
         };
-        attached.listen(link, waker)?;
+        attached.listen(link)?;
         Ok(attached)
     }
 
-    fn listen(&mut self, link: Link, waker: &impl Waker) -> Result<(), NetError> {
-        let [came, overdue, lost] = [(); 3].map(|()| waker.clone());
-        let receiver = link.listen(Bell {
-            frames: Box::new(move || came.frames_came()),
-            overdue: Box::new(move || overdue.kick()),
-            lost: Box::new(move |seen| lost.link_lost(seen)),
-        })?;
+    fn listen(&mut self, link: Link) -> Result<(), NetError> {
+        let receiver = link.listen(self.bell.clone())?;
         self.up = Some((receiver, link));
         Ok(())
     }
@@ -49,15 +37,15 @@ impl Attached {
     }
 
     /// The same network again, from its beginning.
-    pub fn put_up(&mut self, waker: &impl Waker) -> Result<(), NetError> {
+    pub fn put_up(&mut self) -> Result<(), NetError> {
         self.take_down();
-        self.listen(Link::open(self.network.clone())?, waker)
+        self.listen(Link::open(self.network.clone())?)
     }
 
     /// Whether a frame waits.
     pub fn waits(&self) -> bool {
         let up = self.up.as_ref();
-        up.is_some_and(|(receiver, _)| !receiver.inbox().is_empty())
+        up.is_some_and(|(receiver, _)| receiver.inbox().count() > 0)
     }
 
     /// The next frame that has come.
@@ -72,11 +60,9 @@ impl Attached {
         }
     }
 
-    /// The link is lost: why, in words, where `seen` is what was seen of it.
-    pub fn post_mortem(&mut self, seen: &str) -> String {
-        match &mut self.up {
-            Some((_, link)) => link.post_mortem(seen),
-            None => seen.into(),
-        }
+    /// Why the link is lost, if it is: a sentence.
+    pub fn post_mortem(&mut self) -> Option<String> {
+        let (receiver, link) = self.up.as_mut()?;
+        Some(link.post_mortem(receiver.lost()?))
     }
 }

@@ -70,14 +70,14 @@ impl Inbox {
         Some(frames.queue.len() == 1)
     }
 
-    /// Whether none is there.
-    pub fn is_empty(&self) -> bool {
-        self.count.load(Ordering::SeqCst) == 0
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.count.load(Ordering::SeqCst)
     }
 
     /// The next one that is not stale.
     pub fn pop(&self) -> Option<Vec<u8>> {
-        if self.is_empty() {
+        if self.count() == 0 {
             return None;
         }
         let mut frames = self.frames();
@@ -102,7 +102,7 @@ mod tests {
     #[test]
     fn frames_leave_in_the_order_in_which_they_came() {
         let inbox = Inbox::default();
-        assert!(inbox.is_empty() && inbox.pop().is_none());
+        assert!(inbox.count() == 0 && inbox.pop().is_none());
         assert_eq!(inbox.push(vec![1]), Some(true));
         assert_eq!(inbox.push(vec![2]), Some(false));
         assert_eq!(
@@ -121,7 +121,7 @@ mod tests {
         let pushes = Arc::clone(&inbox);
         let pusher = std::thread::spawn(move || (pushes.push(vec![1]), pushes.push(vec![2])));
         assert!(inbox.pop().is_some());
-        while inbox.count.load(Ordering::SeqCst) < FRAMES_MAX {
+        while inbox.count() < FRAMES_MAX {
             std::thread::yield_now();
         }
         assert!(!pusher.is_finished());

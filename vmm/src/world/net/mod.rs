@@ -18,14 +18,15 @@ use std::os::fd::OwnedFd;
 
 use thiserror::Error;
 
+use super::bell::Bell;
 use crate::failure::{Classified, Kind};
 
-pub use attached::{Attached, Waker};
+pub use attached::Attached;
 pub use publish::{Publish, parse_publish};
 pub use tap::is_name as is_tap_name;
 
 use passt::Passt;
-use receiver::{Bell, Receiver, Source};
+use receiver::{Receiver, Source};
 use stream::StreamWire;
 
 /// Why there is no link.
@@ -110,7 +111,7 @@ impl Link {
         Ok(Link { network, end })
     }
 
-    /// Lets frames come in, and `bell` tell of them, until what is returned is dropped.
+    /// Lets frames come in, and ring `bell`, until what is returned is dropped.
     fn listen(&self, bell: Bell) -> Result<Receiver, NetError> {
         let source = match &self.end {
             End::Passt { wire, .. } => Source::stream(wire.share()?),
@@ -126,7 +127,7 @@ impl Link {
         }
     }
 
-    /// The link is gone: what is known of why, in words, where `seen` is what was seen of it.
+    /// The link is gone: what is known of why, where `seen` is what was seen of it.
     fn post_mortem(&mut self, seen: &str) -> String {
         match &mut self.end {
             End::Passt { passt, .. } => format!("the network is gone: {}", passt.last_words(seen)),

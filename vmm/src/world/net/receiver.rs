@@ -1,36 +1,18 @@
 //! The thread that takes what comes over a link.
 //!
-//! A frame waits for the guest to exit by itself; only if nobody has taken it for a while is the vCPU
-//! kicked, once for all frames that wait by then.
+//! It puts frames into the inbox and rings the bell for the first of those that wait there.
 
 use std::io::{self, PipeReader, PipeWriter};
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::{Errno, read};
 
 use super::inbox::Inbox;
 use super::stream::{Deframer, Nonsense};
-use crate::world::PATIENCE;
-
-/// What whoever waits for frames wants to be told.
-pub struct Bell {
-    /// Frames are there that were not.
-    pub frames: Box<dyn Fn() + Send>,
-    /// They have waited for long enough.
-    pub overdue: Box<dyn Fn() + Send>,
-    /// None will come any more, for this reason.
-    pub lost: Box<dyn Fn(String) + Send>,
-}
-
-impl std::fmt::Debug for Bell {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Bell")
-    }
-}
+use crate::world::bell::Bell;
 
 /// Where frames come from.
 pub struct Source {
@@ -40,7 +22,7 @@ pub struct Source {
     buffer: Vec<u8>,
 }
 
-/// Reads until there is nothing, or this often, before it looks at the clock again.
+/// Reads until there is nothing, or this often, before it looks whether it is to stop.
 const READS: usize = 64;
 
 impl Source {
@@ -62,14 +44,13 @@ impl Source {
         }
     }
 
-    /// Waits for so long, or for ever, for something to read; or for `stop` to be closed.
-    fn wait(&self, most: Option<Duration>, stop: &PipeReader) -> Waited {
-        let most = most.map(|most| most.try_into().expect("a short time"));
+    /// Waits for something to read, or for `stop` to be closed.
+    fn wait(&self, stop: &PipeReader) -> Waited {
         let mut fds = [
             PollFd::new(&self.fd, PollFlags::IN),
             PollFd::new(stop, PollFlags::IN),
         ];
-        match poll(&mut fds, most.as_ref()) {
+        match poll(&mut fds, None) {
             Ok(1..) if !fds[1].revents().is_empty() => Waited::Stopped,
             Ok(1..) => Waited::Readable,
             Ok(0) | Err(_) => Waited::InVain,
@@ -112,6 +93,8 @@ enum Waited {
 #[derive(Debug)]
 pub struct Receiver {
     inbox: Arc<Inbox>,
+    /// What was seen of a link that is lost.
+    lost: Arc<OnceLock<String>>,
     stop: Option<PipeWriter>,
     thread: Option<JoinHandle<()>>,
 }
@@ -121,11 +104,18 @@ impl Receiver {
     pub(super) fn start(source: Source, bell: Bell) -> io::Result<Receiver> {
         let inbox = Arc::new(Inbox::default());
         let (stopped, stop) = io::pipe()?;
-        let theirs = Arc::clone(&inbox);
+        let lost = Arc::new(OnceLock::new());
+        let (frames, seen) = (Arc::clone(&inbox), Arc::clone(&lost));
         let thread = std::thread::Builder::new().name("network".into());
-        let thread = thread.spawn(move || receive(source, &theirs, &bell, &stopped))?;
+        let thread = thread.spawn(move || {
+            if let Some(why) = receive(source, &frames, &bell, &stopped) {
+                let _ = seen.set(why);
+                bell.ring_at_once();
+            }
+        })?;
         Ok(Receiver {
             inbox,
+            lost,
             stop: Some(stop),
             thread: Some(thread),
         })
@@ -134,6 +124,11 @@ impl Receiver {
     /// The frames that have come.
     pub fn inbox(&self) -> &Inbox {
         &self.inbox
+    }
+
+    /// What was seen of the link if it is lost: no more frames will come.
+    pub fn lost(&self) -> Option<&str> {
+        self.lost.get().map(String::as_str)
     }
 }
 
@@ -149,37 +144,26 @@ impl Drop for Receiver {
     }
 }
 
-fn receive(mut source: Source, inbox: &Inbox, bell: &Bell, stop: &PipeReader) {
-    let mut overdue_at: Option<Instant> = None;
+/// Takes what comes until the link is lost, and returns what was seen of it; or until it is stopped.
+fn receive(mut source: Source, inbox: &Inbox, bell: &Bell, stop: &PipeReader) -> Option<String> {
     loop {
-        let most = overdue_at.map(|at| at.saturating_duration_since(Instant::now()));
-        let waited = source.wait(most, stop);
-        if overdue_at.is_some_and(|at| at <= Instant::now()) {
-            overdue_at = None;
-            if !inbox.is_empty() {
-                (bell.overdue)();
-            }
-        }
-        match waited {
+        match source.wait(stop) {
             Waited::Readable => {}
             Waited::InVain => continue,
-            Waited::Stopped => return,
+            Waited::Stopped => return None,
         }
         let mut open = true;
         for _ in 0..READS {
             let more = source.read(|frame| match inbox.push(frame.to_vec()) {
                 None => open = false,
                 Some(false) => {}
-                Some(true) => {
-                    (bell.frames)();
-                    overdue_at = overdue_at.or(Some(Instant::now() + PATIENCE));
-                }
+                Some(true) => bell.ring(),
             });
             match more {
-                _ if !open => return,
+                _ if !open => return None,
                 Ok(true) => {}
                 Ok(false) => break,
-                Err(why) => return (bell.lost)(why),
+                Err(why) => return Some(why),
             }
         }
     }
@@ -190,28 +174,17 @@ mod tests {
     use super::*;
     use std::io::Write;
     use std::os::unix::net::UnixStream;
-    use std::sync::mpsc::{Receiver as Hearer, channel};
+    use std::time::Duration;
 
-    #[derive(Debug, PartialEq)]
-    enum Said {
-        Frames,
-        Overdue,
-        Lost(String),
+    fn listen(socket: UnixStream) -> (Receiver, Bell) {
+        let bell = Bell::default();
+        let receiver = Receiver::start(Source::stream(socket.into()), bell.clone()).unwrap();
+        (receiver, bell)
     }
 
-    fn listen(socket: UnixStream) -> (Receiver, Hearer<Said>) {
-        let (sender, said) = channel();
-        let say = |what: fn() -> Said| {
-            let sender = sender.clone();
-            Box::new(move || drop(sender.send(what()))) as Box<dyn Fn() + Send>
-        };
-        let bell = Bell {
-            frames: say(|| Said::Frames),
-            overdue: say(|| Said::Overdue),
-            lost: Box::new(move |why| drop(sender.send(Said::Lost(why)))),
-        };
-        let receiver = Receiver::start(Source::stream(socket.into()), bell).unwrap();
-        (receiver, said)
+    /// Waits for a ring.
+    fn hear(bell: &Bell) {
+        assert!(bell.wait(Some(Duration::from_secs(20))), "it never rang");
     }
 
     fn frame(bytes: u8) -> Vec<u8> {
@@ -223,48 +196,51 @@ mod tests {
     }
 
     #[test]
-    fn frames_that_come_are_told_once_and_are_overdue_once() {
+    fn the_first_frame_rings_and_so_does_the_end() {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
-        let (receiver, said) = listen(ours);
+        let (receiver, bell) = listen(ours);
         let inbox = receiver.inbox();
         theirs.write_all(&[frame(60), frame(61)].concat()).unwrap();
-        assert_eq!(said.recv(), Ok(Said::Frames));
-        assert_eq!(said.recv(), Ok(Said::Overdue));
+        hear(&bell);
+        while inbox.count() < 2 {
+            std::thread::yield_now();
+        }
+        assert!(!bell.wait(Some(Duration::ZERO)), "once is enough");
         assert_eq!(inbox.pop(), Some(vec![60; 60]));
         assert_eq!(inbox.pop(), Some(vec![61; 61]));
         theirs.write_all(&frame(62)).unwrap();
-        assert_eq!(said.recv(), Ok(Said::Frames));
-        inbox.pop();
+        hear(&bell);
+        assert_eq!((inbox.pop(), receiver.lost()), (Some(vec![62; 62]), None));
         drop(theirs);
-        let last = said.iter().last();
-        assert_eq!(last, Some(Said::Lost("the connection was closed".into())));
+        hear(&bell);
+        assert_eq!(receiver.lost(), Some("the connection was closed"));
     }
 
     #[test]
     fn an_end_that_sends_nonsense_is_lost() {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
-        let (_receiver, said) = listen(ours);
+        let (receiver, bell) = listen(ours);
         theirs.write_all(&[0xff; 8]).unwrap();
-        let Ok(Said::Lost(why)) = said.recv() else {
-            panic!("nothing was lost")
-        };
+        hear(&bell);
+        let why = receiver.lost().expect("it is lost");
         assert!(why.contains("4294967295 bytes"), "{why}");
     }
 
     #[test]
-    fn a_receiver_that_is_dropped_ends_its_thread_and_says_nothing() {
+    fn a_receiver_that_is_dropped_ends_its_thread_and_does_not_ring() {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
-        let (receiver, said) = listen(ours);
+        let (receiver, bell) = listen(ours);
+        let lost = Arc::clone(&receiver.lost);
         drop(receiver);
         // A process that another test has just forked may have it open until it runs its program.
         let closed = (0..500).any(|_| {
             let closed = theirs.write_all(&frame(60)).is_err();
             if !closed {
-                std::thread::sleep(std::time::Duration::from_millis(10));
+                std::thread::sleep(Duration::from_millis(10));
             }
             closed
         });
         assert!(closed, "nobody has it open");
-        assert!(said.recv().is_err(), "it dropped its bell and said nothing");
+        assert!(!bell.wait(Some(Duration::ZERO)) && lost.get().is_none());
     }
 }

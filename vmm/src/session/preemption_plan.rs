@@ -1,4 +1,7 @@
-//! How the guest of a recording is stopped between two exits, and what must be there for it.
+//! What stops a guest that does not exit: from what the operator asks for to what this host can do.
+//!
+//! [`PreemptionWish`] is what is asked for, [`PreemptionPlan`] what it comes to on this host. A recording's header
+//! has the plan's [`Unit`]; a vCPU gets a [`Preemption`], the mechanism.
 
 use hindsight_replay::{CounterFacts, Lander, Unit};
 use kvm_ioctls::Kvm;
@@ -10,18 +13,14 @@ use crate::doctor::{Effort, calibrate};
 use crate::kvm::{KvmCpu, Preemption, kick_signal};
 use crate::perf::{BranchCounter, CounterError, CounterEvent, HostCounter, REMEDY, Throttling};
 
-/// What stops a guest that does not exit.
+/// What is to stop a guest that does not exit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Preempt {
+pub enum PreemptionWish {
     /// A branch counter if this host has one that is exact; else kernel entries.
     #[default]
     Auto,
-    /// A branch counter: the guest can be stopped anywhere.
-    Branches,
-    /// Its own entries into its kernel: system calls and faults.
-    Entries,
-    /// Nothing: what is due waits for its next exit.
-    Never,
+    /// What counts this; `None`: nothing does, and what is due waits for the guest's next exit.
+    Exactly(Option<Unit>),
 }
 
 /// What the operator forces of the branch counter.
@@ -35,7 +34,7 @@ pub struct CounterWish {
 
 /// Why a guest cannot be stopped as it should.
 #[derive(Debug, Error)]
-pub enum CountingError {
+pub enum PreemptionError {
     /// The counter is missing or cannot be relied on.
     #[error(
         "this host cannot stop a guest at a counted branch: {0}. `hindsight doctor` tells more; to \
@@ -60,63 +59,55 @@ pub enum CountingError {
     },
 }
 
-/// How the guest is stopped.
-#[derive(Debug)]
-pub enum Counting {
-    /// Not at all.
-    Never,
-    /// At counted kernel entries.
-    Entries,
-    /// At counted branches.
-    Branches {
-        /// What counts them.
-        event: CounterEvent,
-        /// What is known of it.
-        facts: CounterFacts,
-        /// What the operator should know of it, in words.
-        warnings: Vec<String>,
-    },
+/// What will stop it on this host.
+#[derive(Clone, Debug)]
+pub struct PreemptionPlan {
+    unit: Option<Unit>,
+    /// The branch counter, if that is what counts, and what is known of it.
+    counter: Option<(CounterEvent, CounterFacts)>,
+    warnings: Vec<String>,
 }
 
-impl Counting {
-    /// What `wanted` comes to on this host.
+impl PreemptionPlan {
+    /// What `wish` comes to on this host.
+    ///
+    /// # Errors
+    ///
+    /// A branch counter is asked for, and there is none that is exact.
     pub fn choose(
         kvm: &Kvm,
-        wanted: Preempt,
+        wish: PreemptionWish,
         counter: &CounterWish,
-    ) -> Result<Counting, CountingError> {
-        match wanted {
-            Preempt::Never => Ok(Counting::Never),
-            Preempt::Entries => Ok(Counting::Entries),
-            Preempt::Branches => Counting::branches(kvm, counter),
+    ) -> Result<PreemptionPlan, PreemptionError> {
+        match wish {
+            PreemptionWish::Exactly(Some(Unit::Branches)) => PreemptionPlan::branches(kvm, counter),
+            PreemptionWish::Exactly(unit) => Ok(PreemptionPlan::uncounted(unit)),
             // Who names an event wants it.
-            Preempt::Auto if counter.event.is_some() => Counting::branches(kvm, counter),
-            Preempt::Auto => Counting::branches(kvm, counter).or(Ok(Counting::Entries)),
+            PreemptionWish::Auto if counter.event.is_some() => {
+                PreemptionPlan::branches(kvm, counter)
+            }
+            PreemptionWish::Auto => Ok(PreemptionPlan::branches(kvm, counter)
+                .unwrap_or_else(|_| PreemptionPlan::uncounted(Some(Unit::Entries)))),
         }
     }
 
-    /// What a recording needs to be replayed.
-    pub fn for_unit(
-        kvm: &Kvm,
-        unit: Option<Unit>,
-        counter: &CounterWish,
-    ) -> Result<Counting, CountingError> {
-        let wanted = match unit {
-            None => Preempt::Never,
-            Some(Unit::Entries) => Preempt::Entries,
-            Some(Unit::Branches) => Preempt::Branches,
-        };
-        Counting::choose(kvm, wanted, counter)
+    /// Without a counter of this host's.
+    fn uncounted(unit: Option<Unit>) -> PreemptionPlan {
+        PreemptionPlan {
+            unit,
+            counter: None,
+            warnings: Vec::new(),
+        }
     }
 
-    fn branches(kvm: &Kvm, wish: &CounterWish) -> Result<Counting, CountingError> {
+    fn branches(kvm: &Kvm, wish: &CounterWish) -> Result<PreemptionPlan, PreemptionError> {
         let event: CounterEvent = match &wish.event {
             Some(event) => event.parse()?,
             None => CounterEvent::of_host()?,
         };
         let found = calibrate(kvm, &event, Effort::QUICK)?;
         if let Some(wrong) = found.inexact {
-            return Err(CountingError::Inexact {
+            return Err(PreemptionError::Inexact {
                 event: event.to_string(),
                 expected: wrong.expected,
                 counted: wrong.counted,
@@ -144,36 +135,26 @@ impl Counting {
                  the recording ends there. To rule it out: {REMEDY}"
             ));
         }
-        Ok(Counting::Branches {
-            event,
-            facts,
+        Ok(PreemptionPlan {
+            unit: Some(Unit::Branches),
+            counter: Some((event, facts)),
             warnings,
         })
     }
 
     /// What is counted.
     pub fn unit(&self) -> Option<Unit> {
-        match self {
-            Counting::Never => None,
-            Counting::Entries => Some(Unit::Entries),
-            Counting::Branches { .. } => Some(Unit::Branches),
-        }
+        self.unit
     }
 
     /// What is known of the branch counter, if it is used.
     pub fn facts(&self) -> Option<CounterFacts> {
-        match self {
-            Counting::Branches { facts, .. } => Some(facts.clone()),
-            _ => None,
-        }
+        self.counter.as_ref().map(|(_, facts)| facts.clone())
     }
 
-    /// What the operator should know of it, in words.
+    /// What the operator should know of it: sentences.
     pub fn warnings(&self) -> &[String] {
-        match self {
-            Counting::Branches { warnings, .. } => warnings,
-            _ => &[],
-        }
+        &self.warnings
     }
 
     /// What a recording on this host would count, as far as can be told without measuring.
@@ -187,23 +168,25 @@ impl Counting {
     }
 
     /// Has `cpu`, which runs on this thread, be stopped so.
-    pub fn give_to(&self, cpu: &mut KvmCpu) -> Result<(), CountingError> {
-        cpu.preempt_by(match self {
-            Counting::Never => Preemption::Never,
-            Counting::Entries => Preemption::Entries,
-            Counting::Branches { event, facts, .. } => {
+    ///
+    /// # Errors
+    ///
+    /// The counter cannot be opened any more.
+    pub fn apply(&self, cpu: &mut KvmCpu) -> Result<(), PreemptionError> {
+        cpu.preempt_by(match (&self.counter, self.unit) {
+            (Some((event, facts)), _) => {
                 let counter = BranchCounter::open(event, kick_signal())?;
-                Preemption::Branches(Box::new(Lander::new(HostCounter::new(
-                    counter,
-                    facts.margin,
-                ))))
+                let counter = HostCounter::new(counter, facts.margin);
+                Preemption::Branches(Box::new(Lander::new(counter)))
             }
+            (None, Some(_)) => Preemption::Entries,
+            (None, None) => Preemption::Never,
         });
         Ok(())
     }
 }
 
-impl Classified for CountingError {
+impl Classified for PreemptionError {
     fn kind(&self) -> Kind {
         Kind::Unfit
     }
