@@ -7,8 +7,8 @@ use clap::Args;
 use comfy_table::{CellAlignment, Table, presets};
 use hindsight_devices::{Nanos, POSTED_PORT};
 use hindsight_replay::{
-    Detail, End, Event, FRAME_HEAD_BYTES, Frame, FullDigest, Guest, Header, IndexEntry, JournalError,
-    JournalReader, LeftOpen, Moment, Observer, Record, TailReason, Turn,
+    Detail, End, Event, FRAME_HEAD_BYTES, Frame, FullDigest, Guest, Header, IndexEntry,
+    JournalError, JournalReader, LeftOpen, Moment, Observer, Record, TailReason, Turn,
 };
 use serde::Serialize;
 use serde_json::{Value, json};

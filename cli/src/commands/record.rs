@@ -42,7 +42,7 @@ pub struct Options {
     /// How much the journal says; both replay.
     #[arg(long, value_enum, default_value_t)]
     detail: DetailOption,
-    /// Also record a digest of all of memory every N exits: memory=N.
+    /// Also record a digest of memory and of all else that the machine has, every N exits: memory=N.
     #[arg(long, value_name = "memory=N", value_parser = parse_verify)]
     verify: Option<Verify>,
     /// What stops a guest that does not exit.

@@ -23,13 +23,13 @@ use crate::tell::{out, tell};
 #[derive(Debug, Args)]
 #[command(group(ArgGroup::new("written").args(["relog", "save"])))]
 #[command(after_help = "\
-The guest's console goes to standard output, the verdict to standard error. Memory is always
+The guest's console goes to standard output, the verdict to standard error. Memory, registers, devices and disks are always
 compared at the end of a whole recording, unless the guest was stopped between two exits: then the
 verdict says that it was not.")]
 pub struct Options {
     /// The recording.
     recording: PathBuf,
-    /// Compare all of memory: at the end (memory), or every N exits too (memory=N).
+    /// Compare memory and all else that the machine has: at the end (memory), or every N exits too (memory=N).
     ///
     /// The latter where the recording holds digests made with the same option.
     #[arg(long, value_name = "memory[=N]", value_parser = parse_verify)]

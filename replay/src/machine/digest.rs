@@ -231,7 +231,7 @@ fn split(page: &[u8; PAGE_BYTES]) -> ([u8; PAGE_BYTES], [u64; ACCESSED_WORDS]) {
     for (bits, bytes) in accessed.iter_mut().zip(masked.chunks_exact_mut(8 * 64)) {
         for (place, bytes) in bytes.as_chunks_mut::<8>().0.iter_mut().enumerate() {
             let word = u64::from_le_bytes(*bytes);
-            let is_accessed = u64::from(could_be_entry(word)) & word / ACCESSED;
+            let is_accessed = u64::from(could_be_entry(word)) & (word / ACCESSED);
             *bits |= is_accessed << place;
             *bytes = (word & !(is_accessed * ACCESSED)).to_le_bytes();
         }

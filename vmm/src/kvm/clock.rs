@@ -2,7 +2,7 @@
 
 use hindsight_replay::ShownClock;
 
-use super::vcpu::KvmCpu;
+use super::cpu::KvmCpu;
 use crate::boot::GuestRam;
 use hindsight_kernel::QuickClock;
 

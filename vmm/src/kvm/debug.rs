@@ -13,9 +13,9 @@
 use kvm_bindings::{KVM_GUESTDBG_ENABLE, kvm_debugregs, kvm_guest_debug, kvm_guest_debug_arch};
 use serde::{Deserialize, Serialize};
 
+use super::cpu::KvmCpu;
 use super::error::{KvmError, Named};
 use super::traps::Here;
-use super::vcpu::KvmCpu;
 
 /// DR6: which breakpoints were hit (Intel SDM vol. 3, 17.2.3).
 const HITS: u64 = 0xf;
@@ -180,7 +180,7 @@ impl KvmCpu {
         control: u32,
         arch: kvm_guest_debug_arch,
     ) -> Result<(), KvmError> {
-        let watched = if self.watched { WATCHED } else { 0 };
+        let watched = if self.vcpu.watched { WATCHED } else { 0 };
         let debug = kvm_guest_debug {
             control: control | watched,
             arch,
@@ -193,10 +193,10 @@ impl KvmCpu {
 
     /// The guest may be led to places from now on.
     pub(super) fn watch_debug_registers(&mut self) -> Result<(), KvmError> {
-        if self.watched {
+        if self.vcpu.watched {
             return Ok(());
         }
-        self.watched = true;
+        self.vcpu.watched = true;
         self.debug(0, kvm_guest_debug_arch::default())
     }
 
@@ -214,14 +214,15 @@ impl KvmCpu {
     /// Takes breakpoints of ours out of the guest's registers, if KVM has put them there.
     pub(super) fn keep_own_breakpoints(&mut self) -> Result<(), KvmError> {
         let mut registers = self.debug_registers()?;
-        if self.breakpoints.are_in(&registers) {
+        if self.vcpu.breakpoints.are_in(&registers) {
             return Ok(());
         }
         // It took DR6 along: what that says of free registers is of ours.
-        for number in self.breakpoints.free() {
+        for number in self.vcpu.breakpoints.free() {
             registers.dr6 &= !(1 << number);
         }
-        (registers.db, registers.dr7) = (self.breakpoints.addresses, self.breakpoints.dr7);
+        (registers.db, registers.dr7) =
+            (self.vcpu.breakpoints.addresses, self.vcpu.breakpoints.dr7);
         self.counts.breakpoints_restored += 1;
         self.set_debug_registers(&registers)
     }
@@ -231,8 +232,9 @@ impl KvmCpu {
     pub(super) fn raise_debug(&mut self, bits: u64) -> Result<(), KvmError> {
         let mut registers = self.debug_registers()?;
         registers.dr6 = registers.dr6 & !HITS | DR6_FIXED | bits;
-        self.breakpoints.dr7 &= !DR7_GD;
-        (registers.db, registers.dr7) = (self.breakpoints.addresses, self.breakpoints.dr7);
+        self.vcpu.breakpoints.dr7 &= !DR7_GD;
+        (registers.db, registers.dr7) =
+            (self.vcpu.breakpoints.addresses, self.vcpu.breakpoints.dr7);
         self.set_debug_registers(&registers)?;
         self.inject(DB_VECTOR, None)
     }
@@ -251,7 +253,7 @@ impl KvmCpu {
             .set_vcpu_events(&events)
             .named("KVM_SET_VCPU_EVENTS")?;
         // Whether an interrupt can be taken KVM said before that. It cannot: settling asks again.
-        self.unfinished = true;
+        self.vcpu.unfinished = true;
         Ok(())
     }
 
@@ -264,11 +266,11 @@ impl KvmCpu {
     pub(super) fn sort_debug_exit(&mut self) -> Result<DebugExit, KvmError> {
         let dr6 = self.page().debug_status();
         self.keep_own_breakpoints()?;
-        let guest = self.breakpoints;
+        let guest = self.vcpu.breakpoints;
         let rip = self.rip();
-        let stops = std::mem::take(&mut self.stops);
+        let stops = std::mem::take(&mut self.vcpu.stops);
         let verdict = judge(dr6, rip, &guest, &stops);
-        self.stops = stops;
+        self.vcpu.stops = stops;
         let Verdict::Guest(bits) = verdict else {
             return Ok(DebugExit::Stop);
         };
@@ -283,7 +285,7 @@ impl KvmCpu {
     /// The guest has taken a step of ours. Gives it what is its own of it; tells whether there was anything.
     pub(super) fn sort_step(&mut self) -> Result<bool, KvmError> {
         let dr6 = self.page().debug_status();
-        let bits = dr6 & self.breakpoints.mask(false);
+        let bits = dr6 & self.vcpu.breakpoints.mask(false);
         if bits != 0 {
             self.raise_debug(bits)?;
         }
@@ -294,7 +296,7 @@ impl KvmCpu {
     /// raises its #DB. Tells whether there was anything.
     pub(super) fn raise_own_breakpoint(&mut self) -> Result<bool, KvmError> {
         let rip = self.rip();
-        let bits = self.breakpoints.at(rip);
+        let bits = self.vcpu.breakpoints.at(rip);
         if bits != 0 {
             self.raise_debug(bits)?;
         }
@@ -308,17 +310,18 @@ impl KvmCpu {
         }
         match number {
             7 if value >> 32 != 0 => return self.raise_gp(here.address),
-            7 => self.breakpoints.dr7 = value & DR7_FREE | DR7_FIXED,
-            number => self.breakpoints.addresses[usize::from(number & 3)] = value,
+            7 => self.vcpu.breakpoints.dr7 = value & DR7_FREE | DR7_FIXED,
+            number => self.vcpu.breakpoints.addresses[usize::from(number & 3)] = value,
         }
         let mut registers = self.debug_registers()?;
-        (registers.db, registers.dr7) = (self.breakpoints.addresses, self.breakpoints.dr7);
+        (registers.db, registers.dr7) =
+            (self.vcpu.breakpoints.addresses, self.vcpu.breakpoints.dr7);
         self.set_debug_registers(&registers)
     }
 
     /// Raises the #DB of an access to a debug register, if the guest wants one (DR7.GD).
     fn is_guarded(&mut self, here: Here) -> Result<bool, KvmError> {
-        let guarded = self.breakpoints.dr7 & DR7_GD != 0;
+        let guarded = self.vcpu.breakpoints.dr7 & DR7_GD != 0;
         if guarded {
             self.forget_trap();
             self.return_to(here.address)?;

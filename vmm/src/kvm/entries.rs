@@ -17,11 +17,11 @@
 
 use kvm_bindings::kvm_sregs;
 
+use super::cpu::KvmCpu;
 use super::entry_stub::{NO_STUB, OUT_OFFSET, STUB_BYTES, STUBS, stub};
 use super::error::KvmError;
 use super::memory::GuestMemory;
 use super::msr::{self, CSTAR, LSTAR};
-use super::vcpu::KvmCpu;
 use crate::boot::GuestRam;
 use hindsight_kernel::EntryCaves;
 use hindsight_kernel::rewrite::traps::TRAP_ENTRY;

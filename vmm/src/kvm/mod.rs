@@ -1,6 +1,7 @@
 //! The machine's CPU and memory, on stock KVM. With `perf`, the only place of unsafe code.
 
 mod clock;
+mod cpu;
 pub mod cpuid;
 pub mod deadline;
 mod debug;
@@ -30,6 +31,7 @@ mod traps;
 mod vcpu;
 mod vm;
 
+pub use cpu::{KvmCpu, VcpuCounts};
 pub use error::KvmError;
 pub use guest_text::GuestView;
 pub use memory::GuestMemory;
@@ -39,5 +41,4 @@ pub use signals::{Alarm, Kicker, before_crash, install_kick, kick_signal};
 pub use state::{Flip, KvmState};
 pub use tap::open_tap;
 pub use trap_sites::{Trap, TrapSites};
-pub use vcpu::{KvmCpu, VcpuCounts};
 pub use vm::{KernelText, Vm};

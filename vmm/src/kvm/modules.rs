@@ -7,9 +7,9 @@
 
 use hindsight_replay::{Exit, LeftOpen};
 
+use super::cpu::KvmCpu;
 use super::error::KvmError;
 use super::traps::Here;
-use super::vcpu::KvmCpu;
 use crate::boot::GuestRam;
 use hindsight_kernel::rewrite::modules::ModuleText;
 use hindsight_kernel::rewrite::traps;

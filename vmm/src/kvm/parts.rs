@@ -12,10 +12,10 @@ use hindsight_devices::{Access, Width};
 use hindsight_replay::Exit;
 use kvm_bindings::KVM_EXIT_MMIO;
 
+use super::cpu::KvmCpu;
 use super::error::KvmError;
 use super::run_page::{MmioExit, PortExit};
 use super::signals;
-use super::vcpu::KvmCpu;
 
 /// Guest page size in bytes.
 const PAGE: u64 = 4096;
@@ -124,23 +124,23 @@ fn port_width(io: &PortExit) -> Width {
 impl KvmCpu {
     /// The next exit, if it is at hand.
     pub(super) fn next_part(&mut self) -> Option<Exit> {
-        if let Some(write) = self.parts.writes.pop_front() {
+        if let Some(write) = self.vcpu.parts.writes.pop_front() {
             return Some(Exit::Access(write));
         }
-        if let Some(read) = self.parts.read.and_then(|read| read.element()) {
+        if let Some(read) = self.vcpu.parts.read.and_then(|read| read.element()) {
             return Some(Exit::Access(read));
         }
-        self.parts.read = None;
-        self.parts.held.take()?;
+        self.vcpu.parts.read = None;
+        self.vcpu.parts.held.take()?;
         // The part of an access that lies on another page.
-        self.unfinished = true;
+        self.vcpu.unfinished = true;
         Some(self.decode_mmio())
     }
 
     /// The exit of a port access that is no trap.
     pub(super) fn decode_port(&mut self, io: PortExit) -> Exit {
         if io.read {
-            self.parts.read = Some(PartedRead {
+            self.vcpu.parts.read = Some(PartedRead {
                 from: ReadFrom::Port(io),
                 next: 0,
                 count: io.count,
@@ -154,7 +154,7 @@ impl KvmCpu {
                 width,
                 value,
             };
-            self.parts.writes.extend(values.into_iter().map(write));
+            self.vcpu.parts.writes.extend(values.into_iter().map(write));
         }
         self.next_part().expect("a port access moves something")
     }
@@ -164,19 +164,19 @@ impl KvmCpu {
         let mmio = self.page().mmio();
         let mmio = mmio.expect("the reason is a memory-mapped access");
         if mmio.write {
-            self.parts.add_memory_write(&mmio);
+            self.vcpu.parts.add_memory_write(&mmio);
             return self.next_part().expect("an access moves something");
         }
         // KVM looks at one page at a time.
         let end = mmio.gpa.wrapping_add(mmio.bytes as u64);
-        self.parts.may_go_on = end.is_multiple_of(PAGE);
+        self.vcpu.parts.may_go_on = end.is_multiple_of(PAGE);
         match Width::from_bytes(mmio.bytes) {
             Some(width) => Exit::Access(Access::MemoryRead {
                 gpa: mmio.gpa,
                 width,
             }),
             None => {
-                self.parts.read = Some(PartedRead {
+                self.vcpu.parts.read = Some(PartedRead {
                     from: ReadFrom::Memory(mmio.gpa),
                     next: 0,
                     count: mmio.bytes.max(1),
@@ -188,8 +188,8 @@ impl KvmCpu {
 
     /// Hands the value of a read to where KVM will take it from.
     pub(super) fn give(&mut self, value: u64) {
-        self.parts.given.push(value);
-        let Some(read) = &mut self.parts.read else {
+        self.vcpu.parts.given.push(value);
+        let Some(read) = &mut self.vcpu.parts.read else {
             let mut page = self.page();
             if page.msr().is_some() {
                 page.set_msr(Some(value));
@@ -212,19 +212,19 @@ impl KvmCpu {
 
     /// Has KVM finish the instruction of the last exit, if it has not. Its next part may come to light.
     pub(super) fn finish_exit(&mut self) -> Result<(), KvmError> {
-        while std::mem::take(&mut self.unfinished) {
+        while std::mem::take(&mut self.vcpu.unfinished) {
             self.counts.settles += 1;
-            self.parts.may_go_on = false;
-            match signals::finish(&mut self.fd)? {
+            self.vcpu.parts.may_go_on = false;
+            match signals::finish(&mut self.vcpu.fd)? {
                 None => {}
                 Some(KVM_EXIT_MMIO) => {
                     let mmio = self.page().mmio();
                     let mmio = mmio.expect("the reason is a memory-mapped access");
                     if mmio.write {
-                        self.parts.add_memory_write(&mmio);
-                        self.unfinished = true;
+                        self.vcpu.parts.add_memory_write(&mmio);
+                        self.vcpu.unfinished = true;
                     } else {
-                        self.parts.held = Some(KVM_EXIT_MMIO);
+                        self.vcpu.parts.held = Some(KVM_EXIT_MMIO);
                     }
                 }
                 Some(reason) => {
@@ -244,7 +244,7 @@ impl KvmCpu {
     /// Has the next part come to light of a read that may have one, so that the guest's next exit is another
     /// instruction's. The next exit, if it is at hand.
     pub(super) fn finish_parts(&mut self) -> Result<Option<Exit>, KvmError> {
-        if self.parts.may_go_on && !self.parts.is_reading() {
+        if self.vcpu.parts.may_go_on && !self.vcpu.parts.is_reading() {
             self.finish_exit()?;
         }
         Ok(self.next_part())
@@ -270,11 +270,11 @@ impl KvmCpu {
                 return Ok(false);
             };
             self.give(*answer);
-            if !self.parts.is_reading() {
+            if !self.vcpu.parts.is_reading() {
                 self.finish_exit()?;
             }
             if answers.len() == 0 {
-                let is_there = self.parts.answers().is_some();
+                let is_there = self.vcpu.parts.answers().is_some();
                 return Ok(is_there && self.page().registers() == registers);
             }
             match self.next_part() {

@@ -29,15 +29,19 @@ pub struct Posted {
 
 impl Posted {
     /// Has KVM keep byte writes to [`POSTED_PORT`].
-    pub fn new(kvm: &Kvm, vm: &VmFd, vcpu: &mut VcpuFd) -> Result<Posted, KvmError> {
+    pub fn new(kvm: &Kvm, vm: &VmFd) -> Result<Posted, KvmError> {
         if !kvm.check_extension(Cap::CoalescedPio) {
             return Err(KvmError::Lacks(NEEDED));
         }
-        vcpu.map_coalesced_mmio_ring()
-            .named("mapping the ring of posted writes")?;
         let mut posted = Posted::default();
         posted.have_kvm_keep(vm)?;
         Ok(posted)
+    }
+
+    /// Looks at the VM's ring, of which each vCPU has a view, through that of `vcpu`.
+    pub fn map_ring(&self, vcpu: &mut VcpuFd) -> Result<(), KvmError> {
+        vcpu.map_coalesced_mmio_ring()
+            .named("mapping the ring of posted writes")
     }
 
     /// The guest has exited with this write: whether it waits too.

@@ -11,10 +11,10 @@ use kvm_bindings::{
     KVM_GUESTDBG_USE_HW_BP, kvm_guest_debug_arch,
 };
 
+use super::cpu::KvmCpu;
 use super::debug::DebugExit;
 use super::entries::EntryStop;
 use super::error::{KvmError, Named};
-use super::vcpu::KvmCpu;
 use crate::perf::HostCounter;
 
 /// RFLAGS.RF: the next instruction runs past its breakpoint (Intel SDM vol. 3, 17.3.1.1).
@@ -63,7 +63,7 @@ impl KvmCpu {
                 self.preemption = Preemption::Anywhere;
                 match horizon {
                     Horizon::From(_) => {
-                        self.unfinished = false;
+                        self.vcpu.unfinished = false;
                         Ok(Back::Exit(Exit::Preempted(Place {
                             unit: Unit::Branches,
                             number: 0,
@@ -115,7 +115,7 @@ impl KvmCpu {
         horizon: Horizon,
     ) -> Result<Back, KvmError> {
         self.watch_debug_registers()?;
-        if horizon != Horizon::Exit && self.unfinished {
+        if horizon != Horizon::Exit && self.vcpu.unfinished {
             // RIP is the guest's only after the instruction that exited.
             hindsight_replay::Cpu::settle(self)?;
             if let Some(exit) = self.next_part() {
@@ -131,18 +131,18 @@ impl KvmCpu {
 
     /// Has the vCPU stop before the instructions at these addresses, and nowhere else.
     fn set_stops(&mut self, stops: &[u64]) -> Result<(), KvmError> {
-        if stops.is_empty() && self.stops.is_empty() {
+        if stops.is_empty() && self.vcpu.stops.is_empty() {
             return Ok(());
         }
         let (control, arch) = match stops {
             [] => (0, kvm_guest_debug_arch::default()),
             stops => {
-                let arch = self.breakpoints.with_stops(stops);
+                let arch = self.vcpu.breakpoints.with_stops(stops);
                 (KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP, arch)
             }
         };
         self.debug(control, arch)?;
-        self.stops = stops.to_vec();
+        self.vcpu.stops = stops.to_vec();
         if stops.is_empty() {
             self.keep_own_breakpoints()?;
         }
@@ -151,7 +151,7 @@ impl KvmCpu {
 
     /// KVM has none of our breakpoints any more.
     pub(super) fn forget_stops(&mut self) {
-        self.stops.clear();
+        self.vcpu.stops.clear();
     }
 
     /// Lets the present instruction run past a breakpoint on it. Returns whether it had to.
@@ -228,11 +228,11 @@ impl KvmCpu {
         let Some(mut reason) = reason else {
             self.counts.kicks += 1;
             // KVM finishes what was unfinished before it looks for signals.
-            self.unfinished = false;
+            self.vcpu.unfinished = false;
             return Ok(Some(WalkEnd::Back(Back::Kicked)));
         };
         if reason == KVM_EXIT_IRQ_WINDOW_OPEN {
-            self.unfinished = false;
+            self.vcpu.unfinished = false;
             let Some(left) = self.leave_shadow()? else {
                 return Ok(None);
             };
@@ -241,7 +241,7 @@ impl KvmCpu {
         if reason == KVM_EXIT_IO
             && let Some(EntryStop { number, rip }) = self.entry_stop()
         {
-            self.unfinished = true;
+            self.vcpu.unfinished = true;
             let unit = Unit::Entries;
             let place = Place { unit, number, rip };
             return Ok(Some(WalkEnd::Back(Back::Exit(Exit::Preempted(place)))));
@@ -249,7 +249,7 @@ impl KvmCpu {
         Ok(match reason {
             KVM_EXIT_IRQ_WINDOW_OPEN => Some(WalkEnd::Back(Back::Window)),
             KVM_EXIT_DEBUG => {
-                self.unfinished = false;
+                self.vcpu.unfinished = false;
                 match self.sort_debug_exit()? {
                     DebugExit::Stop => Some(WalkEnd::AtStop),
                     DebugExit::Guest => None,
@@ -268,7 +268,7 @@ impl Walk for KvmCpu {
     }
 
     fn stops_max(&mut self) -> Result<usize, KvmError> {
-        Ok(self.breakpoints.free_count())
+        Ok(self.vcpu.breakpoints.free_count())
     }
 
     fn is_there(&mut self) -> Result<bool, KvmError> {

@@ -3,9 +3,9 @@
 use hindsight_replay::CpuidTable;
 use kvm_ioctls::Kvm;
 
+use super::cpu::KvmCpu;
 use super::error::{KvmError, Named};
 use super::memory::GuestMemory;
-use super::vcpu::KvmCpu;
 use crate::boot::GuestRam;
 
 /// Where the code stands.

@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 use hindsight_replay::LeftOpen;
 use serde::{Deserialize, Serialize};
 
-use super::vcpu::KvmCpu;
+use super::cpu::KvmCpu;
 use hindsight_kernel::rewrite::rewritten::Changes;
 
 /// Counted exits from one look to the next. A look reads some hundred instructions.

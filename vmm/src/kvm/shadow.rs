@@ -24,10 +24,10 @@ use kvm_bindings::{
     KVM_GUESTDBG_SINGLESTEP, kvm_guest_debug_arch, kvm_sregs,
 };
 
+use super::cpu::KvmCpu;
 use super::debug::RFLAGS_TF;
 use super::error::KvmError;
 use super::segments;
-use super::vcpu::KvmCpu;
 
 /// The opcode of STI.
 const STI: u8 = 0xfb;

@@ -12,6 +12,7 @@ use kvm_bindings::{
 };
 use serde::{Deserialize, Serialize};
 
+use super::cpu::KvmCpu;
 use super::debug::Breakpoints;
 use super::entries::KernelEntries;
 use super::error::{KvmError, Named};
@@ -21,7 +22,6 @@ use super::rewritten::Noticed;
 use super::signals;
 use super::trap_sites::TrapSites;
 use super::traps::TrapMemory;
-use super::vcpu::KvmCpu;
 
 /// CR4.PGE: changing it flushes the TLB (Intel SDM vol. 3, 4.10.4.1).
 const CR4_PGE: u64 = 1 << 7;
@@ -108,9 +108,17 @@ struct Middle {
     answers: Option<Vec<u64>>,
 }
 
-/// A vCPU, and what is known of the kernel that it runs.
+/// A VM and its vCPUs.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct KvmState {
+    /// In the order of their numbers.
+    vcpus: Vec<VcpuState>,
+    known: Known,
+}
+
+/// A vCPU.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct VcpuState {
     registers: kvm_regs,
     system: kvm_sregs,
     /// In the order of [`kept_msrs`].
@@ -119,17 +127,16 @@ pub struct KvmState {
     debug: kvm_debugregs,
     /// What the guest believes to have in them.
     breakpoints: Breakpoints,
+    traps: TrapMemory,
     events: kvm_vcpu_events,
     middle: Middle,
     /// An interrupt window is wanted.
     window: bool,
-    known: Known,
 }
 
 /// What is known of the guest's kernel, and of what it has asked for.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct Known {
-    traps: TrapMemory,
     entries: KernelEntries,
     sites: TrapSites,
     noticed: Noticed,
@@ -161,38 +168,38 @@ pub enum Flip {
 }
 
 impl KvmState {
-    /// Flips one bit, for whoever wants to know that it is noticed.
+    /// Flips one bit of the first vCPU, for whoever wants to know that it is noticed.
     ///
     /// # Panics
     ///
     /// If there is no such register.
     pub fn flip(&mut self, flip: Flip) {
         const BIT: u64 = 1 << 5;
+        let vcpu = self.vcpus.first_mut().expect("a machine has a vCPU");
         match flip {
-            Flip::R15 => self.registers.r15 ^= BIT,
-            Flip::Xmm(number) => self.fpu.0[Fpu::XMM][16 * number] ^= BIT as u8,
-            Flip::Mxcsr => self.fpu.0[Fpu::MXCSR][0] ^= BIT as u8,
-            Flip::X87(number) => self.fpu.0[Fpu::X87][16 * number] ^= BIT as u8,
-            Flip::FsBase => self.system.fs.base ^= BIT,
-            Flip::GsBase => self.system.gs.base ^= BIT,
-            Flip::GdtBase => self.system.gdt.base ^= BIT,
-            Flip::Cr2 => self.system.cr2 ^= BIT,
+            Flip::R15 => vcpu.registers.r15 ^= BIT,
+            Flip::Xmm(number) => vcpu.fpu.0[Fpu::XMM][16 * number] ^= BIT as u8,
+            Flip::Mxcsr => vcpu.fpu.0[Fpu::MXCSR][0] ^= BIT as u8,
+            Flip::X87(number) => vcpu.fpu.0[Fpu::X87][16 * number] ^= BIT as u8,
+            Flip::FsBase => vcpu.system.fs.base ^= BIT,
+            Flip::GsBase => vcpu.system.gs.base ^= BIT,
+            Flip::GdtBase => vcpu.system.gdt.base ^= BIT,
+            Flip::Cr2 => vcpu.system.cr2 ^= BIT,
             Flip::Msr(index) => {
                 let place = kept_msrs().position(|kept| kept == index);
-                self.msrs[place.expect("one of those that are kept")] ^= BIT;
+                vcpu.msrs[place.expect("one of those that are kept")] ^= BIT;
             }
             Flip::Dr(number) => {
-                self.debug.db[number] ^= BIT;
-                self.breakpoints.flip(number, BIT);
+                vcpu.debug.db[number] ^= BIT;
+                vcpu.breakpoints.flip(number, BIT);
             }
         }
     }
 }
 
 impl KvmCpu {
-    fn take_known(&self) -> Known {
+    fn known(&self) -> Known {
         Known {
-            traps: self.traps.memory.clone(),
             entries: self.vm.entries.kernel_entries(),
             sites: self.vm.text.sites.clone(),
             noticed: self.vm.noticed.clone(),
@@ -207,7 +214,7 @@ impl KvmCpu {
             })
             .collect();
         let mut msrs = Msrs::from_entries(&entries).expect("they are few");
-        let count = self.fd.get_msrs(&mut msrs).named("KVM_GET_MSRS")?;
+        let count = self.vcpu.fd.get_msrs(&mut msrs).named("KVM_GET_MSRS")?;
         if count < entries.len() {
             return Err(KvmError::Lacks("an MSR that it keeps for guests"));
         }
@@ -215,14 +222,14 @@ impl KvmCpu {
     }
 
     fn fpu(&self) -> Result<Fpu, KvmError> {
-        let area = self.fd.get_xsave().named("KVM_GET_XSAVE")?;
+        let area = self.vcpu.fd.get_xsave().named("KVM_GET_XSAVE")?;
         Ok(Fpu::of(&area))
     }
 
     fn middle(&self) -> Middle {
         Middle {
-            writes: self.parts.writes(),
-            answers: self.parts.answers().map(<[u64]>::to_vec),
+            writes: self.vcpu.parts.writes(),
+            answers: self.vcpu.parts.answers().map(<[u64]>::to_vec),
         }
     }
 
@@ -237,8 +244,8 @@ impl KvmCpu {
     /// Registers that were changed in the shared page reach KVM.
     fn hand_over_registers(&mut self) -> Result<(), KvmError> {
         // In the middle of its reads nothing has been changed, and KVM must not go on.
-        if self.page().has_changed_registers() && self.parts.answers().is_none() {
-            self.unfinished = true;
+        if self.page().has_changed_registers() && self.vcpu.parts.answers().is_none() {
+            self.vcpu.unfinished = true;
             self.finish_exit()?;
         }
         Ok(())
@@ -246,7 +253,11 @@ impl KvmCpu {
 
     /// What is under way. KVM keeps numbers of what was delivered long ago: those are gone.
     fn pending_events(&self) -> Result<kvm_vcpu_events, KvmError> {
-        let mut events = self.fd.get_vcpu_events().named("KVM_GET_VCPU_EVENTS")?;
+        let mut events = self
+            .vcpu
+            .fd
+            .get_vcpu_events()
+            .named("KVM_GET_VCPU_EVENTS")?;
         if events.exception.injected | events.exception.pending == 0 {
             events.exception = Default::default();
             (events.exception_has_payload, events.exception_payload) = (0, 0);
@@ -264,10 +275,11 @@ impl KvmCpu {
         let system = digested_system(&self.system_registers()?);
         let msrs = bytes(&self.kept_msr_values()?);
         let fpu = self.fpu()?.digested();
-        let debug = self.fd.get_debug_regs().named("KVM_GET_DEBUGREGS")?;
-        let debug = bytes(&(debug, self.breakpoints));
+        let debug = self.vcpu.fd.get_debug_regs().named("KVM_GET_DEBUGREGS")?;
+        let debug = bytes(&(debug, self.vcpu.breakpoints));
         let events = bytes(&digested_events(self.pending_events()?));
-        let known = bytes(&(self.take_known(), self.middle()));
+        let known = (self.known(), &self.vcpu.traps.memory, self.middle());
+        let known = bytes(&known);
         Ok(CpuDigest::of([
             registers.as_flattened(),
             &system,
@@ -284,25 +296,30 @@ impl KvmCpu {
         self.page().request_window(false);
         self.page().forget_changed_registers();
         // An access across pages has two parts.
-        while signals::finish(&mut self.fd)?.is_some() {}
-        self.unfinished = false;
-        self.parts.begin();
+        while signals::finish(&mut self.vcpu.fd)?.is_some() {}
+        self.vcpu.unfinished = false;
+        self.vcpu.parts.begin();
         self.loading = None;
-        while self.posted.take(&self.vm.fd, &mut self.fd)?.is_some() {}
-        if !self.stops.is_empty() {
+        while self
+            .vm
+            .posted
+            .take(&self.vm.fd, &mut self.vcpu.fd)?
+            .is_some()
+        {}
+        if !self.vcpu.stops.is_empty() {
             self.debug(0, kvm_guest_debug_arch::default())?;
             self.forget_stops();
         }
         Ok(())
     }
 
-    fn put_registers(&mut self, state: &KvmState) -> Result<(), KvmError> {
+    fn put_registers(&mut self, state: &VcpuState) -> Result<(), KvmError> {
         let other = kvm_sregs {
             cr4: state.system.cr4 ^ CR4_PGE,
             ..state.system
         };
         for system in [&other, &state.system] {
-            self.fd.set_sregs(system).named("KVM_SET_SREGS")?;
+            self.vcpu.fd.set_sregs(system).named("KVM_SET_SREGS")?;
         }
         let present = self.kept_msr_values()?;
         let changed = kept_msrs().zip(state.msrs.iter().zip(present));
@@ -315,7 +332,7 @@ impl KvmCpu {
             })
             .collect();
         let msrs = Msrs::from_entries(&changed).expect("they are few");
-        let count = self.fd.set_msrs(&msrs).named("KVM_SET_MSRS")?;
+        let count = self.vcpu.fd.set_msrs(&msrs).named("KVM_SET_MSRS")?;
         if count < changed.len() {
             return Err(refused("an MSR has a value that it cannot have"));
         }
@@ -323,21 +340,78 @@ impl KvmCpu {
         let fpu = fpu.ok_or_else(|| refused("the x87 and SSE registers are not complete"))?;
         // SAFETY: KVM reads as much as the process has enabled by arch_prctl(ARCH_REQ_XCOMP_GUEST_PERM), which this
         // one never calls: the 4096 bytes that the area has.
-        unsafe { self.fd.set_xsave(&fpu) }.named("KVM_SET_XSAVE")?;
-        self.fd.set_regs(&state.registers).named("KVM_SET_REGS")?;
-        self.fd
+        unsafe { self.vcpu.fd.set_xsave(&fpu) }.named("KVM_SET_XSAVE")?;
+        self.vcpu
+            .fd
+            .set_regs(&state.registers)
+            .named("KVM_SET_REGS")?;
+        self.vcpu
+            .fd
             .set_debug_regs(&state.debug)
             .named("KVM_SET_DEBUGREGS")?;
-        self.fd
+        self.vcpu
+            .fd
             .set_vcpu_events(&state.events)
             .named("KVM_SET_VCPU_EVENTS")?;
         self.page().set_cr8(state.system.cr8);
         // KVM takes CR8, and fills the page with the registers.
-        match signals::finish(&mut self.fd)? {
+        match signals::finish(&mut self.vcpu.fd)? {
             None => Ok(()),
             Some(_) => Err(refused("the vCPU would not stay where it was put")),
         }
     }
+}
+
+impl KvmCpu {
+    fn save_vcpu(&mut self) -> Result<VcpuState, KvmError> {
+        self.hand_over_registers()?;
+        let fd = &self.vcpu.fd;
+        Ok(VcpuState {
+            registers: fd.get_regs().named("KVM_GET_REGS")?,
+            system: self.system_registers()?,
+            msrs: self.kept_msr_values()?,
+            fpu: self.fpu()?,
+            debug: fd.get_debug_regs().named("KVM_GET_DEBUGREGS")?,
+            breakpoints: self.vcpu.breakpoints,
+            traps: self.vcpu.traps.memory.clone(),
+            events: self.pending_events()?,
+            middle: self.middle(),
+            window: self.page().wants_window(),
+        })
+    }
+
+    fn restore_vcpu(&mut self, state: &VcpuState) -> Result<(), KvmError> {
+        self.drop_unfinished()?;
+        self.vcpu.traps.put(&state.traps);
+        self.counts.gp_entry = state.traps.gp_entry();
+        self.vcpu.breakpoints = state.breakpoints;
+        self.put_registers(state)?;
+        if let Some(answers) = &state.middle.answers
+            && !self.redo_reads(answers)?
+        {
+            return Err(refused("no instruction there reads what was read"));
+        }
+        self.vcpu.parts.put_writes(&state.middle.writes);
+        self.page().request_window(state.window);
+        Ok(())
+    }
+}
+
+/// Refuses what could not be put into a vCPU, before anything is changed.
+fn check(state: &VcpuState) -> Result<(), KvmError> {
+    let is_write = |access: &Access| {
+        matches!(
+            access,
+            Access::PortWrite { .. } | Access::MemoryWrite { .. }
+        )
+    };
+    if state.msrs.len() != kept_msrs().count() {
+        return Err(refused("it has other MSRs"));
+    }
+    if !state.middle.writes.iter().all(is_write) {
+        return Err(refused("a read waits where only writes can"));
+    }
+    Ok(())
 }
 
 impl Stateful for KvmCpu {
@@ -345,53 +419,25 @@ impl Stateful for KvmCpu {
     type Error = KvmError;
 
     fn save(&mut self) -> Result<KvmState, KvmError> {
-        self.hand_over_registers()?;
         Ok(KvmState {
-            registers: self.fd.get_regs().named("KVM_GET_REGS")?,
-            system: self.system_registers()?,
-            msrs: self.kept_msr_values()?,
-            fpu: self.fpu()?,
-            debug: self.fd.get_debug_regs().named("KVM_GET_DEBUGREGS")?,
-            breakpoints: self.breakpoints,
-            events: self.pending_events()?,
-            middle: self.middle(),
-            window: self.page().wants_window(),
-            known: self.take_known(),
+            vcpus: vec![self.save_vcpu()?],
+            known: self.known(),
         })
     }
 
     fn restore(&mut self, state: &KvmState) -> Result<(), KvmError> {
-        let known = &state.known;
-        if state.msrs.len() != kept_msrs().count() {
-            return Err(refused("it has other MSRs"));
-        }
-        let is_write = |access: &Access| {
-            matches!(
-                access,
-                Access::PortWrite { .. } | Access::MemoryWrite { .. }
-            )
+        let KvmState { vcpus, known } = state;
+        let [vcpu] = &vcpus[..] else {
+            return Err(refused("it has more than one vCPU, or none"));
         };
-        if !state.middle.writes.iter().all(is_write) {
-            return Err(refused("a read waits where only writes can"));
-        }
+        check(vcpu)?;
         if !self.vm.entries.put_kernel_entries(&known.entries) {
             return Err(refused("it has kernel entries where the kernel has none"));
         }
-        self.drop_unfinished()?;
-        self.traps.put(&known.traps);
-        self.breakpoints = state.breakpoints;
+        self.counts.entry_points = self.vm.entries.count();
         self.vm.text.sites = known.sites.clone();
         self.vm.noticed = known.noticed.clone();
-        self.counts.entry_points = self.vm.entries.count();
-        self.counts.gp_entry = known.traps.gp_entry();
-        self.put_registers(state)?;
-        if let Some(answers) = &state.middle.answers
-            && !self.redo_reads(answers)?
-        {
-            return Err(refused("no instruction there reads what was read"));
-        }
-        self.parts.put_writes(&state.middle.writes);
-        self.page().request_window(state.window);
+        self.restore_vcpu(vcpu)?;
         if let Preemption::Branches(lander) = &mut self.preemption {
             lander.begin_at_exit()?;
         }

@@ -11,12 +11,12 @@ use iced_x86::Mnemonic;
 use kvm_bindings::kvm_sregs;
 use serde::{Deserialize, Serialize};
 
+use super::cpu::KvmCpu;
 use super::debug::RFLAGS_TF;
 use super::error::{KvmError, Named};
 use super::run_page::PortExit;
 use super::segments;
 use super::trap_sites::candidates;
-use super::vcpu::KvmCpu;
 use hindsight_kernel::rewrite::traps::{OUT, SHORTEST, SiteKind, TRAP_GP_ENTRY, is_trap_port};
 
 /// CR4.TSD: RDTSC and RDTSCP are for ring 0 alone (Intel SDM vol. 3, 2.5).
@@ -114,7 +114,7 @@ impl KvmCpu {
             return None;
         }
         if port == TRAP_GP_ENTRY {
-            let (entry, _) = self.traps.memory.gp_entry?;
+            let (entry, _) = self.vcpu.traps.memory.gp_entry?;
             let is_there = candidates(self.rip()).any(|at| at == entry);
             return is_there.then(|| self.gp_exit());
         }
@@ -148,7 +148,7 @@ impl KvmCpu {
                 message: registers.0[4],
             },
         };
-        self.traps.here = Some(here);
+        self.vcpu.traps.here = Some(here);
         Some(exit)
     }
 
@@ -194,7 +194,7 @@ impl KvmCpu {
 
     /// The instruction of this exit's trap is done, but for what its end brings about.
     pub(super) fn end_trap(&mut self) -> Result<(), KvmError> {
-        let Some(here) = self.traps.here.take() else {
+        let Some(here) = self.vcpu.traps.here.take() else {
             return Ok(());
         };
         let stepped = self.page().registers().rflags() & RFLAGS_TF != 0;
@@ -211,7 +211,7 @@ impl KvmCpu {
 
     /// The instruction of this exit's trap is not done, and will not be.
     pub(super) fn forget_trap(&mut self) {
-        self.traps.here = None;
+        self.vcpu.traps.here = None;
     }
 
     /// Has the guest go on at `rip`, with nothing of this exit left to do.
@@ -228,7 +228,7 @@ impl KvmCpu {
         sregs.cr4 = value | CR4_TSD;
         match self.fd().set_sregs(&sregs) {
             Ok(()) => {
-                self.traps.memory.guest_cr4 = Some(value);
+                self.vcpu.traps.memory.guest_cr4 = Some(value);
                 self.hook_gp_entry(&sregs)?;
                 self.hook_gates(&sregs)
             }
@@ -241,7 +241,7 @@ impl KvmCpu {
     /// Performs a read of CR4: the guest sees what it wrote.
     pub(super) fn read_cr4(&mut self, target: u8) -> Result<(), KvmError> {
         let real = self.sregs()?.cr4;
-        let value = self.traps.memory.guest_cr4.unwrap_or(real);
+        let value = self.vcpu.traps.memory.guest_cr4.unwrap_or(real);
         self.page()
             .change_registers(|registers| *general_mut(registers, target) = value);
         Ok(())
@@ -249,7 +249,7 @@ impl KvmCpu {
 
     /// Answers a trap that concerns the CPU alone.
     pub(super) fn answer_cpu_trap(&mut self, value: u64) -> Result<(), KvmError> {
-        let Some(here) = self.traps.here else {
+        let Some(here) = self.vcpu.traps.here else {
             return Ok(());
         };
         match here.kind {
@@ -287,7 +287,7 @@ impl KvmCpu {
         };
         let trap = [OUT, TRAP_GP_ENTRY, 0x90, 0x90];
         if self.write_guest(entry, &trap[..length])? {
-            self.traps.memory.gp_entry = Some((entry, overwritten));
+            self.vcpu.traps.memory.gp_entry = Some((entry, overwritten));
             self.counts.gp_entry = Some(entry);
         }
         Ok(())
@@ -297,7 +297,7 @@ impl KvmCpu {
     fn gp_exit(&mut self) -> Exit {
         match self.user_time_read() {
             Some((instruction, frame)) => {
-                self.traps.user_read = Some(frame);
+                self.vcpu.traps.user_read = Some(frame);
                 Exit::TimeRead {
                     instruction,
                     mode: Mode::User,
@@ -309,6 +309,7 @@ impl KvmCpu {
 
     fn user_time_read(&mut self) -> Option<(TimeInstruction, UserFrame)> {
         if self
+            .vcpu
             .traps
             .memory
             .guest_cr4
@@ -354,7 +355,7 @@ impl KvmCpu {
     /// Returns from the #GP entry to the instruction after the time read, if it was one in user mode; a read through
     /// a trap port has nothing to return from.
     pub(super) fn finish_user_read(&mut self) -> Result<(), KvmError> {
-        let Some(frame) = self.traps.user_read.take() else {
+        let Some(frame) = self.vcpu.traps.user_read.take() else {
             return Ok(());
         };
         self.fd().set_sregs(&frame.sregs).named("KVM_SET_SREGS")?;
@@ -371,7 +372,7 @@ impl KvmCpu {
 
     /// Does what the overwritten first instruction of the #GP entry did.
     pub(super) fn finish_fault(&mut self) {
-        if let Some((_, Overwritten::Clac)) = self.traps.memory.gp_entry {
+        if let Some((_, Overwritten::Clac)) = self.vcpu.traps.memory.gp_entry {
             self.page()
                 .change_registers(|registers| registers.rflags &= !RFLAGS_AC);
         }

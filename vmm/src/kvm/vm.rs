@@ -12,6 +12,7 @@ use super::entries::EntryState;
 use super::error::{KvmError, Named};
 use super::memory::GuestMemory;
 use super::msr;
+use super::posted::Posted;
 use super::rewritten::Noticed;
 use super::trap_sites::TrapSites;
 
@@ -68,6 +69,8 @@ pub struct Vm {
     pub(super) text: KernelText,
     /// What counts entries into that kernel.
     pub(super) entries: EntryState,
+    /// Writes that wait until a vCPU exits for another reason.
+    pub(super) posted: Posted,
     /// What traps were found to be gone.
     pub(super) noticed: Noticed,
 }
@@ -94,8 +97,10 @@ impl Vm {
         msr::install_filter(&fd)?;
         tell_exceptions_apart(kvm, &fd)?;
         hide_counters(kvm, &fd)?;
+        let posted = Posted::new(kvm, &fd)?;
         Ok(Vm {
             fd,
+            posted,
             memory,
             text: KernelText::default(),
             entries: EntryState::default(),
