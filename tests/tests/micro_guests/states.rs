@@ -76,7 +76,7 @@ impl<'a> Replay<'a> {
 }
 
 /// Saves the recorded guest at its exits, restores it elsewhere, and compares everything that can be seen from there on.
-pub fn obeys_the_law(kvm: &Kvm, guest: &Guest, recorded: &Ran) {
+pub fn obeys_the_law(guest: &Guest, recorded: &Ran) {
     // A KVM whose windows cannot be relied on does not even replay such a guest each time.
     const STI: u8 = 0xfb;
     if guest.code.contains(&STI) && !windows_are_sure() {
@@ -84,44 +84,50 @@ pub fn obeys_the_law(kvm: &Kvm, guest: &Guest, recorded: &Ran) {
         return;
     }
     let exits = recorded.trace.turns.len() as u64;
+    let end = recorded.end();
     for exit in (1..exits).step_by(exits.div_ceil(EXITS_TRIED) as usize) {
-        let mut straight = Replay::new(kvm, guest, &recorded.journal);
-        straight.run_to(exit);
-        let state = straight.save();
-        let bytes = state.to_bytes();
-        assert!(
-            straight.save().to_bytes() == bytes,
-            "exit {exit}: saved twice"
-        );
-        straight.trace = Trace::beginning_after(exit);
-        let end = straight.run(None).expect("it is the recording");
-        assert_eq!(end, *recorded.end(), "exit {exit}: after it was saved");
+        let (guest, journal, end) = (guest.clone(), recorded.journal.clone(), end.clone());
+        in_time(move |kvm| obeys_the_law_at(kvm, &guest, &journal, &end, exit));
+    }
+}
 
-        let state: State = MachineState::from_bytes(&bytes).expect("it was kept");
-        // In a fresh VM, and in one that has run to its end.
-        let (memory, trace) = (straight.memory(), straight.trace.clone());
-        for mut other in [Replay::new(kvm, guest, &recorded.journal), straight] {
-            other.restore(&state);
-            let again = other.save();
-            let differences = again.digest().differences(&state.digest());
-            assert!(
-                again.to_bytes() == bytes,
-                "exit {exit}: restored, it differs in {differences:?}: {:?}, not {:?}",
-                again.cpu,
-                state.cpu
-            );
-            let end = other.run(None);
-            let end = end.unwrap_or_else(|error| panic!("restored at exit {exit}: {error}"));
-            assert_eq!(end, *recorded.end(), "restored at exit {exit}");
-            assert!(
-                other.trace == trace,
-                "restored at exit {exit}: another trace"
-            );
-            assert!(
-                other.memory() == memory,
-                "restored at exit {exit}: other memory"
-            );
-        }
+fn obeys_the_law_at(kvm: &Kvm, guest: &Guest, journal: &[u8], recorded: &End, exit: u64) {
+    let mut straight = Replay::new(kvm, guest, journal);
+    straight.run_to(exit);
+    let state = straight.save();
+    let bytes = state.to_bytes();
+    assert!(
+        straight.save().to_bytes() == bytes,
+        "exit {exit}: saved twice"
+    );
+    straight.trace = Trace::beginning_after(exit);
+    let end = straight.run(None).expect("it is the recording");
+    assert_eq!(end, *recorded, "exit {exit}: after it was saved");
+
+    let state: State = MachineState::from_bytes(&bytes).expect("it was kept");
+    // In a fresh VM, and in one that has run to its end.
+    let (memory, trace) = (straight.memory(), straight.trace.clone());
+    for mut other in [Replay::new(kvm, guest, journal), straight] {
+        other.restore(&state);
+        let again = other.save();
+        let differences = again.digest().differences(&state.digest());
+        assert!(
+            again.to_bytes() == bytes,
+            "exit {exit}: restored, it differs in {differences:?}: {:?}, not {:?}",
+            again.cpu,
+            state.cpu
+        );
+        let end = other.run(None);
+        let end = end.unwrap_or_else(|error| panic!("restored at exit {exit}: {error}"));
+        assert_eq!(end, *recorded, "restored at exit {exit}");
+        assert!(
+            other.trace == trace,
+            "restored at exit {exit}: another trace"
+        );
+        assert!(
+            other.memory() == memory,
+            "restored at exit {exit}: other memory"
+        );
     }
 }
 
@@ -203,6 +209,10 @@ fn what_a_guest_keeps_in_its_registers_is_there_when_it_is_restored() {
     }
     const FS_BASE: u32 = 0xc000_0100;
     let guest = Guest::new(|a| {
+        // CR4.OSFXSR, without which there is no SSE.
+        a.mov(rax, cr4)?;
+        a.or(eax, 1 << 9)?;
+        a.mov(cr4, rax)?;
         // Whatever has no exit of its own: SSE, x87, segment bases, MSRs that KVM keeps, CR2, CR8, debug registers.
         a.mov(rax, 0x1111_2222_3333_4444u64)?;
         a.movq(xmm0, rax)?;
@@ -249,6 +259,7 @@ fn what_a_guest_keeps_in_its_registers_is_there_when_it_is_restored() {
         a.mov(cr8, rax)
     });
     for ran in proved(&guest) {
+        assert_eq!(ran.end().ending, Ending::Halted);
         let shown: [u64; 12] = ran.words(DATA + 0x200);
         let wide = 0x1111_2222_3333_4444;
         let expected = [
