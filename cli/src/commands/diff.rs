@@ -199,6 +199,12 @@ fn describe(record: &Record) -> String {
     let exits = record.exits;
     match &record.event {
         Event::Turn(turn) => format!("exit {exits}: {turn}"),
+        Event::Interrupt { vector, at } => {
+            format!("interrupt {vector:#04x} at {at}, rcx {:#x}", at.rcx)
+        }
+        Event::Preempted { vcpu, place } => {
+            format!("exit {exits}: preempted {place}{}", vcpu.suffix())
+        }
         event => format!("exit {exits}: {event:?}"),
     }
 }

@@ -8,7 +8,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use hindsight_devices::{Nanos, POSTED_PORT};
 use hindsight_replay::{
     Detail, End, Event, FRAME_HEAD_BYTES, Frame, Guest, Header, IndexEntry, JournalError,
-    JournalReader, LeftOpen, Moment, Observer, Record, TailReason, Turn,
+    JournalReader, LeftOpen, Moment, Observer, Place, Record, TailReason, Turn,
 };
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -113,8 +113,11 @@ impl<W: Write> Listing<W> {
         self.line(
             || {
                 format!(
-                    "{:>9} interrupt {vector:#04x} at rip {:#x} rcx {:#x}",
-                    at.exits, at.rip, at.rcx
+                    "{:>9} interrupt {vector:#04x}{} at rip {:#x} rcx {:#x}",
+                    at.exits,
+                    at.vcpu.suffix(),
+                    at.rip,
+                    at.rcx
                 )
             },
             || json!({"exit": at.exits, "interrupt": {"vector": vector, "at": at}}),
@@ -149,9 +152,13 @@ impl<W: Write> Listing<W> {
                 || format!("{exits:>9} input {input:?}"),
                 || json!({"exit": exits, "input": input}),
             ),
-            Event::Preempted(place) => self.line(
-                || format!("{exits:>9} preempted {place}"),
-                || json!({"exit": exits, "preempted": place}),
+            Event::Preempted { vcpu, place } => self.line(
+                || format!("{exits:>9} preempted {place}{}", vcpu.suffix()),
+                || {
+                    let Place { unit, number, rip } = place;
+                    let place = json!({"vcpu": vcpu, "unit": unit, "number": number, "rip": rip});
+                    json!({"exit": exits, "preempted": place})
+                },
             ),
             Event::FirstReads { check } => self.line(
                 || format!("{exits:>9} first reads of a disk's image {check:016x}"),

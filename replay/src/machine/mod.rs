@@ -33,7 +33,7 @@ pub use exit::{Answer, Exit, Mode, Registers, TimeInstruction, Turn};
 pub use guest::Guest;
 pub use landing::{Ahead, Counter, Lander, Overshoot, Walk, WalkEnd};
 pub use left_open::LeftOpen;
-pub use moment::{ExitNumber, Moment};
+pub use moment::{ExitNumber, Moment, VCPUS, VcpuNumber};
 pub use observer::Observer;
 pub use outside::{Closing, Complete, JournalPlace, Outside, Position, TimeQuery};
 pub use pages::{Page, PageBytes, Pages};

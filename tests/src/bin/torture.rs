@@ -19,7 +19,7 @@ use hindsight_replay::rng::Rng;
 use hindsight_replay::{
     Closed, Complete, Content, CpuidTable, Detail, Digest, End, Exit, Guest, Header, Horizon,
     JournalReader, LeftOpen, Live, MachineDescription, MemoryDigest, Moment, Observer, Outside,
-    Position, Recorder, Replayer, TimeQuery, TrapCounts, Turn, World,
+    Position, Recorder, Replayer, TimeQuery, TrapCounts, Turn, VCPUS, World,
 };
 use hindsight_tests::sim::bare_machine;
 use hindsight_vmm::boot::{BootPlan, GuestRam};
@@ -188,6 +188,7 @@ impl Bench {
             detail: Detail::Full,
             machine: MachineDescription {
                 memory_bytes: RAM_BYTES,
+                vcpus: VCPUS,
                 cmdline: format!("torture {seed}"),
                 kernel: Content {
                     bytes: seed,
