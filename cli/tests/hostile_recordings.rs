@@ -83,6 +83,7 @@ fn no_command_that_reads_a_journal_takes_more_than_64_mib_for_a_few_kilobytes() 
     let dir = tempfile::tempdir().expect("a scratch directory");
     let file = dir.path().join("journal");
     let turn = Turn {
+        vcpu: hindsight_replay::VcpuNumber::BOOT,
         exit: hindsight_replay::Exit::Halt,
         answer: hindsight_replay::Answer::Done,
         now: 0,

@@ -31,7 +31,7 @@ pub use machine::{
     Lander, LeftOpen, Likeness, Machine, MachineState, MemoryDigest, Mode, Moment, Observer,
     Outside, Overshoot, PAGE_BYTES, Page, PageBytes, Pages, Place, Position, Progress, QuickReads,
     Registers, ShownClock, StateDigest, StateError, StateOf, Stateful, Tally, TimeInstruction,
-    TimeQuery, Turn, Unit, UnreadableState, Walk, WalkEnd,
+    TimeQuery, Turn, Unit, UnreadableState, VCPUS, VcpuNumber, Walk, WalkEnd,
 };
 
 /// Why a machine came to its end other than by the run's own ending.

@@ -7,7 +7,8 @@ use hindsight_replay::{
     Chaos, Closed, Complete, Content, CpuidEntry, CpuidTable, Detail, Divergence, End, Event,
     FullDigest, Guest, Header, Horizon, Host, JournalError, JournalReader, JournalWriter, LeftOpen,
     Live, Machine, MachineDescription, Moment, Observer, Outside, Patience, Place, Position,
-    QuickReads, Record, Recorder, Replayer, RunError, Tail, TrapCounts, Turn, Unit,
+    QuickReads, Record, Recorder, Replayer, RunError, Tail, TrapCounts, Turn, Unit, VCPUS,
+    VcpuNumber,
 };
 
 use crate::sim_world::SimWorld;
@@ -72,6 +73,7 @@ impl Scenario {
             detail,
             machine: MachineDescription {
                 memory_bytes: crate::toy_cpu::MEMORY_BYTES as u64,
+                vcpus: VCPUS,
                 cmdline: format!("toy seed={}", self.seed),
                 kernel: content,
                 kernel_version: "toy".into(),
@@ -440,6 +442,16 @@ pub fn records_of(journal: &[u8]) -> Vec<Record> {
     records
 }
 
+/// The vCPU that an event is of, if it is of one, becomes this one.
+pub fn move_to_vcpu(event: &mut Event, to: VcpuNumber) {
+    match event {
+        Event::Turn(turn) => turn.vcpu = to,
+        Event::Interrupt { at, .. } => at.vcpu = to,
+        Event::Preempted { vcpu, .. } => *vcpu = to,
+        _ => assert_eq!(event.vcpu(), None),
+    }
+}
+
 /// Writes `records`, whatever they are, in frames of at most `per_frame` events, with correct checks throughout.
 ///
 /// Frames begin where `records` allow it: a frame ends with the last event of an exit. Where guest
@@ -499,7 +511,7 @@ impl Unchecked {
                         .or_default()
                         .insert(0, input.clone());
                 }
-                Event::Preempted(place) => {
+                Event::Preempted { place, .. } => {
                     door.preemptions.insert(*exits, *place);
                 }
                 _ => {}

@@ -121,7 +121,7 @@ fn a_relog_has_the_same_preemptions_and_one_moved_by_a_branch_is_refused() {
     while let Some(frame) = reader.next_frame().expect("it reads") {
         for record in frame.records() {
             let mut event = record.event;
-            if let Event::Preempted(place) = &mut event {
+            if let Event::Preempted { place, .. } = &mut event {
                 preemptions += 1;
                 if preemptions == 20 {
                     place.number += 1;

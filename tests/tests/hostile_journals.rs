@@ -80,6 +80,7 @@ fn worst_journals() -> Vec<(&'static str, Vec<u8>)> {
         ("witnesses", quick(&[0, 4, 0, 0])),
         ("interrupts", quick(&[0, 3, 0x30, 0, 0, 0])),
         ("posted bytes", quick(&[0, 9, 0])),
+        ("vCPUs", quick(&[0, 11, 1, 0, 3, 0x30, 0, 0, 0])),
         ("inputs", quick(&inputs(0))),
         ("large inputs", largest(&inputs(60_000))),
     ]
@@ -222,7 +223,7 @@ fn whatever_bytes_a_journal_is_made_of_memory_stays_in_bounds() {
             let mut events = Vec::new();
             for _ in 0..1 + rng.below(12) {
                 // Mostly events that begin well.
-                events.extend([rng.below(3) as u8, rng.below(11) as u8]);
+                events.extend([rng.below(3) as u8, rng.below(12) as u8]);
                 if rng.one_in(4) {
                     events.extend(&input);
                 }

@@ -249,10 +249,9 @@ proptest! {
 /// A small journal of three frames, from a plan that never changes.
 fn small() -> (Vec<u8>, Vec<IndexEntry>) {
     let at = Moment {
-        exits: 0,
-        branches: 0,
         rip: 0x1234,
         rcx: 7,
+        ..Moment::START
     };
     let frame = |n: u64| {
         let events = vec![

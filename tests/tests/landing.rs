@@ -75,7 +75,7 @@ fn every_preemption_is_found_again_on_a_host_with_another_skid() {
         assert!(is_equal(&recording, &replayed), "equal, and yet it is not");
         let journaled = records_of(&recording.journal)
             .iter()
-            .filter(|record| matches!(record.event, Event::Preempted(_)))
+            .filter(|record| matches!(record.event, Event::Preempted { .. }))
             .count() as u64;
         assert_eq!(journaled, preemptions(&recording));
         landed.set(landed.get() + journaled);

@@ -8,10 +8,11 @@ mod arbitrary;
 use hindsight_replay::rng::Rng;
 use hindsight_replay::{
     Detail, Difference, Event, Frame, IndexEntry, JournalError, JournalReader, JournalWriter,
-    Record, Tail, TailReason,
+    Record, Tail, TailReason, VcpuNumber,
 };
 use hindsight_tests::sim::{
-    Recording, Replayed, Scenario, Trace, Verdict, records_of, relog, replay, write_records,
+    Recording, Replayed, Scenario, Trace, Verdict, move_to_vcpu, records_of, relog, replay,
+    write_records,
 };
 use hindsight_tests::sim_world::{EXITS_MAX, SimWorld};
 use hindsight_tests::toy_cpu::ToyCpu;
@@ -365,6 +366,8 @@ enum Change {
     Move(prop::sample::Index, i64),
     Replace(prop::sample::Index, Event),
     Insert(prop::sample::Index, Event),
+    /// Of the vCPU with this number, if it is of one.
+    Vcpu(prop::sample::Index, u8),
 }
 
 fn change() -> impl Strategy<Value = Change> {
@@ -377,6 +380,7 @@ fn change() -> impl Strategy<Value = Change> {
         (at(), far).prop_map(|(at, by)| Change::Move(at, by)),
         (at(), arbitrary::event()).prop_map(|(at, event)| Change::Replace(at, event)),
         (at(), arbitrary::event()).prop_map(|(at, event)| Change::Insert(at, event)),
+        (at(), any::<u8>()).prop_map(|(at, number)| Change::Vcpu(at, number)),
         (at(), arbitrary::end()).prop_map(|(at, event)| Change::Insert(at, event)),
         (at(), arbitrary::end()).prop_map(|(at, event)| Change::Replace(at, event)),
     ]
@@ -406,6 +410,9 @@ fn changed(mut records: Vec<Record>, changes: &[Change]) -> Vec<Record> {
                 record.exits = record.exits.saturating_add_signed(*by);
             }
             Change::Replace(at, event) => records[at.index(count)].event = event.clone(),
+            Change::Vcpu(at, number) => {
+                move_to_vcpu(&mut records[at.index(count)].event, VcpuNumber(*number));
+            }
             Change::Insert(at, event) => {
                 let exits = records[at.index(count)].exits;
                 records.insert(

@@ -472,7 +472,7 @@ fn tampered(record: &Record, rng: &mut Rng) -> Option<Record> {
             let other = (*what as usize + 1 + rng.below(all.len() as u64 - 1) as usize) % all.len();
             *what = all[other];
         }
-        Event::Input(_) | Event::Preempted(_) => return None,
+        Event::Input(_) | Event::Preempted { .. } => return None,
     }
     Some(record)
 }

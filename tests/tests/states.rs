@@ -11,6 +11,7 @@ use hindsight_replay::rng::{Rng, mix};
 use hindsight_replay::{
     Closed, Cpu, Detail, End, Ending, Exit, Header, JournalError, JournalReader, Machine,
     MachineState, Pages, Replayer, RunError, StateDigest, StateError, StateOf, Stateful, Turn,
+    VcpuNumber,
 };
 use hindsight_tests::busy_world;
 use hindsight_tests::sim::{Recording, Scenario, Trace, machine_of};
@@ -290,8 +291,8 @@ fn notices_each_part<R: Recorded>(recorded: &R, seed: u64, noticed: &mut [Notice
 
 /// A state whose check is right, whatever it says.
 fn seal(body: &[u8]) -> Vec<u8> {
-    let mut bytes = b"HSst\x01\0\0\0".to_vec();
-    bytes.extend(xxhash_rust::xxh3::xxh3_64_with_seed(body, 1).to_le_bytes());
+    let mut bytes = b"HSst\x02\0\0\0".to_vec();
+    bytes.extend(xxhash_rust::xxh3::xxh3_64_with_seed(body, 2).to_le_bytes());
     bytes.extend(body);
     bytes
 }
@@ -510,6 +511,31 @@ fn bytes_that_were_kept_are_refused_when_a_bit_of_them_has_changed() {
 }
 
 #[test]
+fn the_state_of_a_vcpu_that_the_machine_does_not_have_is_refused() {
+    let toy = Toy::record(1);
+    let mut replay = Replay::new(&toy, 1);
+    replay.run_to(toy.exits() / 2);
+    let state = replay.save();
+    let body = postcard::to_stdvec(&state).expect("plain values serialise");
+    // What comes first: the name of the machine, and the number of the exit.
+    let description = |body: &[u8]| {
+        postcard::take_from_bytes::<(u64, u64)>(body).map(|(_, rest)| body.len() - rest.len())
+    };
+    let at = description(&body).expect("two numbers");
+    for number in 1..=u8::MAX {
+        let mut other = body.clone();
+        assert_eq!(std::mem::replace(&mut other[at], number), 0);
+        let other = State::<Toy>::from_bytes(&seal(&other)).expect("it is a state");
+        assert_eq!(other.progress.at().vcpu, VcpuNumber(number));
+        let refused = replay.restore(&toy, &other);
+        assert!(
+            matches!(&refused, Err(StateError::Damaged(what)) if what.contains("vCPU")),
+            "{refused:?}"
+        );
+    }
+}
+
+#[test]
 fn the_state_of_another_machine_is_refused() {
     let toy = Toy::record(1);
     let mut replay = Replay::new(&toy, 1);
@@ -548,10 +574,11 @@ fn a_place_that_is_not_in_the_journal_is_refused() {
         assert!(whole.is_ok(), "{:?}", whole.err());
         for _ in 0..20 {
             let mut other = place.clone();
-            match rng.below(4) {
+            match rng.below(5) {
                 0 => other.records += 1 << rng.below(64).max(20),
                 1 => other.frame_before = Some(rng.number() >> rng.below(64)),
                 2 => other.history = vec![other.history[0]; 9],
+                3 => other.history[0].1.vcpu = VcpuNumber(1 + rng.below(255) as u8),
                 _ => other.witnesses_checked = u64::MAX - rng.below(9),
             }
             if other.frame_before == place.frame_before && other.records == place.records {

@@ -8,7 +8,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use hindsight_devices::{Nanos, POSTED_PORT};
 use hindsight_replay::{
     Detail, End, Event, FRAME_HEAD_BYTES, Frame, FullDigest, Guest, Header, IndexEntry,
-    JournalError, JournalReader, LeftOpen, Moment, Observer, Record, TailReason, Turn,
+    JournalError, JournalReader, LeftOpen, Moment, Observer, Place, Record, TailReason, Turn,
 };
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -123,7 +123,11 @@ fn event_json(exits: u64, event: &Event) -> Value {
             value["state"] = json!(end.state.as_ref().map(state_json));
             ("end", value)
         }
-        Event::Preempted(place) => ("preempted", json!(place)),
+        Event::Preempted { vcpu, place } => {
+            let Place { unit, number, rip } = place;
+            let place = json!({"vcpu": vcpu, "unit": unit, "number": number, "rip": rip});
+            ("preempted", place)
+        }
         Event::FirstReads { check } => ("first_reads", json!(format!("{check:016x}"))),
         Event::Posted(bytes) => ("posted", json!({"port": POSTED_PORT, "bytes": bytes})),
         Event::LeftOpen(what) => ("left_open", json!(what.to_string())),

@@ -40,7 +40,7 @@ pub struct Options {
     /// With --until: save the state of the machine there, for --from.
     ///
     /// Nothing is written if the replay is refused, diverges, or ends before. The file holds the guest's memory
-    /// and what it has written to its disks, so it is as secret as those.
+    /// and what it has written to its disks: it is as secret as those.
     #[arg(long, value_name = "FILE", requires = "until")]
     save: Option<PathBuf>,
     /// Go on from a saved state of this recording instead of from the start.
@@ -59,7 +59,8 @@ pub struct Options {
     detail: DetailOption,
     /// With --relog or --save: replace the recording, or the file, that is there.
     ///
-    /// A recording is replaced once the new one is whole. The old one is moved to DIR/replaced-XXXXXX when the replay begins, and deleted when it has ended
+    /// A recording is replaced once the new one is whole. The old one is moved to DIR/replaced-XXXXXX when
+    /// the replay begins, and deleted when it has ended
     /// equal; else both are kept.
     #[arg(long, requires = "written")]
     force: bool,

@@ -122,6 +122,7 @@ mod tests {
     fn query(site: Option<u64>, deadline: Option<Nanos>) -> TimeQuery {
         TimeQuery {
             exits: 1,
+            vcpu: crate::machine::VcpuNumber::BOOT,
             complete: Complete::default(),
             earliest: 0,
             rule: 0,

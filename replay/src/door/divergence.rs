@@ -183,6 +183,13 @@ fn parts(expected: Option<&FullDigest>, found: Option<&FullDigest>) -> String {
 
 /// The first field in which two turns differ, with both sides.
 pub fn first_difference(expected: &Turn, found: &Turn) -> Option<(&'static str, String, String)> {
+    if expected.vcpu != found.vcpu {
+        return Some((
+            "the vCPU",
+            expected.vcpu.0.to_string(),
+            found.vcpu.0.to_string(),
+        ));
+    }
     if expected.exit != found.exit {
         return Some((
             "the exit",

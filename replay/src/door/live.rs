@@ -286,6 +286,7 @@ impl<W: World> Outside for Live<W> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::machine::VcpuNumber;
 
     #[test]
     fn patience_grows_with_what_a_preemption_costs_and_has_its_bounds() {
@@ -335,6 +336,7 @@ mod tests {
             let due = live.world.now;
             let position = Position {
                 exits,
+                vcpu: VcpuNumber::BOOT,
                 rip: 0,
                 now: due,
                 deadline: Some(due),
@@ -360,6 +362,7 @@ mod tests {
             };
             let query = TimeQuery {
                 exits: exits + 1,
+                vcpu: VcpuNumber::BOOT,
                 complete: Complete { exits, now: due },
                 earliest: due,
                 rule: due,
@@ -382,6 +385,7 @@ mod tests {
             .with_panic_grace(Some(5_000_000));
         let position = Position {
             exits: 7,
+            vcpu: VcpuNumber::BOOT,
             rip: 0,
             now: 1_000_000,
             deadline: None,
@@ -391,6 +395,7 @@ mod tests {
         };
         let query = TimeQuery {
             exits: 8,
+            vcpu: VcpuNumber::BOOT,
             complete: Complete {
                 exits: 7,
                 now: 1_000_000,

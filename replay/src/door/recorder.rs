@@ -91,7 +91,8 @@ impl<O: Outside<Closed = Closed>, W: Write> Outside for Recorder<O, W> {
         let now = self.inner.time(query)?;
         // First of all that belongs to its exit: a replay must know it before the guest runs there.
         if let Some(place) = query.preempted {
-            self.pending.push(Event::Preempted(place));
+            let vcpu = query.vcpu;
+            self.pending.push(Event::Preempted { vcpu, place });
         }
         let ahead_ns = now.wrapping_sub(query.rule).cast_signed();
         // A halted machine without a deadline is woken by the world alone: without an event here,

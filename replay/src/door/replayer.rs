@@ -15,7 +15,7 @@ use crate::journal::{
 };
 use crate::machine::{
     Complete, Digest, End, Ending, FullDigest, Horizon, JournalPlace, LeftOpen, Likeness, Moment,
-    Outside, Place, Position, TimeQuery, Turn,
+    Outside, Place, Position, TimeQuery, Turn, VcpuNumber,
 };
 
 /// How many turns a divergence report shows.
@@ -84,7 +84,12 @@ impl<R: Read> Replayer<R> {
             place.states_checked,
             place.states_but_accessed,
         ];
-        if place.history.len() > HISTORY || counts.iter().any(|count| *count > COUNT_MAX) {
+        let vcpus = journal.header().machine.vcpus;
+        let is_possible = |(_, turn): &(u64, Turn)| turn.vcpu.is_among(vcpus);
+        if place.history.len() > HISTORY
+            || counts.iter().any(|count| *count > COUNT_MAX)
+            || !place.history.iter().all(is_possible)
+        {
             let what = "what was counted by then could not have been";
             return Err(JournalError::Place(what.into()));
         }
@@ -181,18 +186,20 @@ impl<R: Read> Replayer<R> {
     }
 
     /// Refuses a preemption that the recording does not have, and an exit where it has one.
-    fn check_preemption(&mut self, exits: u64, found: Option<Place>) -> Result<(), Closed> {
+    fn check_preemption(&mut self, query: &TimeQuery) -> Result<(), Closed> {
+        let exits = query.exits;
         let expected = self.take(exits, |event| match event {
-            Event::Preempted(place) => Some(*place),
+            Event::Preempted { vcpu, place } => Some((*vcpu, *place)),
             _ => None,
         })?;
+        let found = query.preempted.map(|place| (query.vcpu, place));
         if expected == found {
             return Ok(());
         }
-        let say = |place: Option<Place>| {
-            place.map_or_else(
+        let say = |preempted: Option<(VcpuNumber, Place)>| {
+            preempted.map_or_else(
                 || "an exit of its own".to_string(),
-                |place| Event::Preempted(place).to_string(),
+                |(vcpu, place)| Event::Preempted { vcpu, place }.to_string(),
             )
         };
         let difference = Difference::Preemption {
@@ -213,17 +220,13 @@ impl<R: Read> Replayer<R> {
     }
 
     fn last_moment(&self, exits: u64) -> Moment {
-        let registers = self
-            .history
-            .back()
-            .map(|(_, turn)| turn.registers)
-            .unwrap_or_default();
-        Moment {
-            exits,
-            branches: 0,
-            rip: registers.rip(),
-            rcx: registers.rcx(),
-        }
+        self.history.back().map_or(
+            Moment {
+                exits,
+                ..Moment::START
+            },
+            |(_, turn)| moment(exits, turn),
+        )
     }
 
     /// Compares memory with what was recorded of it. Which records of its page tables a CPU has marked as accessed
@@ -267,7 +270,7 @@ impl<R: Read> Outside for Replayer<R> {
         if self.peek()?.is_none() {
             self.cut_short(query.complete.exits)?;
         }
-        self.check_preemption(exits, query.preempted)?;
+        self.check_preemption(query)?;
         let ahead = self.take(exits, |event| match event {
             Event::Time { ahead_ns } => Some(*ahead_ns),
             _ => None,
@@ -353,12 +356,7 @@ impl<R: Read> Outside for Replayer<R> {
     }
 
     fn turn(&mut self, exits: u64, turn: &Turn, digest: Digest) -> Result<(), Closed> {
-        let at = Moment {
-            exits,
-            branches: 0,
-            rip: turn.registers.rip(),
-            rcx: turn.registers.rcx(),
-        };
+        let at = moment(exits, turn);
         let recorded = self.take(exits, |event| match event {
             Event::Turn(recorded) => Some(**recorded),
             _ => None,
@@ -498,7 +496,12 @@ impl<R: Read> Outside for Replayer<R> {
             }
             Some(record) if record.exits > exits => {
                 return Ok(match record.event {
-                    Event::Preempted(place) if record.exits == exits + 1 => Horizon::At(place),
+                    // The place of another vCPU is none of this one's: its next exit differs.
+                    Event::Preempted { vcpu, place }
+                        if record.exits == exits + 1 && vcpu == position.vcpu =>
+                    {
+                        Horizon::At(place)
+                    }
                     _ => Horizon::Exit,
                 });
             }
@@ -615,5 +618,16 @@ impl<R: Read> Outside for Replayer<R> {
             Some(tail) if tail.reason != TailReason::Closed => Err(Closed::CutShort(tail.clone())),
             _ => Ok(()),
         }
+    }
+}
+
+/// Where `turn` was the last to happen when exit `exits` differed.
+fn moment(exits: u64, turn: &Turn) -> Moment {
+    Moment {
+        exits,
+        vcpu: turn.vcpu,
+        branches: 0,
+        rip: turn.registers.rip(),
+        rcx: turn.registers.rcx(),
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! Events are written with postcard. Positions and registers are written as differences to what
 //! came before within the same frame, which keeps them short; a frame starts afresh, so that it
-//! can be read without the frames before it.
+//! can be read without the frames before it. Which vCPU an event is of is written where it is another
+//! than that of the one before, so a machine with one vCPU pays nothing for it.
 
 use hindsight_devices::{Input, Nanos};
 use serde::{Deserialize, Serialize};
@@ -10,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::event::{Event, Record};
 use super::limits::EVENT_RAW_MAX;
 use crate::machine::{
-    Answer, End, Exit, FullDigest, LeftOpen, Moment, Place, Registers, Turn, Unit,
+    Answer, End, Exit, FullDigest, LeftOpen, Moment, Place, Registers, Turn, Unit, VcpuNumber,
 };
 
 /// An event as it is written.
@@ -53,12 +54,28 @@ enum Wire {
     },
     Posted(Vec<u8>),
     LeftOpen(LeftOpen),
+    /// No event by itself: the next one, and those of a vCPU after it, are of this vCPU.
+    Vcpu(VcpuNumber),
+}
+
+impl Wire {
+    fn is_of_a_vcpu(&self) -> bool {
+        matches!(
+            self,
+            Wire::Turn { .. } | Wire::Interrupt { .. } | Wire::Preempted { .. }
+        )
+    }
+}
+
+fn append(frame: Vec<u8>, delta: u64, wire: &Wire) -> Vec<u8> {
+    postcard::to_extend(&(delta, wire), frame).expect("a Vec takes everything")
 }
 
 /// What the differences of a frame refer to.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Codec {
     exits: u64,
+    vcpu: VcpuNumber,
     now: Nanos,
     rip: u64,
     registers: Registers,
@@ -74,12 +91,19 @@ impl Codec {
     }
 
     /// Appends an event to `frame`.
-    pub(crate) fn encode(&mut self, frame: Vec<u8>, record: &Record) -> Vec<u8> {
-        let delta = record
+    pub(crate) fn encode(&mut self, mut frame: Vec<u8>, record: &Record) -> Vec<u8> {
+        let mut delta = record
             .exits
             .checked_sub(self.exits)
             .expect("events come in the order of exits");
         self.exits = record.exits;
+        if let Some(vcpu) = record.event.vcpu()
+            && vcpu != self.vcpu
+        {
+            self.vcpu = vcpu;
+            frame = append(frame, delta, &Wire::Vcpu(vcpu));
+            delta = 0;
+        }
         let wire = match &record.event {
             Event::Turn(turn) => self.wire_turn(turn),
             Event::Time { ahead_ns } => Wire::Time {
@@ -95,7 +119,7 @@ impl Codec {
             Event::Witness { check } => Wire::Witness { check: *check },
             Event::State { digest } => Wire::State { digest: *digest },
             Event::End(end) => Wire::End(end.clone()),
-            Event::Preempted(place) => Wire::Preempted {
+            Event::Preempted { place, .. } => Wire::Preempted {
                 unit: place.unit,
                 number: place.number,
                 rip_delta: self.rip_delta(place.rip),
@@ -106,7 +130,7 @@ impl Codec {
             Event::Posted(bytes) => Wire::Posted(bytes.clone()),
             Event::LeftOpen(what) => Wire::LeftOpen(*what),
         };
-        postcard::to_extend(&(delta, wire), frame).expect("a Vec takes everything")
+        append(frame, delta, &wire)
     }
 
     /// Takes the next event off `frame`.
@@ -114,10 +138,19 @@ impl Codec {
         // A length inside it that leads further than an event can be is refused before anything is
         // reserved for it.
         let event = &frame[..frame.len().min(EVENT_RAW_MAX)];
-        let ((delta, wire), rest) = postcard::take_from_bytes::<(u64, Wire)>(event)?;
-        *frame = &frame[event.len() - rest.len()..];
         let bad = || postcard::Error::DeserializeBadEncoding;
+        let ((delta, mut wire), mut rest) = postcard::take_from_bytes::<(u64, Wire)>(event)?;
         self.exits = self.exits.checked_add(delta).ok_or_else(bad)?;
+        if let Wire::Vcpu(vcpu) = wire {
+            let ((delta, of_vcpu), after) = postcard::take_from_bytes::<(u64, Wire)>(rest)?;
+            // Said as our writer says it: before an event of a vCPU, at its exit, and of no vCPU twice.
+            if delta != 0 || vcpu == self.vcpu || !of_vcpu.is_of_a_vcpu() {
+                return Err(bad());
+            }
+            self.vcpu = vcpu;
+            (wire, rest) = (of_vcpu, after);
+        }
+        *frame = &frame[event.len() - rest.len()..];
         let event = match wire {
             Wire::Turn {
                 exit,
@@ -139,6 +172,7 @@ impl Codec {
                 }
                 let registers = self.registers;
                 Event::Turn(Box::new(Turn {
+                    vcpu: self.vcpu,
                     exit,
                     answer,
                     now: self.now,
@@ -156,6 +190,7 @@ impl Codec {
                 self.rip = self.rip.wrapping_add_signed(rip_delta);
                 let at = Moment {
                     exits: self.exits,
+                    vcpu: self.vcpu,
                     branches,
                     rip: self.rip,
                     rcx,
@@ -176,12 +211,16 @@ impl Codec {
                 rip_delta,
             } => {
                 self.rip = self.rip.wrapping_add_signed(rip_delta);
-                Event::Preempted(Place {
-                    unit,
-                    number,
-                    rip: self.rip,
-                })
+                Event::Preempted {
+                    vcpu: self.vcpu,
+                    place: Place {
+                        unit,
+                        number,
+                        rip: self.rip,
+                    },
+                }
             }
+            Wire::Vcpu(_) => return Err(bad()),
         };
         Ok(Record {
             exits: self.exits,
@@ -213,6 +252,87 @@ impl Codec {
             later_ns,
             changed,
             deltas,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn interrupt(exits: u64, vcpu: u8) -> Record {
+        let at = Moment {
+            exits,
+            vcpu: VcpuNumber(vcpu),
+            ..Moment::START
+        };
+        let event = Event::Interrupt { vector: 0x30, at };
+        Record { exits, event }
+    }
+
+    fn time(exits: u64) -> Record {
+        let event = Event::Time { ahead_ns: 1 };
+        Record { exits, event }
+    }
+
+    fn encoded(records: &[Record]) -> Vec<u8> {
+        let mut codec = Codec::default();
+        let encode = |frame, record| codec.encode(frame, record);
+        records.iter().fold(Vec::new(), encode)
+    }
+
+    fn decoded(mut frame: &[u8]) -> Result<Vec<Record>, postcard::Error> {
+        let mut codec = Codec::default();
+        let mut records = Vec::new();
+        while !frame.is_empty() {
+            records.push(codec.decode(&mut frame)?);
+        }
+        Ok(records)
+    }
+
+    #[test]
+    fn a_vcpu_is_written_where_it_is_another_and_the_boot_vcpu_takes_no_byte() {
+        let one = [time(1), interrupt(1, 0), interrupt(3, 0)];
+        assert_eq!(
+            encoded(&one),
+            [1, 1, 2, 0, 3, 0x30, 0, 0, 0, 2, 3, 0x30, 0, 0, 0]
+        );
+        let several = [
+            interrupt(1, 0),
+            interrupt(2, 7),
+            time(4),
+            interrupt(4, 7),
+            interrupt(4, 255),
+            interrupt(5, 0),
+        ];
+        let frame = encoded(&several);
+        let switch = |delta, vcpu| [delta, 11, vcpu, 0, 3, 0x30, 0, 0, 0];
+        let expected = [
+            &[1, 3, 0x30, 0, 0, 0][..],
+            &switch(1, 7),
+            &[2, 1, 2],
+            &[0, 3, 0x30, 0, 0, 0],
+            &switch(0, 255),
+            &switch(1, 0),
+        ];
+        assert_eq!(frame, expected.concat());
+        assert_eq!(decoded(&frame).unwrap(), several);
+    }
+
+    #[test]
+    fn a_vcpu_that_is_said_otherwise_than_we_say_it_does_not_decode() {
+        let interrupt = [0, 3, 0x30, 0, 0, 0];
+        let wrong: [&[u8]; 6] = [
+            // Nothing after it; the same as before; two of them; before what is of no vCPU; not at its exit.
+            &[1, 11, 2],
+            &[&[1, 11, 0], &interrupt[..]].concat(),
+            &[&[1, 11, 2, 0, 11, 3], &interrupt[..]].concat(),
+            &[1, 11, 2, 0, 1, 2],
+            &[1, 11, 2, 1, 3, 0x30, 0, 0, 0],
+            &[&[1, 11, 2], &interrupt[..], &[1, 11, 2], &interrupt[..]].concat(),
+        ];
+        for frame in wrong {
+            assert!(decoded(frame).is_err(), "{frame:?}");
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use hindsight_devices::Input;
 
-use crate::machine::{End, FullDigest, LeftOpen, Moment, Place, Turn};
+use crate::machine::{End, FullDigest, LeftOpen, Moment, Place, Turn, VcpuNumber};
 
 /// One thing a journal says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,8 +35,13 @@ pub enum Event {
     },
     /// The recording is complete.
     End(Box<End>),
-    /// The guest was preempted at this place after the exit before, which made it an exit.
-    Preempted(Place),
+    /// A vCPU was preempted after the exit before, which made it an exit.
+    Preempted {
+        /// Which.
+        vcpu: VcpuNumber,
+        /// Where.
+        place: Place,
+    },
     /// The guest read blocks of a disk's image for the first time.
     FirstReads {
         /// XXH3-64 over them.
@@ -66,6 +71,23 @@ impl Event {
         "left open",
     ];
 
+    /// The vCPU that it is of; `None`: it is of the whole machine.
+    pub fn vcpu(&self) -> Option<VcpuNumber> {
+        match self {
+            Event::Turn(turn) => Some(turn.vcpu),
+            Event::Interrupt { at, .. } => Some(at.vcpu),
+            Event::Preempted { vcpu, .. } => Some(*vcpu),
+            Event::Time { .. }
+            | Event::Input(_)
+            | Event::Witness { .. }
+            | Event::State { .. }
+            | Event::End(_)
+            | Event::FirstReads { .. }
+            | Event::Posted(_)
+            | Event::LeftOpen(_) => None,
+        }
+    }
+
     /// Index into [`Event::KIND_NAMES`].
     pub fn kind(&self) -> usize {
         match self {
@@ -76,7 +98,7 @@ impl Event {
             Event::Witness { .. } => 4,
             Event::State { .. } => 5,
             Event::End(_) => 6,
-            Event::Preempted(_) => 7,
+            Event::Preempted { .. } => 7,
             Event::FirstReads { .. } => 8,
             Event::Posted(_) => 9,
             Event::LeftOpen(_) => 10,

@@ -3,7 +3,7 @@
 use hindsight_devices::{Devices, Output};
 use serde::{Deserialize, Serialize};
 
-use crate::machine::{CpuidEntry, CpuidTable, PAGE_BYTES, QuickReads, Unit};
+use crate::machine::{CpuidEntry, CpuidTable, PAGE_BYTES, QuickReads, Unit, VCPUS};
 
 /// The most RAM that a machine has: 1 TiB.
 pub const MEMORY_BYTES_MAX: u64 = 1 << 40;
@@ -94,6 +94,8 @@ pub struct TrapCounts {
 pub struct MachineDescription {
     /// RAM in bytes.
     pub memory_bytes: u64,
+    /// How many vCPUs it has, numbered from 0: [`VCPUS`].
+    pub vcpus: u8,
     /// The whole kernel command line.
     pub cmdline: String,
     /// The kernel as it was given (bzImage or ELF).
@@ -199,6 +201,7 @@ impl Header {
             detail: Detail::Default,
             machine: MachineDescription {
                 memory_bytes: PAGE_BYTES as u64,
+                vcpus: VCPUS,
                 cmdline: String::new(),
                 kernel: nothing,
                 kernel_version: String::new(),
@@ -260,6 +263,12 @@ impl MachineDescription {
             ));
         }
         at_most("bytes of RAM", memory, MEMORY_BYTES_MAX)?;
+        if self.vcpus != VCPUS {
+            return Err(format!(
+                "vCPUs: {}, and this version runs machines with {VCPUS}",
+                self.vcpus
+            ));
+        }
         text_at_most("the command line", &self.cmdline, CMDLINE_BYTES_MAX)?;
         if self.cmdline.contains('\0') {
             return Err("the command line has a byte that is zero".into());

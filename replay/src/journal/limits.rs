@@ -6,7 +6,7 @@
 use hindsight_devices::{FRAME_BYTES_MAX, Nanos};
 
 use super::event::{Event, Record};
-use crate::machine::{ARRIVALS_MAX, LeftOpen};
+use crate::machine::{ARRIVALS_MAX, LeftOpen, VcpuNumber};
 
 /// The longest event: an input that is the longest Ethernet frame, and what stands before its bytes.
 pub const EVENT_RAW_MAX: usize = FRAME_BYTES_MAX + 64;
@@ -35,8 +35,10 @@ const _: () = assert!(
 );
 
 /// Follows the events of a journal and refuses what no recorder says.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Rules {
+    /// How many vCPUs the machine has.
+    vcpus: u8,
     /// The exit of the last event.
     exits: u64,
     /// Inputs at that exit so far.
@@ -55,6 +57,14 @@ impl Rules {
         if raw_bytes > EVENT_RAW_MAX {
             return Err(format!(
                 "it has an event of {raw_bytes} bytes at exit {exits}, at most {EVENT_RAW_MAX} are possible"
+            ));
+        }
+        if let Some(VcpuNumber(number)) = record.event.vcpu()
+            && !VcpuNumber(number).is_among(self.vcpus)
+        {
+            return Err(format!(
+                "it has an event of vCPU {number} at exit {exits}, and the machine has {}, counted from 0",
+                self.vcpus
             ));
         }
         if exits != self.exits {
@@ -76,11 +86,14 @@ impl Rules {
         Ok(())
     }
 
-    /// As they are where a frame begins after exit `exits`: all inputs of an exit are in one frame.
-    pub fn at(exits: u64) -> Rules {
+    /// As they are where a frame begins after exit `exits`, of a machine with so many vCPUs: all inputs of an exit
+    /// are in one frame.
+    pub fn at(exits: u64, vcpus: u8) -> Rules {
         Rules {
+            vcpus,
             exits,
-            ..Rules::default()
+            arrivals: 0,
+            ended: false,
         }
     }
 

@@ -88,6 +88,7 @@ impl<R: Read> JournalReader<R> {
         }
         header.check().map_err(JournalError::Impossible)?;
         let offset = 24 + length as u64;
+        let rules = Rules::at(0, header.machine.vcpus);
         Ok(JournalReader {
             source,
             header,
@@ -96,7 +97,7 @@ impl<R: Read> JournalReader<R> {
             offset,
             through: 0,
             now: 0,
-            rules: Rules::default(),
+            rules,
             tail: None,
             records: None,
             first: (offset, seed),
@@ -260,7 +261,7 @@ impl<R: Read + Seek> JournalReader<R> {
         self.seek(at)?;
         (self.seed, self.sequence, self.through, self.now) = next;
         self.offset = at;
-        self.rules = Rules::at(self.through);
+        self.rules = Rules::at(self.through, self.header.machine.vcpus);
         self.tail = None;
         self.records = None;
         self.last = [place.frame_before, None];

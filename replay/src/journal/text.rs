@@ -16,8 +16,10 @@ impl fmt::Display for Event {
             Event::Interrupt { vector, at } => {
                 write!(
                     f,
-                    "interrupt {vector:#04x} at rip {:#x} rcx {:#x}",
-                    at.rip, at.rcx
+                    "interrupt {vector:#04x}{} at rip {:#x} rcx {:#x}",
+                    at.vcpu.suffix(),
+                    at.rip,
+                    at.rcx
                 )?;
                 match at.branches {
                     0 => Ok(()),
@@ -27,7 +29,9 @@ impl fmt::Display for Event {
             Event::Witness { check: [low, high] } => write!(f, "witness {high:02x}{low:02x}"),
             Event::State { digest } => write!(f, "memory {}, state {digest}", digest.memory),
             Event::End(end) => write!(f, "end: {end}"),
-            Event::Preempted(place) => write!(f, "preempted {place}"),
+            Event::Preempted { vcpu, place } => {
+                write!(f, "preempted {place}{}", vcpu.suffix())
+            }
             Event::FirstReads { check } => write!(f, "first reads of a disk's image {check:016x}"),
             Event::Posted(bytes) => {
                 let bytes = bytes.escape_ascii();
@@ -110,9 +114,9 @@ mod tests {
     fn events_that_differ_read_differently() {
         let at = Moment {
             exits: 7,
-            branches: 0,
             rip: 1,
             rcx: 2,
+            ..Moment::START
         };
         let vector = 0x20;
         let later = Moment { branches: 3, ..at };

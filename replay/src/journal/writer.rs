@@ -63,7 +63,7 @@ impl<W: Write> JournalWriter<W> {
             sequence: 0,
             raw: Vec::new(),
             codec: Codec::new(0),
-            rules: Some(Rules::default()),
+            rules: Some(Rules::at(0, header.machine.vcpus)),
             first: 0,
             last_close_ns: 0,
             offset: bytes.len() as u64,

@@ -10,7 +10,7 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 use xxhash_rust::xxh64::xxh64;
 
 use super::exit::{Answer, Exit, Turn};
-use super::moment::Moment;
+use super::moment::{Moment, VcpuNumber};
 
 /// The chain's present value.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -40,9 +40,10 @@ impl Digest {
     /// Chains one turn.
     pub fn absorb(&mut self, turn: &Turn) {
         let mut words = [0u64; TURN_BYTES / 8];
+        let kind = turn.exit.kind() as u64 | on_vcpu(turn.vcpu);
         let (a, b) = exit_words(&turn.exit);
         let (c, d, e) = answer_words(&turn.answer);
-        words[..7].copy_from_slice(&[turn.exit.kind() as u64, a, b, c, d, e, turn.now]);
+        words[..7].copy_from_slice(&[kind, a, b, c, d, e, turn.now]);
         words[7..].copy_from_slice(&turn.registers.0);
         self.chain(&words);
     }
@@ -50,7 +51,7 @@ impl Digest {
     /// Chains one delivered interrupt.
     pub fn absorb_interrupt(&mut self, at: &Moment, vector: u8) {
         self.chain(&[
-            u64::from(vector) | 1 << 32,
+            u64::from(vector) | on_vcpu(at.vcpu) | 1 << 32,
             at.exits,
             at.branches,
             at.rip,
@@ -76,6 +77,12 @@ impl Digest {
         }
         self.0 = xxh3_64_with_seed(&bytes[..8 * words.len()], self.0);
     }
+}
+
+/// A vCPU as part of a word whose lowest eight bits are a vector or the kind of an exit.
+fn on_vcpu(vcpu: VcpuNumber) -> u64 {
+    const { assert!(Exit::KINDS <= 1 << 8) };
+    u64::from(vcpu.0) << 8
 }
 
 fn access_words(access: &Access) -> (u64, u64) {
@@ -241,6 +248,9 @@ fn split(page: &[u8; PAGE_BYTES]) -> ([u8; PAGE_BYTES], [u64; ACCESSED_WORDS]) {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
+    use super::super::exit::Registers;
     use super::*;
 
     fn digest(words: &[(usize, u64)]) -> MemoryDigest {
@@ -287,6 +297,34 @@ mod tests {
             0x5555_5555_5555,
         ] {
             assert_eq!(flipped(word, ACCESSED), Likeness::Different, "{word:x}");
+        }
+    }
+
+    #[test]
+    fn turns_and_interrupts_of_another_vcpu_are_others() {
+        let turn = |vcpu| {
+            let mut digest = Digest::default();
+            digest.absorb(&Turn {
+                vcpu: VcpuNumber(vcpu),
+                exit: Exit::Halt,
+                answer: Answer::Done,
+                now: 1,
+                registers: Registers::default(),
+            });
+            digest.value()
+        };
+        let interrupt = |vcpu| {
+            let mut digest = Digest::default();
+            let at = Moment {
+                vcpu: VcpuNumber(vcpu),
+                ..Moment::START
+            };
+            digest.absorb_interrupt(&at, 0x30);
+            digest.value()
+        };
+        for absorbed in [turn, interrupt] as [fn(u8) -> u64; 2] {
+            let values: BTreeSet<u64> = (0..=u8::MAX).map(absorbed).collect();
+            assert_eq!(values.len(), 256);
         }
     }
 

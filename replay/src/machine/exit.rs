@@ -5,6 +5,7 @@ use std::fmt;
 use hindsight_devices::{Access, Nanos};
 use serde::{Deserialize, Serialize};
 
+use super::moment::VcpuNumber;
 use super::place::Place;
 
 /// The general registers at an exit, in the order of `struct kvm_regs`.
@@ -265,19 +266,21 @@ impl fmt::Display for Answer {
 /// Everything about one counted exit: what happened, when, where, and what was answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Turn {
+    /// The vCPU whose exit it is.
+    pub vcpu: VcpuNumber,
     /// What the guest did.
     pub exit: Exit,
     /// What the machine answered.
     pub answer: Answer,
     /// Guest time at this exit, in nanoseconds.
     pub now: Nanos,
-    /// The registers as the guest left them.
+    /// The registers of that vCPU as the guest left them.
     pub registers: Registers,
 }
 
 impl fmt::Display for Turn {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.exit)?;
+        write!(f, "{}{}", self.exit, self.vcpu.suffix())?;
         if self.answer != Answer::Done {
             write!(f, " -> {}", self.answer)?;
         }

@@ -35,7 +35,7 @@ pub use full_digest::{CpuDigest, FullDigest};
 pub use guest::Guest;
 pub use landing::{Ahead, Counter, Lander, Overshoot, Walk, WalkEnd};
 pub use left_open::LeftOpen;
-pub use moment::{ExitNumber, Moment};
+pub use moment::{ExitNumber, Moment, VCPUS, VcpuNumber};
 pub use observer::Observer;
 pub use outside::{Closing, Complete, JournalPlace, Outside, Position, TimeQuery};
 pub use pages::{Page, PageBytes, Pages};

@@ -6,6 +6,34 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+/// How many vCPUs a machine has. A journal and a machine's state name a vCPU wherever they name a moment, so that
+/// more of them need no other format.
+pub const VCPUS: u8 = 1;
+
+/// One of a machine's vCPUs, by its number.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
+pub struct VcpuNumber(pub u8);
+
+impl VcpuNumber {
+    /// The one that runs from power-on.
+    pub const BOOT: VcpuNumber = VcpuNumber(0);
+
+    /// Whether a machine with so many vCPUs has it.
+    pub fn is_among(self, vcpus: u8) -> bool {
+        self.0 < vcpus
+    }
+
+    /// What is said after what happened on it. Nothing of the boot vCPU: most machines have no other.
+    pub fn suffix(self) -> String {
+        match self {
+            VcpuNumber::BOOT => String::new(),
+            VcpuNumber(number) => format!(" on vCPU {number}"),
+        }
+    }
+}
+
 /// A point in the guest's execution.
 ///
 /// Positions are made of what the guest's own instructions cause, never of host time: how many
@@ -17,6 +45,8 @@ pub struct Moment {
     /// Exits since power-on. Exits that the guest causes count, wake-ups from HLT, and places at
     /// which it was preempted; signals, breakpoints and interrupt windows are the host's and do not.
     pub exits: u64,
+    /// The vCPU that `rip` and `rcx` are of. Exits are counted over all of them.
+    pub vcpu: VcpuNumber,
     /// At a preemption, the conditional branches retired since the exit before it; else 0.
     pub branches: u64,
     /// Instruction pointer.
@@ -29,6 +59,7 @@ impl Moment {
     /// Power-on.
     pub const START: Moment = Moment {
         exits: 0,
+        vcpu: VcpuNumber::BOOT,
         branches: 0,
         rip: 0,
         rcx: 0,
@@ -37,7 +68,7 @@ impl Moment {
 
 impl fmt::Display for Moment {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "exit {}", self.exits)?;
+        write!(f, "exit {}{}", self.exits, self.vcpu.suffix())?;
         if self.branches > 0 {
             write!(f, " ({} branches after the one before)", self.branches)?;
         }
@@ -54,5 +85,31 @@ impl FromStr for ExitNumber {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         text.replace(['_', ','], "").parse().map(ExitNumber)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_moment_names_its_vcpu_where_it_is_not_the_one_that_every_machine_has() {
+        let at = |vcpu| Moment {
+            exits: 7,
+            vcpu: VcpuNumber(vcpu),
+            branches: 0,
+            rip: 0x1000,
+            rcx: 0,
+        };
+        assert_eq!(at(0).to_string(), "exit 7 at rip 0x1000");
+        assert_eq!(at(3).to_string(), "exit 7 on vCPU 3 at rip 0x1000");
+    }
+
+    #[test]
+    fn a_machine_has_the_vcpus_below_their_number() {
+        assert!(VcpuNumber::BOOT.is_among(VCPUS));
+        for number in VCPUS..=u8::MAX {
+            assert!(!VcpuNumber(number).is_among(VCPUS));
+        }
     }
 }

@@ -11,7 +11,7 @@ use super::ending::{End, Ending};
 use super::exit::Turn;
 use super::full_digest::FullDigest;
 use super::left_open::LeftOpen;
-use super::moment::Moment;
+use super::moment::{Moment, VcpuNumber};
 use super::place::{Horizon, Place};
 
 /// The last exit that is complete: its turn has happened, and whatever fails now, a recording holds it.
@@ -29,6 +29,8 @@ pub struct Complete {
 pub struct TimeQuery {
     /// The exit the time is for.
     pub exits: u64,
+    /// The vCPU whose exit it is.
+    pub vcpu: VcpuNumber,
     /// The exit before it.
     pub complete: Complete,
     /// The earliest that this exit can be: that, or later if the guest may have read later times since
@@ -42,7 +44,7 @@ pub struct TimeQuery {
     pub halted: bool,
     /// What the machine has room for.
     pub room: Room,
-    /// The guest was preempted at this place; else it exited by itself.
+    /// That vCPU was preempted at this place; else it exited by itself.
     pub preempted: Option<Place>,
     /// What the guest is doing there, as far as [`Outside::wants_sites`] asked for it: the same
     /// number is the same place in its programs.
@@ -56,6 +58,8 @@ pub struct TimeQuery {
 pub struct Position {
     /// The last exit.
     pub exits: u64,
+    /// The vCPU that runs on from there.
+    pub vcpu: VcpuNumber,
     /// Its instruction pointer.
     pub rip: u64,
     /// Guest time at that exit.

@@ -19,14 +19,14 @@ use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 use super::cpu::Cpu;
 use super::digest::Digest;
 use super::left_open::LeftOpen;
-use super::moment::Moment;
+use super::moment::{Moment, VCPUS};
 use super::outside::{Complete, JournalPlace, Outside};
 use super::pages::Pages;
 use super::turns::REASON_BYTES_MAX;
 use super::{Machine, Panic, Tally};
 
 /// The version of [`MachineState`] that this program writes and reads.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// First bytes of a state.
 const MAGIC: [u8; 4] = *b"HSst";
 /// What stands before the state proper: magic, version, check.
@@ -118,6 +118,8 @@ impl Progress {
         });
         let what = if self.at.exits > COUNT_MAX || counted != Some(self.at.exits) {
             "the number of its exits"
+        } else if !self.at.vcpu.is_among(VCPUS) {
+            "the number of its vCPU"
         } else if counts.iter().any(|count| *count > COUNT_MAX) || preempted > interrupts {
             "a count"
         } else if left_open.len() > LeftOpen::ALL.len() {

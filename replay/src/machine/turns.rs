@@ -87,9 +87,12 @@ impl<C: Cpu, O: Outside + ?Sized> Turns<'_, C, O> {
     /// One counted exit: time first, then what came from outside, then what the guest wants.
     fn turn(&mut self, exit: Exit) -> Result<Next, Failure<C, O>> {
         let registers = self.cpu.registers();
+        // There is one vCPU: whose exit was the last, that one's is this.
+        let vcpu = self.machine.at.vcpu;
         self.arrive_at(
             Moment {
                 exits: self.machine.at.exits + 1,
+                vcpu,
                 branches: match exit {
                     Exit::Preempted(place) if place.unit == Unit::Branches => place.number,
                     _ => 0,
@@ -116,6 +119,7 @@ impl<C: Cpu, O: Outside + ?Sized> Turns<'_, C, O> {
                 .map_err(RunError::Closed)?;
         }
         let turn = Turn {
+            vcpu,
             exit,
             answer,
             now: self.machine.now(),
@@ -196,6 +200,7 @@ impl<C: Cpu, O: Outside + ?Sized> Turns<'_, C, O> {
         };
         let query = TimeQuery {
             exits: machine.at.exits,
+            vcpu: machine.at.vcpu,
             complete: machine.complete,
             earliest,
             rule,
@@ -431,6 +436,7 @@ impl<C: Cpu, O: Outside + ?Sized> Turns<'_, C, O> {
         let machine = &*self.machine;
         Position {
             exits: machine.at.exits,
+            vcpu: machine.at.vcpu,
             rip: machine.at.rip,
             now: machine.now(),
             deadline: machine.board.deadline(),

@@ -19,7 +19,7 @@ use hindsight_replay::rng::Rng;
 use hindsight_replay::{
     Closed, Complete, Content, CpuidTable, Detail, Digest, End, Exit, FullDigest, Guest, Header,
     Horizon, JournalReader, LeftOpen, Live, MachineDescription, Moment, Observer, Outside,
-    Position, Recorder, Replayer, TimeQuery, TrapCounts, Turn, Unit, World,
+    Position, Recorder, Replayer, TimeQuery, TrapCounts, Turn, Unit, VCPUS, World,
 };
 use hindsight_tests::sim::bare_machine;
 use hindsight_vmm::boot::{BootPlan, GuestRam};
@@ -189,6 +189,7 @@ impl Bench {
             detail: Detail::Full,
             machine: MachineDescription {
                 memory_bytes: RAM_BYTES,
+                vcpus: VCPUS,
                 cmdline: format!("torture {seed}"),
                 kernel: Content {
                     bytes: seed,

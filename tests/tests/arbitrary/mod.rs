@@ -3,7 +3,7 @@
 use hindsight_devices::{Access, Input, Reset, Width};
 use hindsight_replay::{
     Answer, End, Ending, Event, Exit, FullDigest, LeftOpen, MemoryDigest, Mode, Moment, Registers,
-    TimeInstruction, Turn,
+    TimeInstruction, Turn, VcpuNumber,
 };
 use proptest::prelude::*;
 
@@ -77,6 +77,7 @@ pub fn turn() -> impl Strategy<Value = Turn> {
         .prop_map(|all| Registers(all.try_into().expect("as many as there are registers")));
     (exit(), answer(), 0..2_000_000_000u64, registers).prop_map(|(exit, answer, now, registers)| {
         Turn {
+            vcpu: VcpuNumber::BOOT,
             exit,
             answer,
             now,
@@ -107,10 +108,10 @@ pub fn interrupt() -> impl Strategy<Value = Event> {
         |(vector, branches, rip, rcx)| Event::Interrupt {
             vector,
             at: Moment {
-                exits: 0,
                 branches,
                 rip,
                 rcx,
+                ..Moment::START
             },
         },
     )

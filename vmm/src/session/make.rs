@@ -5,7 +5,7 @@ use std::io::Read;
 use hindsight_devices::Devices;
 use hindsight_replay::{
     Content, CpuidTable, Host, Image, Machine, MachineDescription, OperatorConsole, QuickReads,
-    ShownClock, TrapCounts, Unit,
+    ShownClock, TrapCounts, Unit, VCPUS,
 };
 use kvm_ioctls::Kvm;
 use thiserror::Error;
@@ -191,6 +191,7 @@ pub fn describe(
     };
     Ok(MachineDescription {
         memory_bytes,
+        vcpus: VCPUS,
         cmdline,
         kernel: kernel.content().clone(),
         kernel_version: kernel.0.kernel.version.clone(),

@@ -76,6 +76,9 @@ fn a_head_that_contradicts_itself_or_asks_for_too_much_is_refused_by_name() {
         ("RAM", |h| h.machine.memory_bytes = 4095),
         ("RAM", |h| h.machine.memory_bytes = MEMORY_BYTES_MAX + 4096),
         ("RAM", |h| h.machine.memory_bytes = u64::MAX - 4095),
+        ("vCPUs: 0,", |h| h.machine.vcpus = 0),
+        ("vCPUs: 2,", |h| h.machine.vcpus = 2),
+        ("vCPUs: 255,", |h| h.machine.vcpus = 255),
         ("command line", |h| h.machine.cmdline = "x".repeat(4097)),
         ("command line", |h| h.machine.cmdline = "a\0b".into()),
         ("kernel's version", |h| {
