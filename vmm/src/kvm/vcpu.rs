@@ -4,7 +4,7 @@
 //! exit, and takes changed ones from there at the next entry. Trap ports are OUTs, so that no
 //! unfinished register write stands between an exit and its answer.
 
-use hindsight_devices::{Access, POSTED_PORT, Ram, Width};
+use hindsight_devices::{APIC_BASE_AT_POWER_ON, Access, POSTED_PORT, Ram, Width};
 use hindsight_replay::{
     Answer, Back, Cpu, CpuidTable, Exit, Horizon, LeftOpen, MemoryDigest, Registers, ShownClock,
 };
@@ -30,9 +30,6 @@ use super::traps::TrapState;
 use super::vm::{KernelText, Vm};
 use super::{cpuid, signals};
 use crate::boot::BootPlan;
-
-/// IA32_APIC_BASE at power-on: the usual address, enabled, the boot processor's.
-const APIC_ENABLED: u64 = 0xfee0_0000 | 1 << 11 | 1 << 8;
 
 ioctl_iow_nr!(KVM_INTERRUPT, KVMIO, 0x86, kvm_interrupt);
 
@@ -145,7 +142,7 @@ impl KvmCpu {
         sregs.cr4 = 1 << 5;
         sregs.efer = 1 << 10 | 1 << 8;
         // The board keeps IA32_APIC_BASE for the guest. By KVM's own, CPUID shows programs an APIC.
-        sregs.apic_base = APIC_ENABLED;
+        sregs.apic_base = APIC_BASE_AT_POWER_ON;
         self.fd.set_sregs(&sregs).named("KVM_SET_SREGS")?;
         let registers = kvm_regs {
             rip: plan.entry,
