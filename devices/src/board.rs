@@ -19,7 +19,7 @@ use crate::pic::Pic;
 use crate::pit::{Irq0, Pit};
 use crate::restore::RestoreError;
 use crate::rtc::Rtc;
-use crate::uart::{Uart, UartState};
+use crate::uart::Uart;
 use crate::virtio::{Bus, Devices};
 use crate::wiring::{
     self, CLOCK, CONSOLE, IO_APIC, IO_APIC_PINS, ISA_LINES, POWER, PortDevice, TIMER_GSI, TIMER_IRQ,
@@ -36,7 +36,7 @@ pub const POSTED_PORT: u16 = CONSOLE.ports.first;
 pub const POSTED_MAX: usize = 1024;
 
 /// The version of [`BoardState`] that this program writes and reads.
-const VERSION: u32 = 4;
+const VERSION: u32 = 5;
 
 /// The machine the guest sees, apart from its CPU and memory.
 #[derive(Clone, Debug)]
@@ -69,7 +69,7 @@ pub struct BoardState {
     pit: Pit,
     rtc: Rtc,
     acpi: Acpi,
-    uart: UartState,
+    uart: Uart,
     chipset: Chipset,
     msrs: Msrs,
     virtio: Bus,
@@ -295,7 +295,7 @@ impl Board {
             pit: self.pit.clone(),
             rtc: self.rtc.clone(),
             acpi: self.acpi.clone(),
-            uart: self.uart.save(),
+            uart: self.uart.clone(),
             chipset: self.chipset.clone(),
             msrs: self.msrs.clone(),
             virtio: self.virtio.clone(),
@@ -323,6 +323,7 @@ impl Board {
             now: state.now,
             tsc: state.msrs.time_stamp(state.now),
         })?;
+        state.uart.check()?;
         state.chipset.check()?;
         state.virtio.check()?;
         let mut board = Board {
@@ -334,7 +335,7 @@ impl Board {
             pit: state.pit,
             rtc: state.rtc,
             acpi: state.acpi,
-            uart: Uart::restore(state.uart)?,
+            uart: state.uart,
             chipset: state.chipset,
             msrs: state.msrs,
             virtio: state.virtio,
