@@ -8,17 +8,16 @@ use serde::{Deserialize, Serialize};
 
 use crate::Nanos;
 use crate::restore::{RestoreError, ensure};
+use crate::wiring::POWER;
 
-/// PM1a event block: status, and enable two ports after it.
-pub const PM1_EVENT: u16 = 0x600;
-/// PM1a control block.
-pub const PM1_CONTROL: u16 = 0x604;
-/// The timer: 32 bits.
-pub const PM_TIMER: u16 = 0x608;
-/// The first port after the last.
-pub(crate) const ACPI_END: u16 = 0x60c;
-/// The system control interrupt's GSI.
-pub const SCI: u8 = 9;
+/// PM1a status, and enable two ports after it.
+const PM1_EVENT: u16 = POWER.event.first;
+const PM1_EVENT_LAST: u16 = POWER.event.last();
+const PM1_CONTROL: u16 = POWER.control.first;
+const PM1_CONTROL_LAST: u16 = POWER.control.last();
+const PM_TIMER: u16 = POWER.timer.first;
+const PM_TIMER_LAST: u16 = POWER.timer.last();
+
 /// The sleep type that, with sleep enable, turns the machine off.
 pub const SLEEP_TYPE_OFF: u8 = 5;
 
@@ -93,10 +92,10 @@ impl Acpi {
     pub fn read(&mut self, port: u16, now: Nanos) -> Option<u8> {
         self.advance(now);
         let (register, byte) = match port {
-            PM1_EVENT..PM1_CONTROL if port & 2 == 0 => (self.status.into(), port & 1),
-            PM1_EVENT..PM1_CONTROL => (self.enabled.into(), port & 1),
-            PM1_CONTROL | 0x605 => ((self.control | SCI_ENABLE).into(), port & 1),
-            PM_TIMER..ACPI_END => (ticks(now) as u32, port & 3),
+            PM1_EVENT..=PM1_EVENT_LAST if port & 2 == 0 => (self.status.into(), port & 1),
+            PM1_EVENT..=PM1_EVENT_LAST => (self.enabled.into(), port & 1),
+            PM1_CONTROL..=PM1_CONTROL_LAST => ((self.control | SCI_ENABLE).into(), port & 1),
+            PM_TIMER..=PM_TIMER_LAST => (ticks(now) as u32, port & 3),
             _ => return None,
         };
         Some((register >> (8 * byte)) as u8)
@@ -109,11 +108,11 @@ impl Acpi {
         let value = u16::from(value) << shift;
         let others = !(0xff << shift);
         match port {
-            PM1_EVENT..PM1_CONTROL if port & 2 == 0 => self.status &= !value,
-            PM1_EVENT..PM1_CONTROL => {
+            PM1_EVENT..=PM1_EVENT_LAST if port & 2 == 0 => self.status &= !value,
+            PM1_EVENT..=PM1_EVENT_LAST => {
                 self.enabled = self.enabled & others | value & EVENTS;
             }
-            PM1_CONTROL | 0x605 => {
+            PM1_CONTROL..=PM1_CONTROL_LAST => {
                 self.control = (self.control & others | value) & SLEEP_TYPE;
                 let kind = (self.control >> 10) as u8;
                 self.off |= value & SLEEP_ENABLE != 0 && kind == SLEEP_TYPE_OFF;

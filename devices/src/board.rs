@@ -5,48 +5,38 @@
 //! ones, writes go nowhere. That holds for the PCI configuration ports too, which is how a guest
 //! learns that there is no PCI bus.
 //!
-//! A device's interrupt line has a number, its GSI (ACPI 6.5, 5.2.13). GSIs 0 to 15 lead to the
-//! 8259s and to the I/O APIC's pin of that number, except that the timer, IRQ0 of the 8259s, is GSI
-//! 2; GSIs 16 to 23 lead to the I/O APIC alone. The guest masks what it does not use. The 8259s
-//! interrupt the CPU by way of the local APIC's LINT0.
+//! What is where, and which line is whose, is in `wiring`. The guest masks what it does not use. The
+//! 8259s interrupt the CPU by way of the local APIC's LINT0.
 
 use serde::{Deserialize, Serialize};
 
-use crate::acpi::{ACPI_END, Acpi, PM1_EVENT, SCI};
+use crate::acpi::Acpi;
 use crate::chipset::{Chipset, PvPanic};
-use crate::ioapic::{IoApic, PINS};
+use crate::ioapic::IoApic;
 use crate::lapic::{IA32_APIC_BASE, IA32_TSC_DEADLINE, Lapic, Time, X2APIC_FIRST, X2APIC_LAST};
 use crate::msr::Msrs;
 use crate::pic::Pic;
 use crate::pit::{Irq0, Pit};
 use crate::restore::RestoreError;
 use crate::rtc::Rtc;
-use crate::uart::{Uart, UartState};
+use crate::uart::Uart;
 use crate::virtio::{Bus, Devices};
+use crate::wiring::{
+    self, CLOCK, CONSOLE, IO_APIC, IO_APIC_PINS, ISA_LINES, POWER, PortDevice, TIMER_GSI, TIMER_IRQ,
+};
 use crate::{
     Access, BusContext, Input, Nanos, Output, Ram, Reply, Reset, Room, StorageError, Width,
 };
 
-/// The timer's input of the 8259s.
-const IRQ_TIMER: u8 = 0;
-/// The timer's pin of the I/O APIC; the 8259s have their cascade there.
-const GSI_TIMER: u8 = 2;
-const GSI_CONSOLE: u8 = 4;
-const GSI_CLOCK: u8 = 8;
-/// How many GSIs lead to the 8259s.
-const ISA_LINES: u8 = 16;
-
-const COM1: u16 = 0x3f8;
-
 /// Byte writes to this port, the serial console's data, are posted: they take effect at the next exit, in their
 /// order, so that a console costs no exit a byte. They bring nothing back, and what they bring about (the
 /// transmitter is empty again) is asked for at another port.
-pub const POSTED_PORT: u16 = COM1;
+pub const POSTED_PORT: u16 = CONSOLE.ports.first;
 /// How many of them may wait; the next one exits.
 pub const POSTED_MAX: usize = 1024;
 
 /// The version of [`BoardState`] that this program writes and reads.
-const VERSION: u32 = 4;
+const VERSION: u32 = 5;
 
 /// The machine the guest sees, apart from its CPU and memory.
 #[derive(Clone, Debug)]
@@ -79,7 +69,7 @@ pub struct BoardState {
     pit: Pit,
     rtc: Rtc,
     acpi: Acpi,
-    uart: UartState,
+    uart: Uart,
     chipset: Chipset,
     msrs: Msrs,
     virtio: Bus,
@@ -219,10 +209,13 @@ impl Board {
         let through_apic = |gsi| self.ioapic.unmasked(gsi, &self.lapic);
         let reaches = |irq, gsi| through_8259s(irq) || through_apic(gsi);
         let timer = self.pit.next_rise();
-        let timer = timer.filter(|_| reaches(IRQ_TIMER, GSI_TIMER));
+        let timer = timer.filter(|_| reaches(TIMER_IRQ, TIMER_GSI));
         let clock = self.rtc.next_interrupt();
-        let clock = clock.filter(|_| reaches(GSI_CLOCK, GSI_CLOCK));
-        let acpi = self.acpi.next_interrupt().filter(|_| reaches(SCI, SCI));
+        let clock = clock.filter(|_| reaches(CLOCK.gsi, CLOCK.gsi));
+        let acpi = self
+            .acpi
+            .next_interrupt()
+            .filter(|_| reaches(POWER.gsi, POWER.gsi));
         // One that is due already and waits for exits may fire at the next.
         let own = self.lapic.next_interrupt();
         let own = own.and_then(|due| Some(due.max(self.now.checked_add(1)?)));
@@ -302,7 +295,7 @@ impl Board {
             pit: self.pit.clone(),
             rtc: self.rtc.clone(),
             acpi: self.acpi.clone(),
-            uart: self.uart.save(),
+            uart: self.uart.clone(),
             chipset: self.chipset.clone(),
             msrs: self.msrs.clone(),
             virtio: self.virtio.clone(),
@@ -330,6 +323,7 @@ impl Board {
             now: state.now,
             tsc: state.msrs.time_stamp(state.now),
         })?;
+        state.uart.check()?;
         state.chipset.check()?;
         state.virtio.check()?;
         let mut board = Board {
@@ -341,7 +335,7 @@ impl Board {
             pit: state.pit,
             rtc: state.rtc,
             acpi: state.acpi,
-            uart: Uart::restore(state.uart)?,
+            uart: state.uart,
             chipset: state.chipset,
             msrs: state.msrs,
             virtio: state.virtio,
@@ -354,7 +348,7 @@ impl Board {
     /// the timer.
     fn set_gsi(&mut self, gsi: u8, high: bool) {
         assert!(
-            gsi < PINS && gsi != IRQ_TIMER && gsi != GSI_TIMER,
+            gsi < IO_APIC_PINS && gsi != TIMER_IRQ && gsi != TIMER_GSI,
             "no device is wired to GSI {gsi}"
         );
         if gsi < ISA_LINES {
@@ -377,7 +371,7 @@ impl Board {
     fn read_memory(&mut self, gpa: u64, width: Width) -> u64 {
         if self.lapic.answers(gpa) && width == Width::Dword {
             u64::from(self.lapic.read_memory(gpa as u16 & 0xfff, self.now))
-        } else if IoApic::answers(gpa) {
+        } else if IO_APIC.contains(gpa) {
             self.ioapic.read(gpa, width)
         } else {
             width.ones()
@@ -391,7 +385,7 @@ impl Board {
                 .lapic
                 .write_memory(gpa as u16 & 0xfff, value as u32, time);
             self.wire_lapic(ended);
-        } else if IoApic::answers(gpa) {
+        } else if IO_APIC.contains(gpa) {
             self.ioapic.write(gpa, width, value, &mut self.lapic);
         }
     }
@@ -442,45 +436,46 @@ impl Board {
     }
 
     fn read_port(&mut self, port: u16) -> u8 {
-        let value = match port {
-            0x20 | 0x21 | 0xa0 | 0xa1 | 0x4d0 | 0x4d1 => self.pic.read(port),
-            0x40..=0x43 | 0x61 => self.pit.read(port, self.now),
-            0x70 | 0x71 => {
+        let value = wiring::port_device(port).and_then(|device| match device {
+            PortDevice::Pic => self.pic.read(port),
+            PortDevice::Pit => self.pit.read(port, self.now),
+            PortDevice::Clock => {
                 let value = self.rtc.read(port, self.now);
                 self.wire_clock(); // reading register C lowers its line
                 value
             }
-            COM1..=0x3ff => {
-                let value = self.uart.read((port - COM1) as u8);
+            PortDevice::Console => {
+                let value = self.uart.read((port - CONSOLE.ports.first) as u8);
                 self.wire_console();
                 Some(value)
             }
-            PM1_EVENT..ACPI_END => self.acpi.read(port, self.now),
-            _ => self.chipset.read(port),
-        };
+            PortDevice::Power => self.acpi.read(port, self.now),
+            PortDevice::Chipset => self.chipset.read(port),
+        });
         value.unwrap_or(0xff)
     }
 
     fn write_port(&mut self, port: u16, value: u8) {
-        match port {
-            0x20 | 0x21 | 0xa0 | 0xa1 | 0x4d0 | 0x4d1 => self.pic.write(port, value),
-            0x40..=0x43 | 0x61 => {
+        match wiring::port_device(port) {
+            Some(PortDevice::Pic) => self.pic.write(port, value),
+            Some(PortDevice::Pit) => {
                 let irq0 = self.pit.write(port, value, self.now);
                 self.wire_timer(irq0);
             }
-            0x70 | 0x71 => {
+            Some(PortDevice::Clock) => {
                 self.rtc.write(port, value, self.now);
                 self.wire_clock();
             }
-            COM1..=0x3ff => {
-                self.uart.write((port - COM1) as u8, value);
+            Some(PortDevice::Console) => {
+                self.uart.write((port - CONSOLE.ports.first) as u8, value);
                 self.wire_console();
             }
-            PM1_EVENT..ACPI_END => {
+            Some(PortDevice::Power) => {
                 self.acpi.write(port, value, self.now);
                 self.wire_acpi();
             }
-            _ => self.chipset.write(port, value),
+            Some(PortDevice::Chipset) => self.chipset.write(port, value),
+            None => {}
         }
     }
 
@@ -488,29 +483,29 @@ impl Board {
         match irq0 {
             Irq0::Unchanged => {}
             Irq0::Rose => {
-                self.pic.pulse(IRQ_TIMER);
-                self.ioapic.set_line(GSI_TIMER, false, &mut self.lapic);
-                self.ioapic.set_line(GSI_TIMER, true, &mut self.lapic);
+                self.pic.pulse(TIMER_IRQ);
+                self.ioapic.set_line(TIMER_GSI, false, &mut self.lapic);
+                self.ioapic.set_line(TIMER_GSI, true, &mut self.lapic);
             }
             Irq0::Fell => {
-                self.pic.set_line(IRQ_TIMER, false);
-                self.ioapic.set_line(GSI_TIMER, false, &mut self.lapic);
+                self.pic.set_line(TIMER_IRQ, false);
+                self.ioapic.set_line(TIMER_GSI, false, &mut self.lapic);
             }
         }
         self.find_due();
     }
 
     fn wire_clock(&mut self) {
-        self.set_gsi(GSI_CLOCK, self.rtc.interrupt_line());
+        self.set_gsi(CLOCK.gsi, self.rtc.interrupt_line());
         self.find_due();
     }
 
     fn wire_console(&mut self) {
-        self.set_gsi(GSI_CONSOLE, self.uart.interrupt_line());
+        self.set_gsi(CONSOLE.gsi, self.uart.interrupt_line());
     }
 
     fn wire_acpi(&mut self) {
-        self.set_gsi(SCI, self.acpi.interrupt_line());
+        self.set_gsi(POWER.gsi, self.acpi.interrupt_line());
         self.find_due();
     }
 

@@ -1,13 +1,19 @@
 //! The small ports: keyboard controller, resets, and the guest's word that it panicked.
 //!
 //! None of them knows the time or interrupts. The ways to reset a PC are all here: pulsing
-//! the reset line through the 8042 (command 0xfe), the reset control register 0xcf9 (Intel
-//! 82371SB data sheet, 2.5.5), and the fast reset bit of port 0x92.
+//! the reset line through the 8042 (command 0xfe), the reset control register (Intel
+//! 82371SB data sheet, 2.5.5), and the bit of the fast reset.
 
 use serde::{Deserialize, Serialize};
 
 use crate::Reset;
 use crate::restore::{RestoreError, ensure};
+use crate::wiring;
+
+const KEYBOARD: u16 = wiring::KEYBOARD.first;
+const FAST_RESET: u16 = wiring::FAST_RESET.first;
+const RESET_CONTROL: u16 = wiring::RESET_CONTROL.first;
+const PANIC: u16 = wiring::PANIC.first;
 
 /// What the guest wrote to the pvpanic port (QEMU docs/specs/pvpanic.rst).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -67,32 +73,32 @@ impl Chipset {
     /// Reads a port; `None` if it is not one of these.
     pub fn read(&self, port: u16) -> Option<u8> {
         match port {
-            0x64 => Some(KEYBOARD_STATUS),
-            0x92 => Some(self.port_92),
-            0xcf9 => Some(self.reset_control),
-            0x505 => Some(PVPANIC_EVENTS),
-            _ => None, // 0x60, the keyboard's data, floats
+            KEYBOARD => Some(KEYBOARD_STATUS),
+            FAST_RESET => Some(self.port_92),
+            RESET_CONTROL => Some(self.reset_control),
+            PANIC => Some(PVPANIC_EVENTS),
+            _ => None, // the keyboard's data, 0x60, floats
         }
     }
 
     /// Writes a port; others are ignored.
     pub fn write(&mut self, port: u16, value: u8) {
         match port {
-            0x64 if value == KEYBOARD_PULSE_RESET => self.ask_for(Reset::Keyboard),
-            0x92 => {
+            KEYBOARD if value == KEYBOARD_PULSE_RESET => self.ask_for(Reset::Keyboard),
+            FAST_RESET => {
                 self.port_92 = value & !1;
                 if value & 1 != 0 {
                     self.ask_for(Reset::FastReset);
                 }
             }
-            0xcf9 => {
+            RESET_CONTROL => {
                 self.reset_control = value & RESET_HOW;
                 if value & RESET_CPU != 0 {
                     self.ask_for(Reset::ControlRegister);
                 }
             }
-            0x505 if value & 1 != 0 => self.panic = Some(PvPanic::Panicked),
-            0x505 if value & 2 != 0 => {
+            PANIC if value & 1 != 0 => self.panic = Some(PvPanic::Panicked),
+            PANIC if value & 2 != 0 => {
                 self.panic.get_or_insert(PvPanic::CrashLoaded);
             }
             _ => {}

@@ -14,11 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::Width;
 use crate::lapic::{Delivery, Lapic, Message};
 use crate::restore::{RestoreError, ensure};
-
-/// Where its registers are (82093AA data sheet, 3.0).
-pub(crate) const IOAPIC_BASE: u64 = 0xfec0_0000;
-/// How many pins.
-pub(crate) const PINS: u8 = 24;
+use crate::wiring::{IO_APIC, IO_APIC_PINS as PINS};
 
 /// IOREGSEL, and IOWIN after it.
 const SELECT: u64 = 0x00;
@@ -102,23 +98,18 @@ impl IoApic {
         sends && lapic.can_take(entry as u8)
     }
 
-    /// Whether its page is at this guest-physical address.
-    pub fn answers(gpa: u64) -> bool {
-        gpa & !0xfff == IOAPIC_BASE
-    }
-
-    /// Reads at `gpa`, which is in its page. Registers are doublewords.
+    /// Reads at `gpa`, which is one of its registers'. They are doublewords.
     pub fn read(&self, gpa: u64, width: Width) -> u64 {
-        match (gpa & 0xfff, width) {
+        match (gpa - IO_APIC.gpa, width) {
             (SELECT, Width::Byte | Width::Dword) => self.select.into(),
             (WINDOW, Width::Dword) => self.read_register().into(),
             _ => width.ones(),
         }
     }
 
-    /// Writes at `gpa`, which is in its page.
+    /// Writes at `gpa`, which is one of its registers'.
     pub fn write(&mut self, gpa: u64, width: Width, value: u64, lapic: &mut Lapic) {
-        match (gpa & 0xfff, width) {
+        match (gpa - IO_APIC.gpa, width) {
             (SELECT, Width::Byte | Width::Dword) => self.select = value as u8,
             (WINDOW, Width::Dword) => self.write_register(value as u32, lapic),
             _ => {}

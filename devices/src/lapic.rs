@@ -18,6 +18,7 @@ mod vectors;
 use serde::{Deserialize, Serialize};
 
 use crate::restore::{RestoreError, ensure};
+use crate::wiring::LOCAL_APIC;
 use crate::{Nanos, Reply};
 pub(crate) use messages::{Delivery, Message};
 use registers::{Lvt, Register};
@@ -39,6 +40,9 @@ const BASE_X2APIC: u64 = 1 << 10;
 const BASE_ENABLED: u64 = 1 << 11;
 /// The address, of at most 52 bits.
 const BASE_ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+
+/// IA32_APIC_BASE as firmware leaves it: the usual address, enabled, the boot processor's.
+pub const APIC_BASE_AT_POWER_ON: u64 = LOCAL_APIC.gpa | BASE_ENABLED | BASE_BSP;
 
 /// Version 0x14 (an integrated APIC), six LVT entries, no suppression of EOI broadcasts.
 const VERSION: u32 = 0x0005_0014;
@@ -86,7 +90,7 @@ impl Lapic {
     /// The APIC as firmware leaves it on the boot processor: enabled, and a wire from the 8259s to
     /// the CPU (MultiProcessor Specification 1.4, 3.6.2.2, "Virtual Wire Mode").
     pub fn new() -> Lapic {
-        let mut lapic = Lapic::reset(0xfee0_0000 | BASE_ENABLED | BASE_BSP);
+        let mut lapic = Lapic::reset(APIC_BASE_AT_POWER_ON);
         lapic.spurious |= SVR_ENABLED;
         lapic.lvt[Lvt::Lint0 as usize] = LVT_EXTINT;
         lapic.lvt[Lvt::Lint1 as usize] = LVT_NMI;

@@ -20,10 +20,13 @@ mod rtc;
 mod storage;
 mod uart;
 mod virtio;
+pub mod wiring;
 
 pub use access::{Access, Input, Nanos, Output, Reply, Reset, Room, Width};
 pub use board::{Board, BoardState, POSTED_MAX, POSTED_PORT};
 pub use chipset::PvPanic;
+pub use lapic::APIC_BASE_AT_POWER_ON;
 pub use restore::RestoreError;
 pub use storage::{BusContext, FirstReads, NoDisks, Ram, Storage, StorageError};
-pub use virtio::{Devices, DiskSpec, FRAME_BYTES_MAX, FRAME_BYTES_MIN, NetSpec, Slot};
+pub use virtio::{Devices, DiskSpec, FRAME_BYTES_MAX, FRAME_BYTES_MIN, NetSpec};
+pub use wiring::Slot;

@@ -1,15 +1,23 @@
 //! The interrupt controllers of a PC: two 8259As, the second behind input 2 of the first.
 //!
-//! Sixteen request lines come in, one INTR line goes out to the CPU. Ports 0x20/0x21 are the
-//! first chip's, 0xa0/0xa1 the second's, 0x4d0/0x4d1 say which inputs sense levels (the
-//! EISA edge/level control registers; Intel 82371SB data sheet, 2.5.6).
+//! Sixteen request lines come in, one INTR line goes out to the CPU. Each chip has two ports, and
+//! two more say which inputs sense levels (the EISA edge/level control registers; Intel 82371SB
+//! data sheet, 2.5.6).
 
 mod chip;
 
 use serde::{Deserialize, Serialize};
 
 use crate::restore::{RestoreError, ensure};
+use crate::wiring::{PIC_FIRST, PIC_LEVELS, PIC_SECOND};
 use chip::Chip;
+
+const COMMAND_1: u16 = PIC_FIRST.first;
+const MASK_1: u16 = PIC_FIRST.last();
+const COMMAND_2: u16 = PIC_SECOND.first;
+const MASK_2: u16 = PIC_SECOND.last();
+const LEVELS_1: u16 = PIC_LEVELS.first;
+const LEVELS_2: u16 = PIC_LEVELS.last();
 
 /// The first chip's input that carries the second chip.
 const CASCADE: u8 = 2;
@@ -86,10 +94,10 @@ impl Pic {
     /// Reads one of the six ports; `None` if the port is not the controllers'.
     pub fn read(&mut self, port: u16) -> Option<u8> {
         let value = match port {
-            0x20 | 0x21 => self.first.read(port == 0x21),
-            0xa0 | 0xa1 => self.second.read(port == 0xa1),
-            0x4d0 => self.first.read_level(),
-            0x4d1 => self.second.read_level(),
+            COMMAND_1 | MASK_1 => self.first.read(port == MASK_1),
+            COMMAND_2 | MASK_2 => self.second.read(port == MASK_2),
+            LEVELS_1 => self.first.read_level(),
+            LEVELS_2 => self.second.read_level(),
             _ => return None,
         };
         self.cascade(); // a poll acknowledges
@@ -99,10 +107,10 @@ impl Pic {
     /// Writes one of the six ports; others are ignored.
     pub fn write(&mut self, port: u16, value: u8) {
         match port {
-            0x20 | 0x21 => self.first.write(port == 0x21, value),
-            0xa0 | 0xa1 => self.second.write(port == 0xa1, value),
-            0x4d0 => self.first.write_level(value),
-            0x4d1 => self.second.write_level(value),
+            COMMAND_1 | MASK_1 => self.first.write(port == MASK_1, value),
+            COMMAND_2 | MASK_2 => self.second.write(port == MASK_2, value),
+            LEVELS_1 => self.first.write_level(value),
+            LEVELS_2 => self.second.write_level(value),
             _ => return,
         }
         self.cascade();

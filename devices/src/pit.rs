@@ -1,9 +1,9 @@
 //! The 8254 timer and the system control port that gates its third counter.
 //!
 //! Counter 0 drives IRQ0, counter 1 once refreshed the memory, counter 2 drives the speaker
-//! and is how Linux measures other clocks. Ports 0x40-0x43 are the timer's, 0x61 holds the
-//! gate and shows OUT2. The oscillator runs at 1.193182 MHz (a third of the NTSC colour
-//! carrier); nanoseconds become ticks and back by exact integer arithmetic, rounded so that
+//! and is how Linux measures other clocks. Beside the timer's own ports, the system control port
+//! holds the third counter's gate and shows OUT2. The oscillator runs at 1.193182 MHz (a third of
+//! the NTSC colour carrier); nanoseconds become ticks and back by exact integer arithmetic, rounded so that
 //! at a deadline the event has happened.
 
 mod channel;
@@ -12,13 +12,19 @@ use serde::{Deserialize, Serialize};
 
 use crate::Nanos;
 use crate::restore::{RestoreError, ensure};
+use crate::wiring::{PIT, SYSTEM_CONTROL};
 use channel::{Bytes, Channel};
+
+const COUNTER_0: u16 = PIT.first;
+const COUNTER_2: u16 = PIT.first + 2;
+const COMMAND: u16 = PIT.last();
+const CONTROL: u16 = SYSTEM_CONTROL.first;
 
 /// Ticks of the oscillator per second.
 const TICKS_PER_SECOND: u128 = 1_193_182;
 const NANOS_PER_SECOND: u128 = 1_000_000_000;
 
-/// Half a period of the refresh toggle in port 0x61: 18 ticks, 15.085 us.
+/// Half a period of the refresh toggle in the system control port: 18 ticks, 15.085 us.
 const REFRESH_NS: Nanos = 15_085;
 
 /// The last tick at or before `now`.
@@ -42,11 +48,11 @@ pub(crate) enum Irq0 {
     Fell,
 }
 
-/// The timer and port 0x61.
+/// The timer and the system control port.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Pit {
     channels: [Channel; 3],
-    /// Port 0x61, the bits a guest can set: 0 gate 2, 1 speaker, 2 and 3 NMI enables.
+    /// The system control port, the bits a guest can set: 0 gate 2, 1 speaker, 2 and 3 NMI enables.
     control: u8,
     /// When OUT0 rises next. Derived from the channel; kept because it is asked at every exit.
     next_rise: Option<Nanos>,
@@ -83,13 +89,13 @@ impl Pit {
     pub fn read(&mut self, port: u16, now: Nanos) -> Option<u8> {
         let tick = tick_at(now);
         match port {
-            0x40..=0x42 => Some(self.channels[usize::from(port - 0x40)].read(tick)),
-            0x61 => {
+            COUNTER_0..=COUNTER_2 => Some(self.channels[usize::from(port - COUNTER_0)].read(tick)),
+            CONTROL => {
                 let refresh = ((now / REFRESH_NS) & 1) as u8;
                 let out2 = u8::from(self.channels[2].out_at(tick));
                 Some(self.control | refresh << 4 | out2 << 5)
             }
-            _ => None, // 0x43 cannot be read
+            _ => None, // the command port cannot be read
         }
     }
 
@@ -98,12 +104,12 @@ impl Pit {
         let tick = tick_at(now);
         let out0_before = self.channels[0].out_at(tick);
         let touched = match port {
-            0x40..=0x42 => {
-                self.channels[usize::from(port - 0x40)].write(value, tick);
-                port == 0x40
+            COUNTER_0..=COUNTER_2 => {
+                self.channels[usize::from(port - COUNTER_0)].write(value, tick);
+                port == COUNTER_0
             }
-            0x43 => self.command(value, tick),
-            0x61 => {
+            COMMAND => self.command(value, tick),
+            CONTROL => {
                 self.control = value & 0x0f;
                 self.channels[2].set_gate(value & 1 != 0, tick);
                 false

@@ -1,4 +1,4 @@
-//! The MC146818 real-time clock and its CMOS RAM, ports 0x70 and 0x71.
+//! The MC146818 real-time clock and its CMOS RAM.
 //!
 //! The clock keeps one number, the civil seconds at a point of guest time, and works its
 //! registers out of it. Only while the guest has stopped the updates (SET, register B bit 7)
@@ -13,8 +13,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::Nanos;
 use crate::restore::{RestoreError, ensure};
+use crate::wiring::{CLOCK, CLOCK_CENTURY};
 use alarm::Alarm;
 use calendar::{Civil, DAY_SECONDS, weekday};
+
+/// Which register the other port is.
+const INDEX: u16 = CLOCK.ports.first;
+const DATA: u16 = CLOCK.ports.last();
 
 const SECOND_NS: u128 = 1_000_000_000;
 /// The divider chain's first stage.
@@ -31,7 +36,7 @@ const REG_A: usize = 0x0a;
 const REG_B: usize = 0x0b;
 const REG_C: usize = 0x0c;
 const REG_D: usize = 0x0d;
-const CENTURY: usize = 0x32;
+const CENTURY: usize = CLOCK_CENTURY as usize;
 
 const B_SET: u8 = 0x80;
 const B_BINARY: u8 = 0x04;
@@ -54,7 +59,7 @@ enum Divider {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Rtc {
     index: u8,
-    /// Port 0x70 bit 7. No device of this board raises an NMI; the bit is kept, as on a PC.
+    /// Bit 7 of the index port. No device of this board raises an NMI; the bit is kept, as on a PC.
     nmi_masked: bool,
     cmos: Vec<u8>,
     /// Register C without IRQF.
@@ -124,23 +129,23 @@ impl Rtc {
         }
     }
 
-    /// Reads port 0x70 or 0x71; `None` if the port is not the clock's.
+    /// Reads the index or the data port; `None` if the port is not the clock's.
     pub fn read(&mut self, port: u16, now: Nanos) -> Option<u8> {
         match port {
-            0x70 => Some(u8::from(self.nmi_masked) << 7 | self.index),
-            0x71 => Some(self.read_register(usize::from(self.index), now)),
+            INDEX => Some(u8::from(self.nmi_masked) << 7 | self.index),
+            DATA => Some(self.read_register(usize::from(self.index), now)),
             _ => None,
         }
     }
 
-    /// Writes port 0x70 or 0x71; others are ignored.
+    /// Writes the index or the data port; others are ignored.
     pub fn write(&mut self, port: u16, value: u8, now: Nanos) {
         match port {
-            0x70 => {
+            INDEX => {
                 self.nmi_masked = value & 0x80 != 0;
                 self.index = value & 0x7f;
             }
-            0x71 => {
+            DATA => {
                 self.catch_up(now);
                 self.write_register(usize::from(self.index), value, now);
                 self.find_next_interrupt(now);

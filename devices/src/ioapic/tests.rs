@@ -18,14 +18,14 @@ impl Bench {
 
     fn write(&mut self, register: u8, value: u32) {
         let Bench { ioapic, lapic } = self;
-        ioapic.write(IOAPIC_BASE, Width::Dword, register.into(), lapic);
-        ioapic.write(IOAPIC_BASE + 0x10, Width::Dword, value.into(), lapic);
+        ioapic.write(IO_APIC.gpa, Width::Dword, register.into(), lapic);
+        ioapic.write(IO_APIC.gpa + 0x10, Width::Dword, value.into(), lapic);
     }
 
     fn read(&mut self, register: u8) -> u32 {
         let Bench { ioapic, lapic } = self;
-        ioapic.write(IOAPIC_BASE, Width::Dword, register.into(), lapic);
-        ioapic.read(IOAPIC_BASE + 0x10, Width::Dword) as u32
+        ioapic.write(IO_APIC.gpa, Width::Dword, register.into(), lapic);
+        ioapic.read(IO_APIC.gpa + 0x10, Width::Dword) as u32
     }
 
     /// Sets the low half of a pin's entry.

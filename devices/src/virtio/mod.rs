@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use crate::access::{Output, Room};
 use crate::restore::{RestoreError, ensure};
 use crate::storage::{BusContext, Ram, StorageError};
+use crate::wiring::{self, SLOTS_MAX, Slot};
 use crate::{Input, Reply, Width};
 use block::Block;
 use console::Console;
@@ -26,15 +27,6 @@ use net::Net;
 pub use net::{FRAME_BYTES_MAX, FRAME_BYTES_MIN};
 use ring::Ring;
 use transport::Transport;
-
-/// Where the first device's registers stand: above all RAM below 4 GiB.
-const FIRST_WINDOW: u64 = 0xd000_0000;
-/// From one device's registers to the next's: a page.
-const WINDOW_BYTES: u64 = 0x1000;
-/// The first device's interrupt: the I/O APIC's inputs after those of the ISA bus.
-const FIRST_GSI: u8 = 16;
-/// One for each input that is left.
-const SLOTS_MAX: usize = 8;
 
 /// Which virtio devices a machine has.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -77,30 +69,13 @@ pub struct DiskSpec {
     pub serial: String,
 }
 
-/// Where a device stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Slot {
-    /// Guest-physical address of its registers.
-    pub gpa: u64,
-    /// How many bytes they take.
-    pub bytes: u64,
-    /// Its interrupt: an input of the I/O APIC, level-triggered, active high.
-    pub gsi: u8,
-}
-
 impl Devices {
     /// How many disks there may be beside the other devices.
     pub const DISKS_MAX: usize = SLOTS_MAX - 3;
 
     /// Where the devices stand: console, entropy, network card and disks, as many as there are.
     pub fn slots(&self) -> Vec<Slot> {
-        (0..self.count())
-            .map(|index| Slot {
-                gpa: FIRST_WINDOW + index as u64 * WINDOW_BYTES,
-                bytes: WINDOW_BYTES,
-                gsi: FIRST_GSI + index as u8,
-            })
-            .collect()
+        (0..self.count()).map(wiring::slot).collect()
     }
 
     /// Whether a machine can have these.
@@ -253,9 +228,7 @@ impl Bus {
 
     /// The device that answers at `gpa`, and where in its registers that is.
     fn find(&self, gpa: u64) -> Option<(usize, u64)> {
-        let offset = gpa.checked_sub(FIRST_WINDOW)?;
-        let slot = usize::try_from(offset / WINDOW_BYTES).ok()?;
-        (slot < self.slots.len()).then_some((slot, offset % WINDOW_BYTES))
+        wiring::slot_at(gpa).filter(|(slot, _)| *slot < self.slots.len())
     }
 
     /// A load; `None` if no device is there.
@@ -286,7 +259,7 @@ impl Bus {
 
     /// The interrupt of device `slot`, and its line.
     pub fn line(&self, slot: usize) -> (u8, bool) {
-        (FIRST_GSI + slot as u8, self.slots[slot].line())
+        (wiring::slot(slot).gsi, self.slots[slot].line())
     }
 
     /// Something comes from outside. Nobody has a use for it: then it is lost.

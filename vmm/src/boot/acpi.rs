@@ -3,7 +3,8 @@
 //! They describe the board of `hindsight-devices`: one processor with a local APIC, an I/O APIC, two
 //! 8259s, the fixed hardware of ACPI, and in the DSDT the devices that nothing else enumerates. There
 //! is no PCI root, no keyboard controller, no VGA, no system-management mode, and no object for the
-//! processor, whose only idle state is HLT.
+//! processor, whose only idle state is HLT. Where each thing is, the tables have from the board's own
+//! wiring.
 //!
 //! All of it stands in the BIOS area, RSDP first, where kernels that ignore the zero page's pointer
 //! look for it (ACPI 6.5, 5.2.5.1).
@@ -19,8 +20,11 @@ use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, AmlSink};
-use hindsight_devices::Slot;
-use hindsight_devices::acpi::{PM_TIMER, PM1_CONTROL, PM1_EVENT, SCI, SLEEP_TYPE_OFF};
+use hindsight_devices::acpi::SLEEP_TYPE_OFF;
+use hindsight_devices::wiring::{
+    CLOCK, CLOCK_CENTURY, CONSOLE, IO_APIC, IsaDevice, LOCAL_APIC, POWER, Ports, RESET_CONTROL,
+    Slot, TIMER_GSI, TIMER_IRQ,
+};
 
 use super::layout::{ACPI_TABLES, ACPI_TABLES_BYTES};
 
@@ -28,10 +32,6 @@ const OEM: [u8; 6] = *b"HNDSGT";
 const OEM_TABLE: [u8; 8] = *b"HNDSGHT1";
 const OEM_REVISION: u32 = 1;
 
-const LAPIC_BASE: u32 = 0xfee0_0000;
-const IOAPIC_BASE: u32 = 0xfec0_0000;
-/// The timer's input of the 8259s, and its pin of the I/O APIC.
-const TIMER: (u8, u32) = (0, 2);
 /// Flags of an interrupt source override: as the ISA bus has it; active high and level-triggered
 /// (ACPI 6.5, table 5.26).
 const AS_ON_ISA: u16 = 0;
@@ -45,10 +45,7 @@ const BOOT_ARCHITECTURE: u16 = 1 << 0 | 1 << 2 | 1 << 3;
 /// Latencies that say that there is no C2 and no C3 (ACPI 6.5, 5.2.9).
 const NO_C2: u16 = 101;
 const NO_C3: u16 = 1001;
-/// Where the clock keeps the century.
-const RTC_CENTURY: u8 = 0x32;
-const RESET_PORT: u64 = 0xcf9;
-/// A hard reset.
+/// What to write to the reset control register: a hard reset.
 const RESET_VALUE: u8 = 0x06;
 
 /// The tables as they stand at [`ACPI_TABLES`], where the RSDP comes first.
@@ -102,23 +99,23 @@ fn fadt(facs: u32, dsdt: u32) -> impl Aml {
         .flag(Flags::FixRtc) // likewise: the clock does not wake the machine
         .flag(Flags::TmrValExt)
         .flag(Flags::ResetRegSup);
-    fadt.sci_int = u16::from(SCI).into();
-    fadt.pm1a_evt_blk = u32::from(PM1_EVENT).into();
-    fadt.pm1_evt_len = 4;
-    fadt.pm1a_cnt_blk = u32::from(PM1_CONTROL).into();
-    fadt.pm1_cnt_len = 2;
-    fadt.pm_tmr_blk = u32::from(PM_TIMER).into();
-    fadt.pm_tmr_len = 4;
+    fadt.sci_int = u16::from(POWER.gsi).into();
+    fadt.pm1a_evt_blk = u32::from(POWER.event.first).into();
+    fadt.pm1_evt_len = count(POWER.event);
+    fadt.pm1a_cnt_blk = u32::from(POWER.control.first).into();
+    fadt.pm1_cnt_len = count(POWER.control);
+    fadt.pm_tmr_blk = u32::from(POWER.timer.first).into();
+    fadt.pm_tmr_len = count(POWER.timer);
     fadt.p_lvl2_lat = NO_C2.into();
     fadt.p_lvl3_lat = NO_C3.into();
-    fadt.century = RTC_CENTURY;
+    fadt.century = CLOCK_CENTURY;
     fadt.iapc_boot_arch = BOOT_ARCHITECTURE.into();
     fadt.reset_reg = GAS::new(
         AddressSpace::SystemIo,
         8,
         0,
         AccessSize::ByteAccess,
-        RESET_PORT,
+        RESET_CONTROL.first.into(),
     );
     fadt.reset_value = RESET_VALUE;
     fadt.finalize()
@@ -128,14 +125,15 @@ fn fadt(facs: u32, dsdt: u32) -> impl Aml {
 /// there are 8259s.
 fn madt() -> Sdt {
     let mut madt = Sdt::new(*b"APIC", 36, 5, OEM, OEM_TABLE, OEM_REVISION);
-    madt.dword(LAPIC_BASE);
+    madt.dword(low(LOCAL_APIC.gpa));
     madt.dword(PCAT_COMPAT);
     ProcessorLocalApic::new(0, 0, EnabledStatus::Enabled).to_aml_bytes(&mut madt);
-    IoApic::new(0, IOAPIC_BASE, 0).to_aml_bytes(&mut madt);
-    let sci = (SCI, u32::from(SCI));
-    for ((source, gsi), flags) in [(TIMER, AS_ON_ISA), (sci, LEVEL_HIGH)] {
+    IoApic::new(0, low(IO_APIC.gpa), 0).to_aml_bytes(&mut madt);
+    let timer = (TIMER_IRQ, TIMER_GSI, AS_ON_ISA);
+    let sci = (POWER.gsi, POWER.gsi, LEVEL_HIGH);
+    for (source, gsi, flags) in [timer, sci] {
         madt.vec(&[2, 10, 0, source]); // an interrupt source override of the ISA bus
-        madt.dword(gsi);
+        madt.dword(gsi.into());
         madt.word(flags);
     }
     madt
@@ -148,10 +146,7 @@ fn dsdt(slots: &[Slot]) -> Sdt {
         vec![
             &Name::new("_HID".into(), &EISAName::new("PNP0501")),
             &Name::new("_UID".into(), &1_u8),
-            &Name::new(
-                "_CRS".into(),
-                &ResourceTemplate::new(vec![&IO::new(0x3f8, 0x3f8, 1, 8), &isa_interrupt(4)]),
-            ),
+            &isa_resources(CONSOLE),
         ],
     )
     .bytes();
@@ -159,10 +154,7 @@ fn dsdt(slots: &[Slot]) -> Sdt {
         "RTC0".into(),
         vec![
             &Name::new("_HID".into(), &EISAName::new("PNP0B00")),
-            &Name::new(
-                "_CRS".into(),
-                &ResourceTemplate::new(vec![&IO::new(0x70, 0x70, 1, 2), &isa_interrupt(8)]),
-            ),
+            &isa_resources(CLOCK),
         ],
     )
     .bytes();
@@ -179,7 +171,6 @@ fn dsdt(slots: &[Slot]) -> Sdt {
 
 /// Virtio over MMIO, by the name that Linux knows it under.
 fn virtio((index, slot): (usize, &Slot)) -> Bytes {
-    let low = |number: u64| u32::try_from(number).expect("the devices stand below 4 GiB");
     let window = Memory32Fixed::new(true, low(slot.gpa), low(slot.bytes));
     let interrupt = Interrupt::new(true, false, false, false, slot.gsi.into());
     Device::new(
@@ -198,9 +189,25 @@ fn virtio((index, slot): (usize, &Slot)) -> Bytes {
     .bytes()
 }
 
-/// An edge, active high.
-fn isa_interrupt(irq: u32) -> Interrupt {
-    Interrupt::new(true, true, false, false, irq)
+/// The ports and the interrupt of a device: an edge, active high.
+fn isa_resources(device: IsaDevice) -> Name {
+    let ports = device.ports;
+    let ports = IO::new(ports.first, ports.first, 1, count(ports));
+    let interrupt = Interrupt::new(true, true, false, false, device.gsi.into());
+    Name::new(
+        "_CRS".into(),
+        &ResourceTemplate::new(vec![&ports, &interrupt]),
+    )
+}
+
+/// The length of a block of ports, as the tables have it.
+fn count(ports: Ports) -> u8 {
+    u8::try_from(ports.count).expect("a device has few ports")
+}
+
+/// An address as a table has it that knows no others.
+fn low(address: u64) -> u32 {
+    u32::try_from(address).expect("the devices stand below 4 GiB")
 }
 
 /// AML as it is.

@@ -15,6 +15,8 @@
 //! 0x100000 the lowest address a kernel segment may have
 //! ```
 
+use hindsight_devices::wiring::{IO_APIC, LOCAL_APIC, Registers, VIRTIO};
+
 /// The global descriptor table that is loaded into GDTR.
 pub const GDT: u64 = 0x500;
 /// GDTR's limit: four descriptors, less one byte.
@@ -49,7 +51,7 @@ pub const ACPI_TABLES: u64 = 0xe_0000;
 pub const ACPI_TABLES_BYTES: u64 = 0x2_0000;
 /// Start of extended memory, and the lowest address of a kernel segment.
 pub const HIGH_MEMORY: u64 = 0x10_0000;
-/// RAM never reaches past this below 4 GiB: above it live PCI windows, IOAPIC and local APIC.
+/// RAM never reaches past this below 4 GiB: above it are devices' registers.
 pub const LOW_RAM_END: u64 = 3 << 30;
 /// RAM that does not fit below [`LOW_RAM_END`] continues here.
 pub const RAM_ABOVE_HOLE: u64 = 4 << 30;
@@ -67,4 +69,12 @@ const _: () = {
     assert!(COMMAND_LINE + COMMAND_LINE_BYTES as u64 <= SETUP_DATA);
     assert!(SETUP_DATA + 0x1000 <= CONVENTIONAL_END && CONVENTIONAL_END <= ACPI_TABLES);
     assert!(ACPI_TABLES + ACPI_TABLES_BYTES <= HIGH_MEMORY);
+    // Devices' registers lie where there is no RAM.
+    let registers = [VIRTIO, IO_APIC, LOCAL_APIC];
+    let mut index = 0;
+    while index < registers.len() {
+        let Registers { gpa, bytes } = registers[index];
+        assert!(LOW_RAM_END <= gpa && gpa + bytes <= RAM_ABOVE_HOLE);
+        index += 1;
+    }
 };

@@ -1,5 +1,6 @@
 //! One vCPU of a VM: what KVM has of it, and what we remember of it from one exit to the next.
 
+use hindsight_devices::APIC_BASE_AT_POWER_ON;
 use hindsight_replay::CpuidTable;
 use kvm_bindings::{KVM_CAP_ENFORCE_PV_FEATURE_CPUID, kvm_enable_cap, kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuFd;
@@ -12,9 +13,6 @@ use super::run_page::RunPage;
 use super::traps::TrapState;
 use super::vm::Vm;
 use crate::boot::BootPlan;
-
-/// IA32_APIC_BASE at power-on: the usual address, enabled, the boot processor's.
-const APIC_ENABLED: u64 = 0xfee0_0000 | 1 << 11 | 1 << 8;
 
 /// A vCPU.
 #[derive(Debug)]
@@ -69,7 +67,7 @@ impl Vcpu {
         sregs.cr4 = 1 << 5;
         sregs.efer = 1 << 10 | 1 << 8;
         // The board keeps IA32_APIC_BASE for the guest. By KVM's own, CPUID shows programs an APIC.
-        sregs.apic_base = APIC_ENABLED;
+        sregs.apic_base = APIC_BASE_AT_POWER_ON;
         self.fd.set_sregs(&sregs).named("KVM_SET_SREGS")?;
         let registers = kvm_regs {
             rip: plan.entry,

@@ -1,3 +1,6 @@
+use hindsight_devices::{Devices, DiskSpec, NetSpec};
+use xxhash_rust::xxh3::xxh3_64;
+
 use super::*;
 
 /// The tables as a kernel finds them: by address.
@@ -123,4 +126,28 @@ fn soft_off_has_the_boards_sleep_type() {
     let found = Found::new(&[]);
     let dsdt = found.dsdt();
     assert!(contains(dsdt, &off.concat()), "{dsdt:02x?}");
+}
+
+/// They are in guest memory from the first instruction on: with others, a recording does not replay.
+#[test]
+fn the_tables_are_those_that_recordings_were_made_on() {
+    let disk = DiskSpec {
+        bytes: 512,
+        read_only: false,
+        serial: String::new(),
+    };
+    let everything = Devices {
+        console: true,
+        entropy: true,
+        net: Some(NetSpec::default()),
+        disks: vec![disk; Devices::DISKS_MAX],
+    };
+    let found = [Devices::default(), everything].map(|devices| {
+        let tables = tables(&devices.slots());
+        (tables.len(), xxh3_64(&tables))
+    });
+    assert_eq!(
+        found,
+        [(820, 0x8f71_5d79_d7aa_a2be), (1332, 0x52df_1900_27bb_72fc)]
+    );
 }
