@@ -4,7 +4,7 @@
 //! seed, so that two machines with equal digests took the same exits, with the same values and
 //! registers, in the same order.
 
-use hindsight_devices::{Access, Width};
+use hindsight_devices::{Access, Output, Width};
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 use xxhash_rust::xxh64::xxh64;
@@ -65,9 +65,17 @@ impl Digest {
         self.chain(&[what, value]);
     }
 
-    /// Chains a frame that the machine has sent.
-    pub fn absorb_frame(&mut self, frame: &[u8]) {
-        self.0 = xxh3_64_with_seed(frame, self.0);
+    /// Chains what has left the machine: frames, and bytes of the virtio console. What leaves by the serial port was
+    /// chained before, for each byte of it was an exit or was posted.
+    pub fn absorb_output(&mut self, output: &Output) {
+        let (what, bytes) = match output {
+            Output::Frame(frame) => (1, frame),
+            Output::VirtioConsole(bytes) => (2, bytes),
+            Output::Console(_) => return,
+        };
+        // A single word stands before nothing else, so no bytes can be taken for others, nor for a turn.
+        self.chain(&[(bytes.len() as u64) << 8 | what]);
+        self.0 = xxh3_64_with_seed(bytes, self.0);
     }
 
     fn chain(&mut self, words: &[u64]) {
@@ -326,6 +334,52 @@ mod tests {
             let values: BTreeSet<u64> = (0..=u8::MAX).map(absorbed).collect();
             assert_eq!(values.len(), 256);
         }
+    }
+
+    #[test]
+    fn what_left_the_machine_is_not_taken_for_something_else() {
+        let absorbed = |outputs: &[Output]| {
+            let mut digest = Digest::default();
+            for output in outputs {
+                digest.absorb_output(output);
+            }
+            digest
+        };
+        let (frame, console) = (Output::Frame, Output::VirtioConsole);
+        let bytes = || b"hindsight".to_vec();
+        let byte = Access::PortWrite {
+            port: 0x3f8,
+            width: Width::Byte,
+            value: 0x41,
+        };
+        let mut posted = Digest::default();
+        posted.absorb_posted(&byte);
+        let (what, value) = access_words(&byte);
+        let mut like_posted = what.to_le_bytes().to_vec();
+        like_posted.extend(value.to_le_bytes());
+        let word = (9_u64 << 8 | 2).to_le_bytes();
+        let mut like_console = word.to_vec();
+        like_console.extend(bytes());
+        let all = [
+            Digest::default(),
+            posted,
+            absorbed(&[frame(bytes())]),
+            absorbed(&[console(bytes())]),
+            absorbed(&[console(b"hind".to_vec()), console(b"sight".to_vec())]),
+            absorbed(&[frame(like_posted.clone())]),
+            absorbed(&[console(like_posted)]),
+            absorbed(&[frame(like_console.clone())]),
+            absorbed(&[console(like_console)]),
+            absorbed(&[frame(word.to_vec()), frame(bytes())]),
+        ];
+        let different: BTreeSet<u64> = all.iter().map(|digest| digest.value()).collect();
+        assert_eq!(different.len(), all.len());
+        let serial = Output::Console(bytes());
+        assert_eq!(
+            absorbed(&[serial]),
+            Digest::default(),
+            "it was chained before"
+        );
     }
 
     #[test]

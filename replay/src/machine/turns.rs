@@ -332,8 +332,8 @@ impl<C: Cpu, O: Outside + ?Sized> Turns<'_, C, O> {
 
     fn pass_output(&mut self) {
         for output in self.machine.board.take_outputs() {
+            self.machine.digest.absorb_output(&output);
             if let Output::Frame(frame) = &output {
-                self.machine.digest.absorb_frame(frame);
                 self.outside.send(frame);
             }
             let (exits, now) = (self.machine.at.exits, self.machine.now());
