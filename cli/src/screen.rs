@@ -18,7 +18,7 @@ const SILENCE: Duration = Duration::from_secs(10);
 
 /// Shows what the guest writes, and how far a replay is.
 #[derive(Debug)]
-pub struct Screen {
+pub(crate) struct Screen {
     /// Where it is shown, if it is.
     screen: Option<StandardOutput>,
     console: OperatorConsole,
@@ -33,7 +33,7 @@ pub struct Screen {
 impl Screen {
     /// Shows output of the operator's console as it comes, unless the terminal is to be quiet; and how far a replay is,
     /// if a person can see it and it is in nobody's way.
-    pub fn new(terminal: Terminal, viewed: Viewed) -> Result<Screen, Failure> {
+    pub(crate) fn new(terminal: Terminal, viewed: Viewed) -> Result<Screen, Failure> {
         let screen = match terminal.quiet {
             true => None,
             false => Some(StandardOutput::new(viewed.hold)?),
@@ -66,7 +66,7 @@ impl View for Screen {
 }
 
 /// A bar of this length.
-pub fn progress_bar(length: u64, template: &str) -> ProgressBar {
+pub(crate) fn progress_bar(length: u64, template: &str) -> ProgressBar {
     let bar = ProgressBar::new(length);
     match ProgressStyle::with_template(template) {
         Ok(style) => bar.with_style(style),

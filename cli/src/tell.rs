@@ -22,7 +22,7 @@ macro_rules! tell {
 pub(crate) use {out, tell};
 
 /// `out!`, in a function.
-pub fn to_stdout(line: Arguments<'_>) {
+pub(crate) fn to_stdout(line: Arguments<'_>) {
     let written = writeln!(std::io::stdout().lock(), "{line}");
     match written {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => {
@@ -41,7 +41,7 @@ const PATIENCE: Timespec = Timespec {
 };
 
 /// `tell!`, in a function.
-pub fn to_stderr(line: Arguments<'_>) {
+pub(crate) fn to_stderr(line: Arguments<'_>) {
     let stderr = std::io::stderr();
     let ready = poll(&mut [PollFd::new(&stderr, PollFlags::OUT)], Some(&PATIENCE));
     if ready != Ok(0) {

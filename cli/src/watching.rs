@@ -16,7 +16,7 @@ use crate::tell::tell;
 /// # Errors
 ///
 /// What cannot be replayed, or written of what was seen.
-pub fn watch<O: Observer>(
+pub(crate) fn watch<O: Observer>(
     recording: Recording,
     journal: JournalReader<impl Read>,
     begin: impl FnOnce() -> Result<O, Failure>,

@@ -1,9 +1,10 @@
 //! A Linux kernel as data.
 //!
-//! [`unpack`] takes a distribution's bzImage apart, [`Elf`] says what is inside, [`Symbols`] and BTF what it calls
+//! [`unpack`] takes a distribution's bzImage apart, [`Elf`] says what is inside, its symbols and BTF what it calls
 //! things, and [`rewrite`] what has to stand in it instead so that it can be recorded. Nothing here touches KVM, the
 //! host or guest memory: bytes go in, addresses and [`Patch`]es come out.
 #![forbid(unsafe_code)]
+#![warn(unreachable_pub)]
 
 mod error;
 mod image;
@@ -18,4 +19,3 @@ pub use rewrite::{
     Ages, Alternative, Cave, EntryCaves, Found, ModuleLayout, Modules, Patch, QuickCaves,
     QuickClock, QuickPlan, Rewritten, Site, SiteKind, Sites, TrapCounts, Window, find_sites,
 };
-pub use symbols::{Symbols, btf, kallsyms};

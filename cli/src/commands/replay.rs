@@ -25,7 +25,7 @@ use crate::tell::{out, tell};
 The guest's console goes to standard output, the verdict to standard error. Memory is always
 compared at the end of a whole recording, unless the guest was stopped between two exits: then the
 verdict says that it was not.")]
-pub struct Options {
+pub(crate) struct Options {
     /// The recording.
     recording: PathBuf,
     /// Compare all of memory: at the end (memory), or every N exits too (memory=N).
@@ -81,7 +81,7 @@ pub struct Options {
     json: bool,
 }
 
-pub fn main(options: &Options) -> Result<Outcome, Failure> {
+pub(crate) fn main(options: &Options) -> Result<Outcome, Failure> {
     let start = Instant::now();
     let relog = options.relog.as_ref().map(|output| RelogWish {
         output: output.clone(),

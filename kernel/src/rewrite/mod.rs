@@ -1,21 +1,21 @@
 //! What is rewritten in a kernel, and where.
 //!
 //! [`traps`] finds the instructions whose answers KVM would not let us give, `windows` those of them that need not
-//! exit each time, [`ages`] what would let the guest see the host's TLB. What is to stand in guest memory
+//! exit each time, `ages` what would let the guest see the host's TLB. What is to stand in guest memory
 //! instead comes out as [`Patch`]es, which somebody else applies. All of it is decided by the kernel's file alone.
 
-pub mod ages;
+mod ages;
 pub mod alternatives;
 pub mod caves;
 pub mod modules;
 mod named;
 mod panics;
-pub mod quick;
+mod quick;
 mod quick_stub;
 pub mod rewritten;
 mod transmit;
 pub mod traps;
-pub mod windows;
+mod windows;
 
 pub use ages::Ages;
 pub use alternatives::Alternative;

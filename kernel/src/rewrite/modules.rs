@@ -18,9 +18,9 @@
 //! it patches them, and switches itself off for good when it finds something else.
 //!
 //! Older kernels have `module_enable_x` inlined; there it is `ftrace_module_init`, called just before, or else
-//! `do_init_module`. The function's address comes from the kernel's own symbols ([`crate::symbols::kallsyms`]);
+//! `do_init_module`. The function's address comes from the kernel's own symbols (`symbols::kallsyms`);
 //! where `struct module`, its one argument, says where the text is comes from its own types
-//! ([`crate::symbols::btf`]): since 6.4 in `mem[]`, before that in `core_layout` and `init_layout`.
+//! (`symbols::btf`): since 6.4 in `mem[]`, before that in `core_layout` and `init_layout`.
 //!
 //! **Decoded, never searched**, as in the kernel. A module's sections lie side by side with zeroes between them, and a
 //! decoder may take the last of these for the beginning of an instruction. So the module's own symbols, which the kernel

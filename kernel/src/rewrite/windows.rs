@@ -45,7 +45,7 @@ pub struct Window {
 
 /// Why a time read stays an exit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Refusal {
+pub(super) enum Refusal {
     /// It is no RDTSC.
     OtherInstruction,
     /// The kernel may copy other code over it, or it is such code.
@@ -63,7 +63,7 @@ pub enum Refusal {
 }
 
 /// Finds the windows among `sites`.
-pub fn find(elf: &Elf<'_>, sites: &Sites, named: &Named) -> Vec<Window> {
+pub(super) fn find(elf: &Elf<'_>, sites: &Sites, named: &Named) -> Vec<Window> {
     let Some(alternatives) = alternatives::read(elf) else {
         return Vec::new();
     };

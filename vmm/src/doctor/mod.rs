@@ -24,7 +24,7 @@ use kvm_ioctls::Kvm;
 
 use crate::kvm::KvmError;
 use crate::perf::CounterEvent;
-pub use calibration::{Effort, calibrate};
+pub(crate) use calibration::{Effort, calibrate};
 use finding::{Finding, LIMIT, Miss, Probe, Verdict, Weight, on_a_bench};
 pub use report::Report;
 use report::WAY_OUT;

@@ -21,15 +21,14 @@ use hindsight_replay::{Observer, OperatorConsole, Unit};
 use crate::failure::Failure;
 use crate::world::{Hold, Shown};
 
-pub use images::{DiskWish, Images, MachineWish};
+pub use images::{DiskWish, MachineWish};
 pub use make::{
     LoadedKernel, MACHINE_CMDLINE, MachineError, build, cmdline, describe, host_facts, open_kvm,
-    random_number,
 };
 pub use open::{RecordedImages, RecordedPaths};
 pub use preemption_plan::{CounterWish, PreemptionError, PreemptionPlan, PreemptionWish};
 pub use record::{RecordWish, Recorded, record};
-pub use recording::{INITRD_BYTES_MAX, Recording, RecordingError, content};
+pub use recording::{Recording, RecordingError, content};
 pub use replay::{RelogWish, ReplayWish, Replayed, Until, Verdict, Watch, Watched, replay};
 pub use run::{Ran, RunWish, run};
 

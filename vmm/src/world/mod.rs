@@ -25,7 +25,7 @@ use clock::HostClock;
 use net::{Attached, Link, NetError};
 pub use operator::Operator;
 pub use standard_output::{Hold, Shown, StandardOutput};
-pub use terminal::RawTerminal;
+pub(crate) use terminal::RawTerminal;
 use typed::Typed;
 
 /// How often at least somebody looks at the clock, and the vCPU is brought back to see whether it has waited for
