@@ -25,7 +25,7 @@ pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
     if !digits(whole) || !digits(part) || whole.len() > 20 || part.len() > 15 {
         return Err(bad());
     }
-    // No floats: a fraction is so many of the unit over a power of ten.
+    // No floats: a fraction is a whole number of the unit over a power of ten.
     let parse = |text: &str| text.parse::<u128>().map_err(|_| bad());
     let scale = 10_u128.pow(part.len() as u32);
     let scaled = (parse(whole)? * scale + parse(part)?) * unit_bytes;

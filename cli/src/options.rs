@@ -47,7 +47,7 @@ pub(crate) struct MachineOptions {
     /// A disk, from a raw image or a block device, which is never written; may be repeated.
     ///
     /// What the guest writes is forgotten when it ends. The guest sees vda, vdb, ... With `ro` its writes are
-    /// refused; `serial` is what it is told as the disk's serial number.
+    /// refused; `serial` is the serial number that it sees.
     #[arg(long = "disk", value_name = "IMG[,ro][,serial=S]", value_parser = parse_disk)]
     pub disks: Vec<DiskOption>,
     /// A network card, and what it is on.
@@ -176,7 +176,7 @@ pub(crate) enum RunPreemptOption {
     Anywhere,
 }
 
-/// The patience that an operator who names so many microseconds, or none, wants.
+/// The patience that is asked for by a number of microseconds, or without one.
 pub(crate) fn patience(us: Option<u64>) -> Patience {
     us.map_or(Patience::Fair, |us| {
         Patience::Fixed(us.saturating_mul(1_000))
@@ -202,7 +202,7 @@ impl From<DetailOption> for Detail {
     }
 }
 
-/// What to verify: all of memory, at the end or every so many exits.
+/// What to verify: all of memory, at the end or every `every` exits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Verify {
     /// Exits from one digest to the next; `None`: only at the end.
@@ -230,7 +230,7 @@ pub(crate) enum TimeReads {
     Exit,
 }
 
-/// What an operator says of a disk: `IMG[,ro][,serial=S]`.
+/// What is asked for as a disk: `IMG[,ro][,serial=S]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct DiskOption {
     /// What it comes to.

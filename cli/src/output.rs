@@ -7,7 +7,7 @@ use hindsight_replay::foreign::shown_path;
 use hindsight_vmm::failure::{Failure, Kind};
 use hindsight_vmm::output_file::OutputFile;
 
-/// Where text goes. What goes wrong is told at the end.
+/// Where text goes. What goes wrong is reported at the end.
 #[derive(Debug)]
 pub(crate) struct Output<W: Write> {
     to: W,

@@ -89,7 +89,7 @@ impl Observer for Screen {
     }
 
     fn turn(&mut self, exits: u64, _turn: &Turn, _guest: &mut dyn Guest) {
-        // A clock would be dear here, at every exit; a count is not.
+        // To read a clock at every exit would be costly; to count is not.
         self.stamp = self.stamp.wrapping_add(1);
         if self.stamp.is_multiple_of(4096)
             && let Some(bar) = &self.bar

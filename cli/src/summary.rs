@@ -152,7 +152,7 @@ impl Summary {
     }
 }
 
-/// What an `equal` does not cover at this end, in words; `None`: nothing.
+/// What an `equal` does not cover at this end, as a clause; `None`: it covers everything.
 pub(crate) fn not_compared(end: &End) -> Option<&'static str> {
     end.memory
         .is_none()

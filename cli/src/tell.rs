@@ -35,7 +35,7 @@ pub(crate) fn to_stdout(line: Arguments<'_>) {
 
 /// A reader of standard error that takes nothing for this long is not waited for: a terminal that has
 /// stopped must not keep the program from its end.
-const PATIENCE: Timespec = Timespec {
+const READER_WAIT: Timespec = Timespec {
     tv_sec: 2,
     tv_nsec: 0,
 };
@@ -43,7 +43,10 @@ const PATIENCE: Timespec = Timespec {
 /// `tell!`, in a function.
 pub(crate) fn to_stderr(line: Arguments<'_>) {
     let stderr = std::io::stderr();
-    let ready = poll(&mut [PollFd::new(&stderr, PollFlags::OUT)], Some(&PATIENCE));
+    let ready = poll(
+        &mut [PollFd::new(&stderr, PollFlags::OUT)],
+        Some(&READER_WAIT),
+    );
     if ready != Ok(0) {
         // There is no other place to say that it failed.
         let _ = writeln!(stderr.lock(), "{line}");

@@ -11,7 +11,7 @@ use crate::outcome::Outcome;
 use crate::tell::tell;
 
 /// Replays all of `recording` for an observer. It is made by `begin` when all is ready, and done with by `finish`,
-/// which is told whether what was seen is right as far as the recording goes.
+/// whose argument says whether what was seen is right as far as the recording goes.
 ///
 /// # Errors
 ///

@@ -16,6 +16,6 @@ pub mod testing;
 pub use error::KernelError;
 pub use image::{Code, Elf, Kernel, Segment, setup_header, unpack};
 pub use rewrite::{
-    Ages, Alternative, Cave, EntryCaves, Found, ModuleLayout, Modules, Patch, QuickCaves,
-    QuickClock, QuickPlan, Rewritten, Site, SiteKind, Sites, TrapCounts, Window, find_sites,
+    Ages, Alternative, Cave, EntryCaves, ModuleLayout, Modules, Patch, QuickCaves, QuickClock,
+    QuickPlan, RewriteTargets, Rewritten, Site, SiteKind, Sites, Span, TrapCounts, find_sites,
 };

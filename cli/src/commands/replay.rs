@@ -122,7 +122,7 @@ struct Report<'a> {
     guest_ns: u64,
     witnesses_equal: u64,
     memories_equal: u64,
-    /// What the verdict does not cover, in words.
+    /// What the verdict does not cover, as a clause.
     not_compared: Option<&'static str>,
     /// How many of these are equal but for Accessed bits of page tables.
     memories_but_accessed: u64,

@@ -163,7 +163,7 @@ impl Ages {
         self.rewrites.iter().map(patch).collect()
     }
 
-    /// What the guest may see of the host's TLB because this kernel is as it is, in words.
+    /// What the guest may see of the host's TLB because this kernel is as it is: a phrase.
     pub fn hole(&self) -> Option<String> {
         (!self.missing.is_empty()).then(|| {
             format!(

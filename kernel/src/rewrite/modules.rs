@@ -45,7 +45,7 @@ const LOADER: &str = "load_module";
 /// No module's text is longer: of the largest known one it is some 30 MiB. A guest may claim what it likes, and map the
 /// same page over and over; what is longer is not looked at.
 const TEXT_BYTES: u32 = 64 << 20;
-/// No module has more instructions to trap; of the largest known ones, some hundreds. What comes after so many is left
+/// No module has more instructions to trap; of the largest known ones, some hundreds. What comes after them is left
 /// alone.
 const SITES_MAX: usize = 1 << 16;
 /// No module has more symbols.
@@ -308,7 +308,7 @@ fn symbol_place(btf: &Btf<'_>, module: Type) -> Option<SymbolPlace> {
     })
 }
 
-/// Offset of a member that has so many bytes.
+/// Offset of a member that has `bytes` bytes.
 fn sized_member(btf: &Btf<'_>, of: Type, name: &str, bytes: u32) -> Option<u32> {
     let member = btf.member(of, name)?;
     (btf.bytes(member.of)? == bytes).then_some(member.offset)

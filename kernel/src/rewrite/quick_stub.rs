@@ -21,16 +21,16 @@
 //! of the clock as it was then, and a value from after it is never given out: that read exits.
 //!
 //! Like RDTSC the stub changes RAX and RDX alone. It changes flags too, which is looked after where
-//! windows are found. It uses no stack.
+//! spans are found. It uses no stack.
 
 use crate::rewrite::traps::TRAP_RDTSC;
 
 /// Distance of one stub from the next, in bytes.
 pub(super) const STUB_BYTES: usize = 64;
 /// The jump to a stub.
-pub(super) const WINDOW_MIN: usize = 5;
+pub(super) const SPAN_MIN: usize = 5;
 /// What moves along may be this long.
-pub(super) const MOVED_MAX: usize = STUB_BYTES - MOVED_OFFSET - WINDOW_MIN;
+pub(super) const MOVED_MAX: usize = STUB_BYTES - MOVED_OFFSET - SPAN_MIN;
 /// Where in a stub its OUT stands.
 pub(super) const OUT_OFFSET: usize = 0x1b;
 /// Where in a stub the moved instructions stand.
@@ -41,9 +41,9 @@ const NEXT: u64 = 0;
 const END: u64 = 8;
 const STEP: u64 = 16;
 
-/// `jmp to`, to stand at `at`; `None` if that is more than 2 GiB away.
-pub(super) fn jump(at: u64, to: u64) -> Option<[u8; WINDOW_MIN]> {
-    let [a, b, c, d] = relative(at + WINDOW_MIN as u64, to)?;
+/// `jmp to`, to be put at `at`; `None` if that is more than 2 GiB away.
+pub(super) fn jump(at: u64, to: u64) -> Option<[u8; SPAN_MIN]> {
+    let [a, b, c, d] = relative(at + SPAN_MIN as u64, to)?;
     Some([0xe9, a, b, c, d])
 }
 
@@ -99,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stub_takes_a_value_or_exits_and_goes_on_where_the_window_ends() {
+    fn a_stub_takes_a_value_or_exits_and_goes_on_where_the_span_ends() {
         let bytes = stub(AT, CLOCK, &SHL, BACK).expect("all within reach");
         let code = decoded(&bytes);
         let expected = [

@@ -109,7 +109,7 @@ mod tests {
     /// Where the function stands in the text.
     const WAIT: u64 = 40;
 
-    /// `call WAIT`, to stand at this offset.
+    /// `call WAIT`, to be put at this offset.
     fn call(at: u64) -> [u8; 5] {
         let [a, b, c, d] = (WAIT as u32).wrapping_sub(at as u32 + 5).to_le_bytes();
         [0xe8, a, b, c, d]

@@ -11,4 +11,4 @@ mod load;
 mod zero_page;
 
 pub use error::{BootError, OutOfRam};
-pub use load::{BootPlan, E820Entry, Given, GuestRam, Seed, apply, e820, load};
+pub use load::{BootParameters, BootPlan, E820Entry, GuestRam, Seed, apply, e820, load};

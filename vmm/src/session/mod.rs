@@ -34,7 +34,7 @@ pub use run::{Ran, RunWish, run};
 
 /// Whoever is in front of a session: hears what is worth saying, and shows the guest's console.
 pub trait Front {
-    /// Something that the operator should know, in words: whole lines.
+    /// A message that the operator should see: whole lines.
     fn notice(&mut self, what: &str);
 
     /// Shows what a machine writes, from its start on. A machine that is recorded can be held back.

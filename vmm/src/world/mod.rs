@@ -32,7 +32,7 @@ use typed::Typed;
 /// something for too long.
 const TICK: Duration = Duration::from_millis(100);
 /// A guest that has not exited for this long after a stop was asked for is stopped where it is.
-const STOP_PATIENCE: Duration = Duration::from_millis(500);
+const STOP_WAIT: Duration = Duration::from_millis(500);
 
 /// The host, as the machine's world.
 #[derive(Debug)]
@@ -283,7 +283,7 @@ impl World for HostWorld {
         self.forget_past_alarm();
         // A wish that is older than the machine gives it a chance to exit, too.
         let asked = self.operator.stop_asked();
-        asked.is_some_and(|asked| asked.max(self.begun).elapsed() > STOP_PATIENCE)
+        asked.is_some_and(|asked| asked.max(self.begun).elapsed() > STOP_WAIT)
     }
 }
 

@@ -59,7 +59,6 @@ pub enum NetError {
     Tap {
         /// Its name.
         name: String,
-        /// Why.
         #[source]
         source: io::Error,
     },
