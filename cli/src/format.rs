@@ -9,7 +9,7 @@ use hindsight_replay::MEMORY_BYTES_MAX;
 const PAGE_BYTES: u64 = 4096;
 
 /// Parses a size of RAM: `256M`, `1G`, `3.5G`, `4096K` or plain bytes.
-pub fn parse_size(text: &str) -> Result<u64, String> {
+pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
     let bad =
         || format!("{text:?}: expected bytes, or a number with K, M or G, such as 512M or 3.5G");
     let plain = text.trim_end_matches(['B', 'b']).trim_end_matches('i');
@@ -25,7 +25,7 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
     if !digits(whole) || !digits(part) || whole.len() > 20 || part.len() > 15 {
         return Err(bad());
     }
-    // No floats: a fraction is so many of the unit over a power of ten.
+    // No floats: a fraction is a whole number of the unit over a power of ten.
     let parse = |text: &str| text.parse::<u128>().map_err(|_| bad());
     let scale = 10_u128.pow(part.len() as u32);
     let scaled = (parse(whole)? * scale + parse(part)?) * unit_bytes;
@@ -47,7 +47,7 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
 }
 
 /// `1234567` as `1,234,567`.
-pub fn thousands(number: u64) -> String {
+pub(crate) fn thousands(number: u64) -> String {
     let digits = number.to_string();
     let mut out = String::new();
     for (i, digit) in digits.chars().enumerate() {
@@ -60,7 +60,7 @@ pub fn thousands(number: u64) -> String {
 }
 
 /// Bytes with a unit.
-pub fn bytes(number: u64) -> String {
+pub(crate) fn bytes(number: u64) -> String {
     match number {
         0..=9_999 => format!("{} B", thousands(number)),
         10_000..=10_239_999 => format!("{:.1} KiB", number as f64 / 1024.0),
@@ -69,7 +69,7 @@ pub fn bytes(number: u64) -> String {
 }
 
 /// Nanoseconds as seconds.
-pub fn seconds(ns: u64) -> String {
+pub(crate) fn seconds(ns: u64) -> String {
     format!("{:.3} s", ns as f64 / 1e9)
 }
 

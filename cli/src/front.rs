@@ -11,7 +11,7 @@ use crate::tell::tell;
 
 /// The terminal that the program was started at, or what stands in its place.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Terminal {
+pub(crate) struct Terminal {
     /// Do not show the guest's console.
     pub quiet: bool,
     /// Show it no earlier than it came when it was recorded.
@@ -29,7 +29,7 @@ impl Front for Terminal {
 }
 
 /// Says something in lines of its own. A terminal may be raw, and its cursor anywhere in a line that is over.
-pub fn notice(what: &str) {
+pub(crate) fn notice(what: &str) {
     let what = shown_lines(what);
     match std::io::stderr().is_terminal() {
         true => tell!("\rhindsight: {what}\r"),
@@ -38,7 +38,7 @@ pub fn notice(what: &str) {
 }
 
 /// The same while the guest writes to the terminal, which may be in the middle of a line.
-pub fn interrupt_line(what: &str) {
+pub(crate) fn interrupt_line(what: &str) {
     if std::io::stderr().is_terminal() {
         tell!("\r");
     }

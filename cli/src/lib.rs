@@ -1,4 +1,5 @@
 //! The program: commands, output, exit codes. One file per command.
+#![warn(unreachable_pub)]
 
 pub mod commands;
 mod format;

@@ -13,7 +13,7 @@ use crate::format::parse_size;
 
 /// What a machine is made of.
 #[derive(Clone, Debug, Args)]
-pub struct MachineOptions {
+pub(crate) struct MachineOptions {
     /// The kernel: a distribution's vmlinuz (bzImage), or an ELF vmlinux.
     ///
     /// A regular file of at most 1 GiB.
@@ -47,7 +47,7 @@ pub struct MachineOptions {
     /// A disk, from a raw image or a block device, which is never written; may be repeated.
     ///
     /// What the guest writes is forgotten when it ends. The guest sees vda, vdb, ... With `ro` its writes are
-    /// refused; `serial` is what it is told as the disk's serial number.
+    /// refused; `serial` is the serial number that it sees.
     #[arg(long = "disk", value_name = "IMG[,ro][,serial=S]", value_parser = parse_disk)]
     pub disks: Vec<DiskOption>,
     /// A network card, and what it is on.
@@ -94,7 +94,7 @@ impl MachineOptions {
     }
 
     /// The whole command line.
-    pub fn words(&self) -> String {
+    pub(crate) fn words(&self) -> String {
         cmdline(&self.cmdline, self.cmdline_exact, self.console.into())
     }
 
@@ -103,7 +103,7 @@ impl MachineOptions {
     /// # Errors
     ///
     /// Options that contradict each other.
-    pub fn wish(&self, quick: bool) -> Result<MachineWish, Failure> {
+    pub(crate) fn wish(&self, quick: bool) -> Result<MachineWish, Failure> {
         let disks = self.disks.iter().map(|disk| disk.wish.clone());
         Ok(MachineWish {
             kernel: self.kernel.clone(),
@@ -167,7 +167,7 @@ impl From<PreemptOption> for PreemptionWish {
 
 /// What `run --preempt` and `bench --run-preempt` say.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum RunPreemptOption {
+pub(crate) enum RunPreemptOption {
     /// As often as a recorder would do it on this host: anywhere if there is a branch counter, else at
     /// kernel entries.
     #[default]
@@ -176,8 +176,8 @@ pub enum RunPreemptOption {
     Anywhere,
 }
 
-/// The patience that an operator who names so many microseconds, or none, wants.
-pub fn patience(us: Option<u64>) -> Patience {
+/// The patience that is asked for by a number of microseconds, or without one.
+pub(crate) fn patience(us: Option<u64>) -> Patience {
     us.map_or(Patience::Fair, |us| {
         Patience::Fixed(us.saturating_mul(1_000))
     })
@@ -202,15 +202,15 @@ impl From<DetailOption> for Detail {
     }
 }
 
-/// What to verify: all of memory, at the end or every so many exits.
+/// What to verify: all of memory, at the end or every `every` exits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Verify {
+pub(crate) struct Verify {
     /// Exits from one digest to the next; `None`: only at the end.
     pub every: Option<u64>,
 }
 
 /// Parses `memory` and `memory=N`.
-pub fn parse_verify(text: &str) -> Result<Verify, String> {
+pub(crate) fn parse_verify(text: &str) -> Result<Verify, String> {
     match text.split_once('=') {
         None if text == "memory" => Ok(Verify { every: None }),
         Some(("memory", number)) => match number.parse() {
@@ -223,16 +223,16 @@ pub fn parse_verify(text: &str) -> Result<Verify, String> {
 
 /// How the guest's kernel reads the time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum TimeReads {
+pub(crate) enum TimeReads {
     /// From its own memory, where it can, and by an exit at least every 33rd time.
     Quick,
     /// By an exit each time.
     Exit,
 }
 
-/// What an operator says of a disk: `IMG[,ro][,serial=S]`.
+/// What is asked for as a disk: `IMG[,ro][,serial=S]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DiskOption {
+pub(crate) struct DiskOption {
     /// What it comes to.
     pub wish: DiskWish,
     /// All of that as it was said.
@@ -240,7 +240,7 @@ pub struct DiskOption {
 }
 
 /// Parses `IMG[,ro][,serial=S]`. A comma in a name is written twice.
-pub fn parse_disk(text: &str) -> Result<DiskOption, String> {
+pub(crate) fn parse_disk(text: &str) -> Result<DiskOption, String> {
     let words = text.replace(",,", "\0");
     let mut words = words.split(',').map(|word| word.replace('\0', ","));
     let path = words.next().filter(|path| !path.is_empty());
@@ -267,7 +267,7 @@ pub fn parse_disk(text: &str) -> Result<DiskOption, String> {
 
 /// What `--net` says.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum NetOption {
+pub(crate) enum NetOption {
     /// There is no card.
     #[default]
     None,

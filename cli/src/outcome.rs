@@ -31,7 +31,7 @@ impl From<Kind> for Outcome {
 }
 
 /// What the main help says of them.
-pub const EXIT_CODES: &str = "\
+pub(crate) const EXIT_CODES: &str = "\
 Exit codes:
   0  it worked; a replay was equal to the end
   1  a replay diverged, two recordings differ, a hunt found no crash, or it was stopped before the guest ran

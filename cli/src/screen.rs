@@ -18,7 +18,7 @@ const SILENCE: Duration = Duration::from_secs(10);
 
 /// Shows what the guest writes, and how far a replay is.
 #[derive(Debug)]
-pub struct Screen {
+pub(crate) struct Screen {
     /// Where it is shown, if it is.
     screen: Option<StandardOutput>,
     console: OperatorConsole,
@@ -33,7 +33,7 @@ pub struct Screen {
 impl Screen {
     /// Shows output of the operator's console as it comes, unless the terminal is to be quiet; and how far a replay is,
     /// if a person can see it and it is in nobody's way.
-    pub fn new(terminal: Terminal, viewed: Viewed) -> Result<Screen, Failure> {
+    pub(crate) fn new(terminal: Terminal, viewed: Viewed) -> Result<Screen, Failure> {
         let screen = match terminal.quiet {
             true => None,
             false => Some(StandardOutput::new(viewed.hold)?),
@@ -66,7 +66,7 @@ impl View for Screen {
 }
 
 /// A bar of this length.
-pub fn progress_bar(length: u64, template: &str) -> ProgressBar {
+pub(crate) fn progress_bar(length: u64, template: &str) -> ProgressBar {
     let bar = ProgressBar::new(length);
     match ProgressStyle::with_template(template) {
         Ok(style) => bar.with_style(style),
@@ -89,7 +89,7 @@ impl Observer for Screen {
     }
 
     fn turn(&mut self, exits: u64, _turn: &Turn, _guest: &mut dyn Guest) {
-        // A clock would be dear here, at every exit; a count is not.
+        // To read a clock at every exit would be costly; to count is not.
         self.stamp = self.stamp.wrapping_add(1);
         if self.stamp.is_multiple_of(4096)
             && let Some(bar) = &self.bar

@@ -8,7 +8,7 @@ use crate::tell::{out, tell};
 
 /// The one summary that ends a run.
 #[derive(Clone, Debug, Serialize)]
-pub struct Summary {
+pub(crate) struct Summary {
     /// How the guest ended.
     pub ending: String,
     /// Whether the guest panicked.
@@ -53,7 +53,12 @@ pub struct Summary {
 
 impl Summary {
     /// Of a run that came to `end`.
-    pub fn new(machine: &Machine, end: &End, host_ns: u64, journal_bytes: Option<u64>) -> Summary {
+    pub(crate) fn new(
+        machine: &Machine,
+        end: &End,
+        host_ns: u64,
+        journal_bytes: Option<u64>,
+    ) -> Summary {
         let Tally {
             exits,
             interrupts,
@@ -93,7 +98,7 @@ impl Summary {
     }
 
     /// Prints it to standard error, or as JSON to standard output.
-    pub fn print(&self, headline: &str, json: bool) {
+    pub(crate) fn print(&self, headline: &str, json: bool) {
         if json {
             out!(
                 "{}",
@@ -150,8 +155,8 @@ impl Summary {
     }
 }
 
-/// What an `equal` does not cover at this end, in words; `None`: nothing.
-pub fn not_compared(end: &End) -> Option<&'static str> {
+/// What an `equal` does not cover at this end, as a clause; `None`: it covers everything.
+pub(crate) fn not_compared(end: &End) -> Option<&'static str> {
     end.state
         .is_none()
         .then_some("memory was not compared: the guest was stopped between two exits")

@@ -22,7 +22,7 @@ macro_rules! tell {
 pub(crate) use {out, tell};
 
 /// `out!`, in a function.
-pub fn to_stdout(line: Arguments<'_>) {
+pub(crate) fn to_stdout(line: Arguments<'_>) {
     let written = writeln!(std::io::stdout().lock(), "{line}");
     match written {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => {
@@ -35,15 +35,18 @@ pub fn to_stdout(line: Arguments<'_>) {
 
 /// A reader of standard error that takes nothing for this long is not waited for: a terminal that has
 /// stopped must not keep the program from its end.
-const PATIENCE: Timespec = Timespec {
+const READER_WAIT: Timespec = Timespec {
     tv_sec: 2,
     tv_nsec: 0,
 };
 
 /// `tell!`, in a function.
-pub fn to_stderr(line: Arguments<'_>) {
+pub(crate) fn to_stderr(line: Arguments<'_>) {
     let stderr = std::io::stderr();
-    let ready = poll(&mut [PollFd::new(&stderr, PollFlags::OUT)], Some(&PATIENCE));
+    let ready = poll(
+        &mut [PollFd::new(&stderr, PollFlags::OUT)],
+        Some(&READER_WAIT),
+    );
     if ready != Ok(0) {
         // There is no other place to say that it failed.
         let _ = writeln!(stderr.lock(), "{line}");

@@ -11,12 +11,12 @@ use crate::outcome::Outcome;
 use crate::tell::tell;
 
 /// Replays all of `recording` for an observer. It is made by `begin` when all is ready, and done with by `finish`,
-/// which is told whether what was seen is right as far as the recording goes.
+/// whose argument says whether what was seen is right as far as the recording goes.
 ///
 /// # Errors
 ///
 /// What cannot be replayed, or written of what was seen.
-pub fn watch<O: Observer>(
+pub(crate) fn watch<O: Observer>(
     recording: Recording,
     journal: JournalReader<impl Read>,
     begin: impl FnOnce() -> Result<O, Failure>,

@@ -44,7 +44,7 @@ pub enum KernelError {
          give a Linux kernel newer than 2.6"
     )]
     NoSetupHeader {
-        /// What stands at 0x202.
+        /// What is at 0x202.
         found: u32,
     },
     /// The boot protocol is too old to say where the compressed kernel lies.

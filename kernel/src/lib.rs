@@ -1,9 +1,10 @@
 //! A Linux kernel as data.
 //!
-//! [`unpack`] takes a distribution's bzImage apart, [`Elf`] says what is inside, [`Symbols`] and BTF what it calls
+//! [`unpack`] takes a distribution's bzImage apart, [`Elf`] says what is inside, its symbols and BTF what it calls
 //! things, and [`rewrite`] what has to stand in it instead so that it can be recorded. Nothing here touches KVM, the
 //! host or guest memory: bytes go in, addresses and [`Patch`]es come out.
 #![forbid(unsafe_code)]
+#![warn(unreachable_pub)]
 
 mod error;
 mod image;
@@ -15,7 +16,6 @@ pub mod testing;
 pub use error::KernelError;
 pub use image::{Code, Elf, Kernel, Segment, setup_header, unpack};
 pub use rewrite::{
-    Ages, Alternative, Cave, EntryCaves, Found, ModuleLayout, Modules, Patch, QuickCaves,
-    QuickClock, QuickPlan, Rewritten, Site, SiteKind, Sites, TrapCounts, Window, find_sites,
+    Ages, Alternative, Cave, EntryCaves, ModuleLayout, Modules, Patch, QuickCaves, QuickClock,
+    QuickPlan, RewriteTargets, Rewritten, Site, SiteKind, Sites, Span, TrapCounts, find_sites,
 };
-pub use symbols::{Symbols, btf, kallsyms};

@@ -30,7 +30,7 @@ pub fn shown_path(path: &std::path::Path) -> Shown<String> {
     }
 }
 
-/// Shows bytes that should be text on one line, those that are none as `\xNN`.
+/// Shows bytes that should be text on one line, those that are not as `\xNN`.
 pub fn shown_bytes(bytes: &[u8]) -> String {
     let mut out = String::with_capacity(bytes.len());
     for chunk in bytes.utf8_chunks() {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 /// How many requests go over one connection.
 const PER_CONNECTION: u64 = 20;
 /// How long a connection or an answer may take.
-const PATIENCE: Duration = Duration::from_secs(30);
+const ANSWER_WAIT: Duration = Duration::from_secs(30);
 /// How long to wait after a failure: the guest's network may not be up yet.
 const PAUSE: Duration = Duration::from_millis(200);
 /// The longest answer that is read.
@@ -37,9 +37,9 @@ pub fn request(port: u16, count: u64, expected: &str, limit: Duration) -> u64 {
 /// One connection: asks for what comes after `answered`, up to `last`.
 fn ask(port: u16, answered: &mut u64, last: u64, expected: &str) -> io::Result<()> {
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
-    let mut stream = TcpStream::connect_timeout(&address, PATIENCE)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
+    let mut stream = TcpStream::connect_timeout(&address, ANSWER_WAIT)?;
+    stream.set_read_timeout(Some(ANSWER_WAIT))?;
+    stream.set_write_timeout(Some(ANSWER_WAIT))?;
     stream.set_nodelay(true)?;
     let mut reader = BufReader::new(stream.try_clone()?);
     while *answered < last {
@@ -136,7 +136,7 @@ mod tests {
     #[test]
     fn every_request_is_answered_though_connections_fail() {
         let port = serve();
-        assert_eq!(request(port, 90, "hello", PATIENCE), 90);
+        assert_eq!(request(port, 90, "hello", ANSWER_WAIT), 90);
     }
 
     #[test]

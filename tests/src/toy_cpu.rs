@@ -41,9 +41,7 @@ const SPINS_MAX: u64 = 500;
 /// Something that breaks at an exit: the `exit`th that the CPU itself makes, from 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fault {
-    /// When.
     pub exit: u64,
-    /// What.
     pub kind: FaultKind,
 }
 
@@ -58,10 +56,7 @@ pub enum FaultKind {
         bit: u32,
     },
     /// One bit of memory flips.
-    Memory {
-        /// Which.
-        bit: usize,
-    },
+    Memory { bit: usize },
     /// The host's virtual CPU stops working.
     Host,
 }

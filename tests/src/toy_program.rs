@@ -63,7 +63,7 @@ pub struct Plan {
 #[derive(Clone, Debug)]
 pub struct Program {
     plan: Plan,
-    /// One instruction in so many is more than computing.
+    /// One instruction in this number is more than computing.
     calm: u64,
     /// Exits after which the program ends.
     length: u64,

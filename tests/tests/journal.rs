@@ -128,7 +128,7 @@ impl<W: Write> Write for Dribble<W> {
     }
 }
 
-/// A disk with room for so many bytes.
+/// A disk with room for a number of bytes.
 struct Disk {
     bytes: Vec<u8>,
     room: usize,

@@ -14,7 +14,7 @@ static ALLOCATOR: Cap<System> = Cap::new(System, usize::MAX);
 
 const SEEDS: u64 = 1_000;
 /// The slowest of these takes a hundredth of it.
-const PATIENCE: Duration = Duration::from_secs(60);
+const LOAD_TIME_MAX: Duration = Duration::from_secs(60);
 
 fn limit(bytes: usize) {
     let limit = ALLOCATOR.allocated().saturating_add(bytes);
@@ -30,7 +30,7 @@ fn boot(name: &str, data: &[u8]) -> Option<Loaded> {
     eprintln!("{name}");
     let loaded = load_kernel(data);
     assert!(
-        started.elapsed() < PATIENCE,
+        started.elapsed() < LOAD_TIME_MAX,
         "{name} took {:?}",
         started.elapsed()
     );
@@ -120,7 +120,7 @@ fn no_kernels_file_costs_more_memory_or_time_than_its_length_allows() {
             let expected = Loaded {
                 sites: 5,
                 module_calls: 1,
-                windows: 2,
+                spans: 2,
                 transmits: 1,
             };
             assert_eq!(loaded, Some(expected), "{name}");

@@ -53,7 +53,7 @@ const SEEDS: [u64; 2] = [1, 2];
 /// No guest needs a hundredth of this, even emulated in an emulated machine.
 const LIMIT: Duration = Duration::from_secs(20);
 /// A guest that was altered may run for ever; one that does not has ended by then.
-const PATIENCE: Duration = Duration::from_millis(500);
+const ALTERED_GUEST_TIME: Duration = Duration::from_millis(500);
 /// Where the guests keep the operand of LIDT: limit and base of the IDT.
 const IDT_POINTER: u64 = DATA + 0x100;
 /// An operand of LIDT that leaves no IDT.
@@ -415,7 +415,7 @@ fn no_altered_guest_passes(guest: &Guest, journal: &[u8]) {
         altered.code[at] ^= 1;
         let kicked = Arc::new(AtomicBool::new(false));
         let theirs = kicked.clone();
-        let result = bounded(PATIENCE, move |_| {
+        let result = bounded(ALTERED_GUEST_TIME, move |_| {
             let kvm = kvm().expect("it opened before");
             replay(&kvm, &altered, &journal, theirs).outcome
         });

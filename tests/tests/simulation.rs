@@ -44,7 +44,7 @@ fn assert_equal(recording: &Recording, replayed: &Replayed) {
     );
 }
 
-/// A guest stopped between exits stands at no moment; its memory is not compared.
+/// A guest stopped between exits is at no moment; its memory is not compared.
 fn stopped_running(recording: &Recording) -> bool {
     recording
         .end

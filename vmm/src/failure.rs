@@ -27,7 +27,7 @@ pub trait Classified: Error {
     fn kind(&self) -> Kind;
 }
 
-/// What ended it: for people in words, for scripts by its kind.
+/// What ended it: a message for people, and a kind for scripts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failure {
     kind: Kind,

@@ -19,16 +19,13 @@ pub enum ReadError {
     /// It cannot be opened or read.
     #[error("{path}: {source}")]
     File {
-        /// Which.
         path: PathBuf,
-        /// Why.
         #[source]
         source: std::io::Error,
     },
     /// It is something else than a file.
     #[error("{path} is {found}, expected a regular file{hint}")]
     NotRegular {
-        /// Which.
         path: PathBuf,
         /// What it is.
         found: &'static str,
@@ -38,7 +35,6 @@ pub enum ReadError {
     /// It is longer than it can be.
     #[error("{path} has {found} bytes, expected {limit} at most; is it the right file?")]
     TooLarge {
-        /// Which.
         path: PathBuf,
         /// Its length.
         found: u64,

@@ -27,7 +27,7 @@ Each round runs the machine bare, records it, and replays the recording; with --
 also recorded by `qemu-system-x86_64 -icount shift=7,rr=record`, and with --against-kvm run by
 `qemu-system-x86_64 -accel kvm,kernel-irqchip=off -M q35` with virtio disks. The guest must end by
 itself.")]
-pub struct Options {
+pub(crate) struct Options {
     #[command(flatten)]
     machine: MachineOptions,
     /// Rounds.
@@ -89,7 +89,7 @@ struct Report {
     record_over_kvm: Option<f64>,
 }
 
-pub fn main(options: &Options) -> Result<Outcome, Failure> {
+pub(crate) fn main(options: &Options) -> Result<Outcome, Failure> {
     let scratch = options.scratch.clone().unwrap_or_else(std::env::temp_dir);
     // A new directory of a name that nobody can have foreseen; it goes whatever happens.
     let directory = tempfile::Builder::new()

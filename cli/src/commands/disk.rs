@@ -64,7 +64,7 @@ content; not extended attributes.
 Examples:
   hindsight disk boot -o vda.img
   hindsight disk boot --disk 1 --at 12.5s --changed")]
-pub struct Options {
+pub(crate) struct Options {
     /// The recording.
     recording: PathBuf,
     /// Which disk: 0 is vda, 1 is vdb, ...
@@ -95,7 +95,7 @@ pub struct Options {
     json: bool,
 }
 
-pub fn main(options: &Options) -> Result<Outcome, Failure> {
+pub(crate) fn main(options: &Options) -> Result<Outcome, Failure> {
     let recording = Recording::at(&options.recording);
     let journal = recording.journal()?;
     let header = journal.header().clone();

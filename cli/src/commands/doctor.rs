@@ -15,7 +15,7 @@ use crate::tell::out;
 #[command(after_help = "\
 Each line is a claim, whether it holds on this host, what was seen, and what it costs if it does
 not hold. The exit code is 0 if this host can record and 4 if it cannot.")]
-pub struct Options {
+pub(crate) struct Options {
     /// Print the findings as JSON.
     #[arg(long)]
     json: bool,
@@ -36,7 +36,7 @@ fn show_progress(what: &str) {
     }
 }
 
-pub fn main(options: &Options) -> Result<Outcome, Failure> {
+pub(crate) fn main(options: &Options) -> Result<Outcome, Failure> {
     let wishes = Wishes {
         event: options.event.clone(),
         margin: options.margin,

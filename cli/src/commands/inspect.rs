@@ -226,7 +226,7 @@ pub struct Survey {
     pub end: Option<End>,
     /// Where the frames are: what the index holds.
     pub frames: Vec<IndexEntry>,
-    /// What was found to be left open, and at which exit. Each is told once; a journal that somebody made may say
+    /// What was found to be left open, and at which exit. Each is listed once; a journal that somebody made may say
     /// anything.
     pub left_open: Vec<(u64, LeftOpen)>,
 }

@@ -1,12 +1,12 @@
 //! The commands.
 
-pub mod bench;
+pub(crate) mod bench;
 pub mod console;
 pub mod diff;
-pub mod disk;
-pub mod doctor;
+pub(crate) mod disk;
+pub(crate) mod doctor;
 pub mod inspect;
 pub mod pcap;
-pub mod record;
-pub mod replay;
-pub mod run;
+pub(crate) mod record;
+pub(crate) mod replay;
+pub(crate) mod run;

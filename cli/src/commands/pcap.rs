@@ -115,7 +115,7 @@ struct Frames {
 
 /// Writes down what goes over the network.
 pub struct Capture<W: Write> {
-    /// The file, or why there is none any more.
+    /// The file, or why it cannot be written any more.
     writer: Result<PcapNgWriter<BufWriter<W>>, PcapError>,
     /// The guest's wall clock when it was switched on.
     power_on: Duration,

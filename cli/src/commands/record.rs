@@ -33,7 +33,7 @@ what it did is in the recording, and the replay needs no seed.
 Examples (guest-images/build makes the initrds):
   hindsight record -o boot -k /boot/vmlinuz-$(uname -r) -i .cache/images/hello.cpio
   hindsight record -o crash --until-crash --chaos -k /boot/vmlinuz-$(uname -r) -i .cache/images/race.cpio")]
-pub struct Options {
+pub(crate) struct Options {
     /// The directory to write the recording to; it is made if it is not there.
     #[arg(long, short, value_name = "DIR")]
     output: PathBuf,
@@ -99,7 +99,7 @@ impl Options {
     }
 }
 
-pub fn main(options: &Options) -> Result<Outcome, Failure> {
+pub(crate) fn main(options: &Options) -> Result<Outcome, Failure> {
     let start = Instant::now();
     // Before there is another thread.
     let operator = Operator::listen(notice)?;

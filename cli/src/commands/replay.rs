@@ -26,7 +26,7 @@ use crate::tell::{out, tell};
 The guest's console goes to standard output, the verdict to standard error. Memory, registers, devices and disks are always
 compared at the end of a whole recording, unless the guest was stopped between two exits: then the
 verdict says that it was not.")]
-pub struct Options {
+pub(crate) struct Options {
     /// The recording.
     recording: PathBuf,
     /// Compare memory and all else that the machine has: at the end (memory), or every N exits too (memory=N).
@@ -92,7 +92,7 @@ pub struct Options {
     json: bool,
 }
 
-pub fn main(options: &Options) -> Result<Outcome, Failure> {
+pub(crate) fn main(options: &Options) -> Result<Outcome, Failure> {
     let start = Instant::now();
     let relog = options.relog.as_ref().map(|output| RelogWish {
         output: output.clone(),
@@ -153,7 +153,7 @@ struct Report<'a> {
     saved_bytes: Option<u64>,
     /// How long it took to take and to write it, in nanoseconds.
     saved_host_ns: Option<u64>,
-    /// What the verdict does not cover, in words.
+    /// What the verdict does not cover, as a clause.
     not_compared: Option<&'static str>,
     /// How many of these are equal but for Accessed bits of page tables.
     memories_but_accessed: u64,

@@ -17,7 +17,7 @@ use crate::summary::Summary;
 #[command(after_help = "\
 The guest's console is standard input and output; at a terminal, Ctrl-] ends the run, elsewhere
 SIGINT, SIGTERM and SIGHUP do. SIGPWR presses the guest's power button.")]
-pub struct Options {
+pub(crate) struct Options {
     #[command(flatten)]
     machine: MachineOptions,
     /// Where a guest that does not exit is preempted.
@@ -31,7 +31,7 @@ pub struct Options {
     json: bool,
 }
 
-pub fn main(options: &Options) -> Result<Outcome, Failure> {
+pub(crate) fn main(options: &Options) -> Result<Outcome, Failure> {
     let start = Instant::now();
     // Before there is another thread.
     let operator = Operator::listen(notice)?;

@@ -36,7 +36,7 @@ const CLEAR_SEGMENTS_MAX: u32 = 8;
 /// What is moved in one exit before the rest has to wait, in bytes; the request that comes to it is still
 /// done. Without it a ring full of large requests would keep the machine for seconds.
 const EXIT_BYTES_MAX: usize = 64 << 20;
-/// A discard counts as so many bytes moved.
+/// A discard counts as this number of bytes moved.
 const CLEAR_COUNTS_BYTES: usize = EXIT_BYTES_MAX / 8;
 /// The size that writes are best a multiple of: that of a guest's page.
 const BLOCK_SECTORS: u32 = 8;

@@ -1,4 +1,4 @@
-//! virtio console (virtio 1.3, 5.3): hvc0, one port, with the size of its window.
+//! virtio console (virtio 1.3, 5.3): hvc0, one port, with the size of its terminal.
 //!
 //! What the guest writes leaves in the exit that announces it. What is typed waits here for buffers
 //! of the driver's, up to a limit that whoever types is told.
@@ -38,7 +38,7 @@ pub(crate) struct Console {
 }
 
 impl Console {
-    /// A console whose window has the usual size.
+    /// A console whose terminal has the usual size.
     pub fn new() -> Console {
         Console {
             columns: 80,

@@ -144,7 +144,7 @@ pub(crate) trait Device {
 /// Why a device stops working.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Stop {
-    /// The guest broke the rules, in words: the device needs a reset.
+    /// The guest broke the rules in the way that is named: the device needs a reset.
     Broken(&'static str),
     /// The host failed.
     Storage(StorageError),

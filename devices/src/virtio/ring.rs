@@ -223,7 +223,7 @@ impl<'a> Chain<'a> {
             .is_some_and(|(index, last)| index < CHAIN_MAX && !last.has_next());
         if !whole {
             return Err(Stop::Broken(
-                "a chain without end, or with a descriptor that is none",
+                "a chain without end, or with a descriptor that does not exist",
             ));
         }
         let outside = |_| Stop::Broken("a chain that leads out of memory");

@@ -60,7 +60,7 @@ const FIRST_BUFFER: u64 = 0x10_0000;
 pub enum Buffer<'a> {
     /// The device reads this.
     Out(&'a [u8]),
-    /// The device may write so many bytes.
+    /// The device may write this number of bytes.
     In(u32),
 }
 pub use Buffer::{In, Out};
@@ -296,7 +296,7 @@ impl Driver {
         places
     }
 
-    /// The first of so many descriptors. Chains of the tests are done before the table begins again.
+    /// The first of `count` descriptors. Chains of the tests are done before the table begins again.
     fn claim(&mut self, queue: usize, count: u16) -> u16 {
         let next = self.queues[queue].next_descriptor;
         let first = if next + count > self.size { 0 } else { next };

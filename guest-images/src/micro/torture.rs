@@ -45,9 +45,9 @@ pub struct Torture {
     pub seed: u64,
     /// How long: each round is 64 actions in ring 0 and, with [`Reach::Both`], as many in ring 3.
     pub rounds: u32,
-    /// Where.
+    /// In which rings.
     pub reach: Reach,
-    /// Have IRQ 0 of an 8259A and an 8254 interrupt every so many ticks, and send EOI. Otherwise the
+    /// Have IRQ 0 of an 8259A and an 8254 interrupt each time this number of ticks has passed, and send EOI. Otherwise the
     /// host injects [`TORTURE_VECTOR`] as it likes.
     pub timer_ticks: Option<u16>,
 }
@@ -255,7 +255,7 @@ fn write_start(g: &mut Draft, how: Torture, syscall: CodeLabel) -> Result<(), Ic
     Ok(())
 }
 
-/// IRQ 0 at [`TORTURE_VECTOR`] and nothing else, every so many ticks (8259A data sheet, p. 10; 8254
+/// IRQ 0 at [`TORTURE_VECTOR`] and nothing else, each time `ticks` have passed (8259A data sheet, p. 10; 8254
 /// data sheet, mode 2).
 fn timer(ticks: u16) -> Vec<(u32, u8)> {
     let [low, high] = ticks.to_le_bytes();

@@ -1,4 +1,4 @@
-//! Names files that are given for a kernel and are none that can be booted here, and says what to do with each.
+//! Names files that are given for a kernel and cannot be booted here, and says what to do with each.
 //!
 //! A kernel is most often refused because it is packed once more, or for another architecture, or because another file of
 //! the same directory was meant. The first bytes tell.

@@ -1,7 +1,7 @@
 //! The setup header: what a kernel says of itself to a boot loader.
 //!
 //! Offsets follow `Documentation/arch/x86/boot.rst`, and are counted as in the zero page, where the header
-//! stands at the same offsets as in a bzImage's first sectors.
+//! is at the same offsets as in a bzImage's first sectors.
 
 /// Where the setup header begins, in the file and in the zero page.
 pub const SETUP_HEADER: usize = 0x1f1;

@@ -163,7 +163,7 @@ impl Ages {
         self.rewrites.iter().map(patch).collect()
     }
 
-    /// What the guest may see of the host's TLB because this kernel is as it is, in words.
+    /// What the guest may see of the host's TLB because this kernel is as it is: a phrase.
     pub fn hole(&self) -> Option<String> {
         (!self.missing.is_empty()).then(|| {
             format!(
@@ -176,7 +176,7 @@ impl Ages {
 
 /// Looks for it while a kernel's code is decoded from the first byte to the last.
 #[derive(Debug)]
-pub struct Search {
+pub(super) struct Search {
     /// Of each of [`CONSTANTS`] that this kernel must have: its number and where it stands.
     constants: Vec<(usize, Option<Range<u64>>)>,
     oldening: Vec<Range<u64>>,
@@ -188,7 +188,7 @@ pub struct Search {
 
 impl Search {
     /// For this kernel.
-    pub fn of(elf: &Elf<'_>) -> Search {
+    pub(super) fn of(elf: &Elf<'_>) -> Search {
         let Some(symbols) = Symbols::find(elf.file()) else {
             return Search::to(false, &|_| None);
         };
@@ -227,7 +227,7 @@ impl Search {
     }
 
     /// The next instruction.
-    pub fn see(&mut self, instruction: &Instruction) {
+    pub(super) fn see(&mut self, instruction: &Instruction) {
         let next = self
             .oldening
             .partition_point(|range| range.start <= instruction.ip());
@@ -238,7 +238,7 @@ impl Search {
     }
 
     /// What is to be rewritten, and what should be and cannot.
-    pub fn finish(self, elf: &Elf<'_>, sites: &Sites, named: &Named) -> Ages {
+    pub(super) fn finish(self, elf: &Elf<'_>, sites: &Sites, named: &Named) -> Ages {
         if !self.symbols {
             return Ages {
                 rewrites: Vec::new(),

@@ -1,21 +1,21 @@
 //! What is rewritten in a kernel, and where.
 //!
-//! [`traps`] finds the instructions whose answers KVM would not let us give, `windows` those of them that need not
-//! exit each time, [`ages`] what would let the guest see the host's TLB. What is to stand in guest memory
+//! [`traps`] finds the instructions whose answers KVM would not let us give, `spans` those of them that need not
+//! exit each time, `ages` what would let the guest see the host's TLB. What is to stand in guest memory
 //! instead comes out as [`Patch`]es, which somebody else applies. All of it is decided by the kernel's file alone.
 
-pub mod ages;
+mod ages;
 pub mod alternatives;
 pub mod caves;
 pub mod modules;
 mod named;
 mod panics;
-pub mod quick;
+mod quick;
 mod quick_stub;
 pub mod rewritten;
+mod spans;
 mod transmit;
 pub mod traps;
-pub mod windows;
 
 pub use ages::Ages;
 pub use alternatives::Alternative;
@@ -23,8 +23,8 @@ pub use caves::{Cave, EntryCaves, QuickCaves};
 pub use modules::{ModuleLayout, Modules};
 pub use quick::{QuickClock, QuickPlan};
 pub use rewritten::Rewritten;
+pub use spans::Span;
 pub use traps::{Site, SiteKind, Sites, TrapCounts};
-pub use windows::Window;
 
 use crate::error::KernelError;
 use crate::image::Elf;
@@ -41,11 +41,11 @@ pub struct Patch {
 
 /// What is to be rewritten in a kernel.
 #[derive(Debug)]
-pub struct Found {
+pub struct RewriteTargets {
     /// The instructions to trap.
     pub sites: Sites,
     /// Which of its time reads need not exit.
-    pub windows: Vec<Window>,
+    pub spans: Vec<Span>,
     /// Virtual addresses of the calls with which its console waits, and need not.
     pub transmits: Vec<u64>,
     /// What keeps the Accessed bits of its page tables set.
@@ -57,7 +57,7 @@ pub struct Found {
 /// # Errors
 ///
 /// As [`traps::find`].
-pub fn find_sites(elf: &Elf<'_>, loads: &[u64]) -> Result<Found, KernelError> {
+pub fn find_sites(elf: &Elf<'_>, loads: &[u64]) -> Result<RewriteTargets, KernelError> {
     let mut named = named::Named::by_data(elf);
     let mut transmits = transmit::Transmits::of(elf);
     let mut ages = ages::Search::of(elf);
@@ -67,8 +67,8 @@ pub fn find_sites(elf: &Elf<'_>, loads: &[u64]) -> Result<Found, KernelError> {
         ages.see(instruction);
     })?;
     sites.leave_alone(Symbols::find(elf.file()).as_ref());
-    Ok(Found {
-        windows: windows::find(elf, &sites, &named),
+    Ok(RewriteTargets {
+        spans: spans::find(elf, &sites, &named),
         transmits: transmits.finish(&named),
         ages: ages.finish(elf, &sites, &named),
         sites,

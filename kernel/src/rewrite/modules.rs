@@ -18,9 +18,9 @@
 //! it patches them, and switches itself off for good when it finds something else.
 //!
 //! Older kernels have `module_enable_x` inlined; there it is `ftrace_module_init`, called just before, or else
-//! `do_init_module`. The function's address comes from the kernel's own symbols ([`crate::symbols::kallsyms`]);
+//! `do_init_module`. The function's address comes from the kernel's own symbols (`symbols::kallsyms`);
 //! where `struct module`, its one argument, says where the text is comes from its own types
-//! ([`crate::symbols::btf`]): since 6.4 in `mem[]`, before that in `core_layout` and `init_layout`.
+//! (`symbols::btf`): since 6.4 in `mem[]`, before that in `core_layout` and `init_layout`.
 //!
 //! **Decoded, never searched**, as in the kernel. A module's sections lie side by side with zeroes between them, and a
 //! decoder may take the last of these for the beginning of an instruction. So the module's own symbols, which the kernel
@@ -45,7 +45,7 @@ const LOADER: &str = "load_module";
 /// No module's text is longer: of the largest known one it is some 30 MiB. A guest may claim what it likes, and map the
 /// same page over and over; what is longer is not looked at.
 const TEXT_BYTES: u32 = 64 << 20;
-/// No module has more instructions to trap; of the largest known ones, some hundreds. What comes after so many is left
+/// No module has more instructions to trap; of the largest known ones, some hundreds. What comes after them is left
 /// alone.
 const SITES_MAX: usize = 1 << 16;
 /// No module has more symbols.
@@ -308,7 +308,7 @@ fn symbol_place(btf: &Btf<'_>, module: Type) -> Option<SymbolPlace> {
     })
 }
 
-/// Offset of a member that has so many bytes.
+/// Offset of a member that has `bytes` bytes.
 fn sized_member(btf: &Btf<'_>, of: Type, name: &str, bytes: u32) -> Option<u32> {
     let member = btf.member(of, name)?;
     (btf.bytes(member.of)? == bytes).then_some(member.offset)

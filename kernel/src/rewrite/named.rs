@@ -30,7 +30,7 @@ const SILENT: [&str; 8] = [
 
 /// A set of addresses in code.
 #[derive(Debug)]
-pub struct Named {
+pub(super) struct Named {
     /// In ascending order of address.
     sections: Vec<Bits>,
 }
@@ -44,7 +44,7 @@ struct Bits {
 
 impl Named {
     /// What the data of a kernel names. [`Named::see`] adds what its code does.
-    pub fn by_data(elf: &Elf<'_>) -> Named {
+    pub(super) fn by_data(elf: &Elf<'_>) -> Named {
         let sections = elf.code.iter().map(|code| Bits {
             address: code.address,
             bytes: code.file.len() as u64,
@@ -86,7 +86,7 @@ impl Named {
     }
 
     /// Adds what an instruction names: where it branches to, and what its operands are.
-    pub fn see(&mut self, instruction: &Instruction) {
+    pub(super) fn see(&mut self, instruction: &Instruction) {
         if instruction.is_ip_rel_memory_operand() {
             self.add(instruction.ip_rel_memory_address());
         }
@@ -111,7 +111,7 @@ impl Named {
     }
 
     /// Whether anything names this address.
-    pub fn contains(&self, address: u64) -> bool {
+    pub(super) fn contains(&self, address: u64) -> bool {
         self.section_of(address).is_some_and(|at| {
             let bits = &self.sections[at];
             let offset = address - bits.address;

@@ -26,7 +26,7 @@ const LEVELS: [&[u8]; 3] = [b"", b"\x010", b"<0>"];
 
 /// Finds the call among a kernel's instructions, shown one after the other.
 #[derive(Debug)]
-pub struct Panics {
+pub(super) struct Panics {
     /// Addresses of the words with their level.
     words: Vec<u64>,
     /// The instruction at this address comes straight after one that loads them.
@@ -35,7 +35,7 @@ pub struct Panics {
 
 impl Panics {
     /// For the kernel of this file.
-    pub fn of(elf: &Elf<'_>) -> Panics {
+    pub(super) fn of(elf: &Elf<'_>) -> Panics {
         let mut words = Vec::new();
         for segment in &elf.segments {
             let bytes = elf.bytes(&segment.file);
@@ -52,7 +52,7 @@ impl Panics {
     }
 
     /// Sees the next instruction; says what it is if it is the call.
-    pub fn see(&mut self, instruction: &Instruction) -> Option<SiteKind> {
+    pub(super) fn see(&mut self, instruction: &Instruction) -> Option<SiteKind> {
         let loaded = self.loaded.take() == Some(instruction.ip());
         match instruction.code() {
             Opcode::Call_rel32_64 if loaded => Some(SiteKind::Panic {

@@ -1,6 +1,6 @@
 //! What is rewritten in a kernel so that it reads the time, and prints, without an exit.
 //!
-//! Each [`Window`] becomes a jump to a stub of its own; the stubs stand in the room that
+//! Each [`Span`] becomes a jump to a stub of its own; the stubs stand in the room that
 //! [`crate::rewrite::caves`] finds in `.text`, the clock they read in the room it finds in the data. All of it is
 //! decided by the kernel's file alone, so a replay rewrites what the recorder rewrote, and says so
 //! by a checksum.
@@ -12,9 +12,9 @@ use super::Patch;
 use crate::image::Elf;
 use crate::rewrite::alternatives;
 use crate::rewrite::caves::{Cave, QuickCaves};
-use crate::rewrite::quick_stub::{MOVED_OFFSET, STUB_BYTES, WINDOW_MIN, jump, relative, stub};
+use crate::rewrite::quick_stub::{MOVED_OFFSET, SPAN_MIN, STUB_BYTES, jump, relative, stub};
+use crate::rewrite::spans::Span;
 use crate::rewrite::transmit::READY;
-use crate::rewrite::windows::Window;
 
 /// `nop`.
 const NOP: u8 = 0x90;
@@ -40,11 +40,11 @@ pub struct QuickClock {
 }
 
 impl QuickPlan {
-    /// The plan for a kernel with these windows, whose console waits for the transmitter in vain with these
-    /// calls; `None` if it has no windows, or no room.
+    /// The plan for a kernel with these spans, whose console waits for the transmitter in vain with these
+    /// calls; `None` if it has no spans, or no room.
     pub fn new(
         elf: &Elf<'_>,
-        windows: &[Window],
+        spans: &[Span],
         transmits: &[u64],
         caves: &QuickCaves,
     ) -> Option<QuickPlan> {
@@ -55,17 +55,17 @@ impl QuickPlan {
         let mut at = caves.stubs;
         let mut room = caves.stub_bytes;
         let mut sites = 0;
-        for window in windows {
+        for span in spans {
             // Head_64.S runs where it was loaded, before the kernel's own tables stand: distances must be the same there.
-            let start = elf.physical(window.address)?;
+            let start = elf.physical(span.address)?;
             let moves = at.address.wrapping_sub(at.physical);
-            if window.address.wrapping_sub(start) != moves
+            if span.address.wrapping_sub(start) != moves
                 || clock.address.wrapping_sub(clock.physical) != moves
                 || room < STUB_BYTES as u64
             {
                 continue;
             }
-            let Some((jump, stub)) = window_patches(elf, window, at, clock) else {
+            let Some((jump, stub)) = span_patches(elf, span, at, clock) else {
                 continue;
             };
             first.get_or_insert((at.physical, stub));
@@ -77,8 +77,8 @@ impl QuickPlan {
                 gpa: at.physical,
                 bytes: stub.to_vec(),
             });
-            if window.moved == 0 {
-                let here = window.address..window.address + 1;
+            if span.moved == 0 {
+                let here = span.address..span.address + 1;
                 for alternative in alternatives.touching(here) {
                     patches.extend(onto_itself(elf, alternative)?);
                 }
@@ -134,16 +134,16 @@ impl QuickPlan {
     }
 }
 
-/// The jump that takes a window's place, and its stub at `at`.
-fn window_patches(
+/// The jump that takes a span's place, and its stub at `at`.
+fn span_patches(
     elf: &Elf<'_>,
-    window: &Window,
+    span: &Span,
     at: Cave,
     clock: Cave,
 ) -> Option<(Vec<u8>, [u8; STUB_BYTES])> {
-    let bytes = usize::from(window.bytes);
-    let from = window.address + (bytes - usize::from(window.moved)) as u64;
-    let moved = match window.moved {
+    let bytes = usize::from(span.bytes);
+    let from = span.address + (bytes - usize::from(span.moved)) as u64;
+    let moved = match span.moved {
         0 => Vec::new(),
         length => moved(
             elf.at(from, length.into())?,
@@ -151,15 +151,15 @@ fn window_patches(
             at.address + MOVED_OFFSET as u64,
         )?,
     };
-    let back = window.address + bytes as u64;
+    let back = span.address + bytes as u64;
     let stub = stub(at.address, clock.address, &moved, back)?;
-    let mut jump = jump(window.address, at.address)?.to_vec();
-    assert!(bytes >= WINDOW_MIN, "a window of {bytes} bytes");
+    let mut jump = jump(span.address, at.address)?.to_vec();
+    assert!(bytes >= SPAN_MIN, "a span of {bytes} bytes");
     jump.resize(bytes, NOP);
     Some((jump, stub))
 }
 
-/// The instructions that stand at `from`, to do the same at `to`.
+/// The instructions at `from`, to do the same at `to`.
 fn moved(code: &[u8], from: u64, to: u64) -> Option<Vec<u8>> {
     let mut bytes = code.to_vec();
     let mut decoder = Decoder::with_ip(64, code, from, DecoderOptions::NONE);

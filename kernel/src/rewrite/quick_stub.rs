@@ -21,29 +21,29 @@
 //! of the clock as it was then, and a value from after it is never given out: that read exits.
 //!
 //! Like RDTSC the stub changes RAX and RDX alone. It changes flags too, which is looked after where
-//! windows are found. It uses no stack.
+//! spans are found. It uses no stack.
 
 use crate::rewrite::traps::TRAP_RDTSC;
 
 /// Distance of one stub from the next, in bytes.
-pub const STUB_BYTES: usize = 64;
+pub(super) const STUB_BYTES: usize = 64;
 /// The jump to a stub.
-pub const WINDOW_MIN: usize = 5;
+pub(super) const SPAN_MIN: usize = 5;
 /// What moves along may be this long.
-pub const MOVED_MAX: usize = STUB_BYTES - MOVED_OFFSET - WINDOW_MIN;
+pub(super) const MOVED_MAX: usize = STUB_BYTES - MOVED_OFFSET - SPAN_MIN;
 /// Where in a stub its OUT stands.
-pub const OUT_OFFSET: usize = 0x1b;
+pub(super) const OUT_OFFSET: usize = 0x1b;
 /// Where in a stub the moved instructions stand.
-pub const MOVED_OFFSET: usize = 0x28;
+pub(super) const MOVED_OFFSET: usize = 0x28;
 
 /// Offsets of the clock's words.
 const NEXT: u64 = 0;
 const END: u64 = 8;
 const STEP: u64 = 16;
 
-/// `jmp to`, to stand at `at`; `None` if that is more than 2 GiB away.
-pub fn jump(at: u64, to: u64) -> Option<[u8; WINDOW_MIN]> {
-    let [a, b, c, d] = relative(at + WINDOW_MIN as u64, to)?;
+/// `jmp to`, to be put at `at`; `None` if that is more than 2 GiB away.
+pub(super) fn jump(at: u64, to: u64) -> Option<[u8; SPAN_MIN]> {
+    let [a, b, c, d] = relative(at + SPAN_MIN as u64, to)?;
     Some([0xe9, a, b, c, d])
 }
 
@@ -51,7 +51,7 @@ pub fn jump(at: u64, to: u64) -> Option<[u8; WINDOW_MIN]> {
 /// they are more than 2 GiB away.
 ///
 /// `moved` must already be what it has to be at `at + MOVED_OFFSET`.
-pub fn stub(at: u64, clock: u64, moved: &[u8], back: u64) -> Option<[u8; STUB_BYTES]> {
+pub(super) fn stub(at: u64, clock: u64, moved: &[u8], back: u64) -> Option<[u8; STUB_BYTES]> {
     assert!(moved.len() <= MOVED_MAX, "{} bytes moved", moved.len());
     let mut code = Vec::with_capacity(STUB_BYTES);
     let load = |code: &mut Vec<u8>, opcode: &[u8], word: u64| {
@@ -99,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stub_takes_a_value_or_exits_and_goes_on_where_the_window_ends() {
+    fn a_stub_takes_a_value_or_exits_and_goes_on_where_the_span_ends() {
         let bytes = stub(AT, CLOCK, &SHL, BACK).expect("all within reach");
         let code = decoded(&bytes);
         let expected = [

@@ -17,8 +17,8 @@ use std::ops::Range;
 use crate::image::Elf;
 use crate::rewrite::alternatives;
 use crate::rewrite::quick::QuickClock;
+use crate::rewrite::spans::Span;
 use crate::rewrite::traps::{self, SiteKind, Sites};
-use crate::rewrite::windows::Window;
 use crate::symbols::kallsyms::Symbols;
 
 /// What begins a function that may be called indirectly: ENDBR64.
@@ -42,7 +42,7 @@ pub struct Changes {
     pub module_call: bool,
     /// A function that loads modules is led away from.
     pub module_loader: bool,
-    /// Another trap is none any more.
+    /// Another trap is no longer there.
     pub traps: bool,
 }
 
@@ -97,13 +97,13 @@ fn is_module_call(kind: SiteKind) -> bool {
 }
 
 impl Rewritten {
-    /// Of a kernel with these sites, whose functions at `loaders` load modules, and in which these `windows` became quick
+    /// Of a kernel with these sites, whose functions at `loaders` load modules, and in which these `spans` became quick
     /// reads of this clock.
     pub fn new(
         elf: &Elf<'_>,
         sites: &Sites,
         loaders: &[u64],
-        windows: &[Window],
+        spans: &[Span],
         clock: Option<&QuickClock>,
     ) -> Rewritten {
         let Some(text) = elf.code.iter().find(|code| code.name == ".text") else {
@@ -121,13 +121,13 @@ impl Rewritten {
             range.contains(&address) && !patched
         };
         // Both are in the order of their addresses.
-        let is_window = |address: u64| {
-            windows
-                .binary_search_by_key(&address, |window| window.address)
+        let is_span = |address: u64| {
+            spans
+                .binary_search_by_key(&address, |span| span.address)
                 .is_ok()
         };
         let traps = sites.sites.iter().filter_map(|site| {
-            let plain = stays(site.address, site.length.into()) && !is_window(site.address);
+            let plain = stays(site.address, site.length.into()) && !is_span(site.address);
             let (trap, length) = traps::rewrite(site.kind, site.length.into());
             plain.then(|| Trap {
                 physical: site.physical,

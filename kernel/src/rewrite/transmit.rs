@@ -27,11 +27,11 @@ const UART_LSR_THRE: u64 = 0x20;
 const NEAR: u64 = 32;
 
 /// `mov eax, 1`.
-pub const READY: [u8; 5] = [0xb8, 1, 0, 0, 0];
+pub(super) const READY: [u8; 5] = [0xb8, 1, 0, 0, 0];
 
 /// Looks for the calls while a kernel's code is decoded from the first byte to the last.
 #[derive(Debug)]
-pub struct Transmits {
+pub(super) struct Transmits {
     functions: Vec<u64>,
     info: InstructionInfoFactory,
     /// Where the second argument was last set to what is looked for.
@@ -42,7 +42,7 @@ pub struct Transmits {
 
 impl Transmits {
     /// For this kernel; finds nothing in one without symbols.
-    pub fn of(elf: &Elf<'_>) -> Transmits {
+    pub(super) fn of(elf: &Elf<'_>) -> Transmits {
         let lookup = |symbols: Symbols<'_>| {
             let functions = WAITS.iter().filter_map(|name| symbols.lookup(name));
             functions.collect()
@@ -60,7 +60,7 @@ impl Transmits {
     }
 
     /// The next instruction.
-    pub fn see(&mut self, instruction: &Instruction) {
+    pub(super) fn see(&mut self, instruction: &Instruction) {
         if instruction.code() == Code::Mov_r32_imm32 && instruction.op0_register() == Register::ESI
         {
             let wanted = u64::from(instruction.immediate32()) == UART_LSR_THRE;
@@ -92,7 +92,7 @@ impl Transmits {
     }
 
     /// Virtual addresses of the calls that nothing leads to but the setting of their argument.
-    pub fn finish(self, named: &Named) -> Vec<u64> {
+    pub(super) fn finish(self, named: &Named) -> Vec<u64> {
         let alone = |(set, call): &(u64, u64)| !(set + 1..=*call).any(|at| named.contains(at));
         let calls = self.found.iter().filter(|found| alone(found));
         calls.map(|(_, call)| *call).collect()
@@ -109,7 +109,7 @@ mod tests {
     /// Where the function stands in the text.
     const WAIT: u64 = 40;
 
-    /// `call WAIT`, to stand at this offset.
+    /// `call WAIT`, to be put at this offset.
     fn call(at: u64) -> [u8; 5] {
         let [a, b, c, d] = (WAIT as u32).wrapping_sub(at as u32 + 5).to_le_bytes();
         [0xe8, a, b, c, d]

@@ -38,7 +38,7 @@ const ENUM64: u32 = 19;
 
 /// The types of a kernel.
 #[derive(Clone, Debug)]
-pub struct Btf<'a> {
+pub(crate) struct Btf<'a> {
     types: &'a [u8],
     strings: &'a [u8],
     /// Where each type begins; the first has number 1.
@@ -47,11 +47,11 @@ pub struct Btf<'a> {
 
 /// A type's number; 0 is void.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Type(u32);
+pub(crate) struct Type(u32);
 
 /// A member of a structure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Member {
+pub(crate) struct Member {
     /// Offset in the structure, in bytes.
     pub offset: u32,
     /// What it is.
@@ -73,7 +73,7 @@ struct Head<'a> {
 
 impl<'a> Btf<'a> {
     /// Reads the table of types; `None` if the bytes are no whole one.
-    pub fn parse(bytes: &'a [u8]) -> Option<Btf<'a>> {
+    pub(crate) fn parse(bytes: &'a [u8]) -> Option<Btf<'a>> {
         let head = bytes.get(..24)?;
         let (magic, version) = (u16::from_le_bytes([head[0], head[1]]), head[2]);
         if magic != MAGIC || version != VERSION {
@@ -100,12 +100,12 @@ impl<'a> Btf<'a> {
     }
 
     /// The first structure of this name.
-    pub fn structure(&self, name: &str) -> Option<Type> {
+    pub(crate) fn structure(&self, name: &str) -> Option<Type> {
         self.first(|head| head.kind == STRUCT && self.is_named(head.name, name))
     }
 
     /// A member of a structure or union, or of a nameless one in it.
-    pub fn member(&self, of: Type, name: &str) -> Option<Member> {
+    pub(crate) fn member(&self, of: Type, name: &str) -> Option<Member> {
         self.member_within(of, name, CHAIN, &mut { MEMBERS })
     }
 
@@ -147,7 +147,7 @@ impl<'a> Btf<'a> {
     }
 
     /// What an array is made of, and how many of them.
-    pub fn elements(&self, of: Type) -> Option<(Type, u32)> {
+    pub(crate) fn elements(&self, of: Type) -> Option<(Type, u32)> {
         let head = self.head(self.plain(of)?)?;
         if head.kind != ARRAY {
             return None;
@@ -156,13 +156,13 @@ impl<'a> Btf<'a> {
     }
 
     /// What a pointer points to.
-    pub fn pointee(&self, of: Type) -> Option<Type> {
+    pub(crate) fn pointee(&self, of: Type) -> Option<Type> {
         let head = self.head(self.plain(of)?)?;
         (head.kind == PTR).then_some(Type(head.size_or_type))
     }
 
     /// Size in bytes of a structure, an integer or a pointer.
-    pub fn bytes(&self, of: Type) -> Option<u32> {
+    pub(crate) fn bytes(&self, of: Type) -> Option<u32> {
         let head = self.head(self.plain(of)?)?;
         match head.kind {
             PTR => Some(8),
@@ -172,7 +172,7 @@ impl<'a> Btf<'a> {
     }
 
     /// The value of a constant of an enumeration of this name.
-    pub fn constant(&self, enumeration: &str, constant: &str) -> Option<u32> {
+    pub(crate) fn constant(&self, enumeration: &str, constant: &str) -> Option<u32> {
         let of = self.first(|head| head.kind == ENUM && self.is_named(head.name, enumeration))?;
         let head = self.head(of)?;
         let constants = head.rest.get(..head.count * 8)?.chunks_exact(8);

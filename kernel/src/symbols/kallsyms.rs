@@ -23,7 +23,7 @@ use crate::image::Elf;
 const ALIGNS: [usize; 2] = [8, 4];
 /// How many tokens there are: one for each byte of a packed name.
 const TOKENS: usize = 256;
-/// Every so many symbols a marker says where the name is.
+/// A marker says where the name of each symbol of this multiple is.
 const MARKED: usize = 256;
 /// Tokens `0` to `9`.
 const DIGITS: &[u8] = b"0\x001\x002\x003\x004\x005\x006\x007\x008\x009\0";
@@ -32,7 +32,7 @@ const TOKENS_BEFORE_DIGITS_BYTES: usize = 4096;
 /// Fewer symbols than this is no kernel, but an accident of bytes.
 const FEWEST: usize = 16;
 /// How many steps the search may take before it is given up: real kernels take less than a hundredth.
-const PATIENCE: usize = 50_000_000;
+const STEPS_MAX: usize = 50_000_000;
 /// Kernel addresses begin here.
 const KERNEL_HALF: u64 = 1 << 63;
 /// A name is no longer (KSYM_NAME_LEN, Linux 6.1).
@@ -71,13 +71,13 @@ enum Addresses<'a> {
 }
 
 impl<'a> Symbols<'a> {
-    /// The symbol table in a kernel's image (an ELF file, or memory); `None` if there is none that holds together.
+    /// The symbol table in a kernel's image (an ELF file, or memory); `None` if none is found that is consistent.
     pub fn find(image: &'a [u8]) -> Option<Symbols<'a>> {
-        let mut patience = PATIENCE;
+        let mut steps = STEPS_MAX;
         let elf = Elf::parse(image).ok();
         let mut found = |digits, align| {
-            let (place, tokens) = tokens(image, digits, align, &mut patience)?;
-            let names = names(image, place.start, align, &mut patience)?;
+            let (place, tokens) = tokens(image, digits, align, &mut steps)?;
+            let names = names(image, place.start, align, &mut steps)?;
             let addresses = addresses(image, &names, place.end, align, elf.as_ref())?;
             Some(Symbols {
                 tokens,
@@ -217,19 +217,19 @@ fn tokens<'a>(
     image: &'a [u8],
     digits: usize,
     align: usize,
-    patience: &mut usize,
+    steps: &mut usize,
 ) -> Option<(Range<usize>, Vec<&'a [u8]>)> {
     let least = digits.saturating_sub(TOKENS_BEFORE_DIGITS_BYTES);
     let mut before = 0;
     for start in (least..digits).rev() {
-        *patience = patience.checked_sub(1)?;
+        *steps = steps.checked_sub(1)?;
         before += usize::from(image[start] == 0);
         if before > usize::from(b'0') {
             return None;
         }
         if before == usize::from(b'0')
             && start.is_multiple_of(align)
-            && let Some(found) = indexed_tokens(image, start, align, patience)
+            && let Some(found) = indexed_tokens(image, start, align, steps)
         {
             return Some(found);
         }
@@ -242,7 +242,7 @@ fn indexed_tokens<'a>(
     image: &'a [u8],
     start: usize,
     align: usize,
-    patience: &mut usize,
+    steps: &mut usize,
 ) -> Option<(Range<usize>, Vec<&'a [u8]>)> {
     let mut tokens = Vec::with_capacity(TOKENS);
     let mut starts = Vec::with_capacity(TOKENS);
@@ -250,7 +250,7 @@ fn indexed_tokens<'a>(
     for _ in 0..TOKENS {
         let rest = image.get(at..)?;
         let length = rest.iter().take(NAME_BYTES).position(|&byte| byte == 0);
-        *patience = patience.checked_sub(length.unwrap_or(NAME_BYTES))?;
+        *steps = steps.checked_sub(length.unwrap_or(NAME_BYTES))?;
         let length = length?;
         starts.push(at - start);
         tokens.push(&rest[..length]);
@@ -264,14 +264,9 @@ fn indexed_tokens<'a>(
 }
 
 /// The names before the table of tokens at `tokens`: their number, they themselves, and markers that agree with them.
-fn names<'a>(
-    image: &'a [u8],
-    tokens: usize,
-    align: usize,
-    patience: &mut usize,
-) -> Option<Names<'a>> {
+fn names<'a>(image: &'a [u8], tokens: usize, align: usize, steps: &mut usize) -> Option<Names<'a>> {
     for start in (align..tokens).rev().filter(|at| at.is_multiple_of(align)) {
-        *patience = patience.checked_sub(1)?;
+        *steps = steps.checked_sub(1)?;
         let count_at = start - align;
         let count = match align {
             4 => u32_at(image, count_at)?.into(),
@@ -279,7 +274,7 @@ fn names<'a>(
         } as usize;
         // Each takes a byte for its length and one for its type.
         if (FEWEST..=(tokens - start) / 2).contains(&count)
-            && let Some(names) = counted_names(image, start..tokens, count, align, patience)
+            && let Some(names) = counted_names(image, start..tokens, count, align, steps)
         {
             return Some(names);
         }
@@ -292,12 +287,12 @@ fn counted_names<'a>(
     place: Range<usize>,
     count: usize,
     align: usize,
-    patience: &mut usize,
+    steps: &mut usize,
 ) -> Option<Names<'a>> {
     let packed = &image[place.clone()];
     let (mut at, mut marked) = (0, Vec::new());
     for number in 0..count {
-        *patience = patience.checked_sub(1)?;
+        *steps = steps.checked_sub(1)?;
         if number.is_multiple_of(MARKED) {
             marked.push(at);
         }

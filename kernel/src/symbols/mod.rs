@@ -1,6 +1,6 @@
 //! The names and types that a kernel carries of itself.
 
-pub mod btf;
-pub mod kallsyms;
+pub(crate) mod btf;
+pub(crate) mod kallsyms;
 
-pub use kallsyms::Symbols;
+pub(crate) use kallsyms::Symbols;

@@ -20,11 +20,11 @@ use crate::rng::Rng;
 /// A stall is at most this long, unless the next timer is further away. Two or three time slices
 /// of a scheduler.
 const STALL_MAX_NS: Nanos = 12_000_000;
-/// The first visits of a place stall once in so many; later ones more rarely.
+/// One in this number of the first visits of a place stalls; later ones stall more rarely.
 const SHARE: u64 = 2;
 /// So many visits make a place a common one.
 const COMMON: u64 = 8;
-/// One turn in so many ends at a counted place instead of an exit, where there is a counter.
+/// One turn in this number ends at a counted place instead of an exit, where there is a counter.
 const PREEMPTED_ONE_IN: u64 = 8;
 /// The longest stretch before such a place is two to this power.
 const BRANCHES_BITS: u64 = 21;

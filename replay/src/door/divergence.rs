@@ -74,16 +74,12 @@ pub enum Difference {
         found: String,
     },
     /// The journal says something that no machine can do.
-    Impossible {
-        /// What.
-        what: String,
-    },
+    Impossible { what: String },
 }
 
 /// The first point at which a replay is not the recording.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Divergence {
-    /// Where.
     pub at: Moment,
     /// What differs.
     pub difference: Difference,

@@ -31,7 +31,7 @@ pub enum Patience {
 }
 
 impl Patience {
-    /// One part of the time in so many may go into preemptions.
+    /// One part in this number of the time may go into preemptions.
     pub const SHARE: u64 = 10;
     /// A guest that computes sees its timers this late at least.
     pub const SHORTEST_NS: Nanos = 1_000_000;
@@ -56,7 +56,7 @@ impl Patience {
 const STUCK_NS: Nanos = 1_000_000_000;
 /// A preemption that has not come about after this long is tried again.
 const RETRY_NS: Nanos = 10_000_000;
-/// Each preemption's cost changes what the next is expected to cost by one part in so many.
+/// Each preemption's cost changes what the next is expected to cost by one part in this number.
 const COST_INERTIA: u64 = 8;
 
 /// The door to a live world. Alone it is what `run` uses; under a recorder, what `record` does.

@@ -14,7 +14,7 @@ use crate::machine::{
     Turn,
 };
 
-/// Every so many exits a witness of the digest is written: drift is noticed at most this late
+/// How many exits there are from one witness of the digest to the next: drift is noticed at most this late
 /// where a recording holds no whole turns.
 pub const WITNESS_EVERY: u64 = 16;
 

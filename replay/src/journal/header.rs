@@ -168,7 +168,7 @@ pub struct Host {
     pub kernel: String,
     /// When, in seconds since 1970-01-01 UTC.
     pub unix_seconds: u64,
-    /// What the host cannot keep from the guest, in words; empty if nothing.
+    /// What the host cannot keep from the guest, a phrase each; empty if it can keep everything.
     pub holes: Vec<String>,
     /// Its branch counter, if it was used.
     pub counter: Option<CounterFacts>,

@@ -26,7 +26,7 @@ pub const TIME_MAX: Nanos = Nanos::MAX / 2;
 /// Events that there is at most one of between two places where a frame can be closed: `Preempted`, `Time`,
 /// `FirstReads`, `Posted`, `Turn`, `Witness`, `Memory`, an `Interrupt`, `End`.
 const SINGLE_EVENTS: usize = 9;
-/// What is found to be left open is told once each, in a few bytes.
+/// What is found to be left open is recorded once each, in a few bytes.
 const LEFT_OPEN_BYTES: usize = LeftOpen::ALL.len() * 64;
 // A frame below its goal takes one more exit, with all that can belong to one.
 const _: () = assert!(

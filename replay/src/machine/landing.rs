@@ -281,7 +281,7 @@ fn to_exit<W: Walk>(cpu: &mut W) -> Result<Back, W::Error> {
     }
 }
 
-/// The vCPU stands at a place.
+/// The vCPU is at a place.
 fn landed(number: u64, rip: u64) -> Back {
     Back::Exit(Exit::Preempted(Place {
         unit: Unit::Branches,

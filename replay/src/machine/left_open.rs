@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 /// What the monitor found out while the guest ran: from here on the guest may have seen something that is recorded
-/// nowhere. Each is told once.
+/// nowhere. Each is recorded once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum LeftOpen {
     /// The guest runs another kernel than the one that was loaded.

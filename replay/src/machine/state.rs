@@ -89,7 +89,7 @@ pub struct Progress {
     halted: bool,
     room: Room,
     panic: Option<Panic>,
-    /// Decides nothing: it is told at the end.
+    /// Decides nothing: it is reported at the end.
     tally: Tally,
 }
 

@@ -13,7 +13,7 @@ use super::outside::{Closing, Complete, Outside, Position, TimeQuery};
 use super::place::Unit;
 use super::{ARRIVALS_MAX, Machine, Panic, RunError};
 
-/// The kernel formats the reason of a panic into a buffer of so many bytes (Linux, kernel/panic.c).
+/// The kernel formats the reason of a panic into a buffer of this size (Linux, kernel/panic.c).
 pub(super) const REASON_BYTES_MAX: usize = 1024;
 
 /// A machine with all that is lent to it for a run.

@@ -8,7 +8,7 @@ pub mod drive;
 #[global_allocator]
 static ALLOCATOR: cap::Cap<std::alloc::System> = cap::Cap::new(std::alloc::System, usize::MAX);
 
-/// From here on, at most so many bytes more are allocated at any time.
+/// From here on, at most `bytes` bytes more are allocated at any time.
 pub fn limit_allocations(bytes: usize) {
     let limit = ALLOCATOR.allocated().saturating_add(bytes);
     ALLOCATOR.set_limit(usize::MAX).expect("all is below it");

@@ -17,7 +17,7 @@ const EDITS_MAX: usize = 64;
 /// What may be read of a disk, for each of its bytes and at least: a bound on how long it can take.
 const READ_TIMES_MAX: u64 = 40;
 const READ_BYTES_MAX: u64 = 256 << 20;
-/// What may be told of one disk.
+/// What may be reported of one disk.
 const TOLD_MAX: usize = 500_000;
 const TOLD_BYTES_MAX: usize = 256 << 20;
 

@@ -22,7 +22,7 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 /// No reading of a journal may need more memory than this beside the file itself: two frames, as `diff` has
 /// them, and room to unpack a third.
 pub const MEMORY_BYTES_MAX: usize = 3 * FRAME_RAW_MAX + (4 << 20);
-/// A replay is given up after this exit: the CPU that is none would go on for ever.
+/// A replay is given up after this exit: its CPU executes nothing, and would go on for ever.
 const EXITS_MAX: u64 = 200;
 
 /// Reads `data`: its first byte says whether it is a file as it is (even) or the contents of one to be

@@ -9,8 +9,8 @@ use std::sync::OnceLock;
 
 use hindsight_kernel::rewrite::rewritten::{self, Changes, Rewritten};
 use hindsight_kernel::rewrite::{caves, modules};
-use hindsight_kernel::{Elf, Found, Kernel, Modules, QuickPlan, find_sites, unpack};
-use hindsight_vmm::boot::{self, Given, GuestRam, OutOfRam};
+use hindsight_kernel::{Elf, Kernel, Modules, QuickPlan, RewriteTargets, find_sites, unpack};
+use hindsight_vmm::boot::{self, BootParameters, GuestRam, OutOfRam};
 
 const PAGE: u64 = 4096;
 const RAM_BYTES: u64 = 64 << 20;
@@ -41,7 +41,7 @@ const CODE_NAMES: usize = 3;
 
 static LIMIT: OnceLock<fn(usize)> = OnceLock::new();
 
-/// Makes `limit` be told how many bytes may be allocated from here on, beside those that are.
+/// Calls `limit` with how many bytes may be allocated from here on, beside those that are.
 pub fn limit_allocations_by(limit: fn(usize)) {
     let _ = LIMIT.set(limit);
 }
@@ -60,7 +60,7 @@ pub struct Loaded {
     /// How many of these are calls that load a module.
     pub module_calls: u32,
     /// How many became quick time reads.
-    pub windows: usize,
+    pub spans: usize,
     /// How many waits for the console's transmitter are left out.
     pub transmits: usize,
 }
@@ -210,9 +210,9 @@ fn look_at_a_module(elf: &Elf<'_>, modules: &Modules) {
     }
 }
 
-fn load(kernel: &Kernel, elf: &Elf<'_>, found: &Found) -> Option<Loaded> {
+fn load(kernel: &Kernel, elf: &Elf<'_>, found: &RewriteTargets) -> Option<Loaded> {
     let mut ram = Ram(BTreeMap::new());
-    let given = Given {
+    let parameters = BootParameters {
         initrd: b"an initrd",
         cmdline: "console=ttyS0",
         seed: &[7; 32],
@@ -224,27 +224,27 @@ fn load(kernel: &Kernel, elf: &Elf<'_>, found: &Found) -> Option<Loaded> {
         kernel,
         elf,
         &found.sites.patches(elf).ok()?,
-        &given,
+        &parameters,
     )
     .ok()?;
     assert!(plan.entry < RAM_BYTES, "the entry is not in RAM");
     let quick = caves::find(elf)
         .and_then(|caves| caves.quick)
-        .and_then(|caves| QuickPlan::new(elf, &found.windows, &found.transmits, &caves));
-    let mut windows = &[][..];
+        .and_then(|caves| QuickPlan::new(elf, &found.spans, &found.transmits, &caves));
+    let mut spans = &[][..];
     if let Some(quick) = &quick {
         boot::apply(&mut ram, quick.patches()).expect("the kernel is in RAM");
-        windows = &found.windows[..];
+        spans = &found.spans[..];
     }
     let loaders = rewritten::loaders(elf, &found.sites);
     let clock = quick.as_ref().map(QuickPlan::clock);
-    let kept = Rewritten::new(elf, &found.sites, &loaders, windows, clock);
+    let kept = Rewritten::new(elf, &found.sites, &loaders, spans, clock);
     let changes = kept.changes(&|gpa, buffer| ram.read(gpa, buffer));
     assert_eq!(changes, Changes::default(), "what was written is not there");
     Some(Loaded {
         sites: found.sites.sites.len(),
         module_calls: found.sites.counts().module_loads,
-        windows: windows.len(),
+        spans: spans.len(),
         transmits: found.transmits.len(),
     })
 }

@@ -13,7 +13,7 @@ use hindsight_tests::requests::free_port;
 use super::{path, read_until, scratch};
 
 /// How long an answer may take, on a slow host.
-const PATIENCE: Duration = Duration::from_secs(60);
+const ANSWER_WAIT: Duration = Duration::from_secs(60);
 
 /// A datagram's bytes in one Ethernet frame.
 const UNFRAGMENTED: usize = 1472;
@@ -63,8 +63,8 @@ fn local(port: u16) -> SocketAddr {
 
 /// Sends a line, and returns the answer.
 fn ask(address: SocketAddr, line: &str) -> String {
-    let mut stream = TcpStream::connect_timeout(&address, PATIENCE).expect("the guest listens");
-    stream.set_read_timeout(Some(PATIENCE)).expect("it can");
+    let mut stream = TcpStream::connect_timeout(&address, ANSWER_WAIT).expect("the guest listens");
+    stream.set_read_timeout(Some(ANSWER_WAIT)).expect("it can");
     stream
         .write_all(format!("{line}\n").as_bytes())
         .expect("the guest reads");

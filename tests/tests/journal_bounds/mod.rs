@@ -13,7 +13,7 @@ use proptest::prelude::*;
 use super::{arbitrary, header, read};
 
 /// What belongs to one exit, in the order in which a recorder says it, up to the largest that a machine can
-/// take: so many inputs at most, each up to the longest frame, and then any number of interrupts.
+/// take: a limited number of inputs, each up to the longest frame, and then any number of interrupts.
 fn exit_plan() -> impl Strategy<Value = Vec<Event>> {
     let bytes = prop_oneof![
         6 => 0..64usize,
@@ -159,7 +159,7 @@ fn what_a_reader_would_refuse_is_not_written_and_all_else_goes_on() {
     assert_eq!(records.len(), ARRIVALS_MAX + (exits as usize - 2) + 1);
 }
 
-/// A world that always has something more to say, and ends after so many looks at it.
+/// A world that always has something more to say, and ends after a number of looks at it.
 struct Flood {
     now: Nanos,
     polls: usize,

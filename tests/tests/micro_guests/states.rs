@@ -356,7 +356,7 @@ fn a_state_with_any_bit_flipped_is_refused_or_noticed_and_is_no_panic() {
             ..state.clone()
         };
         let (guest, journal) = (guest.clone(), recorded.clone());
-        let result = bounded(PATIENCE, move |_| {
+        let result = bounded(ALTERED_GUEST_TIME, move |_| {
             let kvm = kvm().expect("it opened before");
             let mut replay = Replay::new(&kvm, &guest, &journal);
             if replay

@@ -104,7 +104,7 @@ pub fn e820(ram_bytes: u64) -> Vec<E820Entry> {
 
 /// What a kernel is given to boot with.
 #[derive(Clone, Copy, Debug)]
-pub struct Given<'a> {
+pub struct BootParameters<'a> {
     /// The initial RAM disk; empty if there is none.
     pub initrd: &'a [u8],
     /// The command line.
@@ -141,15 +141,15 @@ pub fn load(
     kernel: &Kernel,
     elf: &Elf<'_>,
     patches: &[Patch],
-    given: &Given<'_>,
+    parameters: &BootParameters<'_>,
 ) -> Result<BootPlan, BootError> {
-    let Given {
+    let BootParameters {
         initrd,
         cmdline,
         seed,
         regions,
         slots,
-    } = *given;
+    } = *parameters;
     let header = SetupHeader(kernel.setup_header.as_deref());
     check_command_line(cmdline, header)?;
     if regions.len() > E820_LIMIT {

@@ -6,7 +6,7 @@
 
 use std::cell::Cell;
 
-/// Names that are compared, changes that are told, and how long all their paths may be, in bytes.
+/// Names that are compared, changes that are reported, and how long all their paths may be, in bytes.
 const NAMES_MAX: u64 = 20_000_000;
 const CHANGES_MAX: u64 = 500_000;
 const PATHS_MAX: u64 = 64 << 20;
@@ -25,7 +25,7 @@ pub struct Budget {
 }
 
 impl Budget {
-    /// For a disk of so many bytes, at two times.
+    /// For a disk of `disk_bytes` bytes, at two times.
     pub fn new(disk_bytes: u64) -> Budget {
         Budget {
             // Of a sound file system each block of metadata is read a few times over at most.
@@ -60,7 +60,7 @@ impl Budget {
         spend(&self.names, count)
     }
 
-    /// A change is told, with a path of so many bytes.
+    /// A change is reported, with a path of this many bytes.
     #[must_use]
     pub fn change(&self, path_bytes: u64) -> bool {
         spend(&self.changes, 1) && spend(&self.path_bytes, path_bytes)

@@ -148,7 +148,7 @@ impl<S: Source> Comparison<'_, S> {
         Ok(())
     }
 
-    /// What `found` holds; where a place cannot be read that is told, and what cannot go on ends all.
+    /// What `found` holds; where a place cannot be read that is reported, and what cannot go on ends all.
     fn or_told<T>(&mut self, path: &[u8], found: Result<T, ExtError>) -> Result<Option<T>, Stop> {
         match found {
             Ok(found) => Ok(Some(found)),
@@ -274,14 +274,14 @@ impl<S: Source> Comparison<'_, S> {
 
     fn tell(&mut self, change: Change, path: Vec<u8>, what: Vec<&'static str>) -> Result<(), Stop> {
         if !self.budget.change(path.len() as u64) {
-            return Err("there are more changes than are told".into());
+            return Err("there are more changes than are reported".into());
         }
         self.changes.push((path, change, what));
         Ok(())
     }
 
     /// What two inodes of one kind and name do not have in common. A directory's size and time say only that
-    /// something in it has changed, which is told by itself.
+    /// something in it has changed, which is reported by itself.
     fn differences(&mut self, old: &Inode, new: &Inode) -> Result<Vec<&'static str>, ExtError> {
         let has_content = matches!(old.kind(), Kind::File | Kind::Link);
         let same_size = !has_content || old.size == new.size;

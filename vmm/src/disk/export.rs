@@ -24,7 +24,7 @@ pub enum ExportError {
 }
 
 /// Writes a disk as it is now as a raw image to the empty file `to`, leaving holes where it is zero.
-/// `progress` is told how many bytes of the disk are done.
+/// `progress` is called with how many bytes of the disk are done.
 ///
 /// Returns how many bytes are not in holes.
 pub fn export(

@@ -1,4 +1,4 @@
-//! Files that hold a disk and are not raw images of one, told by what they begin or end with.
+//! Files that hold a disk and are not raw images of one, recognised by what they begin or end with.
 
 use super::BLOCK_BYTES;
 

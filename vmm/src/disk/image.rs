@@ -77,7 +77,7 @@ impl OpenImage {
         &self.target
     }
 
-    /// Fills `into` with what stands at `offset`.
+    /// Fills `into` with what is at `offset`.
     pub fn read_at(&self, offset: u64, into: &mut [u8]) -> std::io::Result<()> {
         self.file.read_exact_at(into, offset)
     }

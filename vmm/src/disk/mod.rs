@@ -39,16 +39,13 @@ pub enum DiskError {
     /// It cannot be opened or read.
     #[error("{path}: {source}")]
     File {
-        /// Which.
         path: PathBuf,
-        /// Why.
         #[source]
         source: std::io::Error,
     },
     /// It is nothing that a disk can be made over.
     #[error("{path} is {found}, expected a raw disk image or a block device")]
     Kind {
-        /// Which.
         path: PathBuf,
         /// What it is.
         found: &'static str,
@@ -56,7 +53,6 @@ pub enum DiskError {
     /// It is no raw image.
     #[error("{path} is {found}, expected a raw disk image; {advice}")]
     Format {
-        /// Which.
         path: PathBuf,
         /// What it is.
         found: &'static str,
@@ -68,7 +64,6 @@ pub enum DiskError {
         "{path} has {found} bytes, expected a raw disk image: a multiple of 512 bytes and not empty"
     )]
     Length {
-        /// Which.
         path: PathBuf,
         /// Its length.
         found: u64,
@@ -79,7 +74,6 @@ pub enum DiskError {
          were {expected_bytes} bytes and {expected}; put the right one in its place, or name it (replay --disk, disk --image)"
     )]
     Other {
-        /// Which.
         path: PathBuf,
         /// Number of the disk.
         disk: usize,
@@ -103,9 +97,7 @@ pub enum DiskError {
     /// There is no room for an overlay.
     #[error("cannot make a temporary file in {path}: {source}")]
     Overlay {
-        /// Where.
         path: PathBuf,
-        /// Why.
         #[source]
         source: std::io::Error,
     },

@@ -10,7 +10,7 @@ use crc::{CRC_32_ISO_HDLC, Crc};
 
 /// The unit that both kinds of table count in, in bytes.
 const SECTOR_BYTES: u64 = 512;
-/// What stands at the end of a master boot record, and of each link in a chain of logical partitions.
+/// The end of a master boot record, and of each link in a chain of logical partitions.
 const SIGNATURE: [u8; 2] = [0x55, 0xaa];
 /// Where the four entries of a master boot record begin, and how long one is.
 const ENTRIES_OFFSET: usize = 446;

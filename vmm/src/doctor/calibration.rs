@@ -19,7 +19,7 @@ use crate::perf::BranchCounter;
 use crate::perf::CounterError;
 use crate::perf::CounterEvent;
 
-/// Signals are armed so many branches ahead at least, and up to so many more.
+/// Signals are armed at least this number of branches ahead, and less than twice as many.
 const AHEAD: u64 = 500;
 const MORE_AHEAD: u64 = 8000;
 /// Signals without which skid is not known.

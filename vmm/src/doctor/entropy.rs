@@ -193,7 +193,7 @@ fn hidden(bench: &mut Bench, what: Attempt) -> Checked {
     }
 }
 
-/// What this host cannot keep from the guest, in words for the recording's head.
+/// What this host cannot keep from the guest, phrased for the recording's head.
 pub fn holes(bench: &mut Bench) -> Result<Vec<String>, Miss> {
     let list = HOLES.map(|(attempt, _)| attempt);
     let user = attempt_all(bench, Ring::User, &list)?;

@@ -12,10 +12,10 @@ use crate::perf::BranchCounter;
 use crate::perf::CounterError;
 use crate::perf::{Throttling, USUAL_RATE};
 
-/// Rounds of the guest in one run: [`ROUNDS`] and up to so many more.
+/// Rounds of the guest in one run: [`ROUNDS`] and up to as many more.
 const ROUNDS: u32 = 4;
 const MORE_ROUNDS: u64 = 16;
-/// Kicks are armed at most so many branches apart: a few a run.
+/// Kicks are armed at most this number of branches apart: a few a run.
 const KICK_WITHIN: u64 = 150;
 
 /// What came between the branches of a guest.

@@ -68,7 +68,7 @@ impl From<KvmError> for Miss {
     }
 }
 
-/// What a check returns: what was found, in words.
+/// What a check returns: a clause that says what was found.
 pub type Checked = Result<String, Miss>;
 
 /// A [`Checked`] that does not hold.

@@ -58,7 +58,7 @@ pub fn findings() -> Vec<Finding> {
         ),
         fact(
             "no hypervisor below",
-            "exits are nested: dearer, and with quirks of their own",
+            "exits are nested: costlier, and with quirks of their own",
             bare,
         ),
         fact(

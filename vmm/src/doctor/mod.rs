@@ -24,7 +24,7 @@ use kvm_ioctls::Kvm;
 
 use crate::kvm::KvmError;
 use crate::perf::CounterEvent;
-pub use calibration::{Effort, calibrate};
+pub(crate) use calibration::{Effort, calibrate};
 use finding::{Finding, LIMIT, Miss, Probe, Verdict, Weight, on_a_bench};
 pub use report::Report;
 use report::WAY_OUT;
@@ -99,7 +99,7 @@ fn ask(kvm: &Kvm, probe: &Probe) -> Finding {
 }
 
 /// The few probes without which a recording would be worthless, all in one VM. Returns what the
-/// host cannot keep from the guest, in words, or why it cannot record and what to do.
+/// host cannot keep from the guest, a phrase each, or why it cannot record and what to do.
 pub fn check_recorder(kvm: &Kvm) -> Result<Vec<String>, String> {
     let limit = Duration::from_secs(5);
     let result = on_a_bench(kvm, limit, |bench| {

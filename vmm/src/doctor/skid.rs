@@ -44,7 +44,7 @@ impl Skid {
     pub fn of(mut late: Vec<u64>) -> Skid {
         late.sort_unstable();
         let count = late.len();
-        // The smallest that so many of a hundred do not exceed.
+        // The smallest that `percent` of a hundred do not exceed.
         let percentile = |percent: usize| {
             let rank = (count * percent).div_ceil(100).max(1);
             late.get(rank - 1).copied().unwrap_or(0)

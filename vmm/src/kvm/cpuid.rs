@@ -7,7 +7,7 @@
 //! kvmclock and all hypervisor leaves.
 //!
 //! What the board has is shown whatever the host has: the local APIC, that its timer never stops, and its TSC
-//! deadline, unless KVM keeps that from the board (see [`super::deadline`]). The x2APIC is there too, but not
+//! deadline, unless KVM keeps that from the board (see `deadline`). The x2APIC is there too, but not
 //! shown: a Linux that does not know itself to be under a hypervisor asks for interrupt remapping first, finds
 //! none and goes back to the xAPIC, which costs some 200 exits.
 //!

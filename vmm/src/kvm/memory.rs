@@ -4,6 +4,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use hindsight_devices::Ram;
 use hindsight_replay::{MemoryDigest, PAGE_BYTES};
@@ -131,16 +132,30 @@ impl GuestMemory {
         true
     }
 
+    /// Whether a page of RAM holds only zeroes.
+    fn is_zero(&self, gpa: u64) -> bool {
+        const WORDS: usize = PAGE_BYTES / size_of::<u64>();
+        let offset = self.offset(gpa, PAGE_BYTES).expect("the page is RAM");
+        assert!(gpa.is_multiple_of(PAGE_BYTES as u64), "a page begins there");
+        // SAFETY: `offset` checked the range against the mapping, which lives as long as `self`, and is aligned. Words
+        // that others may write meanwhile are atomic ones.
+        let words = unsafe {
+            let first = self.base.as_ptr().add(offset).cast::<AtomicU64>();
+            std::slice::from_raw_parts(first, WORDS)
+        };
+        words.iter().all(|word| word.load(Ordering::Relaxed) == 0)
+    }
+
     /// Digests all of RAM. Pages the host never gave the guest are zero and need no look.
     pub fn digest(&self) -> Result<MemoryDigest, KvmError> {
         let mut digest = MemoryDigest::default();
-        self.each_resident_page(|gpa, page| digest.absorb_page(gpa, page))?;
+        self.each_page_in_use(|gpa, page| digest.absorb_page(gpa, page))?;
         Ok(digest)
     }
 
-    /// Shows every page that the host has backed, in ascending order: a copy, for whoever looks may have the page
+    /// Shows every page that holds anything but zeroes, in ascending order: a copy, for whoever looks may have the page
     /// written meanwhile.
-    pub fn each_resident_page(
+    pub fn each_page_in_use(
         &self,
         mut show: impl FnMut(u64, &[u8; PAGE_BYTES]),
     ) -> Result<(), KvmError> {
@@ -159,8 +174,11 @@ impl GuestMemory {
                     // Linux, Documentation/admin-guide/mm/pagemap.rst: bit 63 present, 62 swapped.
                     if u64::from_ne_bytes(*entry) >> 62 != 0 {
                         let gpa = region.gpa + ((chunk + i) * PAGE_BYTES) as u64;
-                        assert!(self.read(gpa, &mut page), "the page is RAM");
-                        show(gpa, &page);
+                        // Where the host has huge pages, most of what it has backed was never used.
+                        if !self.is_zero(gpa) {
+                            assert!(self.read(gpa, &mut page), "the page is RAM");
+                            show(gpa, &page);
+                        }
                     }
                 }
             }
@@ -267,7 +285,7 @@ mod tests {
             memory.ram().write_obj(2_u8, GuestAddress(gpa)).unwrap();
             shown += usize::from(page[0] == 1);
         };
-        memory.each_resident_page(look).unwrap();
+        memory.each_page_in_use(look).unwrap();
         assert_eq!(shown, 1);
     }
 }

@@ -53,7 +53,7 @@ impl CpuList {
         CpuList(self.0.intersection(&other.0).copied().collect())
     }
 
-    /// Whether there is none.
+    /// Whether it is empty.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }

@@ -61,7 +61,7 @@ impl BranchCounter {
         Ok(counter)
     }
 
-    /// What it counts, in words.
+    /// What it counts, to be shown.
     pub fn name(&self) -> &str {
         &self.event
     }
@@ -125,7 +125,7 @@ impl BranchCounter {
 
     /// Has the signal sent when the count reaches `at`, as [`read`](Self::read) counts; at once if
     /// it has. It comes late, by the skid, and when `at` is the very next branch, by one more: perf
-    /// arms for two at least. Until armed anew it comes again every so many branches. `None` takes
+    /// arms for two at least. Until armed anew it comes again after each such number of branches. `None` takes
     /// it back, but a signal on its way still arrives: only the count says what it means.
     pub fn arm(&mut self, at: Option<u64>) -> Result<(), CounterError> {
         self.take_records();
@@ -194,7 +194,7 @@ pub struct HostCounter {
 }
 
 impl HostCounter {
-    /// `counter`, which must be armed so many branches ahead of its target.
+    /// `counter`, which must be armed `margin` branches ahead of its target.
     pub fn new(counter: BranchCounter, margin: u64) -> HostCounter {
         HostCounter { counter, margin }
     }

@@ -26,7 +26,6 @@ pub enum CounterError {
     NoPmu {
         /// The names looked for.
         expected: &'static str,
-        /// Where.
         devices: String,
         /// What is there.
         found: String,
@@ -63,7 +62,6 @@ pub enum CounterError {
     Call {
         /// Its name.
         call: &'static str,
-        /// Why.
         #[source]
         source: io::Error,
     },
@@ -117,7 +115,7 @@ pub enum CounterError {
     },
     /// The ring was full.
     #[error(
-        "{records} records of perf's did not fit into its ring: whether it throttled cannot be told; \
+        "{records} records of perf's did not fit into its ring: whether it throttled is not known; \
          the counter must be armed or checked more often"
     )]
     RecordsLost {
@@ -138,7 +136,7 @@ pub enum CounterError {
     },
     /// Calibration waited for a signal in vain.
     #[error(
-        "{event} was armed for {at} and stands at {count}, but no signal came; \
+        "{event} was armed for {at} and is at {count}, but no signal came; \
          this host's PMU counts and does not interrupt"
     )]
     NoSignal {

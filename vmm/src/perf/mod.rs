@@ -1,6 +1,6 @@
 //! The PMU: a position between exits, counted in retired conditional branches of the guest.
 //!
-//! [`CounterEvent`] says which event counts them on this CPU, [`BranchCounter`] counts. Whether this host counts
+//! [`CounterEvent`] says which event counts them on this CPU, `BranchCounter` counts. Whether this host counts
 //! exactly is found out with micro-guests, by [`crate::doctor`]. `docs/counters.md` tells the whole.
 
 mod affinity;
@@ -13,9 +13,9 @@ mod settings;
 #[allow(unsafe_code)]
 mod sys;
 
-pub use affinity::CpuList;
-pub use counter::{BranchCounter, HostCounter};
+pub(crate) use affinity::CpuList;
+pub(crate) use counter::{BranchCounter, HostCounter};
 pub use error::CounterError;
 pub use event::CounterEvent;
-pub use processor::{Processor, host_cpuid};
-pub use settings::{REMEDY, Throttling, USUAL_RATE};
+pub(crate) use processor::{Processor, host_cpuid};
+pub(crate) use settings::{REMEDY, Throttling, USUAL_RATE};

@@ -1,7 +1,7 @@
 //! The settings by which perf stops counters that interrupt too often.
 //!
-//! perf allows so many overflows per tick of the kernel's clock, `perf_event_max_sample_rate`
-//! divided by HZ; with more, it stops the counter until the next tick. Worse, it lowers that rate
+//! perf allows `perf_event_max_sample_rate` divided by HZ overflows per tick of the kernel's clock; with more, it stops
+//! the counter until the next tick. Worse, it lowers that rate
 //! by itself when handling an overflow seems to take more than `perf_cpu_time_max_percent` of the
 //! time (Linux, Documentation/admin-guide/sysctl/kernel.rst). Either loses counts.
 

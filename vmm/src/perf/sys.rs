@@ -72,7 +72,7 @@ pub fn open(kind: u32, config: u64, period: u64) -> io::Result<File> {
         config2: 0,
     };
     let (this_thread, any_cpu, no_group, close_on_exec) = (0, -1, -1, 8u64);
-    // SAFETY: the call reads `size` bytes of the struct, which has just so many, and returns an fd
+    // SAFETY: the call reads `size` bytes of the struct, which is its size, and returns an fd
     // or -1.
     let fd = checked(unsafe {
         libc::syscall(

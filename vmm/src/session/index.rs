@@ -16,7 +16,7 @@ pub fn to_bytes(entries: &[IndexEntry]) -> Vec<u8> {
     [&xxh3_64(&body).to_le_bytes(), body.as_slice()].concat()
 }
 
-/// What an index says of a journal of that many bytes; `None` if it is none, or not that journal's.
+/// What an index says of a journal of that many bytes; `None` if it is damaged, or that of another journal.
 pub fn from_bytes(bytes: &[u8], journal_bytes: u64) -> Option<Vec<IndexEntry>> {
     let (check, body) = bytes.split_first_chunk::<8>()?;
     if xxh3_64(body).to_le_bytes() != *check {

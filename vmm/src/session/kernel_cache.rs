@@ -21,7 +21,7 @@ use xxhash_rust::xxh64::xxh64;
 
 use crate::output_file::{UNFINISHED, Unfinished};
 use crate::regular_file::{self, Links};
-use hindsight_kernel::{Ages, Kernel, Modules, Sites, Window};
+use hindsight_kernel::{Ages, Kernel, Modules, Sites, Span};
 
 /// Overrides where the cache is; empty: there is none.
 const DIRECTORY: &str = "HINDSIGHT_CACHE";
@@ -46,7 +46,7 @@ pub struct Prepared {
     /// What must be trapped in it.
     pub sites: Sites,
     /// Which of its time reads need not exit.
-    pub windows: Vec<Window>,
+    pub spans: Vec<Span>,
     /// Which of its console's waits for the transmitter need not be.
     pub transmits: Vec<u64>,
     /// What keeps the Accessed bits of its page tables set.

@@ -21,7 +21,7 @@ use hindsight_kernel::rewrite::caves::isolates_page_tables;
 use hindsight_kernel::rewrite::{caves, modules, rewritten};
 use hindsight_kernel::{Elf, KernelError, QuickPlan, Rewritten, find_sites, unpack};
 
-/// What the kernel must be told on this machine: where its console is, and to end on a panic; the
+/// What the kernel has to know on this machine: where its console is, and to end on a panic; the
 /// TSC counts nanoseconds and is read through traps, which the vDSO would go round; its random
 /// numbers begin with the seed it is given. Page-table isolation would keep user space from the word
 /// that counts kernel entries. There is no PCI bus, and `pci=noearly` keeps the kernel from searching
@@ -30,7 +30,7 @@ pub const MACHINE_CMDLINE: &str = "console=ttyS0 panic=-1 tsc_early_khz=1000000 
      random.trust_cpu=off random.trust_bootloader=on nopti pci=noearly";
 
 /// Opens KVM and asks whether it can carry a machine that replays. Returns what it cannot keep from
-/// the guest, in words.
+/// the guest, a phrase each.
 pub fn open_kvm() -> Result<(Kvm, Vec<String>), MachineError> {
     let kvm = Kvm::new().map_err(KvmError::Open)?;
     let holes = doctor::check_recorder(&kvm).map_err(MachineError::Unfit)?;
@@ -43,7 +43,7 @@ pub enum MachineError {
     /// The kernel, the initrd or the command line will not do.
     #[error(transparent)]
     Boot(#[from] BootError),
-    /// This host's KVM is none that guests run on as on hardware.
+    /// On this host's KVM guests do not run as they do on hardware.
     #[error("{0}")]
     Unfit(String),
     /// KVM will not do.
@@ -111,7 +111,7 @@ impl LoadedKernel {
     /// What lets it read the time, and print, without exits; `None` if it cannot.
     fn quick_plan(&self, elf: &Elf<'_>) -> Option<QuickPlan> {
         let caves = caves::find(elf)?.quick?;
-        QuickPlan::new(elf, &self.0.windows, &self.0.transmits, &caves)
+        QuickPlan::new(elf, &self.0.spans, &self.0.transmits, &caves)
     }
 
     /// How much of it is rewritten.
@@ -166,7 +166,7 @@ pub(crate) fn prepare(image: &[u8], content: Content) -> Result<Prepared, Kernel
         loaders: rewritten::loaders(&elf, &found.sites),
         kernel,
         sites: found.sites,
-        windows: found.windows,
+        spans: found.spans,
         transmits: found.transmits,
         ages: found.ages,
         modules,
@@ -246,7 +246,7 @@ pub fn build(
         kernel: image,
         sites,
         modules,
-        windows,
+        spans,
         loaders,
         ages,
         ..
@@ -259,7 +259,7 @@ pub fn build(
         });
     }
     let mut memory = GuestMemory::new(description.memory_bytes)?;
-    let given = boot::Given {
+    let parameters = boot::BootParameters {
         initrd,
         cmdline: &description.cmdline,
         seed: &description.seed,
@@ -286,13 +286,13 @@ pub fn build(
         patches.extend_from_slice(quick.patches());
         text.clock = Some(quick.clock().clone());
     }
-    let windows = if text.clock.is_some() {
-        &windows[..]
+    let spans = if text.clock.is_some() {
+        &spans[..]
     } else {
         &[]
     };
-    text.rewritten = Rewritten::new(&elf, sites, loaders, windows, text.clock.as_ref());
-    let plan = boot::load(&mut memory, image, &elf, &patches, &given)?;
+    text.rewritten = Rewritten::new(&elf, sites, loaders, spans, text.clock.as_ref());
+    let plan = boot::load(&mut memory, image, &elf, &patches, &parameters)?;
     let mut cpu = KvmCpu::new(kvm, memory, &description.cpuid)?;
     let counts_entries = description.preemption == Some(Unit::Entries);
     if !counts_entries || isolates_page_tables(&description.cmdline, &description.cpuid.vendor()) {

@@ -22,15 +22,14 @@ use hindsight_replay::{Observer, OperatorConsole, Unit};
 use crate::failure::Failure;
 use crate::world::{Hold, Shown};
 
-pub use images::{DiskWish, Images, MachineWish};
+pub use images::{DiskWish, MachineWish};
 pub use make::{
     LoadedKernel, MACHINE_CMDLINE, MachineError, build, cmdline, describe, host_facts, open_kvm,
-    random_number,
 };
 pub use open::{RecordedImages, RecordedPaths};
 pub use preemption_plan::{CounterWish, PreemptionError, PreemptionPlan, PreemptionWish};
 pub use record::{RecordWish, Recorded, record};
-pub use recording::{INITRD_BYTES_MAX, Recording, RecordingError, content};
+pub use recording::{Recording, RecordingError, content};
 pub use replay::{
     RelogWish, ReplayWish, Replayed, SaveWish, Saved, Until, Verdict, Watch, Watched, replay,
 };
@@ -38,7 +37,7 @@ pub use run::{Ran, RunWish, run};
 
 /// Whoever is in front of a session: hears what is worth saying, and shows the guest's console.
 pub trait Front {
-    /// Something that the operator should know, in words: whole lines.
+    /// A message that the operator should see: whole lines.
     fn notice(&mut self, what: &str);
 
     /// Shows what a machine writes, from its start on. A machine that is recorded can be held back.

@@ -54,7 +54,6 @@ pub enum PreemptionError {
         expected: u64,
         /// What it gave.
         counted: u64,
-        /// Where.
         ring: u8,
     },
 }
@@ -73,7 +72,7 @@ impl PreemptionPlan {
     ///
     /// # Errors
     ///
-    /// A branch counter is asked for, and there is none that is exact.
+    /// A branch counter is asked for, and this host does not have an exact one.
     pub fn choose(
         kvm: &Kvm,
         wish: PreemptionWish,

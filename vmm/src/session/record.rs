@@ -43,7 +43,7 @@ pub struct RecordWish {
     pub chaos: Option<Option<u64>>,
     /// How long a guest that has panicked may run on.
     pub panic_grace_ns: Nanos,
-    /// Whether to go on until the guest crashes: in at most so many runs, or without a limit.
+    /// Whether to go on until the guest crashes: for at most this number of runs, or without a limit.
     pub hunt: Option<Option<u64>>,
 }
 
@@ -72,7 +72,7 @@ pub fn record(
     operator: Arc<Operator>,
     front: &mut dyn Front,
 ) -> Result<Option<Recorded>, Failure> {
-    // First of all that can be refused: what stands in the way of it stands there from the start.
+    // First of all that can be refused: what is in the way of it is there from the start.
     let recording = NewRecording::create(&wish.output, wish.force)?;
     let images = Images::read(&wish.machine, &operator)?;
     let (kvm, mut holes) = open_kvm()?;

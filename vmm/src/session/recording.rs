@@ -28,24 +28,20 @@ pub enum RecordingError {
     /// A file cannot be written: a full disk, most often.
     #[error("cannot write {path}: {source}")]
     Write {
-        /// Which.
         path: PathBuf,
-        /// Why.
         #[source]
         source: std::io::Error,
     },
-    /// A file cannot be read, or is none.
+    /// A file cannot be read, or is not a regular one.
     #[error(transparent)]
     Read(#[from] ReadError),
     /// There is no journal.
     #[error("{0} holds no recording: there is no journal in it")]
     None(PathBuf),
-    /// The directory that is to be recorded to is none, or cannot be made.
+    /// What is to be recorded to is no directory, or cannot be made.
     #[error("cannot record to {path}: {source}; give another directory")]
     Directory {
-        /// Which.
         path: PathBuf,
-        /// Why.
         #[source]
         source: std::io::Error,
     },
@@ -57,9 +53,7 @@ pub enum RecordingError {
     /// The journal cannot be opened.
     #[error("{path}: {source}")]
     Journal {
-        /// Which.
         path: PathBuf,
-        /// Why.
         #[source]
         source: JournalError,
     },
@@ -72,7 +66,7 @@ pub enum RecordingError {
          directory"
     )]
     Image(PathBuf),
-    /// What stands in the place of a file is none.
+    /// A directory is where a file should be.
     #[error(
         "{0} is a directory, where a recording has a file; move it away, or give another directory"
     )]
@@ -439,7 +433,7 @@ mod tests {
         recording.write_index(&[entry]).unwrap();
         assert_eq!(std::fs::read(&precious).unwrap(), b"mine");
         assert_eq!(recording.read_index().unwrap().len(), 1);
-        // One that is longer than its journal is none.
+        // One that is longer than its journal is not read.
         let index = File::options().append(true).open(at.join("index")).unwrap();
         index.set_len(1 << 43).unwrap();
         assert!(recording.read_index().is_none());

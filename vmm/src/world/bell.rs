@@ -17,7 +17,7 @@ use crate::kvm::Kicker;
 
 /// How long an input waits for the guest to exit by itself, which costs it less than a kick. As long as a timer
 /// that is due does, at least.
-const EXIT_PATIENCE: Duration = Duration::from_nanos(hindsight_replay::Patience::SHORTEST_NS);
+const EXIT_WAIT: Duration = Duration::from_nanos(hindsight_replay::Patience::SHORTEST_NS);
 
 /// Wakes the machine. Every input's thread has one.
 #[derive(Clone, Debug, Default)]
@@ -59,7 +59,7 @@ impl Bell {
         let mut rings = self.rings();
         rings.rung = true;
         if rings.overdue_at.is_none() {
-            rings.overdue_at = Some(Instant::now() + EXIT_PATIENCE);
+            rings.overdue_at = Some(Instant::now() + EXIT_WAIT);
             self.0.kicks.notify_one();
         }
         drop(rings);
@@ -172,9 +172,9 @@ mod tests {
         bell.ring();
         bell.ring();
         let (overdue, at) = waits.join().unwrap();
-        assert!(overdue && at - start >= EXIT_PATIENCE);
+        assert!(overdue && at - start >= EXIT_WAIT);
         assert!(at - start < LONG / 2, "{:?}", at - start);
-        assert!(!bell.wait_until_overdue(5 * EXIT_PATIENCE), "once for both");
+        assert!(!bell.wait_until_overdue(5 * EXIT_WAIT), "once for both");
     }
 
     #[test]
@@ -182,7 +182,7 @@ mod tests {
         let bell = Bell::default();
         bell.ring();
         bell.looks();
-        assert!(!bell.wait_until_overdue(5 * EXIT_PATIENCE));
+        assert!(!bell.wait_until_overdue(5 * EXIT_WAIT));
         bell.looks();
         bell.ring();
         assert!(bell.wait_until_overdue(LONG));

@@ -25,14 +25,14 @@ use clock::HostClock;
 use net::{Attached, Link, NetError};
 pub use operator::Operator;
 pub use standard_output::{Hold, Shown, StandardOutput};
-pub use terminal::RawTerminal;
+pub(crate) use terminal::RawTerminal;
 use typed::Typed;
 
 /// How often at least somebody looks at the clock, and the vCPU is brought back to see whether it has waited for
 /// something for too long.
 const TICK: Duration = Duration::from_millis(100);
 /// A guest that has not exited for this long after a stop was asked for is stopped where it is.
-const STOP_PATIENCE: Duration = Duration::from_millis(500);
+const STOP_WAIT: Duration = Duration::from_millis(500);
 
 /// The host, as the machine's world.
 #[derive(Debug)]
@@ -283,7 +283,7 @@ impl World for HostWorld {
         self.forget_past_alarm();
         // A wish that is older than the machine gives it a chance to exit, too.
         let asked = self.operator.stop_asked();
-        asked.is_some_and(|asked| asked.max(self.begun).elapsed() > STOP_PATIENCE)
+        asked.is_some_and(|asked| asked.max(self.begun).elapsed() > STOP_WAIT)
     }
 }
 

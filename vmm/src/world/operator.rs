@@ -14,18 +14,18 @@ use nix::sys::signal::{SigSet, Signal, raise};
 use super::bell::Bell;
 use super::terminal;
 
-/// A signal to stop that comes so long after the first one, or later, does not wait for the recording to be closed.
+/// From this long after the first signal to stop on, another one does not wait for the recording to be closed.
 const LAST_WARNING: Duration = Duration::from_secs(2);
 
-/// What is being prepared for this long is told.
+/// Preparations that take this long are announced.
 const WORTH_SAYING: Duration = Duration::from_secs(1);
 
 /// What the guest knows of the terminal.
 #[derive(Debug, Default)]
 struct Watched {
-    /// Whether it is told.
+    /// Whether the guest is to hear of its size.
     wanted: bool,
-    /// The size that it was told last, or is about to be.
+    /// The size that the guest has heard of last, or is about to.
     last: Option<(u16, u16)>,
 }
 
@@ -33,17 +33,17 @@ struct Watched {
 #[derive(Debug)]
 pub struct Operator {
     bell: Bell,
-    /// Tells the operator something, in words.
+    /// Shows the operator a message.
     notice: fn(&str),
     stop: OnceLock<Instant>,
     presses: AtomicU32,
-    /// The size that the terminal has now and that nobody was told: columns above rows, 0 if there is none.
+    /// The size that the terminal has now, if the guest has not heard of it: columns above rows; else 0.
     size: AtomicU32,
     watched: Mutex<Watched>,
 }
 
 impl Operator {
-    /// Listens to signals from now on; `notice` tells the operator something, in words, from whatever thread.
+    /// Listens to signals from now on; `notice` shows the operator a message, from whatever thread.
     /// To be called by the main thread while it is the only one.
     pub fn listen(notice: fn(&str)) -> std::io::Result<Arc<Operator>> {
         let operator = Arc::new(Operator {
@@ -95,7 +95,7 @@ impl Operator {
         }
     }
 
-    /// Tells the operator something, in words.
+    /// Shows the operator a message.
     pub fn notice(&self, what: &str) {
         (self.notice)(what);
     }
@@ -145,7 +145,7 @@ impl Operator {
         Ok(None)
     }
 
-    /// Whether there is a press of the power button or a size that the guest was not told.
+    /// Whether there is a press of the power button, or a size that the guest has not heard of.
     pub fn wants(&self) -> bool {
         self.presses.load(Ordering::SeqCst) > 0 || self.size.load(Ordering::SeqCst) != 0
     }
@@ -170,7 +170,7 @@ impl Operator {
         self.look_at_size();
     }
 
-    /// The terminal's columns and rows, if it has a size that nobody was told.
+    /// The terminal's columns and rows, if the guest has not heard of them.
     pub fn take_size(&self) -> Option<(u16, u16)> {
         if self.size.load(Ordering::SeqCst) == 0 {
             return None;
@@ -210,13 +210,13 @@ impl Operator {
             }
             Signal::SIGCONT => {
                 terminal::enter_again();
-                // It may have changed while we were in the background, and that is not told.
+                // It may have changed while we were in the background, where no signal says so.
                 self.look_at_size();
             }
             _ => match self.stop_asked() {
                 Some(asked) if asked.elapsed() >= LAST_WARNING => {
                     terminal::restore();
-                    self.notice("told to stop again; what was not written yet is lost");
+                    self.notice("asked to stop again; what was not written yet is lost");
                     take_by_default(signal);
                 }
                 _ => self.stop(),

@@ -7,7 +7,7 @@
 //! * a **pipe** or a file gets all that the console says, so the machine waits for it, and guest time stands still
 //!   meanwhile. Once the operator wants the machine to stop, it waits no longer.
 //! * a **terminal** that takes bytes, however slowly, is waited for in the same way; one that has taken none for a
-//!   second is not. The machine goes on, and when the terminal takes bytes again it is told how many it has missed.
+//!   second is not. The machine goes on, and when the terminal takes bytes again it is shown how many it has missed.
 //!   A recording has them all.
 //!
 //! A replay, which nothing waits for, waits for its reader as any program does.
@@ -189,7 +189,7 @@ impl StandardOutput {
         self.queue.changed.notify_all();
     }
 
-    /// Waits until there is room for so many bytes, or waiting has no sense.
+    /// Waits until there is room for `bytes` bytes, or until waiting makes no sense.
     fn wait_for_room(&self, bytes: usize) -> MutexGuard<'_, State> {
         let mut state = self.queue.state();
         if !state.is_full(bytes) || self.misses(&state) {
@@ -214,7 +214,7 @@ impl StandardOutput {
         state
     }
 
-    /// Whether what comes now is missed like what came before: a terminal is told once what it has
+    /// Whether what comes now is missed like what came before: a terminal is shown once what it has
     /// missed, and a pipe has nothing after a gap.
     fn misses(&self, state: &State) -> bool {
         state.missed > 0 && !(self.terminal && state.stalled_at != state.writes)

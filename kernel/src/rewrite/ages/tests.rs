@@ -14,7 +14,7 @@ const TEST_AND_CLEAR: [u8; 15] = [
     0x48, 0x8b, 0x02, 0x83, 0xe0, 0x20, 0x74, 0x06, 0xf0, 0x48, 0x0f, 0xba, 0x32, 0x05, 0xc3,
 ];
 
-/// `call FENTRY`, to stand at this offset.
+/// `call FENTRY`, to be put at this offset.
 fn fentry(at: u64) -> [u8; 5] {
     traps::call(TINY_VIRTUAL + at, FENTRY)
 }

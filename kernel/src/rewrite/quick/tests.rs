@@ -41,8 +41,8 @@ fn caves_of(stub_bytes: u64) -> QuickCaves {
 fn plan(code: &[u8], caves: &QuickCaves) -> Option<(QuickPlan, Ram)> {
     let file = tiny_elf_with(code, &[(".text", 0, code.len())]);
     let elf = Elf::parse(&file).unwrap();
-    let windows = find_sites(&elf, &[]).unwrap().windows;
-    let plan = QuickPlan::new(&elf, &windows, &[], caves)?;
+    let spans = find_sites(&elf, &[]).unwrap().spans;
+    let plan = QuickPlan::new(&elf, &spans, &[], caves)?;
     let ram = Ram(plan.patches().to_vec());
     Some((plan, ram))
 }
@@ -59,7 +59,7 @@ const READ: [u8; 16] = [
 ];
 
 #[test]
-fn a_window_jumps_to_its_stub_and_what_moved_speaks_of_the_same_memory() {
+fn a_span_jumps_to_its_stub_and_what_moved_speaks_of_the_same_memory() {
     let code = [READ, READ].concat();
     let (plan, ram) = plan(&code, &caves_of(1 << 10)).expect("room");
     assert_eq!(plan.sites(), 2);
@@ -110,7 +110,7 @@ fn another_rewriting_has_another_check() {
 }
 
 #[test]
-fn alternatives_of_a_window_patch_their_replacement_onto_itself() {
+fn alternatives_of_a_span_patch_their_replacement_onto_itself() {
     // `rdtsc` and padding, `rdtscp` to replace it, and the entry that says so.
     let mut image = vec![0x0f, 0x31, 0x90, 0x90, 0x90, 0xc3, 0x90, 0x90];
     image.extend([0x0f, 0x01, 0xf9, 0x90]);
@@ -124,8 +124,8 @@ fn alternatives_of_a_window_patch_their_replacement_onto_itself() {
     ];
     let file = tiny_elf_with(&image, &sections);
     let elf = Elf::parse(&file).unwrap();
-    let windows = find_sites(&elf, &[]).unwrap().windows;
-    let plan = QuickPlan::new(&elf, &windows, &[], &caves_of(1 << 10)).expect("room");
+    let spans = find_sites(&elf, &[]).unwrap().spans;
+    let plan = QuickPlan::new(&elf, &spans, &[], &caves_of(1 << 10)).expect("room");
     let ram = Ram(plan.patches().to_vec());
     assert_eq!(ram.at(TINY_PHYSICAL + 12), (-4_i32).to_le_bytes());
     assert_eq!(ram.at(TINY_PHYSICAL + 12 + 12), [3]);
@@ -135,16 +135,16 @@ fn alternatives_of_a_window_patch_their_replacement_onto_itself() {
 }
 
 #[test]
-fn every_stub_of_debians_kernels_does_what_its_window_did() {
+fn every_stub_of_debians_kernels_does_what_its_span_did() {
     for (path, image) in debian_kernels() {
         let kernel = crate::unpack(&image).unwrap();
         let elf = Elf::parse(&kernel.elf).unwrap();
         let found = find_sites(&elf, &[]).unwrap();
-        let (windows, transmits) = (found.windows, found.transmits);
+        let (spans, transmits) = (found.spans, found.transmits);
         let caves = caves::find(&elf).unwrap().quick.expect("room");
-        let plan = QuickPlan::new(&elf, &windows, &transmits, &caves).unwrap();
+        let plan = QuickPlan::new(&elf, &spans, &transmits, &caves).unwrap();
         let sites = plan.sites() as usize;
-        assert_eq!(sites, windows.len(), "{path}");
+        assert_eq!(sites, spans.len(), "{path}");
         let ram = Ram(plan.patches().to_vec());
         assert!(!transmits.is_empty(), "{path}: its console waits");
         for call in &transmits {
@@ -152,14 +152,14 @@ fn every_stub_of_debians_kernels_does_what_its_window_did() {
             assert_eq!(before[0], 0xe8, "{path}: {call:#x} is no call");
             assert_eq!(ram.at(elf.physical(*call).unwrap()), READY);
         }
-        for (index, window) in windows.iter().enumerate() {
+        for (index, span) in spans.iter().enumerate() {
             let stub_at = caves.stubs.address + (index * STUB_BYTES) as u64;
-            let start = elf.physical(window.address).unwrap();
-            let jump = decoded(ram.at(start), window.address);
+            let start = elf.physical(span.address).unwrap();
+            let jump = decoded(ram.at(start), span.address);
             assert_eq!(jump[0].near_branch_target(), stub_at, "{path}");
 
-            let from = window.address + u64::from(window.bytes - window.moved);
-            let was = decoded(elf.at(from, window.moved.into()).unwrap(), from);
+            let from = span.address + u64::from(span.bytes - span.moved);
+            let was = decoded(elf.at(from, span.moved.into()).unwrap(), from);
             let stub = ram.at(caves.stubs.physical + (index * STUB_BYTES) as u64);
             let code = decoded(stub, stub_at);
             for (was, is) in was.iter().zip(&code[10..]) {
@@ -170,12 +170,12 @@ fn every_stub_of_debians_kernels_does_what_its_window_did() {
                 assert_eq!(*was, is, "{path}");
             }
             let back = code[10 + was.len()];
-            let end = window.address + u64::from(window.bytes);
+            let end = span.address + u64::from(span.bytes);
             assert_eq!(back.near_branch_target(), end, "{path}");
         }
         assert!(
-            windows.is_sorted_by(|a, b| a.address + u64::from(a.bytes) <= b.address),
-            "{path}: windows overlap"
+            spans.is_sorted_by(|a, b| a.address + u64::from(a.bytes) <= b.address),
+            "{path}: spans overlap"
         );
     }
 }

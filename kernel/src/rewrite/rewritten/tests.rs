@@ -126,7 +126,7 @@ fn of_debians_kernels_many_traps_stay_and_the_module_loader_is_known() {
         let modules = modules::find(&elf);
         let found = find_sites(&elf, modules.loads()).unwrap();
         let loaders = loaders(&elf, &found.sites);
-        let kept = Rewritten::new(&elf, &found.sites, &loaders, &found.windows, None);
+        let kept = Rewritten::new(&elf, &found.sites, &loaders, &found.spans, None);
         assert!(kept.traps.len() > 100, "{path}: {}", kept.traps.len());
         assert!(kept.traps.iter().any(|trap| trap.is_module_call), "{path}");
         assert!(!kept.loaders.is_empty(), "{path}");

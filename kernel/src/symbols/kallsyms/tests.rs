@@ -219,8 +219,8 @@ fn image_from_itself(symbols: &[(u64, String)], at: u64) -> Vec<u8> {
     let start = start.next_multiple_of(ALIGN);
     let tables = &old[start..];
     let digits = memchr::memmem::find(tables, DIGITS).unwrap();
-    let (place, _) = tokens(tables, digits, ALIGN, &mut { PATIENCE }).unwrap();
-    let names = names(tables, place.start, ALIGN, &mut { PATIENCE }).unwrap();
+    let (place, _) = tokens(tables, digits, ALIGN, &mut { STEPS_MAX }).unwrap();
+    let names = names(tables, place.start, ALIGN, &mut { STEPS_MAX }).unwrap();
     let align = |part: &mut Vec<u8>| part.resize(part.len().next_multiple_of(4), 0);
     // Something that keeps what follows from being aligned to 8.
     let mut image = vec![0x11; FRONT_BYTES + 4];

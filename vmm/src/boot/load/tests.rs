@@ -61,7 +61,7 @@ fn boot(
         kernel,
         &elf,
         &sites.patches(&elf)?,
-        &Given {
+        &BootParameters {
             initrd,
             cmdline,
             seed: &[0x5a; 32],

@@ -44,7 +44,7 @@ const LOG_BLOCKS_MAX: u64 = 4 << 20;
 /// Blocks for fast commits, if the superblock of the journal has no number.
 const FAST_BLOCKS: u64 = 256;
 const FAST_BYTES_MAX: u64 = 16 << 20;
-/// A log shorter than this is none.
+/// A shorter log is not used.
 const LOG_BLOCKS_MIN: u64 = 1024;
 
 static CRC32C: Crc<u32, Table<16>> = Crc::<u32, Table<16>>::new(&CRC_32_ISCSI);

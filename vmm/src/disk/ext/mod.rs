@@ -59,7 +59,7 @@ pub enum ExtError {
 pub trait Source {
     /// How many there are.
     fn bytes(&self) -> u64;
-    /// Fills `into` with what stands at `offset`; an error if that is not all there.
+    /// Fills `into` with what is at `offset`; an error if that is not all there.
     fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), ExtError>;
 }
 
@@ -125,7 +125,7 @@ impl<S: Source> FileSystem<S> {
         self.newer.range(blocks).next().is_none()
     }
 
-    /// Fills `into` with what stands at `offset`, or is to stand there.
+    /// Fills `into` with what is at `offset`, or is to be there.
     pub fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), ExtError> {
         if self.is_in_place(offset, into.len() as u64) {
             return self.source.read_at(offset, into);

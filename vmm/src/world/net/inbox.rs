@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-/// So many frames wait at most, and so many bytes.
+/// The most frames that wait, and the most bytes.
 const FRAMES_MAX: usize = 4096;
 const BYTES_MAX: usize = 8 << 20;
 /// A frame that the guest had no buffer for during this long is of no use to it any more: whoever sent

@@ -21,7 +21,7 @@ use thiserror::Error;
 use super::bell::Bell;
 use crate::failure::{Classified, Kind};
 
-pub use attached::Attached;
+pub(super) use attached::Attached;
 pub use publish::{Publish, parse_publish};
 pub use tap::is_name as is_tap_name;
 
@@ -59,7 +59,6 @@ pub enum NetError {
     Tap {
         /// Its name.
         name: String,
-        /// Why.
         #[source]
         source: io::Error,
     },

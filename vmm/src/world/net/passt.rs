@@ -10,7 +10,7 @@
 //! bound to no interface, so it goes where the kernel routes its destination: by tables, metrics and rules, a
 //! VPN's two halves of a default route, or nowhere. What passt itself looks for at its start is an interface to
 //! take addresses and a router from, and it gives up where its own idea of a default route finds none.
-//! It is told all of these, so the interface decides nothing, and it is the one that every host has: `lo`.
+//! All of these are given to it, so the interface decides nothing, and it is the one that every host has: `lo`.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -32,8 +32,8 @@ const GUEST: [u8; 4] = [10, 0, 2, 15];
 /// from there come from it.
 const ROUTER: [u8; 4] = [10, 0, 2, 2];
 const ROUTER_MAC: &str = "52:55:0a:00:02:02";
-/// It has started when it answers.
-const PATIENCE: Duration = Duration::from_secs(20);
+/// How long it may take to answer, which it does once it has started.
+const ANSWER_WAIT: Duration = Duration::from_secs(20);
 /// Of what it says, so much is repeated.
 const WORDS_MAX: usize = 2048;
 
@@ -164,7 +164,7 @@ fn wait_for_answer(mut socket: &UnixStream) -> io::Result<()> {
         &ROUTER,
     ];
     socket.write_all(&parts.concat())?;
-    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.set_read_timeout(Some(ANSWER_WAIT))?;
     let mut length = [0; 4];
     socket.read_exact(&mut length)?;
     let length = u32::from_be_bytes(length) as usize;

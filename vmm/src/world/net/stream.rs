@@ -14,9 +14,9 @@ use super::share;
 
 /// Bytes of a frame's length, big-endian.
 pub const LENGTH_BYTES: usize = 4;
-/// For so long a full socket is waited for: the other end may only want the processor. Once that has
+/// How long a full socket is waited for: the other end may only want the processor. Once that has
 /// not helped, frames are dropped without waiting, until the socket takes one.
-const PATIENCE: Duration = Duration::from_millis(20);
+const FULL_SOCKET_WAIT: Duration = Duration::from_millis(20);
 
 /// The sending side.
 #[derive(Debug)]
@@ -76,7 +76,9 @@ impl StreamWire {
                 }
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => {
-                    if self.full || !wait_until(self.socket.as_fd(), PollFlags::OUT, PATIENCE) {
+                    if self.full
+                        || !wait_until(self.socket.as_fd(), PollFlags::OUT, FULL_SOCKET_WAIT)
+                    {
                         self.full = true;
                         return false;
                     }
@@ -181,7 +183,11 @@ mod tests {
         for number in 0..5_000 {
             wire.send(&frame(number));
         }
-        assert!(start.elapsed() < 50 * PATIENCE, "{:?}", start.elapsed());
+        assert!(
+            start.elapsed() < 50 * FULL_SOCKET_WAIT,
+            "{:?}",
+            start.elapsed()
+        );
         theirs.set_nonblocking(true).unwrap();
         let (mut deframer, mut came) = (Deframer::default(), Vec::new());
         let mut take = |theirs: &mut UnixStream| {

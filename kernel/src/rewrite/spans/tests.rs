@@ -13,18 +13,18 @@ const RET: u8 = 0xc3;
 const REPLACEMENTS: usize = 64;
 const TABLE: usize = 96;
 
-/// The window of the first time read in `.text`, with these further sections.
-fn first(image: &[u8], sections: &[(&str, usize, usize)]) -> Result<Window, Refusal> {
+/// The span of the first time read in `.text`, with these further sections.
+fn first(image: &[u8], sections: &[(&str, usize, usize)]) -> Result<Span, Refusal> {
     let file = tiny_elf_with(image, sections);
     let elf = Elf::parse(&file).unwrap();
     let mut named = Named::by_data(&elf);
     let sites = traps::find_and_show(&elf, &[], &mut |i| named.see(i)).unwrap();
     let alternatives = alternatives::read(&elf).unwrap();
-    window(&elf, &sites.sites[0], &sites, &named, &alternatives)
+    span(&elf, &sites.sites[0], &sites, &named, &alternatives)
 }
 
 /// The same for code alone.
-fn of(code: &[u8]) -> Result<Window, Refusal> {
+fn of(code: &[u8]) -> Result<Span, Refusal> {
     first(code, &[(".text", 0, code.len())])
 }
 
@@ -32,8 +32,8 @@ fn behind_rdtsc(rest: &[u8]) -> Vec<u8> {
     [&[0x0f, 0x31], rest].concat()
 }
 
-fn window_of(bytes: u8) -> Result<Window, Refusal> {
-    Ok(Window {
+fn span_of(bytes: u8) -> Result<Span, Refusal> {
+    Ok(Span {
         address: TINY_VIRTUAL,
         bytes,
         moved: bytes - 2,
@@ -41,19 +41,19 @@ fn window_of(bytes: u8) -> Result<Window, Refusal> {
 }
 
 #[test]
-fn a_window_is_as_long_as_whole_instructions_make_five_bytes() {
+fn a_span_is_as_long_as_whole_instructions_make_five_bytes() {
     assert_eq!(
         of(&behind_rdtsc(&[&JOINS[..], &[RET]].concat())),
-        window_of(6)
+        span_of(6)
     );
     // and eax, 0x3ff; ret
-    assert_eq!(of(&behind_rdtsc(&[0x25, 0xff, 3, 0, 0, RET])), window_of(7));
+    assert_eq!(of(&behind_rdtsc(&[0x25, 0xff, 3, 0, 0, RET])), span_of(7));
     // xor ecx, eax; mov [rsi + 0x1478], ecx; ret
     let code = [0x31, 0xc1, 0x89, 0x8e, 0x78, 0x14, 0, 0, RET];
-    assert_eq!(of(&behind_rdtsc(&code)), window_of(10));
+    assert_eq!(of(&behind_rdtsc(&code)), span_of(10));
     // mov ecx, [rip + 0x10]; then as always
     let code = [&[0x8b, 0x0d, 0x10, 0, 0, 0][..], &JOINS, &[RET]].concat();
-    assert_eq!(of(&behind_rdtsc(&code)), window_of(8));
+    assert_eq!(of(&behind_rdtsc(&code)), span_of(8));
 }
 
 #[test]
@@ -81,7 +81,7 @@ fn what_cannot_be_moved_stays_where_it_is() {
 
 #[test]
 fn nothing_moves_over_a_sections_end_or_another_site() {
-    assert_eq!(of(&behind_rdtsc(&JOINS[..4])), window_of(6));
+    assert_eq!(of(&behind_rdtsc(&JOINS[..4])), span_of(6));
     assert_eq!(of(&behind_rdtsc(&[0x31])), Err(Refusal::SectionEnd));
     assert_eq!(of(&behind_rdtsc(&[])), Err(Refusal::SectionEnd));
     // A section after it in the same segment is not its own.
@@ -101,11 +101,11 @@ fn nothing_moves_over_a_sections_end_or_another_site() {
 fn nothing_moves_that_something_may_lead_to() {
     let code = behind_rdtsc(&[&JOINS[..], &[RET]].concat());
     let leads = |jump: &[u8]| of(&[&code[..], jump].concat());
-    // The code is ten bytes long, its window six.
-    assert_eq!(leads(&[0xeb, 0xf4]), window_of(6), "to the RDTSC");
-    assert_eq!(leads(&[0xeb, 0xf5]), window_of(6), "into no instruction");
+    // The code is ten bytes long, its span six.
+    assert_eq!(leads(&[0xeb, 0xf4]), span_of(6), "to the RDTSC");
+    assert_eq!(leads(&[0xeb, 0xf5]), span_of(6), "into no instruction");
     assert_eq!(leads(&[0xeb, 0xf6]), Err(Refusal::Named), "to what moves");
-    assert_eq!(leads(&[0xeb, 0xfa]), window_of(6), "after it");
+    assert_eq!(leads(&[0xeb, 0xfa]), span_of(6), "after it");
     assert_eq!(leads(&[0x75, 0xf6]), Err(Refusal::Named), "conditionally");
     let lea = [0x48, 0x8d, 0x05, 0xf1, 0xff, 0xff, 0xff];
     assert_eq!(leads(&lea), Err(Refusal::Named), "as an operand");
@@ -114,8 +114,8 @@ fn nothing_moves_that_something_may_lead_to() {
     image.resize(16, 0xcc);
     for (word, expected) in [
         (-14, Err(Refusal::Named)),
-        (-16, window_of(6)),
-        (-10, window_of(6)),
+        (-16, span_of(6)),
+        (-10, span_of(6)),
     ] {
         let image = [&image[..], &i32::to_le_bytes(word)].concat();
         let sections = [(".text", 0, 16), ("__ex_table", 16, 4)];
@@ -145,7 +145,7 @@ fn flags_must_be_overwritten_before_anything_looks() {
         // mov esi, eax; mov edi, edx
         let code = behind_rdtsc(&[&[0x89, 0xc6, 0x89, 0xd7], rest].concat());
         let expected = if dead {
-            window_of(6)
+            span_of(6)
         } else {
             Err(Refusal::Flags)
         };
@@ -155,7 +155,7 @@ fn flags_must_be_overwritten_before_anything_looks() {
 
 /// An image with a RDTSC and padding, and alternatives for it: each says where it patches how many bytes, and
 /// with what.
-fn patched(code: &[u8], patches: &[(usize, u8, &[u8])]) -> Result<Window, Refusal> {
+fn patched(code: &[u8], patches: &[(usize, u8, &[u8])]) -> Result<Span, Refusal> {
     let mut image = code.to_vec();
     image.resize(REPLACEMENTS, 0x90);
     let mut table = Vec::new();
@@ -184,8 +184,8 @@ const FENCED: &[u8] = &[0x0f, 0xae, 0xe8, 0x0f, 0x31];
 const RDTSCP: &[u8] = &[0x0f, 0x01, 0xf9];
 
 #[test]
-fn a_place_that_is_patched_to_other_time_reads_is_a_window_as_it_is() {
-    let expected = Ok(Window {
+fn a_place_that_is_patched_to_other_time_reads_is_a_span_as_it_is() {
+    let expected = Ok(Span {
         address: TINY_VIRTUAL,
         bytes: 5,
         moved: 0,
@@ -216,15 +216,15 @@ fn what_is_patched_otherwise_is_left_to_the_kernel() {
     ] {
         assert_eq!(patched(code, patches), Err(Refusal::Patched), "{what}");
     }
-    // After the window is nobody's business.
-    assert_eq!(patched(&code, &[(6, 4, RDTSCP)]), window_of(6));
+    // After the span is nobody's business.
+    assert_eq!(patched(&code, &[(6, 4, RDTSCP)]), span_of(6));
 }
 
 #[test]
 fn replacements_and_what_is_no_rdtsc_stay_exits() {
     let image = behind_rdtsc(&[&JOINS[..], &[RET]].concat());
     let sections = [(".text.x", 0, image.len())];
-    assert_eq!(first(&image, &sections), window_of(6));
+    assert_eq!(first(&image, &sections), span_of(6));
     assert_eq!(
         of(&[&[0x0f, 0x01, 0xf9][..], &JOINS, &image].concat()),
         Err(Refusal::OtherInstruction)
@@ -232,7 +232,7 @@ fn replacements_and_what_is_no_rdtsc_stay_exits() {
 }
 
 #[test]
-fn most_time_reads_of_debians_kernels_are_windows() {
+fn most_time_reads_of_debians_kernels_are_spans() {
     for (path, image) in debian_kernels() {
         let kernel = crate::unpack(&image).unwrap();
         let elf = Elf::parse(&kernel.elf).unwrap();
@@ -240,21 +240,15 @@ fn most_time_reads_of_debians_kernels_are_windows() {
         let sites = traps::find_and_show(&elf, &[], &mut |i| named.see(i)).unwrap();
         let alternatives = alternatives::read(&elf).unwrap();
         let mut refused = BTreeMap::<Refusal, Vec<u64>>::new();
-        let mut windows = 0;
+        let mut spans = 0;
         for site in &sites.sites {
-            match window(&elf, site, &sites, &named, &alternatives) {
-                Ok(_) => windows += 1,
+            match span(&elf, site, &sites, &named, &alternatives) {
+                Ok(_) => spans += 1,
                 Err(Refusal::OtherInstruction) => {}
                 Err(why) => refused.entry(why).or_default().push(site.address),
             }
         }
-        println!(
-            "{path}: {windows} of {}, {refused:x?}",
-            sites.counts().rdtsc
-        );
-        assert!(
-            windows > 60,
-            "{path}: {windows} windows, refused {refused:x?}"
-        );
+        println!("{path}: {spans} of {}, {refused:x?}", sites.counts().rdtsc);
+        assert!(spans > 60, "{path}: {spans} spans, refused {refused:x?}");
     }
 }

@@ -1,14 +1,14 @@
 //! Which time reads can give way to a jump, and be done without an exit.
 //!
 //! A RDTSC has two bytes, a jump to anywhere in the kernel five. So instructions after it have to
-//! move along, to where the jump leads (see `quick_stub`). A *window* is the RDTSC and those.
-//! It must be certain that nobody ever enters a window but at its first byte, that nobody patches
+//! move along, to where the jump leads (see `quick_stub`). A *span* is the RDTSC and those: what a jump takes the place of.
+//! It must be certain that nobody ever enters a span but at its first byte, that nobody patches
 //! it, and that the moved instructions do elsewhere what they did here. Where one of these is not,
 //! the read stays an exit, which is always right.
 //!
 //! **Alternatives.** `rdtsc_ordered()` is five bytes long for a reason of its own: the kernel patches it to
 //! `lfence; rdtsc` or to `rdtscp`, whichever the CPU has (Linux, arch/x86/include/asm/msr.h). There is nothing to
-//! order in a read of memory by the same CPU, so such a place becomes a window as it is, and the
+//! order in a read of memory by the same CPU, so such a place becomes a span as it is, and the
 //! kernel's list is changed so that it patches each replacement onto itself, which changes nothing.
 
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register};
@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use crate::image::{Code, Elf};
 use crate::rewrite::alternatives::{self, Alternative, Alternatives};
 use crate::rewrite::named::Named;
-use crate::rewrite::quick_stub::{MOVED_MAX, WINDOW_MIN};
+use crate::rewrite::quick_stub::{MOVED_MAX, SPAN_MIN};
 use crate::rewrite::traps::{Site, SiteKind, Sites};
 
 /// `rdtsc`.
@@ -34,18 +34,18 @@ const FLAGS_BUDGET: u32 = 24;
 
 /// A time read, and what moves with it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Window {
+pub struct Span {
     /// Virtual address of the RDTSC.
     pub address: u64,
     /// Length in bytes, 5 or more.
     pub bytes: u8,
-    /// How many bytes after the RDTSC are moved; the rest of the window is padding.
+    /// How many bytes after the RDTSC are moved; the rest of the span is padding.
     pub moved: u8,
 }
 
 /// Why a time read stays an exit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Refusal {
+pub(super) enum Refusal {
     /// It is no RDTSC.
     OtherInstruction,
     /// The kernel may copy other code over it, or it is such code.
@@ -56,32 +56,32 @@ pub enum Refusal {
     Immovable,
     /// Another trap is in the way.
     OtherSite,
-    /// Something may lead into the window.
+    /// Something may lead into the span.
     Named,
     /// The flags it leaves as they are may be looked at.
     Flags,
 }
 
-/// Finds the windows among `sites`.
-pub fn find(elf: &Elf<'_>, sites: &Sites, named: &Named) -> Vec<Window> {
+/// Finds the spans among `sites`.
+pub(super) fn find(elf: &Elf<'_>, sites: &Sites, named: &Named) -> Vec<Span> {
     let Some(alternatives) = alternatives::read(elf) else {
         return Vec::new();
     };
     sites
         .sites
         .iter()
-        .filter_map(|site| window(elf, site, sites, named, &alternatives).ok())
+        .filter_map(|site| span(elf, site, sites, named, &alternatives).ok())
         .collect()
 }
 
-/// The window of one site.
-fn window(
+/// The span of one site.
+fn span(
     elf: &Elf<'_>,
     site: &Site,
     sites: &Sites,
     named: &Named,
     alternatives: &Alternatives,
-) -> Result<Window, Refusal> {
+) -> Result<Span, Refusal> {
     if site.kind != SiteKind::Rdtsc || u64::from(site.length) != RDTSC_BYTES {
         return Err(Refusal::OtherInstruction);
     }
@@ -89,40 +89,36 @@ fn window(
     if code.name.starts_with(".altinstr") {
         return Err(Refusal::Patched);
     }
-    let window = match slot(elf, site.address, alternatives)? {
+    let span = match slot(elf, site.address, alternatives)? {
         Some(slot) => slot,
         None => grown(elf, code, site.address)?,
     };
-    let end = window.address + u64::from(window.bytes);
-    if sites.any_in(window.address + 1..end) {
+    let end = span.address + u64::from(span.bytes);
+    if sites.any_in(span.address + 1..end) {
         return Err(Refusal::OtherSite);
     }
-    if window.moved != 0 && alternatives.touching(window.address..end).next().is_some() {
+    if span.moved != 0 && alternatives.touching(span.address..end).next().is_some() {
         return Err(Refusal::Patched);
     }
-    if moved_starts(elf, &window).any(|start| named.contains(start)) {
+    if moved_starts(elf, &span).any(|start| named.contains(start)) {
         return Err(Refusal::Named);
     }
-    if !flags_are_dead(elf, window.address + RDTSC_BYTES) {
+    if !flags_are_dead(elf, span.address + RDTSC_BYTES) {
         return Err(Refusal::Flags);
     }
-    Ok(window)
+    Ok(span)
 }
 
-/// Where the instructions begin that a window moves.
-fn moved_starts(elf: &Elf<'_>, window: &Window) -> impl Iterator<Item = u64> {
-    let address = window.address + RDTSC_BYTES;
-    let bytes = elf.at(address, window.moved.into()).unwrap_or(&[]);
+/// Where the instructions begin that a span moves.
+fn moved_starts(elf: &Elf<'_>, span: &Span) -> impl Iterator<Item = u64> {
+    let address = span.address + RDTSC_BYTES;
+    let bytes = elf.at(address, span.moved.into()).unwrap_or(&[]);
     decoder(bytes, address).into_iter().map(|i| i.ip())
 }
 
-/// The window that the kernel would patch as a whole, if this is one: a RDTSC, padding, and only time
+/// The span that the kernel would patch as a whole, if this is one: a RDTSC, padding, and only time
 /// reads to replace it. `None` if the kernel does not patch it.
-fn slot(
-    elf: &Elf<'_>,
-    address: u64,
-    alternatives: &Alternatives,
-) -> Result<Option<Window>, Refusal> {
+fn slot(elf: &Elf<'_>, address: u64, alternatives: &Alternatives) -> Result<Option<Span>, Refusal> {
     let mut slot = None;
     for patch in alternatives.touching(address..address + 1) {
         let same = slot.is_none_or(|bytes| bytes == patch.bytes);
@@ -142,10 +138,10 @@ fn slot(
         .ok_or(Refusal::SectionEnd)?;
     let mut decoder = decoder(padding, 0);
     let padded = decoder.iter().all(|i| i.mnemonic() == Mnemonic::Nop);
-    if !padded || usize::from(bytes) < WINDOW_MIN {
+    if !padded || usize::from(bytes) < SPAN_MIN {
         return Err(Refusal::Patched);
     }
-    Ok(Some(Window {
+    Ok(Some(Span {
         address,
         bytes,
         moved: 0,
@@ -168,8 +164,8 @@ fn reads_time(elf: &Elf<'_>, patch: &Alternative) -> bool {
     reads == 1
 }
 
-/// The shortest window whose instructions can all be moved.
-fn grown(elf: &Elf<'_>, code: &Code, address: u64) -> Result<Window, Refusal> {
+/// The shortest span whose instructions can all be moved.
+fn grown(elf: &Elf<'_>, code: &Code, address: u64) -> Result<Span, Refusal> {
     let left = code.address + code.file.len() as u64 - address;
     let bytes = elf
         .at(address, left.min(64) as usize)
@@ -177,7 +173,7 @@ fn grown(elf: &Elf<'_>, code: &Code, address: u64) -> Result<Window, Refusal> {
     let mut decoder = decoder(bytes, address);
     let mut instruction = Instruction::default();
     decoder.decode_out(&mut instruction);
-    while decoder.position() < WINDOW_MIN {
+    while decoder.position() < SPAN_MIN {
         decoder.decode_out(&mut instruction);
         if instruction.is_invalid() {
             return Err(Refusal::SectionEnd);
@@ -190,7 +186,7 @@ fn grown(elf: &Elf<'_>, code: &Code, address: u64) -> Result<Window, Refusal> {
     if moved > MOVED_MAX {
         return Err(Refusal::Immovable);
     }
-    Ok(Window {
+    Ok(Span {
         address,
         bytes: decoder.position() as u8,
         moved: moved as u8,
