@@ -174,14 +174,14 @@ pub enum Likeness {
 /// The Accessed bit of a page-table entry (Intel SDM vol. 3, 4.5).
 const ACCESSED: u64 = 1 << 5;
 
-/// Whether a word could be a page-table entry in use: present, and for a frame below 1 TiB that is not the first.
-/// Small numbers and Linux's pointers could not.
-fn could_be_entry(word: u64) -> bool {
+/// Whether a word could be a page-table entry that was walked: present, accessed, and for a frame below 1 TiB that is
+/// not the first. Small numbers and Linux's pointers could not.
+fn is_accessed(word: u64) -> bool {
     const PRESENT: u64 = 1;
     const FRAME: u64 = 0x0000_00ff_ffff_f000;
     const ABOVE: u64 = 0x000f_ff00_0000_0000;
-    // Without branches: this is asked of each word of memory.
-    (word & PRESENT != 0) & (word & FRAME != 0) & (word & ABOVE == 0)
+    const BOTH: u64 = PRESENT | ACCESSED;
+    word & BOTH == BOTH && word & FRAME != 0 && word & ABOVE == 0
 }
 
 /// Guest page size in bytes.
@@ -190,15 +190,17 @@ pub const PAGE_BYTES: usize = 4096;
 impl MemoryDigest {
     /// Chains one page. Pages must come in ascending order of `gpa`.
     pub fn absorb_page(&mut self, gpa: u64, page: &[u8; PAGE_BYTES]) {
-        let words = page.as_chunks::<8>().0.iter();
-        if words.fold(0, |any, word| any | u64::from_ne_bytes(*word)) == 0 {
+        // Loops that may end early, and XXH64 rather than XXH3: they need no vector unit, and emulated hosts have a slow
+        // one.
+        let mut words = page.as_chunks::<8>().0.iter();
+        if words.clone().all(|word| u64::from_le_bytes(*word) == 0) {
             return;
         }
-        let (masked, accessed) = split(page);
-        // XXH64 rather than XXH3: it needs no vector unit, and emulated hosts have a slow one.
-        let masked = xxh64(&masked, gpa);
+        let has_accessed = words.any(|word| is_accessed(u64::from_le_bytes(*word)));
+        let split = has_accessed.then(|| split(page));
+        let masked = xxh64(split.as_ref().map_or(page, |(masked, _)| masked), gpa);
         self.masked = xxh64(&masked.to_le_bytes(), u64::from_le_bytes(self.masked)).to_le_bytes();
-        if accessed != [0; ACCESSED_WORDS] {
+        if let Some((_, accessed)) = split {
             let before = u32::from_le_bytes(self.accessed);
             let bytes = accessed.map(u64::to_le_bytes);
             let digest = xxh64(bytes.as_flattened(), gpa ^ u64::from(before) << 32);
@@ -246,9 +248,10 @@ fn split(page: &[u8; PAGE_BYTES]) -> ([u8; PAGE_BYTES], [u64; ACCESSED_WORDS]) {
     for (bits, bytes) in accessed.iter_mut().zip(masked.chunks_exact_mut(8 * 64)) {
         for (place, bytes) in bytes.as_chunks_mut::<8>().0.iter_mut().enumerate() {
             let word = u64::from_le_bytes(*bytes);
-            let is_accessed = u64::from(could_be_entry(word)) & (word / ACCESSED);
-            *bits |= is_accessed << place;
-            *bytes = (word & !(is_accessed * ACCESSED)).to_le_bytes();
+            if is_accessed(word) {
+                *bits |= 1 << place;
+                *bytes = (word & !ACCESSED).to_le_bytes();
+            }
         }
     }
     (masked, accessed)
