@@ -71,7 +71,7 @@ fn listings_say_the_vcpu_to_programs_and_not_of_a_machine_that_has_one_to_people
     assert_eq!(text.lines().count(), 3, "{text}");
     let diff = printed(&["diff", a, b]);
     assert!(
-        diff.contains("interrupt 0x30 at exit 1 at rip 0x0, rcx 0x7"),
+        diff.contains("exit 1: interrupt 0x30 at rip 0x0 rcx 0x7"),
         "{diff}"
     );
     assert!(diff.contains("rcx 0x8"), "{diff}");
