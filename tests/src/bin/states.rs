@@ -58,6 +58,11 @@ fn record_beginning(debian: &Debian, name: &str, recording: &Path, options: &[&s
     let mut command = Whole::new(debian, name).command(&arguments, "");
     command.stdout(Stdio::null()).stderr(Stdio::null());
     let mut child = command.spawn().expect("hindsight starts");
+    // A kernel that was not seen before is prepared first.
+    let journal = recording.join("journal");
+    while !journal.exists() && matches!(child.try_wait(), Ok(None)) {
+        std::thread::sleep(Duration::from_millis(100));
+    }
     std::thread::sleep(BEGINNING);
     stop(&mut child);
 }
