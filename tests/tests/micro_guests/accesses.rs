@@ -101,6 +101,41 @@ fn memory_without_ram_takes_stores_and_floats_in_every_width() {
 }
 
 #[test]
+fn an_instruction_that_reads_and_writes_without_ram_is_an_exit_for_each() {
+    let guest = Guest::new(|a| {
+        a.mov(rdi, MMIO)?;
+        a.mov(eax, 3)?;
+        a.add(dword_ptr(rdi), eax)?;
+        a.cld()?;
+        a.mov(rsi, MMIO + 0x20)?;
+        a.mov(rdi, MMIO + 0x10)?;
+        a.mov(ecx, 2)?;
+        a.rep().movsd()
+    });
+    let store = |gpa, value| {
+        let width = Width::Dword;
+        Exit::Access(Access::MemoryWrite { gpa, width, value })
+    };
+    let load = |gpa| {
+        let width = Width::Dword;
+        Exit::Access(Access::MemoryRead { gpa, width })
+    };
+    for ran in proved(&guest) {
+        let ones = 0xffff_ffff;
+        let expected = [
+            load(MMIO),
+            store(MMIO, 2),
+            load(MMIO + 0x20),
+            store(MMIO + 0x10, ones),
+            load(MMIO + 0x24),
+            store(MMIO + 0x14, ones),
+            Exit::Halt,
+        ];
+        assert_eq!(ran.exits(), expected);
+    }
+}
+
+#[test]
 fn an_access_across_a_page_edge_arrives_whole() {
     let edge = MMIO + 0x1000;
     let guest = Guest::new(|a| {
