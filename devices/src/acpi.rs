@@ -48,7 +48,7 @@ pub(crate) struct Acpi {
 }
 
 impl Acpi {
-    pub fn new() -> Acpi {
+    pub(crate) fn new() -> Acpi {
         Acpi {
             status: 0,
             enabled: 0,
@@ -59,22 +59,22 @@ impl Acpi {
     }
 
     /// The system control interrupt.
-    pub fn interrupt_line(&self) -> bool {
+    pub(crate) fn interrupt_line(&self) -> bool {
         self.status & self.enabled != 0
     }
 
     /// Whether the guest turned the machine off.
-    pub fn is_off(&self) -> bool {
+    pub(crate) fn is_off(&self) -> bool {
         self.off
     }
 
     /// Somebody presses the power button.
-    pub fn press_power_button(&mut self) {
+    pub(crate) fn press_power_button(&mut self) {
         self.status |= POWER_BUTTON;
     }
 
     /// Lets time pass until `now`.
-    pub fn advance(&mut self, now: Nanos) {
+    pub(crate) fn advance(&mut self, now: Nanos) {
         let turns = ticks(now) >> 31;
         if turns != self.turns {
             self.turns = turns;
@@ -83,13 +83,13 @@ impl Acpi {
     }
 
     /// When the timer makes an interrupt of its own: later than the time of the last `advance`.
-    pub fn next_interrupt(&self) -> Option<Nanos> {
+    pub(crate) fn next_interrupt(&self) -> Option<Nanos> {
         let waits = self.enabled & TIMER_STATUS != 0 && self.status & TIMER_STATUS == 0;
         waits.then(|| time_of((self.turns + 1) << 31)).flatten()
     }
 
     /// Reads a port; `None` if it is not one of these.
-    pub fn read(&mut self, port: u16, now: Nanos) -> Option<u8> {
+    pub(crate) fn read(&mut self, port: u16, now: Nanos) -> Option<u8> {
         self.advance(now);
         let (register, byte) = match port {
             PM1_EVENT..=PM1_EVENT_LAST if port & 2 == 0 => (self.status.into(), port & 1),
@@ -102,7 +102,7 @@ impl Acpi {
     }
 
     /// Writes a port; others are ignored.
-    pub fn write(&mut self, port: u16, value: u8, now: Nanos) {
+    pub(crate) fn write(&mut self, port: u16, value: u8, now: Nanos) {
         self.advance(now);
         let shift = 8 * (port & 1);
         let value = u16::from(value) << shift;
@@ -122,7 +122,7 @@ impl Acpi {
     }
 
     /// Refuses a saved state that no sequence of accesses could have reached by `now`.
-    pub fn check(&self, now: Nanos) -> Result<(), RestoreError> {
+    pub(crate) fn check(&self, now: Nanos) -> Result<(), RestoreError> {
         ensure(
             "PM1 status",
             self.status & !(TIMER_STATUS | POWER_BUTTON) == 0,

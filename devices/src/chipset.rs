@@ -51,7 +51,7 @@ pub(crate) struct Chipset {
 }
 
 impl Chipset {
-    pub fn new() -> Chipset {
+    pub(crate) fn new() -> Chipset {
         Chipset {
             port_92: A20_OPEN,
             reset_control: 0,
@@ -61,17 +61,17 @@ impl Chipset {
     }
 
     /// The first reset the guest asked for.
-    pub fn reset(&self) -> Option<Reset> {
+    pub(crate) fn reset(&self) -> Option<Reset> {
         self.reset
     }
 
     /// What the guest said about its health; once it has panicked, that stands.
-    pub fn panic(&self) -> Option<PvPanic> {
+    pub(crate) fn panic(&self) -> Option<PvPanic> {
         self.panic
     }
 
     /// Reads a port; `None` if it is not one of these.
-    pub fn read(&self, port: u16) -> Option<u8> {
+    pub(crate) fn read(&self, port: u16) -> Option<u8> {
         match port {
             KEYBOARD => Some(KEYBOARD_STATUS),
             FAST_RESET => Some(self.port_92),
@@ -82,7 +82,7 @@ impl Chipset {
     }
 
     /// Writes a port; others are ignored.
-    pub fn write(&mut self, port: u16, value: u8) {
+    pub(crate) fn write(&mut self, port: u16, value: u8) {
         match port {
             KEYBOARD if value == KEYBOARD_PULSE_RESET => self.ask_for(Reset::Keyboard),
             FAST_RESET => {
@@ -106,7 +106,7 @@ impl Chipset {
     }
 
     /// Refuses a saved state that no sequence of accesses could have reached.
-    pub fn check(&self) -> Result<(), RestoreError> {
+    pub(crate) fn check(&self) -> Result<(), RestoreError> {
         ensure("port 0x92", self.port_92 & 1 == 0)?;
         ensure(
             "reset control register",

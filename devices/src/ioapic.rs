@@ -42,7 +42,7 @@ pub(crate) struct IoApic {
 
 impl IoApic {
     /// At power-on: everything masked.
-    pub fn new() -> IoApic {
+    pub(crate) fn new() -> IoApic {
         IoApic {
             select: 0,
             id: 0,
@@ -52,7 +52,7 @@ impl IoApic {
     }
 
     /// Asserts or releases the line of `pin`.
-    pub fn set_line(&mut self, pin: u8, asserted: bool, lapic: &mut Lapic) {
+    pub(crate) fn set_line(&mut self, pin: u8, asserted: bool, lapic: &mut Lapic) {
         assert!(pin < PINS, "the I/O APIC has no pin {pin}");
         let bit = 1 << pin;
         if asserted == (self.lines & bit != 0) {
@@ -70,7 +70,7 @@ impl IoApic {
     }
 
     /// The local APIC has ended a level-triggered interrupt.
-    pub fn end_of_interrupt(&mut self, vector: u8, lapic: &mut Lapic) {
+    pub(crate) fn end_of_interrupt(&mut self, vector: u8, lapic: &mut Lapic) {
         for entry in &mut self.pins {
             if is_level(*entry) && *entry as u8 == vector {
                 *entry &= !REMOTE_IRR;
@@ -80,7 +80,7 @@ impl IoApic {
     }
 
     /// Offers what is asserted and not yet accepted to a local APIC that may have changed its mind.
-    pub fn send_levels(&mut self, lapic: &mut Lapic) {
+    pub(crate) fn send_levels(&mut self, lapic: &mut Lapic) {
         let mut lines = self.lines;
         while lines != 0 {
             let entry = &mut self.pins[lines.trailing_zeros() as usize];
@@ -92,14 +92,14 @@ impl IoApic {
     }
 
     /// Whether an assertion of `pin` could become an interrupt of the CPU.
-    pub fn unmasked(&self, pin: u8, lapic: &Lapic) -> bool {
+    pub(crate) fn unmasked(&self, pin: u8, lapic: &Lapic) -> bool {
         let entry = self.pins[usize::from(pin)];
         let sends = entry & MASKED == 0 && message(entry).delivery == Delivery::Fixed;
         sends && lapic.can_take(entry as u8)
     }
 
     /// Reads at `gpa`, which is one of its registers'. They are doublewords.
-    pub fn read(&self, gpa: u64, width: Width) -> u64 {
+    pub(crate) fn read(&self, gpa: u64, width: Width) -> u64 {
         match (gpa - IO_APIC.gpa, width) {
             (SELECT, Width::Byte | Width::Dword) => self.select.into(),
             (WINDOW, Width::Dword) => self.read_register().into(),
@@ -108,7 +108,7 @@ impl IoApic {
     }
 
     /// Writes at `gpa`, which is one of its registers'.
-    pub fn write(&mut self, gpa: u64, width: Width, value: u64, lapic: &mut Lapic) {
+    pub(crate) fn write(&mut self, gpa: u64, width: Width, value: u64, lapic: &mut Lapic) {
         match (gpa - IO_APIC.gpa, width) {
             (SELECT, Width::Byte | Width::Dword) => self.select = value as u8,
             (WINDOW, Width::Dword) => self.write_register(value as u32, lapic),
@@ -117,7 +117,7 @@ impl IoApic {
     }
 
     /// Refuses a saved state that no sequence of accesses could have reached.
-    pub fn check(&self) -> Result<(), RestoreError> {
+    pub(crate) fn check(&self) -> Result<(), RestoreError> {
         ensure("I/O APIC ID", self.id <= 0xf)?;
         ensure("I/O APIC lines", self.lines >> PINS == 0)?;
         for entry in self.pins {

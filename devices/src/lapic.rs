@@ -89,7 +89,7 @@ pub(crate) struct Lapic {
 impl Lapic {
     /// The APIC as firmware leaves it on the boot processor: enabled, and a wire from the 8259s to
     /// the CPU (MultiProcessor Specification 1.4, 3.6.2.2, "Virtual Wire Mode").
-    pub fn new() -> Lapic {
+    pub(crate) fn new() -> Lapic {
         let mut lapic = Lapic::reset(APIC_BASE_AT_POWER_ON);
         lapic.spurious |= SVR_ENABLED;
         lapic.lvt[Lvt::Lint0 as usize] = LVT_EXTINT;
@@ -117,30 +117,30 @@ impl Lapic {
     }
 
     /// Whether the 8259s' INTR reaches the CPU: by LINT0, or around an APIC that is turned off.
-    pub fn passes_extint(&self) -> bool {
+    pub(crate) fn passes_extint(&self) -> bool {
         let lint0 = self.lvt[Lvt::Lint0 as usize];
         !self.is_on() || (lint0 & (LVT_MASKED | LVT_DELIVERY) == LVT_EXTINT && self.accepts())
     }
 
     /// Whether IA32_APIC_BASE turns it off.
-    pub fn is_off(&self) -> bool {
+    pub(crate) fn is_off(&self) -> bool {
         !self.is_on()
     }
 
     /// Whether interrupt messages are accepted: on, by IA32_APIC_BASE and by the spurious-interrupt
     /// vector register.
-    pub fn accepts(&self) -> bool {
+    pub(crate) fn accepts(&self) -> bool {
         self.is_on() && self.spurious & SVR_ENABLED != 0
     }
 
     /// Whether a requested interrupt is above the processor priority.
-    pub fn interrupt_pending(&self) -> bool {
+    pub(crate) fn interrupt_pending(&self) -> bool {
         self.next().is_some()
     }
 
     /// The CPU takes the highest interrupt. With none left, the spurious vector, which is not in
     /// service (SDM vol. 3, 11.9).
-    pub fn acknowledge(&mut self) -> u8 {
+    pub(crate) fn acknowledge(&mut self) -> u8 {
         let Some(vector) = self.next() else {
             return self.spurious as u8;
         };
@@ -150,7 +150,7 @@ impl Lapic {
     }
 
     /// A message from the bus; whether it was for this CPU and was accepted.
-    pub fn receive(&mut self, message: Message) -> bool {
+    pub(crate) fn receive(&mut self, message: Message) -> bool {
         let taken = message.delivery == Delivery::Fixed
             && self.accepts()
             && self.is_addressed(message.logical, message.destination);
@@ -158,29 +158,29 @@ impl Lapic {
     }
 
     /// Whether a message with this vector could become an interrupt.
-    pub fn can_take(&self, vector: u8) -> bool {
+    pub(crate) fn can_take(&self, vector: u8) -> bool {
         self.accepts() && vector >= FIRST_VECTOR
     }
 
     /// Time has come to `time`: the timer has fired if it was due.
-    pub fn advance(&mut self, time: Time) {
+    pub(crate) fn advance(&mut self, time: Time) {
         if self.timer.advance(time, self.timer_mode()) {
             self.raise(Lvt::Timer);
         }
     }
 
     /// An exit has happened, at which the guest is known to have `got_on`, or not.
-    pub fn count_exit(&mut self, got_on: bool) {
+    pub(crate) fn count_exit(&mut self, got_on: bool) {
         self.timer.count_exit(got_on);
     }
 
     /// When the timer is due next, whether or not that interrupts. It may have been already, and wait for exits.
-    pub fn next_event(&self) -> Option<Nanos> {
+    pub(crate) fn next_event(&self) -> Option<Nanos> {
         self.timer.due()
     }
 
     /// When the timer interrupts next.
-    pub fn next_interrupt(&self) -> Option<Nanos> {
+    pub(crate) fn next_interrupt(&self) -> Option<Nanos> {
         let able = |entry: Lvt| {
             let lvt = self.lvt[entry as usize];
             lvt & LVT_MASKED == 0 && self.can_take(lvt as u8)
@@ -193,21 +193,21 @@ impl Lapic {
     }
 
     /// The guest has moved its TSC, against which the deadline is set.
-    pub fn move_tsc(&mut self, time: Time) {
+    pub(crate) fn move_tsc(&mut self, time: Time) {
         if self.timer_mode() == Mode::Deadline {
             self.timer.move_tsc(time);
         }
     }
 
     /// Whether the registers' page is at this guest-physical address.
-    pub fn answers(&self, gpa: u64) -> bool {
+    pub(crate) fn answers(&self, gpa: u64) -> bool {
         self.base & (BASE_ENABLED | BASE_X2APIC) == BASE_ENABLED
             && (gpa ^ self.base) & BASE_ADDRESS == 0
             && gpa <= BASE_ADDRESS | 0xfff
     }
 
     /// Reads the doubleword at `offset` into the page.
-    pub fn read_memory(&mut self, offset: u16, now: Nanos) -> u32 {
+    pub(crate) fn read_memory(&mut self, offset: u16, now: Nanos) -> u32 {
         match Register::at(offset) {
             Some(Register::CommandHigh) => (self.command >> 32) as u32,
             Some(register) => self.read(register, now) as u32,
@@ -220,7 +220,7 @@ impl Lapic {
 
     /// Writes the doubleword at `offset` into the page. Returns the vector whose end the I/O APIC
     /// must be told.
-    pub fn write_memory(&mut self, offset: u16, value: u32, time: Time) -> Option<u8> {
+    pub(crate) fn write_memory(&mut self, offset: u16, value: u32, time: Time) -> Option<u8> {
         match Register::at(offset) {
             Some(Register::CommandHigh) => {
                 let destination = u64::from(value & 0xff00_0000) << 32;
@@ -244,7 +244,7 @@ impl Lapic {
     }
 
     /// RDMSR of one of the APIC's registers.
-    pub fn read_msr(&mut self, index: u32, now: Nanos) -> Reply {
+    pub(crate) fn read_msr(&mut self, index: u32, now: Nanos) -> Reply {
         match index {
             IA32_APIC_BASE => Reply::Value(self.base),
             IA32_TSC_DEADLINE => Reply::Value(match self.timer_mode() {
@@ -260,7 +260,7 @@ impl Lapic {
     }
 
     /// WRMSR to one of the APIC's registers. Returns the vector whose end the I/O APIC must be told.
-    pub fn write_msr(&mut self, index: u32, value: u64, time: Time) -> (Reply, Option<u8>) {
+    pub(crate) fn write_msr(&mut self, index: u32, value: u64, time: Time) -> (Reply, Option<u8>) {
         match index {
             IA32_APIC_BASE => (self.write_base(value), None),
             IA32_TSC_DEADLINE => {
@@ -284,7 +284,7 @@ impl Lapic {
     }
 
     /// Refuses a saved state that no sequence of accesses could have reached by `time`.
-    pub fn check(&self, time: Time) -> Result<(), RestoreError> {
+    pub(crate) fn check(&self, time: Time) -> Result<(), RestoreError> {
         ensure("APIC base", is_base(self.base))?;
         ensure("APIC destination format", self.format <= 0xf)?;
         ensure("APIC spurious vector", self.spurious & !0x1ff == 0)?;

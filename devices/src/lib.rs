@@ -5,6 +5,7 @@
 //! whether it wants an interrupt delivered. Whatever a guest does is answered with data; an assertion
 //! that fails is a bug of ours.
 #![forbid(unsafe_code)]
+#![warn(unreachable_pub)]
 
 mod access;
 pub mod acpi;

@@ -151,7 +151,7 @@ pub(crate) struct Msrs {
 }
 
 impl Msrs {
-    pub fn new() -> Msrs {
+    pub(crate) fn new() -> Msrs {
         let power_on = |index: u32| {
             let entry = HARMLESS.iter().find(|entry| entry.index == index);
             entry
@@ -170,17 +170,17 @@ impl Msrs {
     }
 
     /// The time stamp counter: 1 GHz.
-    pub fn time_stamp(&self, now: Nanos) -> u64 {
+    pub(crate) fn time_stamp(&self, now: Nanos) -> u64 {
         now.wrapping_add(self.tsc_adjust)
     }
 
     /// What RDTSCP puts in ECX.
-    pub fn tsc_aux(&self) -> u32 {
+    pub(crate) fn tsc_aux(&self) -> u32 {
         self.tsc_aux
     }
 
     /// RDMSR.
-    pub fn read(&self, index: u32, now: Nanos) -> Reply {
+    pub(crate) fn read(&self, index: u32, now: Nanos) -> Reply {
         let value = match index {
             IA32_TSC => Some(self.time_stamp(now)),
             IA32_TSC_ADJUST => Some(self.tsc_adjust),
@@ -201,7 +201,7 @@ impl Msrs {
     }
 
     /// WRMSR.
-    pub fn write(&mut self, index: u32, value: u64, now: Nanos) -> Reply {
+    pub(crate) fn write(&mut self, index: u32, value: u64, now: Nanos) -> Reply {
         match index {
             IA32_TSC => {
                 self.tsc_adjust = value.wrapping_sub(now);

@@ -34,7 +34,7 @@ pub(crate) struct Pic {
 }
 
 impl Pic {
-    pub fn new() -> Pic {
+    pub(crate) fn new() -> Pic {
         Pic {
             first: Chip::new(LEVEL_WRITABLE[0]),
             second: Chip::new(LEVEL_WRITABLE[1]),
@@ -42,7 +42,7 @@ impl Pic {
     }
 
     /// Drives request line `irq` (0 to 15, not 2) to `high`.
-    pub fn set_line(&mut self, irq: u8, high: bool) {
+    pub(crate) fn set_line(&mut self, irq: u8, high: bool) {
         assert!(irq < 16 && irq != CASCADE, "no device is wired to IRQ{irq}");
         if irq < 8 {
             self.first.set_line(irq, high);
@@ -53,13 +53,13 @@ impl Pic {
     }
 
     /// A new rising edge on line `irq`, whatever its level was; the line stays high.
-    pub fn pulse(&mut self, irq: u8) {
+    pub(crate) fn pulse(&mut self, irq: u8) {
         self.set_line(irq, false);
         self.set_line(irq, true);
     }
 
     /// Whether the masks let `irq` reach the CPU.
-    pub fn unmasked(&self, irq: u8) -> bool {
+    pub(crate) fn unmasked(&self, irq: u8) -> bool {
         if irq < 8 {
             self.first.unmasked(irq)
         } else {
@@ -68,13 +68,13 @@ impl Pic {
     }
 
     /// The INTR line.
-    pub fn interrupt_pending(&self) -> bool {
+    pub(crate) fn interrupt_pending(&self) -> bool {
         self.first.request().is_some()
     }
 
     /// An INTA cycle: the vector on the bus. With no request left, the first chip answers as
     /// IR7 and puts nothing in service (8259A data sheet, "Edge and level triggered modes").
-    pub fn acknowledge(&mut self) -> u8 {
+    pub(crate) fn acknowledge(&mut self) -> u8 {
         let Some(irq) = self.first.acknowledge() else {
             return self.first.vector(7);
         };
@@ -92,7 +92,7 @@ impl Pic {
     }
 
     /// Reads one of the six ports; `None` if the port is not the controllers'.
-    pub fn read(&mut self, port: u16) -> Option<u8> {
+    pub(crate) fn read(&mut self, port: u16) -> Option<u8> {
         let value = match port {
             COMMAND_1 | MASK_1 => self.first.read(port == MASK_1),
             COMMAND_2 | MASK_2 => self.second.read(port == MASK_2),
@@ -105,7 +105,7 @@ impl Pic {
     }
 
     /// Writes one of the six ports; others are ignored.
-    pub fn write(&mut self, port: u16, value: u8) {
+    pub(crate) fn write(&mut self, port: u16, value: u8) {
         match port {
             COMMAND_1 | MASK_1 => self.first.write(port == MASK_1, value),
             COMMAND_2 | MASK_2 => self.second.write(port == MASK_2, value),
@@ -117,7 +117,7 @@ impl Pic {
     }
 
     /// Refuses a saved state that no sequence of accesses could have reached.
-    pub fn check(&self) -> Result<(), RestoreError> {
+    pub(crate) fn check(&self) -> Result<(), RestoreError> {
         self.first.check(LEVEL_WRITABLE[0])?;
         self.second.check(LEVEL_WRITABLE[1])?;
         let mut settled = self.clone();

@@ -59,7 +59,7 @@ pub(crate) struct Pit {
 }
 
 impl Pit {
-    pub fn new() -> Pit {
+    pub(crate) fn new() -> Pit {
         Pit {
             channels: [Channel::new(true), Channel::new(true), Channel::new(false)],
             control: 0,
@@ -68,7 +68,7 @@ impl Pit {
     }
 
     /// When OUT0 rises next: always later than the time of the last call.
-    pub fn next_rise(&self) -> Option<Nanos> {
+    pub(crate) fn next_rise(&self) -> Option<Nanos> {
         self.next_rise
     }
 
@@ -77,7 +77,7 @@ impl Pit {
     /// OUT0 falling on its own does not withdraw IRQ0. Guest time moves in jumps, and a rise
     /// and a fall may lie in the same jump: the request stands until it is acknowledged or
     /// the guest reprograms the counter.
-    pub fn advance(&mut self, now: Nanos) -> Irq0 {
+    pub(crate) fn advance(&mut self, now: Nanos) -> Irq0 {
         if self.next_rise.is_none_or(|rise| rise > now) {
             return Irq0::Unchanged;
         }
@@ -86,7 +86,7 @@ impl Pit {
     }
 
     /// Reads a port; `None` if it is not the timer's.
-    pub fn read(&mut self, port: u16, now: Nanos) -> Option<u8> {
+    pub(crate) fn read(&mut self, port: u16, now: Nanos) -> Option<u8> {
         let tick = tick_at(now);
         match port {
             COUNTER_0..=COUNTER_2 => Some(self.channels[usize::from(port - COUNTER_0)].read(tick)),
@@ -100,7 +100,7 @@ impl Pit {
     }
 
     /// Writes a port; others than the timer's are ignored.
-    pub fn write(&mut self, port: u16, value: u8, now: Nanos) -> Irq0 {
+    pub(crate) fn write(&mut self, port: u16, value: u8, now: Nanos) -> Irq0 {
         let tick = tick_at(now);
         let out0_before = self.channels[0].out_at(tick);
         let touched = match port {
@@ -128,7 +128,7 @@ impl Pit {
     }
 
     /// Refuses a saved state that no sequence of accesses could have reached by `now`.
-    pub fn check(&self, now: Nanos) -> Result<(), RestoreError> {
+    pub(crate) fn check(&self, now: Nanos) -> Result<(), RestoreError> {
         let tick = tick_at(now);
         for (index, channel) in self.channels.iter().enumerate() {
             channel.check(tick, index == 2)?;

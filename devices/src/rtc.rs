@@ -76,7 +76,7 @@ pub(crate) struct Rtc {
 }
 
 impl Rtc {
-    pub fn new() -> Rtc {
+    pub(crate) fn new() -> Rtc {
         let mut cmos = vec![0; CMOS_BYTES];
         cmos[REG_A] = 0x26; // 32.768 kHz, 1024 Hz periodic rate: what PC firmware leaves
         cmos[REG_B] = B_24H;
@@ -98,7 +98,7 @@ impl Rtc {
     }
 
     /// Sets the clock so that it showed `unix_seconds` at guest time 0.
-    pub fn set_wall_clock(&mut self, unix_seconds: u64, now: Nanos) {
+    pub(crate) fn set_wall_clock(&mut self, unix_seconds: u64, now: Nanos) {
         self.catch_up(now);
         let seconds = unix_seconds.saturating_add(now / SECOND_NS as u64);
         self.seconds = i64::try_from(seconds).map_or(LAST_SECOND, |s| s.min(LAST_SECOND));
@@ -112,17 +112,17 @@ impl Rtc {
     }
 
     /// The IRQ8 line: some flag is set whose interrupt is enabled.
-    pub fn interrupt_line(&self) -> bool {
+    pub(crate) fn interrupt_line(&self) -> bool {
         self.flags & self.cmos[REG_B] & (PERIODIC | ALARM | UPDATE) != 0
     }
 
     /// When the IRQ8 line rises next; `None` while it is high or nothing is enabled.
-    pub fn next_interrupt(&self) -> Option<Nanos> {
+    pub(crate) fn next_interrupt(&self) -> Option<Nanos> {
         self.next_interrupt
     }
 
     /// Lets time pass until `now`, cheap while nothing is due.
-    pub fn advance(&mut self, now: Nanos) {
+    pub(crate) fn advance(&mut self, now: Nanos) {
         if self.next_interrupt.is_some_and(|due| due <= now) {
             self.catch_up(now);
             self.find_next_interrupt(now);
@@ -130,7 +130,7 @@ impl Rtc {
     }
 
     /// Reads the index or the data port; `None` if the port is not the clock's.
-    pub fn read(&mut self, port: u16, now: Nanos) -> Option<u8> {
+    pub(crate) fn read(&mut self, port: u16, now: Nanos) -> Option<u8> {
         match port {
             INDEX => Some(u8::from(self.nmi_masked) << 7 | self.index),
             DATA => Some(self.read_register(usize::from(self.index), now)),
@@ -139,7 +139,7 @@ impl Rtc {
     }
 
     /// Writes the index or the data port; others are ignored.
-    pub fn write(&mut self, port: u16, value: u8, now: Nanos) {
+    pub(crate) fn write(&mut self, port: u16, value: u8, now: Nanos) {
         match port {
             INDEX => {
                 self.nmi_masked = value & 0x80 != 0;
@@ -155,7 +155,7 @@ impl Rtc {
     }
 
     /// Refuses a saved state that no sequence of accesses could have reached by `now`.
-    pub fn check(&self, now: Nanos) -> Result<(), RestoreError> {
+    pub(crate) fn check(&self, now: Nanos) -> Result<(), RestoreError> {
         ensure("CMOS RAM size", self.cmos.len() == CMOS_BYTES)?;
         ensure("CMOS index", usize::from(self.index) < CMOS_BYTES)?;
         ensure("RTC register A", self.cmos[REG_A] & 0x80 == 0)?;

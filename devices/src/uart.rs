@@ -96,7 +96,7 @@ pub(crate) struct Uart {
 
 impl Uart {
     /// At power-on, set up as firmware leaves it: 9600 baud, 8 bits.
-    pub fn new() -> Uart {
+    pub(crate) fn new() -> Uart {
         Uart {
             divisor: [12, 0],
             interrupt_enable: 0,
@@ -112,12 +112,12 @@ impl Uart {
     }
 
     /// The interrupt line.
-    pub fn interrupt_line(&self) -> bool {
+    pub(crate) fn interrupt_line(&self) -> bool {
         self.cause() != IIR_NOTHING
     }
 
     /// Reads register `offset`, 0 to 7.
-    pub fn read(&mut self, offset: u8) -> u8 {
+    pub(crate) fn read(&mut self, offset: u8) -> u8 {
         match offset {
             DATA | IER if self.divisor_latch_is_open() => self.divisor[usize::from(offset)],
             DATA => {
@@ -148,7 +148,7 @@ impl Uart {
     }
 
     /// Writes register `offset`, 0 to 7.
-    pub fn write(&mut self, offset: u8, value: u8) {
+    pub(crate) fn write(&mut self, offset: u8, value: u8) {
         match offset {
             DATA | IER if self.divisor_latch_is_open() => {
                 self.divisor[usize::from(offset)] = value;
@@ -172,23 +172,23 @@ impl Uart {
     }
 
     /// Bytes arrive on the wire.
-    pub fn type_in(&mut self, bytes: &[u8]) {
+    pub(crate) fn type_in(&mut self, bytes: &[u8]) {
         self.backlog.extend(bytes);
         self.feed();
     }
 
     /// How many more typed bytes are sensible to accept.
-    pub fn room(&self) -> usize {
+    pub(crate) fn room(&self) -> usize {
         BACKLOG_BYTES.saturating_sub(self.backlog.len())
     }
 
     /// What the guest has transmitted since the last call.
-    pub fn take_output(&mut self) -> Vec<u8> {
+    pub(crate) fn take_output(&mut self) -> Vec<u8> {
         std::mem::take(&mut self.transmitted)
     }
 
     /// Refuses a saved state that no sequence of accesses could have reached.
-    pub fn check(&self) -> Result<(), RestoreError> {
+    pub(crate) fn check(&self) -> Result<(), RestoreError> {
         ensure("16550A receive FIFO", self.received.len() <= FIFO_BYTES)?;
         ensure(
             "16550A interrupt enable",

@@ -7,6 +7,7 @@
 //! `machine` knows neither journals nor what is on the other side of the door; `journal` does not know the
 //! door.
 #![forbid(unsafe_code)]
+#![warn(unreachable_pub)]
 
 mod door;
 pub mod foreign;

@@ -1,5 +1,6 @@
 //! The host: KVM, performance counters, boot, the live world, disks, and the sessions that make, replay and watch
 //! recordings with them. Nothing here prints, ends the process or parses options.
+#![warn(unreachable_pub)]
 
 pub mod boot;
 pub mod disk;

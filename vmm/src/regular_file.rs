@@ -45,7 +45,7 @@ pub enum ReadError {
 
 /// What is done about a symbolic link in the place of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Links {
+pub(crate) enum Links {
     /// It is followed: the user gave that name.
     Follow,
     /// It is refused: somebody else may have made it.
@@ -53,7 +53,7 @@ pub enum Links {
 }
 
 /// Opens a regular file, and says how many bytes it has.
-pub fn open(path: &Path, links: Links) -> Result<(File, u64), ReadError> {
+pub(crate) fn open(path: &Path, links: Links) -> Result<(File, u64), ReadError> {
     let failed = |source| ReadError::File {
         path: path.into(),
         source,
@@ -93,7 +93,7 @@ fn refuse_others(path: &Path, kind: FileType) -> Result<(), ReadError> {
 }
 
 /// Reads what [`open`] opened, if it has at most `limit` bytes.
-pub fn read_whole(
+pub(crate) fn read_whole(
     path: &Path,
     (file, bytes): (File, u64),
     limit: u64,
@@ -121,7 +121,7 @@ pub fn read_whole(
 }
 
 /// Opens a regular file that the user named, and reads it if it has at most `limit` bytes.
-pub fn read(path: &Path, limit: u64) -> Result<Vec<u8>, ReadError> {
+pub(crate) fn read(path: &Path, limit: u64) -> Result<Vec<u8>, ReadError> {
     read_whole(path, open(path, Links::Follow)?, limit)
 }
 

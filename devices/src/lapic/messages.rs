@@ -15,7 +15,7 @@ pub(crate) enum Delivery {
 
 impl Delivery {
     /// From the three bits.
-    pub fn from_bits(bits: u32) -> Delivery {
+    pub(crate) fn from_bits(bits: u32) -> Delivery {
         match bits & 7 {
             0 | 1 => Delivery::Fixed,
             _ => Delivery::Other,

@@ -15,8 +15,8 @@ pub(super) enum Lvt {
 }
 
 impl Lvt {
-    pub const COUNT: usize = 6;
-    pub const ALL: [Lvt; Lvt::COUNT] = [
+    pub(super) const COUNT: usize = 6;
+    pub(super) const ALL: [Lvt; Lvt::COUNT] = [
         Lvt::Timer,
         Lvt::Thermal,
         Lvt::Performance,
@@ -26,7 +26,7 @@ impl Lvt {
     ];
 
     /// Vector and mask; the timer's mode; delivery modes; the pins' polarity and trigger mode.
-    pub fn writable_bits(self) -> u32 {
+    pub(super) fn writable_bits(self) -> u32 {
         match self {
             Lvt::Timer => 0x7_00ff,
             Lvt::Thermal | Lvt::Performance => 0x1_07ff,
@@ -64,7 +64,7 @@ pub(super) enum Register {
 
 impl Register {
     /// The register at this offset into the page.
-    pub fn at(offset: u16) -> Option<Register> {
+    pub(super) fn at(offset: u16) -> Option<Register> {
         if offset & 0xf != 0 {
             return None;
         }
@@ -94,12 +94,12 @@ impl Register {
     }
 
     /// The register that only an x2APIC has.
-    pub fn x2apic_only(offset: u16) -> Option<Register> {
+    pub(super) fn x2apic_only(offset: u16) -> Option<Register> {
         (offset == 0x3f0).then_some(Register::SelfIpi)
     }
 
     /// Whether RDMSR reads it.
-    pub fn is_readable(self) -> bool {
+    pub(super) fn is_readable(self) -> bool {
         !matches!(
             self,
             Register::EndOfInterrupt | Register::SelfIpi | Register::Reserved
@@ -107,7 +107,7 @@ impl Register {
     }
 
     /// Whether a write is more than an error.
-    pub fn is_writable(self) -> bool {
+    pub(super) fn is_writable(self) -> bool {
         !matches!(
             self,
             Register::Id
@@ -122,7 +122,7 @@ impl Register {
     }
 
     /// The bits that a write takes; an x2APIC faults on others.
-    pub fn writable_bits(self) -> u64 {
+    pub(super) fn writable_bits(self) -> u64 {
         match self {
             Register::TaskPriority | Register::SelfIpi => 0xff,
             Register::LogicalDestination => 0xff00_0000,

@@ -48,7 +48,7 @@ pub(super) enum Mode {
 
 impl Mode {
     /// From the two bits.
-    pub fn from_bits(bits: u32) -> Mode {
+    pub(super) fn from_bits(bits: u32) -> Mode {
         match bits & 3 {
             0 => Mode::OneShot,
             1 => Mode::Periodic,
@@ -58,7 +58,7 @@ impl Mode {
     }
 
     /// Whether the timer counts down.
-    pub fn counts(self) -> bool {
+    pub(super) fn counts(self) -> bool {
         matches!(self, Mode::OneShot | Mode::Periodic)
     }
 }
@@ -83,7 +83,7 @@ pub(super) struct Timer {
 }
 
 impl Timer {
-    pub fn new() -> Timer {
+    pub(super) fn new() -> Timer {
         Timer {
             divide: 0,
             initial: 0,
@@ -96,7 +96,7 @@ impl Timer {
     }
 
     /// An exit has happened, at which the guest is known to have `got_on`, or not.
-    pub fn count_exit(&mut self, got_on: bool) {
+    pub(super) fn count_exit(&mut self, got_on: bool) {
         self.exits = match got_on {
             true => EXITS_MIN,
             false => (self.exits + 1).min(EXITS_MIN),
@@ -104,12 +104,12 @@ impl Timer {
     }
 
     /// When it is due. It may have been already, and wait for exits.
-    pub fn due(&self) -> Option<Nanos> {
+    pub(super) fn due(&self) -> Option<Nanos> {
         self.due
     }
 
     /// Whether it has fired by now.
-    pub fn advance(&mut self, time: Time, mode: Mode) -> bool {
+    pub(super) fn advance(&mut self, time: Time, mode: Mode) -> bool {
         let Time { now, .. } = time;
         if self.due.is_none_or(|due| due > now) || self.exits < EXITS_MIN {
             return false;
@@ -130,13 +130,13 @@ impl Timer {
     }
 
     /// A write to the initial-count register: starts over, or stops.
-    pub fn load(&mut self, count: u32, now: Nanos) {
+    pub(super) fn load(&mut self, count: u32, now: Nanos) {
         self.initial = count;
         self.start(count, now);
     }
 
     /// A write to the divide configuration register. A count that runs goes on from where it is.
-    pub fn set_divide(&mut self, divide: u8, now: Nanos) {
+    pub(super) fn set_divide(&mut self, divide: u8, now: Nanos) {
         let count = self.count(now);
         let runs = self.loaded != 0 && self.due.is_some();
         self.divide = divide;
@@ -146,21 +146,21 @@ impl Timer {
     }
 
     /// Arms the deadline, or disarms it with 0.
-    pub fn set_deadline(&mut self, deadline: u64, time: Time) {
+    pub(super) fn set_deadline(&mut self, deadline: u64, time: Time) {
         self.deadline = deadline;
         self.exits = 0;
         self.move_tsc(time);
     }
 
     /// The TSC has moved against guest time.
-    pub fn move_tsc(&mut self, time: Time) {
+    pub(super) fn move_tsc(&mut self, time: Time) {
         if self.deadline != 0 || self.loaded == 0 {
             self.due = self.deadline_due(time);
         }
     }
 
     /// Stops everything.
-    pub fn disarm(&mut self) {
+    pub(super) fn disarm(&mut self) {
         *self = Timer {
             divide: self.divide,
             ..Timer::new()
@@ -168,12 +168,12 @@ impl Timer {
     }
 
     /// The initial-count register.
-    pub fn initial(&self) -> u32 {
+    pub(super) fn initial(&self) -> u32 {
         self.initial
     }
 
     /// The current-count register.
-    pub fn count(&self, now: Nanos) -> u32 {
+    pub(super) fn count(&self, now: Nanos) -> u32 {
         let ticks = (now - self.since) / self.tick_ns();
         // A count that has run down has fired, and was stopped or started again by that.
         self.loaded
@@ -181,17 +181,17 @@ impl Timer {
     }
 
     /// The divide configuration register.
-    pub fn divide(&self) -> u8 {
+    pub(super) fn divide(&self) -> u8 {
         self.divide
     }
 
     /// IA32_TSC_DEADLINE.
-    pub fn deadline(&self) -> u64 {
+    pub(super) fn deadline(&self) -> u64 {
         self.deadline
     }
 
     /// Refuses a saved state that no sequence of accesses could have reached by `time`.
-    pub fn check(&self, time: Time, mode: Mode) -> Result<(), RestoreError> {
+    pub(super) fn check(&self, time: Time, mode: Mode) -> Result<(), RestoreError> {
         ensure("APIC timer divider", self.divide & !0xb == 0)?;
         ensure("APIC timer start", self.since <= time.now)?;
         ensure(

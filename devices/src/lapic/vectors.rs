@@ -8,31 +8,31 @@ pub(super) struct Vectors([u32; 8]);
 
 impl Vectors {
     /// The empty set.
-    pub const NONE: Vectors = Vectors([0; 8]);
+    pub(super) const NONE: Vectors = Vectors([0; 8]);
 
-    pub fn set(&mut self, vector: u8) {
+    pub(super) fn set(&mut self, vector: u8) {
         self.0[usize::from(vector >> 5)] |= 1 << (vector & 31);
     }
 
-    pub fn clear(&mut self, vector: u8) {
+    pub(super) fn clear(&mut self, vector: u8) {
         self.0[usize::from(vector >> 5)] &= !(1 << (vector & 31));
     }
 
-    pub fn contains(&self, vector: u8) -> bool {
+    pub(super) fn contains(&self, vector: u8) -> bool {
         self.0[usize::from(vector >> 5)] >> (vector & 31) & 1 == 1
     }
 
     /// Vectors `32 * word` to `32 * word + 31`.
-    pub fn word(&self, word: u8) -> u32 {
+    pub(super) fn word(&self, word: u8) -> u32 {
         self.0[usize::from(word)]
     }
 
-    pub fn lowest_word(&self) -> u32 {
+    pub(super) fn lowest_word(&self) -> u32 {
         self.0[0]
     }
 
     /// The most urgent vector.
-    pub fn highest(&self) -> Option<u8> {
+    pub(super) fn highest(&self) -> Option<u8> {
         let word = self.0.iter().rposition(|word| *word != 0)?;
         Some((32 * word as u32 + self.0[word].ilog2()) as u8)
     }

@@ -62,7 +62,7 @@ impl Chip {
     ///
     /// The data sheet leaves the power-on mask undefined; all ones is the one choice that
     /// cannot deliver vector 0 to a guest that is not ready.
-    pub fn new(level_writable: u8) -> Chip {
+    pub(super) fn new(level_writable: u8) -> Chip {
         Chip {
             lines: 0,
             latched: 0,
@@ -87,7 +87,7 @@ impl Chip {
     }
 
     /// Drives input `irq` to `high`.
-    pub fn set_line(&mut self, irq: u8, high: bool) {
+    pub(super) fn set_line(&mut self, irq: u8, high: bool) {
         assert!(irq < 8, "the 8259A has no input {irq}");
         let bit = 1 << irq;
         if high {
@@ -100,17 +100,17 @@ impl Chip {
     }
 
     /// Whether the mask lets input `irq` through.
-    pub fn unmasked(&self, irq: u8) -> bool {
+    pub(super) fn unmasked(&self, irq: u8) -> bool {
         self.step == Step::Ready && self.mask >> irq & 1 == 0
     }
 
     /// Whether input `irq` carries a slave, as ICW1 and ICW3 say.
-    pub fn has_slave(&self, irq: u8) -> bool {
+    pub(super) fn has_slave(&self, irq: u8) -> bool {
         !self.single && self.slaves >> irq & 1 == 1
     }
 
     /// The input the chip would have served now: the INT line is high iff this is `Some`.
-    pub fn request(&self) -> Option<u8> {
+    pub(super) fn request(&self) -> Option<u8> {
         let asking = self.requests() & !self.mask;
         if asking == 0 || self.step != Step::Ready {
             return None;
@@ -130,7 +130,7 @@ impl Chip {
 
     /// The two INTA pulses: the input served, or `None` if the request went away (the chip
     /// then answers as if IR7 had asked, with nothing in service).
-    pub fn acknowledge(&mut self) -> Option<u8> {
+    pub(super) fn acknowledge(&mut self) -> Option<u8> {
         let irq = self.request()?;
         let bit = 1 << irq;
         self.latched &= !bit;
@@ -143,12 +143,12 @@ impl Chip {
     }
 
     /// The vector this chip puts on the bus for input `irq`.
-    pub fn vector(&self, irq: u8) -> u8 {
+    pub(super) fn vector(&self, irq: u8) -> u8 {
         self.vector_base | irq
     }
 
     /// Reads the even (`odd == false`) or the odd port.
-    pub fn read(&mut self, odd: bool) -> u8 {
+    pub(super) fn read(&mut self, odd: bool) -> u8 {
         if self.poll {
             self.poll = false;
             // Poll word: bit 7 says whether anyone asked, bits 2-0 who.
@@ -162,7 +162,7 @@ impl Chip {
     }
 
     /// Writes the even or the odd port.
-    pub fn write(&mut self, odd: bool, value: u8) {
+    pub(super) fn write(&mut self, odd: bool, value: u8) {
         match (odd, value >> 3 & 3) {
             (true, _) => self.write_odd(value),
             (false, 0) => self.operate(value),
@@ -172,17 +172,17 @@ impl Chip {
     }
 
     /// Reads the edge/level control register.
-    pub fn read_level(&self) -> u8 {
+    pub(super) fn read_level(&self) -> u8 {
         self.level
     }
 
     /// Writes the edge/level control register.
-    pub fn write_level(&mut self, value: u8) {
+    pub(super) fn write_level(&mut self, value: u8) {
         self.level = value & self.level_writable;
     }
 
     /// Refuses a saved state that no sequence of accesses could have reached.
-    pub fn check(&self, level_writable: u8) -> Result<(), RestoreError> {
+    pub(super) fn check(&self, level_writable: u8) -> Result<(), RestoreError> {
         ensure("8259A edge latch", self.latched & !self.lines == 0)?;
         ensure("8259A vector base", self.vector_base & 7 == 0)?;
         ensure("8259A priority", self.lowest < 8)?;

@@ -59,7 +59,7 @@ pub(crate) struct Channel {
 }
 
 impl Channel {
-    pub fn new(gate: bool) -> Channel {
+    pub(super) fn new(gate: bool) -> Channel {
         Channel {
             mode: 0,
             bcd: false,
@@ -78,7 +78,7 @@ impl Channel {
     }
 
     /// The control word: a new mode, and no count until one is written.
-    pub fn control(&mut self, bytes: Bytes, mode: u8, bcd: bool) {
+    pub(super) fn control(&mut self, bytes: Bytes, mode: u8, bcd: bool) {
         // Modes 2 and 3 ignore the top bit (8254 data sheet, "Control word format").
         let mode = if mode & 2 != 0 { mode & 3 } else { mode };
         assert!(mode < 6, "the 8254 has no mode {mode}");
@@ -91,7 +91,7 @@ impl Channel {
     }
 
     /// A byte of a new count.
-    pub fn write(&mut self, value: u8, tick: u64) {
+    pub(super) fn write(&mut self, value: u8, tick: u64) {
         self.settle(tick);
         let raw = match (self.bytes, self.written_low.take()) {
             (Bytes::Low, _) => u16::from(value),
@@ -133,7 +133,7 @@ impl Channel {
     }
 
     /// Reads a byte: the latched status, else the latched count, else the count now.
-    pub fn read(&mut self, tick: u64) -> u8 {
+    pub(super) fn read(&mut self, tick: u64) -> u8 {
         self.settle(tick);
         if let Some(status) = self.latched_status.take() {
             return status;
@@ -155,14 +155,14 @@ impl Channel {
     }
 
     /// Latches the count; a count latched earlier and not yet read stays.
-    pub fn latch_count(&mut self, tick: u64) {
+    pub(super) fn latch_count(&mut self, tick: u64) {
         self.settle(tick);
         let value = self.value(tick);
         self.latched_count.get_or_insert(value);
     }
 
     /// Latches the status byte; one latched earlier and not yet read stays.
-    pub fn latch_status(&mut self, tick: u64) {
+    pub(super) fn latch_status(&mut self, tick: u64) {
         self.settle(tick);
         let bytes = match self.bytes {
             Bytes::Low => 1,
@@ -179,7 +179,7 @@ impl Channel {
 
     /// Drives the gate: it starts one-shots and strobes, restarts the periodic modes and
     /// holds the others (8254 data sheet, "Gate pin operations summary").
-    pub fn set_gate(&mut self, gate: bool, tick: u64) {
+    pub(super) fn set_gate(&mut self, gate: bool, tick: u64) {
         self.settle(tick);
         if gate == self.gate {
             return;
@@ -213,13 +213,13 @@ impl Channel {
     }
 
     /// OUT at `tick`, with everything due by then done.
-    pub fn out_at(&mut self, tick: u64) -> bool {
+    pub(super) fn out_at(&mut self, tick: u64) -> bool {
         self.settle(tick);
         self.out(tick)
     }
 
     /// The first tick after `tick` at which OUT rises, if nobody touches the counter.
-    pub fn rise_after(&mut self, tick: u64) -> Option<u64> {
+    pub(super) fn rise_after(&mut self, tick: u64) -> Option<u64> {
         self.settle(tick);
         let rise = self.rise_of_run(tick);
         let Some(load) = self.load else { return rise };
@@ -235,7 +235,7 @@ impl Channel {
     }
 
     /// Takes a load that is due by `tick`. Everything else is worked out on demand.
-    pub fn settle(&mut self, tick: u64) {
+    pub(super) fn settle(&mut self, tick: u64) {
         let Some(load) = self.load.filter(|load| load.at <= tick) else {
             return;
         };
@@ -255,7 +255,7 @@ impl Channel {
     }
 
     /// Refuses a saved state that no sequence of accesses could have reached by `tick`.
-    pub fn check(&self, tick: u64, gate_wired: bool) -> Result<(), RestoreError> {
+    pub(super) fn check(&self, tick: u64, gate_wired: bool) -> Result<(), RestoreError> {
         // Far beyond what the ticks of 584 years add up to, far below overflow.
         const POSITION_MAX: u64 = 1 << 60;
         ensure("8254 mode", self.mode < 6)?;

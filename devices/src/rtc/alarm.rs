@@ -12,7 +12,7 @@ pub(crate) struct Alarm {
 
 impl Alarm {
     /// How many seconds after the second `of_day` the alarm goes off next: 1 to 86400.
-    pub fn next_after(self, of_day: i64) -> Option<i64> {
+    pub(super) fn next_after(self, of_day: i64) -> Option<i64> {
         let start = of_day + 1;
         let first = |wanted: Option<i64>, from: i64, end: i64| match wanted {
             None => (from < end).then_some(from),

@@ -21,7 +21,7 @@ pub(crate) struct Civil {
 
 impl Civil {
     /// The civil time of `unix_seconds`.
-    pub fn from_unix(unix_seconds: i64) -> Civil {
+    pub(super) fn from_unix(unix_seconds: i64) -> Civil {
         let days = unix_seconds.div_euclid(DAY_SECONDS);
         let of_day = unix_seconds.rem_euclid(DAY_SECONDS);
         // Days since 0000-03-01, in eras of 400 years.
@@ -47,7 +47,7 @@ impl Civil {
     }
 
     /// Seconds since 1970. A day beyond its month's end runs on into the next month.
-    pub fn to_unix(self) -> i64 {
+    pub(super) fn to_unix(self) -> i64 {
         let year = self.year - i64::from(self.month <= 2);
         let era = year.div_euclid(400);
         let year_of_era = year.rem_euclid(400);

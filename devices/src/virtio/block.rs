@@ -86,7 +86,7 @@ pub(crate) struct Block {
 
 impl Block {
     /// Disk number `number` of the machine.
-    pub fn new(number: usize, spec: &DiskSpec) -> Block {
+    pub(crate) fn new(number: usize, spec: &DiskSpec) -> Block {
         let mut serial = [0; 20];
         for (to, from) in serial.iter_mut().zip(spec.serial.bytes()) {
             *to = from;
@@ -101,7 +101,7 @@ impl Block {
     }
 
     /// Whether both are one disk.
-    pub fn is_same_device(&self, other: &Block) -> bool {
+    pub(crate) fn is_same_device(&self, other: &Block) -> bool {
         let of = |disk: &Block| (disk.number, disk.sectors, disk.read_only, disk.serial);
         of(self) == of(other)
     }

@@ -39,7 +39,7 @@ pub(crate) struct Console {
 
 impl Console {
     /// A console whose terminal has the usual size.
-    pub fn new() -> Console {
+    pub(crate) fn new() -> Console {
         Console {
             columns: 80,
             rows: 25,

@@ -24,7 +24,7 @@ const BYTES_MAX: usize = 64;
 pub(crate) struct Entropy {}
 
 impl Entropy {
-    pub fn new() -> Entropy {
+    pub(crate) fn new() -> Entropy {
         Entropy {}
     }
 }

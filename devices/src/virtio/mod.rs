@@ -210,7 +210,7 @@ pub(crate) struct Bus {
 
 impl Bus {
     /// The devices at power-on.
-    pub fn new(devices: &Devices) -> Bus {
+    pub(crate) fn new(devices: &Devices) -> Bus {
         assert!(
             devices.are_possible(),
             "a machine has no room for {devices:?}"
@@ -232,13 +232,13 @@ impl Bus {
     }
 
     /// A load; `None` if no device is there.
-    pub fn read(&self, gpa: u64, width: Width) -> Option<Reply> {
+    pub(crate) fn read(&self, gpa: u64, width: Width) -> Option<Reply> {
         let (slot, offset) = self.find(gpa)?;
         Some(self.slots[slot].read(offset, width))
     }
 
     /// A store; whether a device is there.
-    pub fn write(
+    pub(crate) fn write(
         &mut self,
         gpa: u64,
         width: Width,
@@ -253,45 +253,45 @@ impl Bus {
     }
 
     /// How many devices there are.
-    pub fn count(&self) -> usize {
+    pub(crate) fn count(&self) -> usize {
         self.slots.len()
     }
 
     /// The interrupt of device `slot`, and its line.
-    pub fn line(&self, slot: usize) -> (u8, bool) {
+    pub(crate) fn line(&self, slot: usize) -> (u8, bool) {
         (wiring::slot(slot).gsi, self.slots[slot].line())
     }
 
     /// Something comes from outside. Nobody has a use for it: then it is lost.
-    pub fn accept(&mut self, input: &Input, ram: &Ram) {
+    pub(crate) fn accept(&mut self, input: &Input, ram: &Ram) {
         for slot in &mut self.slots {
             slot.accept(input, ram);
         }
     }
 
     /// Adds what the devices can take from outside now to `room`.
-    pub fn room(&self, ram: &Ram, room: &mut Room) {
+    pub(crate) fn room(&self, ram: &Ram, room: &mut Room) {
         for slot in &self.slots {
             slot.room(ram, room);
         }
     }
 
     /// Moves what the devices have for the outside to `outputs`.
-    pub fn take_outputs(&mut self, outputs: &mut Vec<Output>) {
+    pub(crate) fn take_outputs(&mut self, outputs: &mut Vec<Output>) {
         for slot in &mut self.slots {
             slot.take_output(outputs);
         }
     }
 
     /// Whether the devices are these, whatever they do.
-    pub fn is_of(&self, devices: &Devices) -> bool {
+    pub(crate) fn is_of(&self, devices: &Devices) -> bool {
         let expected = Bus::new(devices);
         let mut pairs = self.slots.iter().zip(&expected.slots);
         self.slots.len() == expected.slots.len() && pairs.all(|(a, b)| a.is_same_device(b))
     }
 
     /// Refuses a saved state that could not have been.
-    pub fn check(&self) -> Result<(), RestoreError> {
+    pub(crate) fn check(&self) -> Result<(), RestoreError> {
         let possible =
             self.slots.len() <= SLOTS_MAX && self.slots.iter().all(Transport::is_possible);
         ensure("a virtio device", possible)

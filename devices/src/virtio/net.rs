@@ -57,7 +57,7 @@ pub(crate) struct Net {
 
 impl Net {
     /// The card that `spec` describes.
-    pub fn new(spec: &NetSpec) -> Net {
+    pub(crate) fn new(spec: &NetSpec) -> Net {
         Net {
             mac: spec.mac,
             merges: false,
@@ -68,7 +68,7 @@ impl Net {
 
 impl Net {
     /// Whether both are one card.
-    pub fn is_same_device(&self, other: &Net) -> bool {
+    pub(crate) fn is_same_device(&self, other: &Net) -> bool {
         self.mac == other.mac
     }
 }

@@ -35,7 +35,7 @@ pub(crate) struct Ring {
 
 impl Ring {
     /// A ring that the driver has not set up, of at most `max_size` descriptors.
-    pub fn new(max_size: u16) -> Ring {
+    pub(crate) fn new(max_size: u16) -> Ring {
         assert!(
             max_size.is_power_of_two(),
             "a ring's size is a power of two, not {max_size}"
@@ -54,12 +54,12 @@ impl Ring {
     }
 
     /// How many descriptors it may have.
-    pub fn max_size(&self) -> u16 {
+    pub(crate) fn max_size(&self) -> u16 {
         self.max_size
     }
 
     /// The driver has set it up (`ready`), or takes it away.
-    pub fn set_ready(&mut self, ready: bool, event_index: bool) {
+    pub(crate) fn set_ready(&mut self, ready: bool, event_index: bool) {
         if !ready {
             *self = Ring::new(self.max_size);
             return;
@@ -68,7 +68,7 @@ impl Ring {
     }
 
     /// How many chains the driver has made available and nobody has taken; 0 for a ring that is broken.
-    pub fn waiting(&self, ram: &Ram) -> u16 {
+    pub(crate) fn waiting(&self, ram: &Ram) -> u16 {
         if !self.ready {
             return 0;
         }
@@ -80,7 +80,7 @@ impl Ring {
 
     /// Hands each available chain to `serve`, at most `most`, and gives it back with so many bytes written
     /// to it as that returns. Returns whether the driver wants an interrupt for that.
-    pub fn serve(
+    pub(crate) fn serve(
         &mut self,
         ram: &Ram,
         most: usize,
@@ -104,7 +104,7 @@ impl Ring {
     /// Takes as many chains as hold `bytes`, at most `most`, and gives them back one after the other full
     /// of what `content` is for that many. Returns whether the driver wants an interrupt for that; `None` if
     /// there are not enough, and then nothing has happened.
-    pub fn fill(
+    pub(crate) fn fill(
         &mut self,
         ram: &Ram,
         bytes: usize,
@@ -194,7 +194,7 @@ impl Ring {
     }
 
     /// Whether a saved ring is one that a driver could have made.
-    pub fn is_possible(&self, max_size: u16) -> bool {
+    pub(crate) fn is_possible(&self, max_size: u16) -> bool {
         self.max_size == max_size && self.size <= max_size
     }
 }

@@ -10,45 +10,45 @@ use crate::storage::{BusContext, FirstReads, Ram, Storage, StorageError};
 use crate::{Input, Reply, Width};
 
 /// Guest memory in bytes.
-pub const RAM_BYTES: u64 = 8 << 20;
+pub(super) const RAM_BYTES: u64 = 8 << 20;
 /// Descriptors of each ring, if nothing else is said.
-pub const SIZE: u16 = 16;
+pub(super) const SIZE: u16 = 16;
 
-pub const WRITE: u16 = 2;
-pub const NEXT: u16 = 1;
-pub const INDIRECT: u16 = 4;
+pub(super) const WRITE: u16 = 2;
+pub(super) const NEXT: u16 = 1;
+pub(super) const INDIRECT: u16 = 4;
 
 /// Feature bits (virtio 1.3, 6).
-pub const F_INDIRECT: u64 = 1 << 28;
-pub const F_EVENT_INDEX: u64 = 1 << 29;
-pub const F_VERSION_1: u64 = 1 << 32;
+pub(super) const F_INDIRECT: u64 = 1 << 28;
+pub(super) const F_EVENT_INDEX: u64 = 1 << 29;
+pub(super) const F_VERSION_1: u64 = 1 << 32;
 
 /// Registers (virtio 1.3, 4.2.2).
-pub const FEATURES: u64 = 0x010;
-pub const FEATURES_PAGE: u64 = 0x014;
-pub const DRIVER_FEATURES: u64 = 0x020;
-pub const DRIVER_FEATURES_PAGE: u64 = 0x024;
-pub const QUEUE: u64 = 0x030;
-pub const QUEUE_MAX: u64 = 0x034;
-pub const QUEUE_SIZE: u64 = 0x038;
-pub const QUEUE_READY: u64 = 0x044;
-pub const NOTIFY: u64 = 0x050;
-pub const INTERRUPT: u64 = 0x060;
-pub const INTERRUPT_ACK: u64 = 0x064;
-pub const STATUS: u64 = 0x070;
-pub const DESCRIPTORS: u64 = 0x080;
-pub const AVAILABLE: u64 = 0x090;
-pub const USED: u64 = 0x0a0;
-pub const CONFIG: u64 = 0x100;
+pub(super) const FEATURES: u64 = 0x010;
+pub(super) const FEATURES_PAGE: u64 = 0x014;
+pub(super) const DRIVER_FEATURES: u64 = 0x020;
+pub(super) const DRIVER_FEATURES_PAGE: u64 = 0x024;
+pub(super) const QUEUE: u64 = 0x030;
+pub(super) const QUEUE_MAX: u64 = 0x034;
+pub(super) const QUEUE_SIZE: u64 = 0x038;
+pub(super) const QUEUE_READY: u64 = 0x044;
+pub(super) const NOTIFY: u64 = 0x050;
+pub(super) const INTERRUPT: u64 = 0x060;
+pub(super) const INTERRUPT_ACK: u64 = 0x064;
+pub(super) const STATUS: u64 = 0x070;
+pub(super) const DESCRIPTORS: u64 = 0x080;
+pub(super) const AVAILABLE: u64 = 0x090;
+pub(super) const USED: u64 = 0x0a0;
+pub(super) const CONFIG: u64 = 0x100;
 
 /// Status bits (virtio 1.3, 2.1).
-pub const ACKNOWLEDGE: u32 = 1;
-pub const DRIVER: u32 = 2;
-pub const DRIVER_OK: u32 = 4;
-pub const FEATURES_OK: u32 = 8;
-pub const NEEDS_RESET: u32 = 0x40;
+pub(super) const ACKNOWLEDGE: u32 = 1;
+pub(super) const DRIVER: u32 = 2;
+pub(super) const DRIVER_OK: u32 = 4;
+pub(super) const FEATURES_OK: u32 = 8;
+pub(super) const NEEDS_RESET: u32 = 0x40;
 /// All that a driver in use has set.
-pub const LIVE: u32 = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK;
+pub(super) const LIVE: u32 = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK;
 
 /// Where each queue's three parts stand, and where buffers begin.
 const QUEUE_BYTES: u64 = 0x1_0000;
@@ -57,17 +57,17 @@ const FIRST_BUFFER: u64 = 0x10_0000;
 
 /// A buffer of a chain.
 #[derive(Clone, Copy, Debug)]
-pub enum Buffer<'a> {
+pub(super) enum Buffer<'a> {
     /// The device reads this.
     Out(&'a [u8]),
     /// The device may write this number of bytes.
     In(u32),
 }
-pub use Buffer::{In, Out};
+pub(super) use Buffer::{In, Out};
 
 /// One descriptor as it stands in memory (virtio 1.3, 2.7.5).
 #[derive(Clone, Copy, Debug)]
-pub struct Descriptor {
+pub(super) struct Descriptor {
     pub gpa: u64,
     pub bytes: u32,
     pub flags: u16,
@@ -76,7 +76,7 @@ pub struct Descriptor {
 
 /// What came back in a used ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Used {
+pub(super) struct Used {
     pub head: u32,
     pub bytes: u32,
 }
@@ -91,7 +91,7 @@ struct Queue {
 
 /// A disk of bytes in memory; disk number 0.
 #[derive(Debug)]
-pub struct TestDisk(pub Vec<u8>);
+pub(super) struct TestDisk(pub Vec<u8>);
 
 impl TestDisk {
     fn range(&mut self, offset: u64, bytes: u64) -> &mut [u8] {
@@ -127,7 +127,7 @@ impl Storage for TestDisk {
 
 /// The driver, with the device and the memory it works on.
 #[derive(Debug)]
-pub struct Driver {
+pub(super) struct Driver {
     pub ram: Ram,
     pub device: Transport,
     pub disk: TestDisk,
@@ -138,7 +138,7 @@ pub struct Driver {
 
 impl Driver {
     /// A driver that has found its device and done nothing yet.
-    pub fn find(kind: Kind) -> Driver {
+    pub(super) fn find(kind: Kind) -> Driver {
         let queues = kind.device().queues().len();
         Driver {
             ram: Ram::from_ranges(&[(GuestAddress(0), RAM_BYTES as usize)]).expect("8 MiB"),
@@ -151,14 +151,14 @@ impl Driver {
     }
 
     /// A driver whose device is in use, with these features beside the version.
-    pub fn start(kind: Kind, features: u64) -> Driver {
+    pub(super) fn start(kind: Kind, features: u64) -> Driver {
         let mut driver = Driver::find(kind);
         driver.set_up(features);
         driver
     }
 
     /// virtio 1.3, 3.1.1 and 4.2.3.2.
-    pub fn set_up(&mut self, features: u64) {
+    pub(super) fn set_up(&mut self, features: u64) {
         self.write(STATUS, 0);
         self.queues.fill(Queue::default());
         self.write(STATUS, ACKNOWLEDGE | DRIVER);
@@ -180,7 +180,7 @@ impl Driver {
     }
 
     /// Writes the driver's features.
-    pub fn accept_features(&mut self, features: u64) {
+    pub(super) fn accept_features(&mut self, features: u64) {
         for page in 0..2 {
             self.write(DRIVER_FEATURES_PAGE, page);
             self.write(DRIVER_FEATURES, (features >> (32 * page)) as u32);
@@ -188,7 +188,7 @@ impl Driver {
     }
 
     /// The device's features.
-    pub fn features(&mut self) -> u64 {
+    pub(super) fn features(&mut self) -> u64 {
         let mut page = |page| {
             self.write(FEATURES_PAGE, page);
             u64::from(self.read(FEATURES))
@@ -197,7 +197,7 @@ impl Driver {
     }
 
     /// Sets a queue up: size, and where descriptors, available and used ring are.
-    pub fn place_queue(&mut self, queue: usize, size: u32, parts: [u64; 3]) {
+    pub(super) fn place_queue(&mut self, queue: usize, size: u32, parts: [u64; 3]) {
         self.write(QUEUE, queue as u32);
         self.write(QUEUE_SIZE, size);
         for (register, gpa) in [DESCRIPTORS, AVAILABLE, USED].into_iter().zip(parts) {
@@ -208,18 +208,18 @@ impl Driver {
     }
 
     /// Where a queue's descriptors are; its available ring is 0x4000 after that, its used ring 0x8000.
-    pub fn base(&self, queue: usize) -> u64 {
+    pub(super) fn base(&self, queue: usize) -> u64 {
         FIRST_QUEUE + queue as u64 * QUEUE_BYTES
     }
 
-    pub fn read(&self, register: u64) -> u32 {
+    pub(super) fn read(&self, register: u64) -> u32 {
         match self.device.read(register, Width::Dword) {
             Reply::Value(value) => value as u32,
             other => panic!("a register answered {other:?}"),
         }
     }
 
-    pub fn write(&mut self, register: u64, value: u32) {
+    pub(super) fn write(&mut self, register: u64, value: u32) {
         let mut context = BusContext {
             ram: &self.ram,
             storage: &mut self.disk,
@@ -229,13 +229,13 @@ impl Driver {
             .expect("the disk does not fail");
     }
 
-    pub fn put(&self, gpa: u64, bytes: &[u8]) {
+    pub(super) fn put(&self, gpa: u64, bytes: &[u8]) {
         self.ram
             .write_slice(bytes, GuestAddress(gpa))
             .expect("it is RAM");
     }
 
-    pub fn get(&self, gpa: u64, bytes: usize) -> Vec<u8> {
+    pub(super) fn get(&self, gpa: u64, bytes: usize) -> Vec<u8> {
         let mut buffer = vec![0; bytes];
         self.ram
             .read_slice(&mut buffer, GuestAddress(gpa))
@@ -243,12 +243,12 @@ impl Driver {
         buffer
     }
 
-    pub fn get_u16(&self, gpa: u64) -> u16 {
+    pub(super) fn get_u16(&self, gpa: u64) -> u16 {
         u16::from_le_bytes([self.get(gpa, 1)[0], self.get(gpa + 1, 1)[0]])
     }
 
     /// Memory that nobody else uses.
-    pub fn allocate(&mut self, bytes: u32) -> u64 {
+    pub(super) fn allocate(&mut self, bytes: u32) -> u64 {
         let gpa = self.next_buffer;
         self.next_buffer += u64::from(bytes).next_multiple_of(16);
         assert!(self.next_buffer <= RAM_BYTES, "the tests need more memory");
@@ -256,7 +256,7 @@ impl Driver {
     }
 
     /// Writes a descriptor.
-    pub fn describe(&self, table: u64, index: u16, descriptor: Descriptor) {
+    pub(super) fn describe(&self, table: u64, index: u16, descriptor: Descriptor) {
         let at = table + 16 * u64::from(index);
         self.put(at, &descriptor.gpa.to_le_bytes());
         self.put(at + 8, &descriptor.bytes.to_le_bytes());
@@ -289,7 +289,7 @@ impl Driver {
     }
 
     /// Makes a chain available, without a notification; where its buffers are.
-    pub fn offer(&mut self, queue: usize, buffers: &[Buffer<'_>]) -> Vec<u64> {
+    pub(super) fn offer(&mut self, queue: usize, buffers: &[Buffer<'_>]) -> Vec<u64> {
         let head = self.claim(queue, buffers.len() as u16);
         let places = self.describe_all(self.base(queue), head, buffers);
         self.offer_head(queue, head);
@@ -305,7 +305,7 @@ impl Driver {
     }
 
     /// The same by one descriptor that stands for a table of them (virtio 1.3, 2.7.5.3).
-    pub fn offer_indirect(&mut self, queue: usize, buffers: &[Buffer<'_>]) -> Vec<u64> {
+    pub(super) fn offer_indirect(&mut self, queue: usize, buffers: &[Buffer<'_>]) -> Vec<u64> {
         let bytes = 16 * buffers.len() as u32;
         let table = self.allocate(bytes);
         let places = self.describe_all(table, 0, buffers);
@@ -322,7 +322,7 @@ impl Driver {
     }
 
     /// Makes the chain that begins at this descriptor available.
-    pub fn offer_head(&mut self, queue: usize, head: u16) {
+    pub(super) fn offer_head(&mut self, queue: usize, head: u16) {
         let available = self.base(queue) + 0x4000;
         let next = self.queues[queue].available;
         let entry = available + 4 + 2 * u64::from(next % self.size);
@@ -333,12 +333,12 @@ impl Driver {
     }
 
     /// Tells the device.
-    pub fn notify(&mut self, queue: usize) {
+    pub(super) fn notify(&mut self, queue: usize) {
         self.write(NOTIFY, queue as u32);
     }
 
     /// What has come back since this was last asked.
-    pub fn used(&mut self, queue: usize) -> Vec<Used> {
+    pub(super) fn used(&mut self, queue: usize) -> Vec<Used> {
         let ring = self.base(queue) + 0x8000;
         let end = self.get_u16(ring + 2);
         let mut used = Vec::new();
@@ -355,7 +355,7 @@ impl Driver {
     }
 
     /// Whether the device has raised its interrupt, which is acknowledged.
-    pub fn interrupted(&mut self) -> bool {
+    pub(super) fn interrupted(&mut self) -> bool {
         let causes = self.read(INTERRUPT);
         assert_eq!(self.device.line(), causes != 0);
         self.write(INTERRUPT_ACK, causes);
@@ -363,17 +363,17 @@ impl Driver {
         causes != 0
     }
 
-    pub fn accept(&mut self, input: Input) {
+    pub(super) fn accept(&mut self, input: Input) {
         self.device.accept(&input, &self.ram);
     }
 
-    pub fn room(&self) -> Room {
+    pub(super) fn room(&self) -> Room {
         let mut room = Room::default();
         self.device.room(&self.ram, &mut room);
         room
     }
 
-    pub fn outputs(&mut self) -> Vec<Output> {
+    pub(super) fn outputs(&mut self) -> Vec<Output> {
         let mut outputs = Vec::new();
         self.device.take_output(&mut outputs);
         outputs
@@ -381,7 +381,7 @@ impl Driver {
 
     /// Asserts that the device is dead, says so once, does nothing more, and works again after a reset.
     #[track_caller]
-    pub fn expect_broken(&mut self, queue: usize) {
+    pub(super) fn expect_broken(&mut self, queue: usize) {
         assert_eq!(self.read(STATUS), LIVE | NEEDS_RESET, "it needs a reset");
         assert_eq!(self.read(INTERRUPT) & 2, 2, "the driver is told");
         self.interrupted();
@@ -404,6 +404,6 @@ impl Driver {
 }
 
 /// For those who look at a ring alone.
-pub fn lone_ring(size: u16) -> Ring {
+pub(super) fn lone_ring(size: u16) -> Ring {
     Ring::new(size)
 }

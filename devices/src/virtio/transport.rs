@@ -50,7 +50,7 @@ pub(crate) struct Transport {
 
 impl Transport {
     /// A device that no driver has found yet.
-    pub fn new(kind: Kind) -> Transport {
+    pub(super) fn new(kind: Kind) -> Transport {
         let rings = fresh_rings(&kind);
         Transport {
             kind,
@@ -66,7 +66,7 @@ impl Transport {
     }
 
     /// The interrupt line.
-    pub fn line(&self) -> bool {
+    pub(super) fn line(&self) -> bool {
         self.interrupts != 0
     }
 
@@ -77,12 +77,12 @@ impl Transport {
     }
 
     /// Whether both are one device, in whatever state.
-    pub fn is_same_device(&self, other: &Transport) -> bool {
+    pub(super) fn is_same_device(&self, other: &Transport) -> bool {
         self.kind.is_same_device(&other.kind)
     }
 
     /// Whether a saved device is one that could have been.
-    pub fn is_possible(&self) -> bool {
+    pub(super) fn is_possible(&self) -> bool {
         let sizes = self.kind.device().queues();
         sizes.len() == self.rings.len()
             && self
@@ -94,7 +94,7 @@ impl Transport {
 
     /// A load from `offset`. The registers are 32 bits wide and want loads of that width; the
     /// device's own take any.
-    pub fn read(&self, offset: u64, width: Width) -> Reply {
+    pub(super) fn read(&self, offset: u64, width: Width) -> Reply {
         if offset >= CONFIG {
             let config = self.kind.device().config();
             let byte = |at: u64| {
@@ -141,7 +141,7 @@ impl Transport {
     /// # Errors
     ///
     /// The host failed a disk.
-    pub fn write(
+    pub(super) fn write(
         &mut self,
         offset: u64,
         width: Width,
@@ -272,7 +272,7 @@ impl Transport {
     }
 
     /// Something comes from outside. A device that no driver uses has no rings for it.
-    pub fn accept(&mut self, input: &Input, ram: &Ram) {
+    pub(super) fn accept(&mut self, input: &Input, ram: &Ram) {
         let mut none;
         let rings = if self.is_live() {
             &mut self.rings
@@ -295,14 +295,14 @@ impl Transport {
     }
 
     /// Adds what the device can take from outside now to `room`.
-    pub fn room(&self, ram: &Ram, room: &mut Room) {
+    pub(super) fn room(&self, ram: &Ram, room: &mut Room) {
         if self.is_live() {
             self.kind.device().room(&self.rings, ram, room);
         }
     }
 
     /// Moves what the device has for the outside to `outputs`.
-    pub fn take_output(&mut self, outputs: &mut Vec<Output>) {
+    pub(super) fn take_output(&mut self, outputs: &mut Vec<Output>) {
         self.kind.device_mut().take_output(outputs);
     }
 

@@ -11,7 +11,7 @@ use crate::machine::{ARRIVALS_MAX, LeftOpen, VcpuNumber};
 /// The longest event: an input that is the longest Ethernet frame, and what stands before its bytes.
 pub const EVENT_RAW_MAX: usize = FRAME_BYTES_MAX + 64;
 /// A frame with this many raw bytes is closed as soon as it can be.
-pub const FRAME_RAW_GOAL: usize = 256 << 10;
+pub(super) const FRAME_RAW_GOAL: usize = 256 << 10;
 /// No frame holds more raw bytes than this; a larger claim is damage.
 pub const FRAME_RAW_MAX: usize = 5 << 20;
 /// What the raw bytes of the largest frame can become where they cannot be compressed: zstd's own bound
@@ -21,7 +21,7 @@ pub const FRAME_PAYLOAD_MAX: usize = FRAME_RAW_MAX + (FRAME_RAW_MAX >> 8);
 pub const HEADER_MAX: usize = 64 << 10;
 
 /// The longest that a machine runs, in nanoseconds of guest time: 292 years.
-pub const TIME_MAX: Nanos = Nanos::MAX / 2;
+pub(crate) const TIME_MAX: Nanos = Nanos::MAX / 2;
 
 /// Events that there is at most one of between two places where a frame can be closed: `Preempted`, `Time`,
 /// `FirstReads`, `Posted`, `Turn`, `Witness`, `Memory`, an `Interrupt`, `End`.
@@ -49,7 +49,7 @@ pub(crate) struct Rules {
 
 impl Rules {
     /// Takes the next event, which is `raw_bytes` long as it is written.
-    pub fn admit(&mut self, record: &Record, raw_bytes: usize) -> Result<(), String> {
+    pub(super) fn admit(&mut self, record: &Record, raw_bytes: usize) -> Result<(), String> {
         let exits = record.exits;
         if self.ended {
             return Err("it has an event after the end".into());
@@ -88,7 +88,7 @@ impl Rules {
 
     /// As they are where a frame begins after exit `exits`, of a machine with so many vCPUs: all inputs of an exit
     /// are in one frame.
-    pub fn at(exits: u64, vcpus: u8) -> Rules {
+    pub(super) fn at(exits: u64, vcpus: u8) -> Rules {
         Rules {
             vcpus,
             exits,
@@ -98,7 +98,7 @@ impl Rules {
     }
 
     /// Whether the last event was the end.
-    pub fn ended(&self) -> bool {
+    pub(super) fn ended(&self) -> bool {
         self.ended
     }
 }

@@ -24,7 +24,8 @@ pub use header::{
     Content, CounterFacts, DISK_BYTES_MAX, Detail, Header, Host, Image, KERNEL_BYTES_MAX,
     MEMORY_BYTES_MAX, MachineDescription, OperatorConsole, TrapCounts,
 };
-pub use limits::{EVENT_RAW_MAX, FRAME_PAYLOAD_MAX, FRAME_RAW_MAX, HEADER_MAX, TIME_MAX};
+pub(crate) use limits::TIME_MAX;
+pub use limits::{EVENT_RAW_MAX, FRAME_PAYLOAD_MAX, FRAME_RAW_MAX, HEADER_MAX};
 pub use reader::{JournalReader, RecordPlace};
 pub use writer::JournalWriter;
 

@@ -36,7 +36,7 @@ enum Next {
 
 impl<C: Cpu, O: Outside + ?Sized> Turns<'_, C, O> {
     /// Runs until the run ends or the door closes.
-    pub fn run(&mut self) -> Result<End, Failure<C, O>> {
+    pub(super) fn run(&mut self) -> Result<End, Failure<C, O>> {
         let ending = self.turns();
         self.machine.at_exit &= ending.is_err();
         let failure = match ending.and_then(|ending| self.finish(ending)) {

@@ -49,7 +49,7 @@ const NO_C3: u16 = 1001;
 const RESET_VALUE: u8 = 0x06;
 
 /// The tables as they stand at [`ACPI_TABLES`], where the RSDP comes first.
-pub fn tables(slots: &[Slot]) -> Vec<u8> {
+pub(super) fn tables(slots: &[Slot]) -> Vec<u8> {
     let mut area = Area {
         bytes: vec![0; Rsdp::len()],
     };

@@ -18,47 +18,47 @@
 use hindsight_devices::wiring::{IO_APIC, LOCAL_APIC, Registers, VIRTIO};
 
 /// The global descriptor table that is loaded into GDTR.
-pub const GDT: u64 = 0x500;
+pub(crate) const GDT: u64 = 0x500;
 /// GDTR's limit: four descriptors, less one byte.
-pub const GDT_LIMIT: u16 = 4 * 8 - 1;
+pub(crate) const GDT_LIMIT: u16 = 4 * 8 - 1;
 /// Selector of the 64-bit code descriptor (`__BOOT_CS`, Linux boot protocol, 64-bit entry).
-pub const CODE_SELECTOR: u16 = 0x10;
+pub(crate) const CODE_SELECTOR: u16 = 0x10;
 /// Selector of the data descriptor (`__BOOT_DS`).
-pub const DATA_SELECTOR: u16 = 0x18;
+pub(crate) const DATA_SELECTOR: u16 = 0x18;
 /// The zero page, passed in RSI.
-pub const ZERO_PAGE: u64 = 0x7000;
+pub(crate) const ZERO_PAGE: u64 = 0x7000;
 /// Top of the stack, for the few pushes before the kernel sets up its own.
-pub const STACK_TOP: u64 = 0x9000;
+pub(crate) const STACK_TOP: u64 = 0x9000;
 /// Page map level 4, passed in CR3.
-pub const PML4: u64 = 0x9000;
+pub(crate) const PML4: u64 = 0x9000;
 /// Page directory pointer table.
-pub const PDPT: u64 = 0xa000;
+pub(crate) const PDPT: u64 = 0xa000;
 /// First of the page directories, one per GiB.
-pub const PAGE_DIRECTORIES: u64 = 0xb000;
+pub(crate) const PAGE_DIRECTORIES: u64 = 0xb000;
 /// How many GiB are mapped one to one.
-pub const IDENTITY_GIB: u64 = 4;
+pub(crate) const IDENTITY_GIB: u64 = 4;
 /// The command line, NUL-terminated.
-pub const COMMAND_LINE: u64 = 0x2_0000;
+pub(crate) const COMMAND_LINE: u64 = 0x2_0000;
 /// Room for the command line including its NUL, in bytes (`COMMAND_LINE_SIZE` of x86).
-pub const COMMAND_LINE_BYTES: usize = 2048;
+pub(crate) const COMMAND_LINE_BYTES: usize = 2048;
 /// The list of setup data, which has one entry.
-pub const SETUP_DATA: u64 = 0x2_1000;
+pub(crate) const SETUP_DATA: u64 = 0x2_1000;
 /// End of conventional memory.
-pub const CONVENTIONAL_END: u64 = 0x9_fc00;
+pub(crate) const CONVENTIONAL_END: u64 = 0x9_fc00;
 /// The ACPI tables: the RSDP, and the others after it.
-pub const ACPI_TABLES: u64 = 0xe_0000;
+pub(crate) const ACPI_TABLES: u64 = 0xe_0000;
 /// Room for the ACPI tables, in bytes: where a kernel looks for the RSDP (ACPI 6.5, 5.2.5.1).
-pub const ACPI_TABLES_BYTES: u64 = 0x2_0000;
+pub(crate) const ACPI_TABLES_BYTES: u64 = 0x2_0000;
 /// Start of extended memory, and the lowest address of a kernel segment.
-pub const HIGH_MEMORY: u64 = 0x10_0000;
+pub(crate) const HIGH_MEMORY: u64 = 0x10_0000;
 /// RAM never reaches past this below 4 GiB: above it are devices' registers.
-pub const LOW_RAM_END: u64 = 3 << 30;
+pub(crate) const LOW_RAM_END: u64 = 3 << 30;
 /// RAM that does not fit below [`LOW_RAM_END`] continues here.
-pub const RAM_ABOVE_HOLE: u64 = 4 << 30;
+pub(crate) const RAM_ABOVE_HOLE: u64 = 4 << 30;
 /// Where Linux is linked to be loaded, for kernels that do not say (`LOAD_PHYSICAL_ADDR`).
-pub const KERNEL_ALIGNMENT: u32 = 0x100_0000;
+pub(crate) const KERNEL_ALIGNMENT: u32 = 0x100_0000;
 /// Highest initrd address plus one for kernels that do not say (boot protocol, `initrd_addr_max`).
-pub const INITRD_LIMIT: u64 = 0x8000_0000;
+pub(crate) const INITRD_LIMIT: u64 = 0x8000_0000;
 
 // The pieces stand apart and in order; moving one into another fails to compile.
 const _: () = {

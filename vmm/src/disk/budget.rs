@@ -16,7 +16,7 @@ const METADATA_MAX: u64 = 64 << 30;
 
 /// What may still be spent.
 #[derive(Debug)]
-pub struct Budget {
+pub(super) struct Budget {
     metadata_bytes: Cell<u64>,
     content_bytes: Cell<u64>,
     names: Cell<u64>,
@@ -26,7 +26,7 @@ pub struct Budget {
 
 impl Budget {
     /// For a disk of `disk_bytes` bytes, at two times.
-    pub fn new(disk_bytes: u64) -> Budget {
+    pub(super) fn new(disk_bytes: u64) -> Budget {
         Budget {
             // Of a sound file system each block of metadata is read a few times over at most.
             metadata_bytes: Cell::new(
@@ -44,25 +44,25 @@ impl Budget {
 
     /// Metadata is gone through; whether it may be.
     #[must_use]
-    pub fn metadata(&self, bytes: u64) -> bool {
+    pub(super) fn metadata(&self, bytes: u64) -> bool {
         spend(&self.metadata_bytes, bytes)
     }
 
     /// Content is compared.
     #[must_use]
-    pub fn content(&self, bytes: u64) -> bool {
+    pub(super) fn content(&self, bytes: u64) -> bool {
         spend(&self.content_bytes, bytes)
     }
 
     /// Names are compared.
     #[must_use]
-    pub fn names(&self, count: u64) -> bool {
+    pub(super) fn names(&self, count: u64) -> bool {
         spend(&self.names, count)
     }
 
     /// A change is reported, with a path of this many bytes.
     #[must_use]
-    pub fn change(&self, path_bytes: u64) -> bool {
+    pub(super) fn change(&self, path_bytes: u64) -> bool {
         spend(&self.changes, 1) && spend(&self.path_bytes, path_bytes)
     }
 }

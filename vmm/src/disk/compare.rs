@@ -23,7 +23,7 @@ const PIECE_BYTES: u64 = 1 << 16;
 
 /// What became of a comparison.
 #[derive(Debug, Default)]
-pub struct Compared {
+pub(super) struct Compared {
     /// The changes, in the order of their paths.
     pub changes: Vec<FileChange>,
     /// What could not be compared.
@@ -31,10 +31,10 @@ pub struct Compared {
 }
 
 /// Whether bytes at these two places, the second on the disk as it is now, are known to be the same.
-pub type Untouched<'a> = &'a dyn Fn(u64, u64, u64) -> bool;
+pub(super) type Untouched<'a> = &'a dyn Fn(u64, u64, u64) -> bool;
 
 /// Compares a file system that was there, is there, or both.
-pub fn compare<S: Source>(
+pub(super) fn compare<S: Source>(
     before: Option<FileSystem<S>>,
     now: Option<FileSystem<S>>,
     untouched: Untouched<'_>,

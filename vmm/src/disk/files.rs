@@ -250,20 +250,20 @@ impl Medium for Reader {
 }
 
 #[cfg(test)]
-pub mod testing {
+pub(super) mod testing {
     //! A disk in memory.
 
     use super::*;
 
     #[derive(Clone)]
-    pub struct Memory {
+    pub(crate) struct Memory {
         data: Rc<Vec<u8>>,
         offset: u64,
         bytes: u64,
     }
 
     impl Memory {
-        pub fn new(data: Vec<u8>) -> Memory {
+        pub(crate) fn new(data: Vec<u8>) -> Memory {
             Memory {
                 bytes: data.len() as u64,
                 data: Rc::new(data),

@@ -7,7 +7,7 @@ const UNPACK: &str = "unpack it first";
 
 /// A kind of file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Format {
+pub(super) struct Format {
     /// What it is, with its article.
     pub name: &'static str,
     /// What makes a raw image of it.
@@ -80,11 +80,11 @@ const VHD: Format = format("a VHD image", CONVERT);
 const DMG: Format = format("a DMG image", CONVERT);
 
 /// How many bytes of the beginning and of the end are wanted.
-pub const HEAD_BYTES: u64 = BLOCK_BYTES;
-pub const TAIL_BYTES: u64 = 512;
+pub(super) const HEAD_BYTES: u64 = BLOCK_BYTES;
+pub(super) const TAIL_BYTES: u64 = 512;
 
 /// What a file with this beginning and end is; `None` for a raw image.
-pub fn format_of(head: &[u8], tail: &[u8]) -> Option<Format> {
+pub(super) fn format_of(head: &[u8], tail: &[u8]) -> Option<Format> {
     let has = |at: usize, magic: &[u8]| head.get(at..).is_some_and(|rest| rest.starts_with(magic));
     if let Some((.., format)) = MAGICS.iter().find(|(at, magic, _)| has(*at, magic)) {
         return Some(*format);

@@ -38,7 +38,7 @@ type Sector = [u8; SECTOR_BYTES as usize];
 
 /// One of a disk's partitions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Partition {
+pub(super) struct Partition {
     /// As Linux counts them: the 1 of `vda1`.
     pub number: u32,
     /// Where it begins, in bytes.
@@ -48,7 +48,7 @@ pub struct Partition {
 }
 
 /// Finds the partitions of a disk of `bytes` bytes, of which `read` fills a buffer from an offset on.
-pub fn partitions<E>(
+pub(super) fn partitions<E>(
     bytes: u64,
     read: impl Fn(u64, &mut [u8]) -> Result<(), E>,
 ) -> Result<Vec<Partition>, E> {
@@ -265,7 +265,7 @@ fn long(bytes: &[u8], at: usize) -> u64 {
 }
 
 #[cfg(test)]
-pub mod testing {
+pub(super) mod testing {
     //! Disks divided by sfdisk, which comes with Debian's fdisk.
 
     use std::io::Write as _;
@@ -273,7 +273,7 @@ pub mod testing {
     use std::process::{Command, Stdio};
 
     /// Divides the disk as sfdisk's `script` says. Without sfdisk nothing is done, and that is said.
-    pub fn divide(disk: &Path, script: &str) -> bool {
+    pub(crate) fn divide(disk: &Path, script: &str) -> bool {
         let mut command = Command::new("/sbin/sfdisk");
         command.args(["--quiet", "--no-reread", "--no-tell-kernel"]);
         command.args(["--wipe=never", "--wipe-partitions=never"]);

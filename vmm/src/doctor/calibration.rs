@@ -27,7 +27,7 @@ const FEW_SIGNALS: u64 = 16;
 
 /// How much to try.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Effort {
+pub(crate) struct Effort {
     /// Disturbed runs.
     pub runs: u32,
     /// Signals.
@@ -38,13 +38,13 @@ pub struct Effort {
 
 impl Effort {
     /// What `record` can afford.
-    pub const QUICK: Effort = Effort {
+    pub(crate) const QUICK: Effort = Effort {
         runs: 16,
         signals: 300,
         time: Duration::from_millis(180),
     };
     /// What `doctor` takes.
-    pub const THOROUGH: Effort = Effort {
+    pub(crate) const THOROUGH: Effort = Effort {
         runs: 2000,
         signals: 5000,
         time: Duration::from_secs(20),
@@ -55,7 +55,7 @@ impl Effort {
 
 /// What was found about an event on a host. Part of a recording.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Calibration {
+pub(crate) struct Calibration {
     /// What was counted.
     pub event: CounterEvent,
     /// Runs of guests with a known count.
@@ -71,7 +71,7 @@ pub struct Calibration {
 }
 
 /// Calibrates `event` on a thread and a VM of its own.
-pub fn calibrate(
+pub(crate) fn calibrate(
     kvm: &Kvm,
     event: &CounterEvent,
     effort: Effort,
@@ -177,7 +177,9 @@ fn run_to(vm: &mut ProbeVm, counter: &mut BranchCounter, at: u64) -> Result<u64,
 }
 
 /// What reading the count costs, in nanoseconds: by RDPMC, if that can be done, and by a call.
-pub fn reading_costs(counter: &mut BranchCounter) -> Result<(Option<u64>, u64), CounterError> {
+pub(super) fn reading_costs(
+    counter: &mut BranchCounter,
+) -> Result<(Option<u64>, u64), CounterError> {
     const READS: u32 = 2000;
     let each = |start: Instant| start.elapsed().as_nanos() as u64 / u64::from(READS);
     let start = Instant::now();

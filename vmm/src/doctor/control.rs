@@ -21,7 +21,7 @@ const NO_BREAKPOINTS: &str =
 const NO_INT3: &str = "no int3 exits: gdb's software breakpoints do not stop the guest";
 
 /// All probes of these groups.
-pub const PROBES: &[Probe] = &[
+pub(super) const PROBES: &[Probe] = &[
     Probe {
         group: "debugging",
         name: "single-step in ring 0",

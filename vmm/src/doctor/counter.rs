@@ -18,7 +18,7 @@ const LATE: &str = "a target may be overrun: the way back to it leads over a che
 const THROTTLED: &str = "perf may stop the counter for a while, and branches are missed";
 
 /// All that can be said of counters here.
-pub fn findings(kvm: Option<&Kvm>, wishes: &Wishes) -> Vec<Finding> {
+pub(super) fn findings(kvm: Option<&Kvm>, wishes: &Wishes) -> Vec<Finding> {
     let event = match &wishes.event {
         Some(event) => Ok(event.clone()),
         None => CounterEvent::of_host(),

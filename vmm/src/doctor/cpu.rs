@@ -10,7 +10,7 @@ use crate::kvm::probe::{Fault, ProbeVm, Stop};
 const CR4_TSD: u64 = 1 << 2;
 
 /// All probes of these groups.
-pub const PROBES: &[Probe] = &[
+pub(super) const PROBES: &[Probe] = &[
     Probe {
         group: "CPUID",
         name: "ring 0 sees the table we set",

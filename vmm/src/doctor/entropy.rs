@@ -29,7 +29,7 @@ const X87_COST: &str = "x87's pointers to its last instruction and operand are l
      read them (FNSTENV, FNSAVE) are not reproducible";
 
 /// All probes of this group.
-pub const PROBES: &[Probe] = &[
+pub(super) const PROBES: &[Probe] = &[
     hidden!(
         "RDRAND, hidden, faults",
         Rdrand,
@@ -194,7 +194,7 @@ fn hidden(bench: &mut Bench, what: Attempt) -> Checked {
 }
 
 /// What this host cannot keep from the guest, phrased for the recording's head.
-pub fn holes(bench: &mut Bench) -> Result<Vec<String>, Miss> {
+pub(super) fn holes(bench: &mut Bench) -> Result<Vec<String>, Miss> {
     let list = HOLES.map(|(attempt, _)| attempt);
     let user = attempt_all(bench, Ring::User, &list)?;
     let kernel = attempt_all(bench, Ring::Kernel, &list)?;

@@ -20,7 +20,7 @@ const KICK_WITHIN: u64 = 150;
 
 /// What came between the branches of a guest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Disturbances {
+pub(crate) struct Disturbances {
     /// Exits to us.
     pub exits: u64,
     /// Page faults in the guest.
@@ -42,7 +42,7 @@ impl AddAssign for Disturbances {
 
 /// In which way a count is wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Flaw {
+pub(crate) enum Flaw {
     /// An undisturbed guest's count is not its conditional branches.
     Miscounts,
     /// The count depends on what comes between.
@@ -51,7 +51,7 @@ pub enum Flaw {
 
 /// A count that was wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Inexact {
+pub(crate) struct Inexact {
     /// In which way.
     pub flaw: Flaw,
     /// The ring that the guest was in.
@@ -70,12 +70,12 @@ pub(super) struct Dice(u64);
 
 impl Dice {
     /// Dice that fall as all with this seed do.
-    pub fn new(seed: u64) -> Dice {
+    pub(super) fn new(seed: u64) -> Dice {
         Dice(seed | 1)
     }
 
     /// A number from 0 to below `bound`.
-    pub fn below(&mut self, bound: u64) -> u64 {
+    pub(super) fn below(&mut self, bound: u64) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
@@ -92,7 +92,7 @@ pub(super) struct Pace {
 
 impl Pace {
     /// The pace for this host's settings.
-    pub fn of_host() -> Pace {
+    pub(super) fn of_host() -> Pace {
         let rate = Throttling::of_host().rate.unwrap_or(USUAL_RATE).max(1);
         Pace {
             each: Duration::from_secs(2) / u32::try_from(rate).unwrap_or(u32::MAX),
@@ -101,7 +101,7 @@ impl Pace {
     }
 
     /// Waits until the next overflow may come.
-    pub fn wait(&mut self) {
+    pub(super) fn wait(&mut self) {
         while self.last.elapsed() < self.each {
             std::hint::spin_loop();
         }

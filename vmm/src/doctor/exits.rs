@@ -12,7 +12,7 @@ const GROUP: &str = "exits";
 const UNUSABLE: &str = "no device works, so no guest runs";
 
 /// All probes of this group.
-pub const PROBES: &[Probe] = &[
+pub(super) const PROBES: &[Probe] = &[
     Probe {
         group: GROUP,
         name: "IN and OUT reach us",

@@ -11,7 +11,7 @@ use crate::kvm::KvmError;
 use crate::kvm::probe::{Late, ProbeVm, Stop, Stuck, bounded, share};
 
 /// How long a probe may take.
-pub const LIMIT: Duration = Duration::from_secs(2);
+pub(super) const LIMIT: Duration = Duration::from_secs(2);
 
 /// What a probe says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -69,10 +69,10 @@ impl From<KvmError> for Miss {
 }
 
 /// What a check returns: a clause that says what was found.
-pub type Checked = Result<String, Miss>;
+pub(super) type Checked = Result<String, Miss>;
 
 /// A [`Checked`] that does not hold.
-pub fn fails<T>(what: impl ToString) -> Result<T, Miss> {
+pub(super) fn fails<T>(what: impl ToString) -> Result<T, Miss> {
     Err(Miss::Fails(what.to_string()))
 }
 
@@ -152,9 +152,9 @@ pub struct Bench {
 
 /// The leaf with the made-up values. It is the first part of the brand string: every CPU has it,
 /// and no kernel decides anything by it.
-pub const BRAND_LEAF: u32 = 0x8000_0002;
+pub(super) const BRAND_LEAF: u32 = 0x8000_0002;
 /// The values: `HindsightDoctor!`.
-pub const BRAND: [u32; 4] = [0x646e_6948, 0x6867_6973, 0x636f_4474, 0x2172_6f74];
+pub(super) const BRAND: [u32; 4] = [0x646e_6948, 0x6867_6973, 0x636f_4474, 0x2172_6f74];
 
 impl Bench {
     /// The `/dev/kvm` of the host.
@@ -195,7 +195,7 @@ impl Bench {
 }
 
 /// Runs the guest, which must stop for this reason.
-pub fn expect(vm: &mut ProbeVm, expected: &Stop) -> Result<(), Miss> {
+pub(super) fn expect(vm: &mut ProbeVm, expected: &Stop) -> Result<(), Miss> {
     match vm.run()? {
         stop if stop == *expected => Ok(()),
         stop => fails(stop),
@@ -203,7 +203,7 @@ pub fn expect(vm: &mut ProbeVm, expected: &Stop) -> Result<(), Miss> {
 }
 
 /// Does `work` with a bench of its own, in bounded time.
-pub fn on_a_bench<T: Send + 'static>(
+pub(super) fn on_a_bench<T: Send + 'static>(
     kvm: &Kvm,
     limit: Duration,
     work: impl FnOnce(&mut Bench) -> T + Send + 'static,

@@ -12,7 +12,7 @@ const GROUP: &str = "host";
 const ENOUGH_KIB: u64 = 1 << 20;
 
 /// All facts.
-pub fn findings() -> Vec<Finding> {
+pub(super) fn findings() -> Vec<Finding> {
     let fact = |probe, cost, checked: Checked| {
         let (verdict, detail) = match checked {
             Ok(detail) => (Verdict::Holds, detail),

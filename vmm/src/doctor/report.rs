@@ -8,7 +8,7 @@ use super::finding::{Finding, Verdict, Weight};
 use hindsight_replay::foreign::shown;
 
 /// The way out for a host that cannot record.
-pub const WAY_OUT: &str = "use a host with kvm_intel or kvm_amd, or run `scripts/box COMMAND`, \
+pub(super) const WAY_OUT: &str = "use a host with kvm_intel or kvm_amd, or run `scripts/box COMMAND`, \
                            which needs no KVM of the host's";
 
 /// Everything that was found.

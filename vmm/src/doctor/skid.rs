@@ -11,13 +11,13 @@ const EXTRA: u64 = 32;
 
 /// How far short of a target to arm, in branches. Twice the worst seen now, for the tail is long
 /// and a calibration short; and no less than what was ever seen of CPUs of this kind.
-pub fn margin(worst_seen: u64, worst_known: u64) -> u64 {
+pub(super) fn margin(worst_seen: u64, worst_known: u64) -> u64 {
     worst_seen.saturating_mul(2).max(worst_known) + EXTRA
 }
 
 /// How many signals were at least so late, and less than twice so late.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Bucket {
+pub(crate) struct Bucket {
     /// Zero or a power of two, in branches.
     pub from: u64,
     /// Signals.
@@ -26,7 +26,7 @@ pub struct Bucket {
 
 /// How late signals were, in conditional branches.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Skid {
+pub(crate) struct Skid {
     /// Signals measured.
     pub signals: u64,
     /// Half of them were no later.
@@ -41,7 +41,7 @@ pub struct Skid {
 
 impl Skid {
     /// The figures of these signals.
-    pub fn of(mut late: Vec<u64>) -> Skid {
+    pub(crate) fn of(mut late: Vec<u64>) -> Skid {
         late.sort_unstable();
         let count = late.len();
         // The smallest that `percent` of a hundred do not exceed.

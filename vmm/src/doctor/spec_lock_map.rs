@@ -29,7 +29,7 @@ const TRIES: u32 = 100_000;
 
 /// Whether it is off, and how that is known.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum SpecLockMap {
+pub(super) enum SpecLockMap {
     /// Off.
     Off(String),
     /// On: counts may be too high.
@@ -40,7 +40,7 @@ pub enum SpecLockMap {
 
 impl SpecLockMap {
     /// By the MSR of each CPU that this thread may run on. `None` where there is no SpecLockMap.
-    pub fn by_msr() -> Option<SpecLockMap> {
+    pub(super) fn by_msr() -> Option<SpecLockMap> {
         let cpu = Processor::of_host().filter(Processor::is_zen)?;
         if cpu.is_emulated() {
             let why = "an emulated CPU does not speculate";
@@ -58,7 +58,7 @@ impl SpecLockMap {
     }
 
     /// By the MSR, and where that cannot be read by counting in a guest of `vm`.
-    pub fn find(vm: &mut ProbeVm) -> Result<Option<SpecLockMap>, CounterError> {
+    pub(super) fn find(vm: &mut ProbeVm) -> Result<Option<SpecLockMap>, CounterError> {
         let Some(SpecLockMap::Unknown(why)) = SpecLockMap::by_msr() else {
             return Ok(SpecLockMap::by_msr());
         };

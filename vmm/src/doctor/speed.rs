@@ -20,7 +20,7 @@ const LOOPS: [u32; 2] = [50_000, 20_000_000];
 const TOO_QUICK_NS: u64 = 5_000_000;
 
 /// All probes of this group.
-pub const PROBES: &[Probe] = &[
+pub(super) const PROBES: &[Probe] = &[
     Probe {
         group: "speed",
         name: "an exit costs little",

@@ -18,7 +18,7 @@ use super::real_mode;
 const WRITE: [u8; 9] = [0x66, 0xb9, 0xe0, 0x06, 0x00, 0x00, 0x0f, 0x30, 0xf4];
 
 /// Asks KVM, with a guest that writes the register.
-pub fn reaches_us(kvm: &Kvm) -> Result<bool, KvmError> {
+pub(super) fn reaches_us(kvm: &Kvm) -> Result<bool, KvmError> {
     let mut cpu = real_mode::guest(kvm, &WRITE)?;
     loop {
         match cpu.run(Horizon::Exit)? {

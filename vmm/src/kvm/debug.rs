@@ -38,15 +38,15 @@ const DB_VECTOR: u8 = 1;
 /// ICEBP, which raises #DB and says nothing of it in DR6.
 const ICEBP: u8 = 0xf1;
 /// RFLAGS.TF: #DB after each instruction.
-pub const RFLAGS_TF: u64 = 1 << 8;
+pub(super) const RFLAGS_TF: u64 = 1 << 8;
 
 /// `kvm_guest_debug::control` of a guest that has no breakpoint of ours, and may get one: each of its accesses to a debug
 /// register is KVM's to do.
-pub const WATCHED: u32 = KVM_GUESTDBG_ENABLE;
+pub(super) const WATCHED: u32 = KVM_GUESTDBG_ENABLE;
 
 /// Whose a #DB is that came to us.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DebugExit {
+pub(super) enum DebugExit {
     /// A stop of ours.
     Stop,
     /// The guest's, and it has it.
@@ -60,7 +60,7 @@ pub enum DebugExit {
 /// the next entry, it warns and reads those back as the guest's (`KVM_DEBUGREG_WONT_EXIT`, seen with Linux 6.1). So a guest
 /// that may be led to places is always debugged ([`WATCHED`]), and this is what counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Breakpoints {
+pub(super) struct Breakpoints {
     addresses: [u64; 4],
     dr7: u64,
 }
@@ -81,7 +81,7 @@ impl Breakpoints {
     }
 
     /// Flips bits of an address.
-    pub fn flip(&mut self, number: usize, bits: u64) {
+    pub(super) fn flip(&mut self, number: usize, bits: u64) {
         self.addresses[number] ^= bits;
     }
 
@@ -101,7 +101,7 @@ impl Breakpoints {
     }
 
     /// How many are not enabled.
-    pub fn free_count(&self) -> usize {
+    pub(super) fn free_count(&self) -> usize {
         self.free().count()
     }
 
@@ -128,7 +128,7 @@ impl Breakpoints {
     /// # Panics
     ///
     /// If there are more stops than free registers.
-    pub fn with_stops(&self, stops: &[u64]) -> kvm_guest_debug_arch {
+    pub(super) fn with_stops(&self, stops: &[u64]) -> kvm_guest_debug_arch {
         let mut arch = kvm_guest_debug_arch::default();
         arch.debugreg[7] = DR7_FIXED | self.dr7 & DR7_FREE & !DR7_GD;
         for number in 0..4 {

@@ -42,7 +42,7 @@ const _: () = {
 
 /// A stop at a kernel entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct EntryStop {
+pub(super) struct EntryStop {
     /// Its number, counted from the last counted exit; the first is 1.
     pub number: u64,
     /// Address of the stub's OUT: which entry it is.
@@ -50,11 +50,11 @@ pub struct EntryStop {
 }
 
 /// The kernel's own entry after each stub that is installed.
-pub type KernelEntries = [Option<u64>; STUBS];
+pub(super) type KernelEntries = [Option<u64>; STUBS];
 
 /// What is known of the stubs in the guest.
 #[derive(Clone, Debug, Default)]
-pub struct EntryState {
+pub(super) struct EntryState {
     caves: Option<EntryCaves>,
     kernel_entries: KernelEntries,
     /// The entry that is waited for, and that the word counts down to.
@@ -63,7 +63,7 @@ pub struct EntryState {
 
 impl EntryState {
     /// No stub stands yet.
-    pub fn new(caves: Option<EntryCaves>) -> EntryState {
+    pub(super) fn new(caves: Option<EntryCaves>) -> EntryState {
         EntryState {
             caves,
             ..EntryState::default()
@@ -71,18 +71,18 @@ impl EntryState {
     }
 
     /// The kernel's own entries.
-    pub fn kernel_entries(&self) -> KernelEntries {
+    pub(super) fn kernel_entries(&self) -> KernelEntries {
         self.kernel_entries
     }
 
     /// How many stubs are installed.
-    pub fn count(&self) -> u32 {
+    pub(super) fn count(&self) -> u32 {
         self.kernel_entries.iter().flatten().count() as u32
     }
 
     /// Takes these as installed in guest memory, with nothing waited for. `false`, and nothing is changed, if there is
     /// no room for stubs in this kernel.
-    pub fn put_kernel_entries(&mut self, entries: &KernelEntries) -> bool {
+    pub(super) fn put_kernel_entries(&mut self, entries: &KernelEntries) -> bool {
         let fits = self.caves.is_some() || entries.iter().all(Option::is_none);
         if fits {
             (self.kernel_entries, self.target) = (*entries, None);

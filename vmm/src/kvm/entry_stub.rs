@@ -17,22 +17,22 @@ use hindsight_kernel::rewrite::caves::{BLOCK_BYTES, PADDING};
 use hindsight_kernel::rewrite::traps::TRAP_ENTRY;
 
 /// Distance of one stub from the next, in bytes.
-pub const STUB_BYTES: u64 = 32;
+pub(super) const STUB_BYTES: u64 = 32;
 /// How many there is room for.
-pub const STUBS: usize = (BLOCK_BYTES / STUB_BYTES) as usize;
+pub(super) const STUBS: usize = (BLOCK_BYTES / STUB_BYTES) as usize;
 /// Where in a stub its OUT stands.
-pub const OUT_OFFSET: u64 = 9;
+pub(super) const OUT_OFFSET: u64 = 9;
 /// Length of the DEC, to whose end the word's address is relative.
 const DEC_BYTES: u64 = 7;
 /// Where the JMP ends, to which its target is relative.
 const JMP_END: u64 = 18;
 
 /// What stands where there is no stub yet.
-pub const NO_STUB: [u8; STUB_BYTES as usize] = [PADDING; STUB_BYTES as usize];
+pub(super) const NO_STUB: [u8; STUB_BYTES as usize] = [PADDING; STUB_BYTES as usize];
 
 /// The stub at `at`, which counts in `word` and goes on at `entry`; `None` if they are more than
 /// 2 GiB away.
-pub fn stub(at: u64, word: u64, entry: u64) -> Option<[u8; STUB_BYTES as usize]> {
+pub(super) fn stub(at: u64, word: u64, entry: u64) -> Option<[u8; STUB_BYTES as usize]> {
     let mut bytes = NO_STUB;
     bytes[..3].copy_from_slice(&[0x48, 0xff, 0x0d]);
     bytes[3..7].copy_from_slice(&relative(at + DEC_BYTES, word)?);

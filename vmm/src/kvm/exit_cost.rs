@@ -20,7 +20,7 @@ const BATCH: u32 = 64;
 const BATCHES: u32 = 5;
 
 /// Measures the cost of an exit in nanoseconds.
-pub fn measure(kvm: &Kvm) -> Result<u64, KvmError> {
+pub(crate) fn measure(kvm: &Kvm) -> Result<u64, KvmError> {
     let mut cpu = real_mode::guest(kvm, &LOOP)?;
     let mut best_ns = u64::MAX;
     for _ in 0..=BATCHES {

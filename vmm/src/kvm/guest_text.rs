@@ -8,7 +8,7 @@ use super::page_walk::Paging;
 /// Guest page size in bytes.
 const PAGE: u64 = 4096;
 /// No instruction is longer (Intel SDM vol. 2, 2.3.11).
-pub const INSTRUCTION_MAX: usize = 15;
+pub(super) const INSTRUCTION_MAX: usize = 15;
 
 /// Guest-virtual memory of the present address space. Looking at it changes nothing.
 #[derive(Clone, Copy, Debug)]

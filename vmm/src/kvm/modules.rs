@@ -16,7 +16,7 @@ use hindsight_kernel::rewrite::traps;
 
 /// A module that is about to be made executable.
 #[derive(Clone, Debug)]
-pub struct LoadingModule {
+pub(super) struct LoadingModule {
     /// Address of the call that says so.
     call: u64,
     /// Where it leads.

@@ -17,7 +17,7 @@ use kvm_ioctls::{MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, Vc
 use super::error::{KvmError, Named};
 
 /// A run of MSRs that KVM keeps (first, how many), and why it may.
-pub const KEPT: &[(u32, u32, &str)] = &[
+pub(crate) const KEPT: &[(u32, u32, &str)] = &[
     (0x00fe, 1, "MTRRcap: constant"),
     (0x0200, 0x70, "MTRRs: stored, without effect on the guest"),
     (0x0277, 1, "PAT: stored"),
@@ -28,14 +28,14 @@ pub const KEPT: &[(u32, u32, &str)] = &[
 ];
 
 /// Where SYSCALL enters the kernel, from 64-bit programs and from 32-bit ones.
-pub const LSTAR: u32 = 0xc000_0082;
+pub(crate) const LSTAR: u32 = 0xc000_0082;
 /// See [`LSTAR`].
-pub const CSTAR: u32 = 0xc000_0083;
+pub(crate) const CSTAR: u32 = 0xc000_0083;
 /// Code segment, stack and entry of SYSENTER.
-pub const SYSENTER: RangeInclusive<u32> = 0x174..=0x176;
+pub(crate) const SYSENTER: RangeInclusive<u32> = 0x174..=0x176;
 
 /// Loads the real register after one that comes to the board.
-pub fn load(fd: &VcpuFd, index: u32, data: u64) -> Result<(), KvmError> {
+pub(crate) fn load(fd: &VcpuFd, index: u32, data: u64) -> Result<(), KvmError> {
     let entry = kvm_msr_entry {
         index,
         data,
@@ -49,7 +49,7 @@ pub fn load(fd: &VcpuFd, index: u32, data: u64) -> Result<(), KvmError> {
 }
 
 /// Installs the filter.
-pub fn install_filter(vm: &VmFd) -> Result<(), KvmError> {
+pub(crate) fn install_filter(vm: &VmFd) -> Result<(), KvmError> {
     let mut cap = kvm_enable_cap {
         cap: KVM_CAP_X86_USER_SPACE_MSR,
         ..Default::default()

@@ -22,7 +22,7 @@ const PAGE: u64 = 4096;
 
 /// What is left of an instruction after an exit.
 #[derive(Debug, Default)]
-pub struct Parts {
+pub(super) struct Parts {
     /// Writes that the machine has not seen.
     writes: VecDeque<Access>,
     /// A read of several elements.
@@ -68,34 +68,34 @@ impl PartedRead {
 
 impl Parts {
     /// Nothing is left of what was before.
-    pub fn begin(&mut self) {
+    pub(super) fn begin(&mut self) {
         self.writes.clear();
         (self.read, self.held, self.may_go_on) = (None, None, false);
         self.given.clear();
     }
 
     /// Writes that wait, as [`Parts::writes`] gave them.
-    pub fn put_writes(&mut self, writes: &[Access]) {
+    pub(super) fn put_writes(&mut self, writes: &[Access]) {
         self.writes = writes.iter().copied().collect();
     }
 
     /// The writes that wait, oldest first.
-    pub fn writes(&self) -> Vec<Access> {
+    pub(super) fn writes(&self) -> Vec<Access> {
         self.writes.iter().copied().collect()
     }
 
     /// The answers that the instruction has had so far, if it is in the middle of its reads.
-    pub fn answers(&self) -> Option<&[u64]> {
+    pub(super) fn answers(&self) -> Option<&[u64]> {
         (self.is_reading() || self.held.is_some()).then_some(&self.given[..])
     }
 
     /// Whether an element is still to be answered before KVM may go on.
-    pub fn is_reading(&self) -> bool {
+    pub(super) fn is_reading(&self) -> bool {
         self.read.is_some_and(|read| read.element().is_some())
     }
 
     /// Whether the next exit is at hand.
-    pub fn are_left(&self) -> bool {
+    pub(super) fn are_left(&self) -> bool {
         self.is_reading() || self.held.is_some() || !self.writes.is_empty()
     }
 

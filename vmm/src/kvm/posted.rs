@@ -21,7 +21,7 @@ const PORT: IoEventAddress = IoEventAddress::Pio(POSTED_PORT as u64);
 
 /// The writes that wait.
 #[derive(Debug, Default)]
-pub struct Posted {
+pub(super) struct Posted {
     queue: VecDeque<u8>,
     /// KVM keeps them. Where the queue is nearly full it does not: each is then looked at.
     kept_by_kvm: bool,
@@ -29,7 +29,7 @@ pub struct Posted {
 
 impl Posted {
     /// Has KVM keep byte writes to [`POSTED_PORT`].
-    pub fn new(kvm: &Kvm, vm: &VmFd) -> Result<Posted, KvmError> {
+    pub(super) fn new(kvm: &Kvm, vm: &VmFd) -> Result<Posted, KvmError> {
         if !kvm.check_extension(Cap::CoalescedPio) {
             return Err(KvmError::Lacks(NEEDED));
         }
@@ -39,13 +39,13 @@ impl Posted {
     }
 
     /// Looks at the VM's ring, of which each vCPU has a view, through that of `vcpu`.
-    pub fn map_ring(&self, vcpu: &mut VcpuFd) -> Result<(), KvmError> {
+    pub(super) fn map_ring(&self, vcpu: &mut VcpuFd) -> Result<(), KvmError> {
         vcpu.map_coalesced_mmio_ring()
             .named("mapping the ring of posted writes")
     }
 
     /// The guest has exited with this write: whether it waits too.
-    pub fn add(&mut self, byte: u8, vm: &VmFd, vcpu: &mut VcpuFd) -> Result<bool, KvmError> {
+    pub(super) fn add(&mut self, byte: u8, vm: &VmFd, vcpu: &mut VcpuFd) -> Result<bool, KvmError> {
         self.empty_ring(vcpu)?;
         if self.queue.len() >= POSTED_MAX {
             return Ok(false);
@@ -60,7 +60,7 @@ impl Posted {
     }
 
     /// Takes the oldest one.
-    pub fn take(&mut self, vm: &VmFd, vcpu: &mut VcpuFd) -> Result<Option<u8>, KvmError> {
+    pub(super) fn take(&mut self, vm: &VmFd, vcpu: &mut VcpuFd) -> Result<Option<u8>, KvmError> {
         self.empty_ring(vcpu)?;
         let byte = self.queue.pop_front();
         if byte.is_none() && !self.kept_by_kvm {

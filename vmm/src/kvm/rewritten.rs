@@ -18,7 +18,7 @@ const EVERY: u64 = 1 << 14;
 
 /// What was noticed.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Noticed {
+pub(super) struct Noticed {
     exits: u64,
     /// Look at this exit.
     is_due: bool,
@@ -28,14 +28,14 @@ pub struct Noticed {
 
 impl Noticed {
     /// Something is left open from here on. What was told once is not told again.
-    pub fn add(&mut self, what: LeftOpen) {
+    pub(super) fn add(&mut self, what: LeftOpen) {
         if self.told.insert(what) {
             self.untold.push(what);
         }
     }
 
     /// The text is to be looked at as soon as this exit is answered.
-    pub fn look_soon(&mut self) {
+    pub(super) fn look_soon(&mut self) {
         self.is_due = true;
     }
 

@@ -12,7 +12,7 @@ use kvm_ioctls::VcpuFd;
 
 /// A port access, as KVM reports it.
 #[derive(Clone, Copy, Debug)]
-pub struct PortExit {
+pub(super) struct PortExit {
     /// IN rather than OUT.
     pub read: bool,
     /// The port.
@@ -26,7 +26,7 @@ pub struct PortExit {
 
 /// An access to an address that is not RAM.
 #[derive(Clone, Copy, Debug)]
-pub struct MmioExit {
+pub(super) struct MmioExit {
     /// Store rather than load.
     pub write: bool,
     /// Guest-physical address.
@@ -39,61 +39,61 @@ pub struct MmioExit {
 
 /// The shared page of one vCPU.
 #[derive(Debug)]
-pub struct RunPage<'a>(&'a mut kvm_run);
+pub(super) struct RunPage<'a>(&'a mut kvm_run);
 
 impl<'a> RunPage<'a> {
     /// The page of `vcpu`.
-    pub fn of(vcpu: &'a mut VcpuFd) -> RunPage<'a> {
+    pub(super) fn of(vcpu: &'a mut VcpuFd) -> RunPage<'a> {
         RunPage(vcpu.get_kvm_run())
     }
 
     /// Why KVM came back.
-    pub fn exit_reason(&self) -> u32 {
+    pub(super) fn exit_reason(&self) -> u32 {
         self.0.exit_reason
     }
 
     /// Whether KVM would take an interrupt for the guest now.
-    pub fn ready_for_interrupt(&self) -> bool {
+    pub(super) fn ready_for_interrupt(&self) -> bool {
         self.0.ready_for_interrupt_injection != 0
     }
 
     /// Asks KVM to come back as soon as the guest takes interrupts.
-    pub fn request_window(&mut self, wanted: bool) {
+    pub(super) fn request_window(&mut self, wanted: bool) {
         self.0.request_interrupt_window = wanted.into();
     }
 
     /// Whether that was asked for.
-    pub fn wants_window(&self) -> bool {
+    pub(super) fn wants_window(&self) -> bool {
         self.0.request_interrupt_window != 0
     }
 
     /// Sets CR8, which KVM takes over when the vCPU runs next.
-    pub fn set_cr8(&mut self, cr8: u64) {
+    pub(super) fn set_cr8(&mut self, cr8: u64) {
         self.0.cr8 = cr8;
     }
 
     /// Whether registers were changed that KVM has not taken over.
-    pub fn has_changed_registers(&self) -> bool {
+    pub(super) fn has_changed_registers(&self) -> bool {
         self.0.kvm_dirty_regs != 0
     }
 
     /// What was changed and not taken over is not to be.
-    pub fn forget_changed_registers(&mut self) {
+    pub(super) fn forget_changed_registers(&mut self) {
         self.0.kvm_dirty_regs = 0;
     }
 
     /// Asks KVM to finish what is unfinished and come back at once.
-    pub fn set_immediate_exit(&mut self, wanted: bool) {
+    pub(super) fn set_immediate_exit(&mut self, wanted: bool) {
         self.0.immediate_exit = wanted.into();
     }
 
     /// Has KVM copy the general registers here at every exit.
-    pub fn keep_registers(&mut self) {
+    pub(super) fn keep_registers(&mut self) {
         self.0.kvm_valid_regs = u64::from(KVM_SYNC_X86_REGS);
     }
 
     /// The general registers of the last exit.
-    pub fn registers(&self) -> Registers {
+    pub(super) fn registers(&self) -> Registers {
         // SAFETY: `keep_registers` had KVM fill this member; any bit pattern is a valid value.
         let r = unsafe { self.0.s.regs.regs };
         Registers([
@@ -103,14 +103,14 @@ impl<'a> RunPage<'a> {
     }
 
     /// Changes the general registers; KVM takes them over when the vCPU runs next.
-    pub fn change_registers(&mut self, change: impl FnOnce(&mut kvm_regs)) {
+    pub(super) fn change_registers(&mut self, change: impl FnOnce(&mut kvm_regs)) {
         // SAFETY: as in `registers`; plain integers, and nothing else refers to them.
         change(unsafe { &mut self.0.s.regs.regs });
         self.0.kvm_dirty_regs |= u64::from(KVM_SYNC_X86_REGS);
     }
 
     /// The port access of this exit.
-    pub fn port(&self) -> Option<PortExit> {
+    pub(super) fn port(&self) -> Option<PortExit> {
         if self.0.exit_reason != KVM_EXIT_IO {
             return None;
         }
@@ -126,7 +126,7 @@ impl<'a> RunPage<'a> {
     }
 
     /// Element `index` of the data of a port access.
-    pub fn port_data(&self, io: &PortExit, index: usize) -> u32 {
+    pub(super) fn port_data(&self, io: &PortExit, index: usize) -> u32 {
         let mut bytes = [0; 4];
         // SAFETY: KVM placed `count` elements of `size` bytes (at most 4 by the architecture) at
         // `offset` inside the mapping it shares; `port_place` checked index and size.
@@ -139,7 +139,7 @@ impl<'a> RunPage<'a> {
     }
 
     /// Sets element `index` of what an IN reads.
-    pub fn set_port_data(&mut self, io: &PortExit, index: usize, value: u32) {
+    pub(super) fn set_port_data(&mut self, io: &PortExit, index: usize, value: u32) {
         let bytes = value.to_le_bytes();
         // SAFETY: as in `port_data`.
         unsafe {
@@ -158,7 +158,7 @@ impl<'a> RunPage<'a> {
     }
 
     /// The memory-mapped access of this exit.
-    pub fn mmio(&self) -> Option<MmioExit> {
+    pub(super) fn mmio(&self) -> Option<MmioExit> {
         if self.0.exit_reason != KVM_EXIT_MMIO {
             return None;
         }
@@ -173,7 +173,7 @@ impl<'a> RunPage<'a> {
     }
 
     /// Sets what a memory-mapped load reads.
-    pub fn set_mmio_data(&mut self, data: [u8; 8]) {
+    pub(super) fn set_mmio_data(&mut self, data: [u8; 8]) {
         assert_eq!(
             self.0.exit_reason, KVM_EXIT_MMIO,
             "only an MMIO exit takes MMIO data"
@@ -182,7 +182,7 @@ impl<'a> RunPage<'a> {
     }
 
     /// The MSR access of this exit: index, and the value written.
-    pub fn msr(&self) -> Option<(u32, Option<u64>)> {
+    pub(super) fn msr(&self) -> Option<(u32, Option<u64>)> {
         let reason = self.0.exit_reason;
         if !matches!(reason, KVM_EXIT_X86_RDMSR | KVM_EXIT_X86_WRMSR) {
             return None;
@@ -196,7 +196,7 @@ impl<'a> RunPage<'a> {
     }
 
     /// Answers an MSR access; `None` is #GP.
-    pub fn set_msr(&mut self, value: Option<u64>) {
+    pub(super) fn set_msr(&mut self, value: Option<u64>) {
         assert!(self.msr().is_some(), "only an MSR exit takes an MSR value");
         self.0.__bindgen_anon_1.msr.error = u8::from(value.is_none());
         if let Some(value) = value {
@@ -205,7 +205,7 @@ impl<'a> RunPage<'a> {
     }
 
     /// What DR6 says of this exit, by a breakpoint or a step.
-    pub fn debug_status(&self) -> u64 {
+    pub(super) fn debug_status(&self) -> u64 {
         if self.0.exit_reason != KVM_EXIT_DEBUG {
             return 0;
         }
@@ -214,7 +214,7 @@ impl<'a> RunPage<'a> {
     }
 
     /// In words, what KVM says of an exit that it should not have made.
-    pub fn complaint(&self) -> String {
+    pub(super) fn complaint(&self) -> String {
         if self.0.exit_reason == KVM_EXIT_INTERNAL_ERROR {
             // SAFETY: the exit reason says that this is the member KVM filled.
             let internal = unsafe { self.0.__bindgen_anon_1.internal };

@@ -19,7 +19,11 @@ const WRITABLE: u8 = 1 << 1;
 const ACCESSED: u8 = 1;
 
 /// The code segment that a return to ring 3 loads from this selector; `None` where that would fault.
-pub fn user_code(view: &GuestView<'_>, sregs: &kvm_sregs, selector: u64) -> Option<kvm_segment> {
+pub(super) fn user_code(
+    view: &GuestView<'_>,
+    sregs: &kvm_sregs,
+    selector: u64,
+) -> Option<kvm_segment> {
     let segment = descriptor(view, sregs, selector)?;
     let fits = segment.type_ & CODE != 0
         && (segment.dpl == 3 || segment.type_ & CONFORMING != 0)
@@ -28,14 +32,18 @@ pub fn user_code(view: &GuestView<'_>, sregs: &kvm_sregs, selector: u64) -> Opti
 }
 
 /// The same, for the stack segment.
-pub fn user_stack(view: &GuestView<'_>, sregs: &kvm_sregs, selector: u64) -> Option<kvm_segment> {
+pub(super) fn user_stack(
+    view: &GuestView<'_>,
+    sregs: &kvm_sregs,
+    selector: u64,
+) -> Option<kvm_segment> {
     let segment = descriptor(view, sregs, selector)?;
     let fits = segment.type_ & CODE == 0 && segment.type_ & WRITABLE != 0 && segment.dpl == 3;
     fits.then_some(segment)
 }
 
 /// How many bits the code in a segment has. One with `l` set is of long mode, which the vCPU must be in.
-pub fn code_bits(segment: &kvm_segment) -> u32 {
+pub(super) fn code_bits(segment: &kvm_segment) -> u32 {
     match (segment.l, segment.db) {
         (1, _) => 64,
         (_, 1) => 32,
@@ -44,7 +52,7 @@ pub fn code_bits(segment: &kvm_segment) -> u32 {
 }
 
 /// The linear address of an offset in a code segment.
-pub fn linear(segment: &kvm_segment, offset: u64) -> u64 {
+pub(super) fn linear(segment: &kvm_segment, offset: u64) -> u64 {
     match segment.l {
         1 => offset,
         _ => segment.base.wrapping_add(offset) & u64::from(u32::MAX),

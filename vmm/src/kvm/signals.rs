@@ -27,7 +27,7 @@ thread_local! {
 }
 
 /// The signal that kicks.
-pub fn kick_signal() -> libc::c_int {
+pub(crate) fn kick_signal() -> libc::c_int {
     SIGRTMIN()
 }
 
@@ -46,7 +46,7 @@ extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_v
 ///
 /// SIGIO has it too: the kernel sends that instead when the queue of real-time signals is full
 /// (fcntl(2), F_SETSIG), and would end the process.
-pub fn install_kick() -> std::io::Result<()> {
+pub(super) fn install_kick() -> std::io::Result<()> {
     for signal in [kick_signal(), libc::SIGIO] {
         register_signal_handler(signal, on_kick).map_err(std::io::Error::from)?;
     }
@@ -127,14 +127,14 @@ pub(super) fn finish(vcpu: &mut VcpuFd) -> Result<Option<u32>, KvmError> {
 
 /// Kicks the thread that made it, later.
 #[derive(Debug)]
-pub struct Alarm(libc::timer_t);
+pub(crate) struct Alarm(libc::timer_t);
 
 // SAFETY: a timer_t is a number that the kernel gave out for the whole process.
 unsafe impl Send for Alarm {}
 
 impl Alarm {
     /// An alarm for the calling thread. [`Kicker::for_this_thread`] has installed the handler.
-    pub fn for_this_thread() -> Result<Alarm, std::io::Error> {
+    pub(crate) fn for_this_thread() -> Result<Alarm, std::io::Error> {
         // SAFETY: all zeroes is a sigevent.
         let mut event: libc::sigevent = unsafe { std::mem::zeroed() };
         event.sigev_notify = libc::SIGEV_THREAD_ID;
@@ -151,7 +151,7 @@ impl Alarm {
     }
 
     /// Goes off once, after this long.
-    pub fn set(&self, after: std::time::Duration) {
+    pub(crate) fn set(&self, after: std::time::Duration) {
         let time = libc::itimerspec {
             it_interval: libc::timespec {
                 tv_sec: 0,
@@ -243,7 +243,7 @@ static FORMER: OnceLock<[libc::sigaction; CRASHES.len()]> = OnceLock::new();
 
 /// Has `last_act` called before a signal that comes of a bug does what it did so far. It must do nothing but
 /// what a handler may: system calls and atomics. Only the first call counts.
-pub fn before_crash(last_act: fn()) -> std::io::Result<()> {
+pub(crate) fn before_crash(last_act: fn()) -> std::io::Result<()> {
     if LAST_ACT.set(last_act).is_err() {
         return Ok(());
     }

@@ -20,7 +20,7 @@ const _: () = assert!(size_of::<Request>() == size_of::<libc::ifreq>());
 /// # Errors
 ///
 /// There is no such driver, it is no tap device, somebody else has it, or this user may not.
-pub fn open_tap(name: &str) -> io::Result<OwnedFd> {
+pub(crate) fn open_tap(name: &str) -> io::Result<OwnedFd> {
     let file = OpenOptions::new()
         .read(true)
         .write(true)

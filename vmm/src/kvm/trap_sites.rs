@@ -7,7 +7,6 @@
 //! where it does, that was seen before anything was rewritten.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ops::Range;
 
 use hindsight_kernel::rewrite::modules::ModuleText;
 use hindsight_kernel::rewrite::traps::SHORTEST;
@@ -93,15 +92,10 @@ impl TrapSites {
     pub fn is_own_out(&self, address: u64) -> bool {
         self.own_outs.contains(&address)
     }
-
-    /// The traps in a range of addresses.
-    pub fn within(&self, range: Range<u64>) -> impl Iterator<Item = (u64, Trap)> + '_ {
-        self.known.range(range).map(|(at, trap)| (*at, *trap))
-    }
 }
 
 /// Where the OUT may be that brought the guest out at `rip`.
-pub fn candidates(rip: u64) -> impl Iterator<Item = u64> {
+pub(super) fn candidates(rip: u64) -> impl Iterator<Item = u64> {
     [rip, rip.wrapping_sub(SHORTEST as u64)].into_iter()
 }
 

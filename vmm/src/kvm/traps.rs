@@ -20,7 +20,7 @@ use super::trap_sites::candidates;
 use hindsight_kernel::rewrite::traps::{OUT, SHORTEST, SiteKind, TRAP_GP_ENTRY, is_trap_port};
 
 /// CR4.TSD: RDTSC and RDTSCP are for ring 0 alone (Intel SDM vol. 3, 2.5).
-pub const CR4_TSD: u64 = 1 << 2;
+pub(super) const CR4_TSD: u64 = 1 << 2;
 /// RFLAGS.AC, which CLAC clears.
 const RFLAGS_AC: u64 = 1 << 18;
 /// RFLAGS.RF, which a fault pushes set, and an instruction that completes leaves clear.
@@ -41,7 +41,7 @@ enum Overwritten {
 
 /// The trap of the present exit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Here {
+pub(super) struct Here {
     /// Address of its OUT.
     pub address: u64,
     /// What stood there.
@@ -52,14 +52,14 @@ pub struct Here {
 
 impl Here {
     /// Where the next instruction begins.
-    pub fn end(&self) -> u64 {
+    pub(super) fn end(&self) -> u64 {
         self.address.wrapping_add(self.length.into())
     }
 }
 
 /// What the traps remember of the CPU from one exit to the next.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct TrapMemory {
+pub(super) struct TrapMemory {
     /// The CR4 the guest believes in, once it has written one through a trap.
     guest_cr4: Option<u64>,
     /// Where the #GP entry is rewritten, and what stood there.
@@ -68,14 +68,14 @@ pub struct TrapMemory {
 
 impl TrapMemory {
     /// Where the #GP entry is rewritten.
-    pub fn gp_entry(&self) -> Option<u64> {
+    pub(super) fn gp_entry(&self) -> Option<u64> {
         self.gp_entry.map(|(entry, _)| entry)
     }
 }
 
 /// What the traps know of the CPU.
 #[derive(Clone, Debug, Default)]
-pub struct TrapState {
+pub(super) struct TrapState {
     /// What they remember.
     pub memory: TrapMemory,
     /// A user-mode time read that waits for its value: what IRET would have loaded.
@@ -96,7 +96,7 @@ struct UserFrame {
 
 impl TrapState {
     /// Remembers this, and waits for nothing.
-    pub fn put(&mut self, memory: &TrapMemory) {
+    pub(super) fn put(&mut self, memory: &TrapMemory) {
         *self = TrapState {
             memory: memory.clone(),
             ..TrapState::default()

@@ -16,7 +16,7 @@ use crate::boot::BootPlan;
 
 /// A vCPU.
 #[derive(Debug)]
-pub struct Vcpu {
+pub(super) struct Vcpu {
     pub(super) fd: VcpuFd,
     pub(super) traps: TrapState,
     /// The guest's breakpoints.

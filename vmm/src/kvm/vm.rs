@@ -62,7 +62,7 @@ impl KernelText {
 
 /// A VM: its memory, and what is known of the kernel in it.
 #[derive(Debug)]
-pub struct Vm {
+pub(super) struct Vm {
     // The order of the fields is the order of their end: the VM is gone before the memory is.
     pub(super) fd: VmFd,
     pub(super) memory: GuestMemory,

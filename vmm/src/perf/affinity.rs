@@ -9,11 +9,11 @@ use super::error::CounterError;
 
 /// Some CPUs, by number.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct CpuList(BTreeSet<usize>);
+pub(crate) struct CpuList(BTreeSet<usize>);
 
 impl CpuList {
     /// Reads `0-3,8` (Linux, Documentation/admin-guide/cputopology.rst).
-    pub fn parse(text: &str) -> Option<CpuList> {
+    pub(crate) fn parse(text: &str) -> Option<CpuList> {
         let mut cpus = BTreeSet::new();
         for part in text.trim().split(',').filter(|part| !part.is_empty()) {
             let (first, last) = part.split_once('-').unwrap_or((part, part));
@@ -27,7 +27,7 @@ impl CpuList {
     }
 
     /// Those the calling thread may run on.
-    pub fn of_this_thread() -> Result<CpuList, CounterError> {
+    pub(crate) fn of_this_thread() -> Result<CpuList, CounterError> {
         let set = sched_getaffinity(None).map_err(|error| CounterError::Call {
             call: "sched_getaffinity",
             source: error.into(),
@@ -37,7 +37,7 @@ impl CpuList {
     }
 
     /// Keeps the calling thread to these.
-    pub fn keep_this_thread(&self) -> Result<(), CounterError> {
+    pub(crate) fn keep_this_thread(&self) -> Result<(), CounterError> {
         let mut set = CpuSet::new();
         for cpu in self.iter() {
             set.set(cpu);
@@ -49,17 +49,17 @@ impl CpuList {
     }
 
     /// Those that are in both.
-    pub fn and(&self, other: &CpuList) -> CpuList {
+    pub(crate) fn and(&self, other: &CpuList) -> CpuList {
         CpuList(self.0.intersection(&other.0).copied().collect())
     }
 
     /// Whether it is empty.
-    pub fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
     /// In ascending order.
-    pub fn iter(&self) -> impl Iterator<Item = usize> {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = usize> {
         self.0.iter().copied()
     }
 }

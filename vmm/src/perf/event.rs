@@ -103,12 +103,12 @@ impl fmt::Display for CounterEvent {
 
 impl Pmu {
     /// The PMU to count with in this thread.
-    pub fn of_host() -> Result<Pmu, CounterError> {
+    pub(super) fn of_host() -> Result<Pmu, CounterError> {
         Pmu::find(Path::new(DEVICES), &CpuList::of_this_thread()?, &PMUS)
     }
 
     /// The PMU of this name.
-    pub fn named(name: &str) -> Result<Pmu, CounterError> {
+    pub(super) fn named(name: &str) -> Result<Pmu, CounterError> {
         let wanted = PMUS.into_iter().filter(|pmu| *pmu == name);
         let wanted: Vec<&'static str> = wanted.collect();
         Pmu::find(Path::new(DEVICES), &CpuList::of_this_thread()?, &wanted)

@@ -4,7 +4,7 @@ use std::fs::read_to_string;
 
 /// The host's CPU, as Linux tells it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Processor {
+pub(crate) struct Processor {
     /// `GenuineIntel`.
     pub vendor: String,
     /// Family, extended family included.
@@ -19,7 +19,7 @@ pub struct Processor {
 
 impl Processor {
     /// This host's first.
-    pub fn of_host() -> Option<Processor> {
+    pub(crate) fn of_host() -> Option<Processor> {
         Processor::parse(&read_to_string("/proc/cpuinfo").ok()?)
     }
 
@@ -42,7 +42,7 @@ impl Processor {
     }
 
     /// Whether it is AMD's Zen or a relative, whose event needs SpecLockMap off.
-    pub fn is_zen(&self) -> bool {
+    pub(crate) fn is_zen(&self) -> bool {
         matches!(
             (self.vendor.as_str(), self.family),
             ("AuthenticAMD", 0x17 | 0x19 | 0x1a) | ("HygonGenuine", 0x18)
@@ -50,14 +50,14 @@ impl Processor {
     }
 
     /// Whether it is software: QEMU's TCG says so in its hypervisor leaf.
-    pub fn is_emulated(&self) -> bool {
+    pub(crate) fn is_emulated(&self) -> bool {
         let [_, b, c, d] = host_cpuid(0x4000_0000);
         self.hypervisor && [b, c, d].map(u32::to_le_bytes).concat() == b"TCGTCGTCGTCG"
     }
 }
 
 /// EAX, EBX, ECX and EDX of the host's own CPUID.
-pub fn host_cpuid(leaf: u32) -> [u32; 4] {
+pub(crate) fn host_cpuid(leaf: u32) -> [u32; 4] {
     let answer = std::arch::x86_64::__cpuid(leaf);
     [answer.eax, answer.ebx, answer.ecx, answer.edx]
 }

@@ -8,16 +8,16 @@
 use std::fmt;
 
 /// The rate that perf starts with, in overflows per second.
-pub const USUAL_RATE: u64 = 100_000;
+pub(crate) const USUAL_RATE: u64 = 100_000;
 
 /// Sets the rate and keeps perf from lowering it. In this order: at 0 percent the kernel refuses to
 /// change the rate.
-pub const REMEDY: &str = "sysctl kernel.perf_cpu_time_max_percent=25 \
+pub(crate) const REMEDY: &str = "sysctl kernel.perf_cpu_time_max_percent=25 \
                           kernel.perf_event_max_sample_rate=100000 \
                           kernel.perf_cpu_time_max_percent=0";
 
 /// A setting of the kernel's, if it can be read.
-pub fn sysctl(name: &str) -> Option<String> {
+pub(super) fn sysctl(name: &str) -> Option<String> {
     let text = std::fs::read_to_string(format!("/proc/sys/kernel/{name}")).ok()?;
     Some(text.trim().to_string())
 }

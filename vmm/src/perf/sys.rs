@@ -57,7 +57,7 @@ fn checked(result: libc::c_long) -> io::Result<libc::c_long> {
 
 /// Opens and starts an event of the PMU `kind` on the calling thread, in guests only, which
 /// overflows every `period`.
-pub fn open(kind: u32, config: u64, period: u64) -> io::Result<File> {
+pub(super) fn open(kind: u32, config: u64, period: u64) -> io::Result<File> {
     let attr = PerfEventAttr {
         kind,
         size: size_of::<PerfEventAttr>() as u32,
@@ -89,7 +89,7 @@ pub fn open(kind: u32, config: u64, period: u64) -> io::Result<File> {
 }
 
 /// Has each overflow of `event` sent to the calling thread as `signal`.
-pub fn signal_this_thread(event: &File, signal: libc::c_int) -> io::Result<()> {
+pub(super) fn signal_this_thread(event: &File, signal: libc::c_int) -> io::Result<()> {
     let fd = event.as_raw_fd();
     let owner = OwnerEx {
         kind: F_OWNER_TID,
@@ -107,13 +107,13 @@ pub fn signal_this_thread(event: &File, signal: libc::c_int) -> io::Result<()> {
 }
 
 /// Sends `signal` to the calling thread.
-pub fn signal_myself(signal: libc::c_int) -> io::Result<()> {
+pub(super) fn signal_myself(signal: libc::c_int) -> io::Result<()> {
     // SAFETY: raise takes a number; what the signal does is its handler's affair.
     checked(unsafe { libc::raise(signal) }.into()).map(drop)
 }
 
 /// Has `event` overflow after `period` more, and every `period` from then on.
-pub fn set_period(event: &File, period: u64) -> io::Result<()> {
+pub(super) fn set_period(event: &File, period: u64) -> io::Result<()> {
     // SAFETY: the ioctl reads one u64.
     let result =
         unsafe { libc::ioctl(event.as_raw_fd(), PERF_EVENT_IOC_PERIOD, &raw const period) };
@@ -156,7 +156,7 @@ const RING_PAGES: usize = 1;
 
 /// Records of perf's since the last look.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Records {
+pub(super) struct Records {
     /// Times the counter was stopped.
     pub throttles: u64,
     /// Records for which there was no room.
@@ -190,7 +190,7 @@ impl Records {
 /// A count, and for how many nanoseconds it was wanted and made. The two times may be from a little
 /// before the count, but both from the same moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Count {
+pub(super) struct Count {
     /// The count.
     pub count: u64,
     /// How long the event was enabled.
@@ -202,11 +202,11 @@ pub struct Count {
 /// The page that perf shares for an event, and the ring after it. It belongs to the thread that
 /// opened the event: RDPMC elsewhere would read another thread's counter.
 #[derive(Debug)]
-pub struct Page(NonNull<MmapPage>);
+pub(super) struct Page(NonNull<MmapPage>);
 
 impl Page {
     /// Maps what `event` shares.
-    pub fn of(event: &File) -> io::Result<Page> {
+    pub(super) fn of(event: &File) -> io::Result<Page> {
         // SAFETY: a new mapping at an address of the kernel's choice takes nothing from anybody.
         let address = unsafe {
             libc::mmap(
@@ -228,7 +228,7 @@ impl Page {
 
     /// The count and its times, read without a system call; `None` if the page says that this
     /// cannot be done, or not now: the counter does not run.
-    pub fn count(&self) -> Option<Count> {
+    pub(super) fn count(&self) -> Option<Count> {
         let page = self.0.as_ptr();
         loop {
             // SAFETY: the mapping lives as long as `self`. The kernel changes these fields, hence
@@ -273,7 +273,7 @@ impl Page {
     }
 
     /// Takes the records out of the ring.
-    pub fn take_records(&mut self) -> Records {
+    pub(super) fn take_records(&mut self) -> Records {
         let page = self.0.as_ptr();
         let mut records = Records::default();
         // SAFETY: the mapping lives as long as `self`; the kernel alone writes `data_head`, and

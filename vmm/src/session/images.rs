@@ -49,7 +49,7 @@ pub struct DiskWish {
 
 /// The files a machine is made of, read and taken apart.
 #[derive(Debug)]
-pub struct Images {
+pub(super) struct Images {
     /// The kernel taken apart.
     pub kernel: LoadedKernel,
     /// The kernel's file.
@@ -67,7 +67,7 @@ impl Images {
     /// # Errors
     ///
     /// What will not do; or the operator wanted to stop meanwhile.
-    pub fn read(wish: &MachineWish, operator: &Operator) -> Result<Images, Failure> {
+    pub(super) fn read(wish: &MachineWish, operator: &Operator) -> Result<Images, Failure> {
         let image = read(&wish.kernel, KERNEL_BYTES_MAX)?;
         let initrd = match &wish.initrd {
             Some(path) => read(path, INITRD_BYTES_MAX)?,
@@ -109,7 +109,11 @@ impl Images {
     }
 
     /// Describes a new machine made of them.
-    pub fn describe(&self, kvm: &Kvm, wish: &MachineWish) -> Result<MachineDescription, Failure> {
+    pub(super) fn describe(
+        &self,
+        kvm: &Kvm,
+        wish: &MachineWish,
+    ) -> Result<MachineDescription, Failure> {
         let images = self.disks.iter().map(|disk| disk.image.clone()).collect();
         Ok(describe(
             kvm,
@@ -123,7 +127,7 @@ impl Images {
     }
 
     /// The machine that `description` describes.
-    pub fn build(
+    pub(super) fn build(
         &self,
         kvm: &Kvm,
         description: &MachineDescription,
@@ -136,7 +140,7 @@ impl Images {
     /// # Errors
     ///
     /// No room for an overlay.
-    pub fn fresh_disks(&self) -> Result<Disks, DiskError> {
+    pub(super) fn fresh_disks(&self) -> Result<Disks, DiskError> {
         Disks::new(self.disks.clone())
     }
 }

@@ -38,7 +38,7 @@ const BYTES_MAX: u64 = 1 << 30;
 
 /// What is kept of a kernel.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct Prepared {
+pub(super) struct Prepared {
     /// Its name by content.
     pub content: Content,
     /// The kernel unpacked.
@@ -59,7 +59,7 @@ pub struct Prepared {
 
 /// Where kernels are kept.
 #[derive(Debug)]
-pub struct Cache {
+pub(super) struct Cache {
     directory: PathBuf,
     entries_max: usize,
     bytes_max: u64,
@@ -67,7 +67,7 @@ pub struct Cache {
 
 impl Cache {
     /// The user's, if there is one.
-    pub fn of_user() -> Option<Cache> {
+    pub(super) fn of_user() -> Option<Cache> {
         let directory = match std::env::var_os(DIRECTORY) {
             Some(directory) if directory.is_empty() => return None,
             Some(directory) => PathBuf::from(directory),
@@ -84,7 +84,7 @@ impl Cache {
     }
 
     /// The kernel whose file has this content, if it is in the cache.
-    pub fn find(&self, content: &Content) -> Option<Prepared> {
+    pub(super) fn find(&self, content: &Content) -> Option<Prepared> {
         let (mut file, bytes) = regular_file::open(&self.entry(content), Links::Refuse).ok()?;
         if bytes > self.bytes_max || !is_trusted(&file.metadata().ok()?) {
             return None;
@@ -119,7 +119,7 @@ impl Cache {
     }
 
     /// Keeps a kernel.
-    pub fn keep(&self, prepared: &Prepared) {
+    pub(super) fn keep(&self, prepared: &Prepared) {
         // Whoever comes next finds a whole entry or none.
         if self.write(prepared).is_ok() {
             self.evict();

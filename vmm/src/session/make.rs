@@ -209,7 +209,7 @@ pub fn describe(
 
 /// The kernel's random numbers begin with the host's: no two machines draw the same. The bytes are
 /// recorded, so a replay draws the same again.
-pub fn random_bytes() -> Result<[u8; 32], MachineError> {
+pub(super) fn random_bytes() -> Result<[u8; 32], MachineError> {
     let mut bytes = [0; 32];
     let read = std::fs::File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes));
     read.map_err(MachineError::Random)?;
@@ -217,7 +217,7 @@ pub fn random_bytes() -> Result<[u8; 32], MachineError> {
 }
 
 /// A number that no two calls give.
-pub fn random_number() -> Result<u64, MachineError> {
+pub(super) fn random_number() -> Result<u64, MachineError> {
     let [first, ..] = *random_bytes()?.as_chunks::<8>().0 else {
         unreachable!("32 bytes are four words")
     };
@@ -323,7 +323,7 @@ pub fn cmdline(added: &str, exact: bool, console: OperatorConsole) -> String {
 }
 
 /// Refuses a host on which a recording would not replay.
-pub fn check_cpu(kvm: &Kvm, recorded: &CpuidTable) -> Result<(), KvmError> {
+pub(super) fn check_cpu(kvm: &Kvm, recorded: &CpuidTable) -> Result<(), KvmError> {
     cpuid::check_host(recorded, &cpuid::for_host(kvm)?)
 }
 

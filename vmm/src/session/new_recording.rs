@@ -28,7 +28,7 @@ const REPLACED: &str = "replaced-";
 
 /// A recording that is being made.
 #[derive(Debug)]
-pub struct NewRecording {
+pub(super) struct NewRecording {
     recording: Recording,
     /// Where it stands until it has begun.
     draft: Option<Recording>,
@@ -45,7 +45,7 @@ pub struct NewRecording {
 impl NewRecording {
     /// Makes an empty recording in `directory`; with `force` also where something is. Nothing that is there is
     /// touched yet.
-    pub fn create(directory: &Path, force: bool) -> Result<NewRecording, RecordingError> {
+    pub(super) fn create(directory: &Path, force: bool) -> Result<NewRecording, RecordingError> {
         let failed = |source| RecordingError::Directory {
             path: directory.into(),
             source,
@@ -116,12 +116,12 @@ impl NewRecording {
     }
 
     /// The recording.
-    pub fn recording(&self) -> &Recording {
+    pub(super) fn recording(&self) -> &Recording {
         &self.recording
     }
 
     /// Writes one of its files.
-    pub fn write(&self, name: &str, bytes: &[u8]) -> Result<(), RecordingError> {
+    pub(super) fn write(&self, name: &str, bytes: &[u8]) -> Result<(), RecordingError> {
         let path = self.place().path(name);
         let file = File::create_new(&path);
         let written = file.and_then(|mut file| file.write_all(bytes));
@@ -132,7 +132,7 @@ impl NewRecording {
     }
 
     /// Links to the images of its disks, by their absolute paths without links.
-    pub fn link_disks(&self, images: &[OpenImage]) -> Result<(), RecordingError> {
+    pub(super) fn link_disks(&self, images: &[OpenImage]) -> Result<(), RecordingError> {
         for (image, name) in images.iter().zip(&FILES[FIRST_DISK..]) {
             let path = self.place().path(name);
             symlink(image.target(), &path)
@@ -143,7 +143,7 @@ impl NewRecording {
 
     /// Opens a journal for writing: the first, or another for another run of the same machine, for which
     /// what the last run has left is removed.
-    pub fn create_journal(&self) -> Result<File, RecordingError> {
+    pub(super) fn create_journal(&self) -> Result<File, RecordingError> {
         let place = self.place();
         for path in ["journal", "index"].map(|name| place.path(name)) {
             remove_file(&path)?;
@@ -154,7 +154,7 @@ impl NewRecording {
 
     /// All is ready, and the guest is about to run: takes the place of the recording that was there. If that
     /// fails, all is as it was.
-    pub fn begin(&mut self) -> Result<(), RecordingError> {
+    pub(super) fn begin(&mut self) -> Result<(), RecordingError> {
         let Some(draft) = self.draft.clone() else {
             return Ok(());
         };
@@ -196,13 +196,13 @@ impl NewRecording {
     }
 
     /// Where the recording is that was there before, if it has been replaced and not deleted.
-    pub fn replaced(&self) -> Option<&Path> {
+    pub(super) fn replaced(&self) -> Option<&Path> {
         self.replaced.as_ref().map(Recording::directory)
     }
 
     /// The recording is closed and good: deletes the one that was there before, when this one is safe on the
     /// disk.
-    pub fn finish(mut self) -> Result<(), RecordingError> {
+    pub(super) fn finish(mut self) -> Result<(), RecordingError> {
         let Some(replaced) = self.replaced.take() else {
             return Ok(());
         };
@@ -219,7 +219,7 @@ impl NewRecording {
     }
 
     /// The recording is not wanted: removes it, and puts back what was there before.
-    pub fn withdraw(mut self) -> Result<(), RecordingError> {
+    pub(super) fn withdraw(mut self) -> Result<(), RecordingError> {
         if self.begun {
             refuse_others(&self.recording)?;
             for path in FILES.map(|name| self.recording.path(name)) {

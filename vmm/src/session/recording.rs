@@ -105,7 +105,7 @@ pub enum RecordingError {
 }
 
 /// The longest file that is read as an initrd, in bytes: Linux is given one below 2 GiB.
-pub const INITRD_BYTES_MAX: u64 = 2 << 30;
+pub(super) const INITRD_BYTES_MAX: u64 = 2 << 30;
 
 /// Names bytes by their content.
 pub fn content(bytes: &[u8]) -> Content {
@@ -305,7 +305,7 @@ impl Recording {
 }
 
 /// Refuses a file that is not the recorded one.
-pub fn check(
+pub(super) fn check(
     path: &Path,
     what: &'static str,
     found: &Content,

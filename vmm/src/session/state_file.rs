@@ -16,7 +16,7 @@ use crate::regular_file::{self, Links};
 use hindsight_replay::foreign::shown_path;
 
 /// A machine on KVM with disks of files.
-pub type State = StateOf<KvmCpu, Disks>;
+pub(super) type State = StateOf<KvmCpu, Disks>;
 
 /// zstd's fastest level but one: a state is hundreds of megabytes, of which most is written once and read once.
 const LEVEL: i32 = 1;
@@ -24,7 +24,7 @@ const LEVEL: i32 = 1;
 const REST_BYTES_MAX: u64 = 64 << 20;
 
 /// Writes `state`. Returns how many bytes the file has.
-pub fn write(state: &State, output: &mut OutputFile) -> Result<u64, Failure> {
+pub(super) fn write(state: &State, output: &mut OutputFile) -> Result<u64, Failure> {
     let failed = |source: std::io::Error| {
         Failure::new(
             Kind::HostFailed,
@@ -59,7 +59,7 @@ impl<W: Write> Write for Counted<W> {
 }
 
 /// Reads the state at `path` of the machine that `header` describes.
-pub fn read(path: &Path, header: &Header) -> Result<State, Failure> {
+pub(super) fn read(path: &Path, header: &Header) -> Result<State, Failure> {
     let refused =
         |what: String| Failure::new(Kind::BadInput, format!("{}: {what}", shown_path(path)));
     let (file, _) = regular_file::open(path, Links::Follow)?;

@@ -13,11 +13,11 @@ use hindsight_devices::Nanos;
 
 /// From one look to the next at most so much time passes: far more than a host that runs us lets go by between
 /// two looks, and far less than any watchdog of a guest waits.
-pub const STEP_MAX_NS: Nanos = 1_000_000_000;
+pub(super) const STEP_MAX_NS: Nanos = 1_000_000_000;
 
 /// How much time has passed, by a clock that is looked at now and then.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct RunningTime {
+pub(super) struct RunningTime {
     /// The host's time at the last look.
     seen: Nanos,
     passed: Nanos,
@@ -27,7 +27,7 @@ pub struct RunningTime {
 
 impl RunningTime {
     /// How much time has passed when the host's clock shows `host`. Looks may come in any order.
-    pub fn look(&mut self, host: Nanos) -> Nanos {
+    pub(super) fn look(&mut self, host: Nanos) -> Nanos {
         let step = host.saturating_sub(self.seen);
         self.seen = self.seen.max(host);
         if !self.held {
@@ -37,24 +37,24 @@ impl RunningTime {
     }
 
     /// Nothing passes from now on, or time goes on.
-    pub fn hold(&mut self, held: bool, host: Nanos) {
+    pub(super) fn hold(&mut self, held: bool, host: Nanos) {
         self.look(host);
         self.held = held;
     }
 
     /// How much of the host's time was left out so far.
-    pub fn left_out(&self) -> Nanos {
+    pub(super) fn left_out(&self) -> Nanos {
         self.seen - self.passed
     }
 }
 
 /// The clock that all threads of a recorder look at.
 #[derive(Debug)]
-pub struct HostClock(Mutex<(Instant, RunningTime)>);
+pub(super) struct HostClock(Mutex<(Instant, RunningTime)>);
 
 impl HostClock {
     /// A clock that starts now.
-    pub fn new() -> HostClock {
+    pub(super) fn new() -> HostClock {
         HostClock(Mutex::new((Instant::now(), RunningTime::default())))
     }
 
@@ -70,27 +70,27 @@ impl HostClock {
     }
 
     /// Nanoseconds since it started, as far as the program ran. Never runs backwards.
-    pub fn now(&self) -> Nanos {
+    pub(super) fn now(&self) -> Nanos {
         self.look(RunningTime::look)
     }
 
     /// Stands still until [`HostClock::go_on`].
-    pub fn hold(&self) {
+    pub(super) fn hold(&self) {
         self.look(|time, host| time.hold(true, host));
     }
 
     /// Goes on.
-    pub fn go_on(&self) {
+    pub(super) fn go_on(&self) {
         self.look(|time, host| time.hold(false, host));
     }
 
     /// How much of the host's time was left out by the last look.
-    pub fn left_out(&self) -> Nanos {
+    pub(super) fn left_out(&self) -> Nanos {
         self.lock().1.left_out()
     }
 
     /// Starts over.
-    pub fn restart(&self) {
+    pub(super) fn restart(&self) {
         *self.lock() = (Instant::now(), RunningTime::default());
     }
 }

@@ -23,7 +23,7 @@ static WANTED: AtomicBool = AtomicBool::new(false);
 
 /// Columns and rows of the terminal on standard output. None if there is no terminal, or one that does not know
 /// its size and says 0: the guest keeps its own idea then.
-pub fn size() -> Option<(u16, u16)> {
+pub(super) fn size() -> Option<(u16, u16)> {
     let size = tcgetwinsize(std::io::stdout()).ok()?;
     known_size(size.ws_col, size.ws_row)
 }
@@ -34,11 +34,11 @@ fn known_size(columns: u16, rows: u16) -> Option<(u16, u16)> {
 
 /// A terminal on standard input that is raw until this is dropped.
 #[derive(Debug)]
-pub struct RawTerminal(());
+pub(crate) struct RawTerminal(());
 
 impl RawTerminal {
     /// `None` if standard input is no terminal.
-    pub fn enter() -> Option<RawTerminal> {
+    pub(crate) fn enter() -> Option<RawTerminal> {
         let stdin = std::io::stdin();
         if !stdin.is_terminal() {
             return None;
@@ -61,7 +61,7 @@ impl Drop for RawTerminal {
 }
 
 /// Sets the terminal back to what it was, if it is raw by us. May be called by a handler of signals.
-pub fn restore() {
+pub(super) fn restore() {
     if RAW.swap(false, Ordering::SeqCst)
         && let Some(original) = ORIGINAL.get()
         && is_ours()
@@ -73,7 +73,7 @@ pub fn restore() {
 }
 
 /// Makes it raw, again, if a machine wants that and no other program has it now.
-pub fn enter_again() {
+pub(super) fn enter_again() {
     if WANTED.load(Ordering::SeqCst)
         && let Some(original) = ORIGINAL.get()
         && is_ours()
@@ -84,7 +84,7 @@ pub fn enter_again() {
 }
 
 /// Whether no other program has the terminal: one in the background would be stopped if it touched it.
-pub fn is_ours() -> bool {
+pub(super) fn is_ours() -> bool {
     match tcgetpgrp(std::io::stdin()) {
         Ok(group) => group == rustix::process::getpgrp(),
         // Whose session has another terminal, or none, is in nobody's background.

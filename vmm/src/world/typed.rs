@@ -32,7 +32,7 @@ const BACKGROUND_LOOK: Duration = Duration::from_millis(200);
 
 /// What has been typed and is not the guest's yet.
 #[derive(Debug)]
-pub struct Typed {
+pub(super) struct Typed {
     bytes: Mutex<Bytes>,
     taken: Condvar,
     /// How many wait, for a look that costs nothing.
@@ -60,7 +60,7 @@ enum Overflow {
 
 impl Typed {
     /// Reads standard input from now on, by a thread of its own.
-    pub fn read_stdin(bell: Bell, operator: Arc<Operator>) -> std::io::Result<Arc<Typed>> {
+    pub(super) fn read_stdin(bell: Bell, operator: Arc<Operator>) -> std::io::Result<Arc<Typed>> {
         let terminal = std::io::stdin().is_terminal();
         let overflow = match terminal {
             true => Overflow::Drop,
@@ -94,17 +94,17 @@ impl Typed {
     }
 
     /// How many bytes wait.
-    pub fn count(&self) -> usize {
+    pub(super) fn count(&self) -> usize {
         self.count.load(Ordering::SeqCst)
     }
 
     /// Whether more may come.
-    pub fn is_open(&self) -> bool {
+    pub(super) fn is_open(&self) -> bool {
         self.open.load(Ordering::SeqCst)
     }
 
     /// The next bytes, `most` of them at most.
-    pub fn take(&self, most: usize) -> Vec<u8> {
+    pub(super) fn take(&self, most: usize) -> Vec<u8> {
         let mut bytes = self.bytes();
         let count = bytes.waiting.len().min(most);
         let taken = bytes.waiting.drain(..count).collect();

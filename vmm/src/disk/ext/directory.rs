@@ -99,7 +99,7 @@ impl<S: Source> FileSystem<S> {
 }
 
 /// A name of a directory as a path has it. What is encrypted can be any bytes, and is given in hexadecimal.
-pub fn shown(directory: &Inode, name: &[u8]) -> Result<Vec<u8>, ExtError> {
+pub(super) fn shown(directory: &Inode, name: &[u8]) -> Result<Vec<u8>, ExtError> {
     if directory.is_encrypted() && !name.is_empty() {
         return Ok(name
             .iter()

@@ -33,7 +33,7 @@ const DIRECTORY: u16 = 0x4;
 
 /// A name that was added to a directory, or removed from it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NameChange {
+pub(super) struct NameChange {
     pub added: bool,
     pub name: Vec<u8>,
     pub inode: u32,
@@ -41,7 +41,7 @@ pub struct NameChange {
 
 /// All that was committed fast.
 #[derive(Debug, Default)]
-pub struct FastCommits {
+pub(super) struct FastCommits {
     inodes: BTreeMap<u32, Vec<u8>>,
     remaps: BTreeMap<u32, Vec<Remap>>,
     names: BTreeMap<u32, Vec<NameChange>>,
@@ -77,22 +77,22 @@ impl FastCommits {
     }
 
     /// An inode that was committed.
-    pub fn inode(&self, number: u32) -> Option<&[u8]> {
+    pub(super) fn inode(&self, number: u32) -> Option<&[u8]> {
         self.inodes.get(&number).map(Vec::as_slice)
     }
 
     /// What has become of the parts of a file, in order.
-    pub fn remaps(&self, inode: u32) -> &[Remap] {
+    pub(super) fn remaps(&self, inode: u32) -> &[Remap] {
         self.remaps.get(&inode).map_or(&[], Vec::as_slice)
     }
 
     /// What has become of the names in a directory, in order.
-    pub fn names(&self, directory: u32) -> &[NameChange] {
+    pub(super) fn names(&self, directory: u32) -> &[NameChange] {
         self.names.get(&directory).map_or(&[], Vec::as_slice)
     }
 
     /// Whether a directory has only what was committed.
-    pub fn is_fresh(&self, directory: u32) -> bool {
+    pub(super) fn is_fresh(&self, directory: u32) -> bool {
         self.fresh.contains(&directory)
     }
 

@@ -6,8 +6,8 @@ use super::superblock::incompat;
 use super::{ExtError, FileSystem, Source, in_the, le16, le32};
 
 /// Where the block map, or the content of something small, begins in an inode, and how long it is, in bytes.
-pub const MAP_OFFSET: usize = 0x28;
-pub const MAP_BYTES: usize = 60;
+pub(super) const MAP_OFFSET: usize = 0x28;
+pub(super) const MAP_BYTES: usize = 60;
 /// Where what a kernel of today adds to an inode begins.
 const EXTRA_OFFSET: usize = 0x80;
 /// What begins the extended attributes of an inode.
@@ -22,7 +22,7 @@ const INLINE_DATA_FLAG: u32 = 0x1000_0000;
 
 /// What an inode is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub(crate) enum Kind {
     File,
     Directory,
     Link,
@@ -34,7 +34,7 @@ pub enum Kind {
 
 /// An inode.
 #[derive(Clone, Debug)]
-pub struct Inode {
+pub(crate) struct Inode {
     /// Its number.
     pub number: u32,
     raw: Vec<u8>,
@@ -61,7 +61,7 @@ impl Inode {
     }
 
     /// What it is.
-    pub fn kind(&self) -> Kind {
+    pub(crate) fn kind(&self) -> Kind {
         let mode = le16(&self.raw, 0);
         match mode >> 12 {
             0x8 => Kind::File,
@@ -77,24 +77,24 @@ impl Inode {
     }
 
     /// Whether two are of one kind, whatever device they are.
-    pub fn is_like(&self, other: &Inode) -> bool {
+    pub(crate) fn is_like(&self, other: &Inode) -> bool {
         le16(&self.raw, 0) >> 12 == le16(&other.raw, 0) >> 12
     }
 
     /// Permissions, with the three bits before them.
-    pub fn mode(&self) -> u16 {
+    pub(crate) fn mode(&self) -> u16 {
         le16(&self.raw, 0) & 0xfff
     }
 
     /// User and group.
-    pub fn owner(&self) -> (u32, u32) {
+    pub(crate) fn owner(&self) -> (u32, u32) {
         let number =
             |low, high| u32::from(le16(&self.raw, low)) | u32::from(le16(&self.raw, high)) << 16;
         (number(0x2, 0x78), number(0x18, 0x7a))
     }
 
     /// When the content was last written: seconds since 1970 and nanoseconds.
-    pub fn modified(&self) -> (i64, u32) {
+    pub(crate) fn modified(&self) -> (i64, u32) {
         let seconds = i64::from(self.word(0x10).cast_signed());
         let extra_at = 0x88;
         if self.raw.len() < extra_at + 4 || self.extra_bytes() < extra_at + 4 - EXTRA_OFFSET {
@@ -105,7 +105,7 @@ impl Inode {
     }
 
     /// How many names it has.
-    pub fn links(&self) -> u16 {
+    pub(crate) fn links(&self) -> u16 {
         le16(&self.raw, 0x1a)
     }
 
@@ -116,25 +116,25 @@ impl Inode {
         }
     }
 
-    pub fn is_encrypted(&self) -> bool {
+    pub(crate) fn is_encrypted(&self) -> bool {
         self.word(0x20) & ENCRYPTED_FLAG != 0
     }
 
-    pub fn has_extents(&self) -> bool {
+    pub(crate) fn has_extents(&self) -> bool {
         self.word(0x20) & EXTENTS_FLAG != 0
     }
 
-    pub fn is_inline(&self) -> bool {
+    pub(crate) fn is_inline(&self) -> bool {
         self.word(0x20) & INLINE_DATA_FLAG != 0
     }
 
     /// The block map.
-    pub fn map(&self) -> &[u8] {
+    pub(crate) fn map(&self) -> &[u8] {
         &self.raw[MAP_OFFSET..MAP_OFFSET + MAP_BYTES]
     }
 
     /// The two parts of inline data: that in place of a block map, and that among the extended attributes.
-    pub fn inline_parts(&self) -> Result<(&[u8], &[u8]), ExtError> {
+    pub(crate) fn inline_parts(&self) -> Result<(&[u8], &[u8]), ExtError> {
         Ok((self.map(), self.inline_attribute()?))
     }
 
@@ -172,7 +172,7 @@ impl Inode {
 
 impl<S: Source> FileSystem<S> {
     /// An inode of the file system; its fast commits have been applied.
-    pub fn inode(&self, number: u32) -> Result<Inode, ExtError> {
+    pub(crate) fn inode(&self, number: u32) -> Result<Inode, ExtError> {
         let raw = match self.fast.inode(number) {
             Some(raw) => {
                 self.charge(self.superblock.inode_bytes)?;
@@ -184,7 +184,7 @@ impl<S: Source> FileSystem<S> {
     }
 
     /// An inode as it stands in its table.
-    pub fn raw_inode(&self, number: u32) -> Result<Vec<u8>, ExtError> {
+    pub(crate) fn raw_inode(&self, number: u32) -> Result<Vec<u8>, ExtError> {
         let superblock = &self.superblock;
         if number == 0 || number > superblock.inodes {
             return Err(ExtError::Damaged(format!("there is no inode {number}")));
@@ -206,7 +206,7 @@ impl<S: Source> FileSystem<S> {
     }
 
     /// Where a symbolic link leads.
-    pub fn link_target(&self, inode: &Inode) -> Result<Vec<u8>, ExtError> {
+    pub(crate) fn link_target(&self, inode: &Inode) -> Result<Vec<u8>, ExtError> {
         let bad = || {
             let length = inode.size;
             ExtError::Damaged(format!(
@@ -232,7 +232,7 @@ impl<S: Source> FileSystem<S> {
     }
 
     /// The content of an inode that has it in itself.
-    pub fn inline_content(&self, inode: &Inode) -> Result<Vec<u8>, ExtError> {
+    pub(crate) fn inline_content(&self, inode: &Inode) -> Result<Vec<u8>, ExtError> {
         let (first, second) = inode.inline_parts()?;
         let mut content = [first, second].concat();
         let length = usize::try_from(inode.size).unwrap_or(usize::MAX);
@@ -247,7 +247,7 @@ impl<S: Source> FileSystem<S> {
     }
 
     /// The names in a directory and their inodes.
-    pub fn names(&self, inode: &Inode) -> Result<BTreeMap<Vec<u8>, u32>, ExtError> {
+    pub(crate) fn names(&self, inode: &Inode) -> Result<BTreeMap<Vec<u8>, u32>, ExtError> {
         self.listed(inode)
             .map_err(|error| in_the(error, "a directory cannot be read"))
     }

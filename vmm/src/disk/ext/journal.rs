@@ -14,7 +14,7 @@ use super::mapping::Piece;
 use super::{ExtError, FileSystem, Newer, Source, be32};
 
 /// What begins each block of the log that is not a copy of one of the file system's.
-pub const MAGIC: [u8; 4] = [0xc0, 0x3b, 0x39, 0x98];
+pub(super) const MAGIC: [u8; 4] = [0xc0, 0x3b, 0x39, 0x98];
 const HEADER_BYTES: usize = 12;
 const UUID_BYTES: usize = 16;
 
@@ -51,7 +51,7 @@ static CRC32C: Crc<u32, Table<16>> = Crc::<u32, Table<16>>::new(&CRC_32_ISCSI);
 static CRC32_BE: Crc<u32, Table<16>> = Crc::<u32, Table<16>>::new(&CRC_32_MPEG_2);
 
 /// CRC32C as Linux has it: going on from `seed`, and not inverted at the end.
-pub fn crc32c(seed: u32, bytes: &[u8]) -> u32 {
+pub(super) fn crc32c(seed: u32, bytes: &[u8]) -> u32 {
     let mut digest = CRC32C.digest_with_initial(seed.reverse_bits());
     digest.update(bytes);
     !digest.finalize()

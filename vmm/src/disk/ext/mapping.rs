@@ -22,7 +22,7 @@ const BLOCKS_MAX: u64 = 1 << 32;
 
 /// Part of a file that stands in one piece. What lies between two reads as zeroes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Piece {
+pub(crate) struct Piece {
     /// Where in the file it begins, in bytes.
     pub start: u64,
     /// Where in the file system it stands, in bytes.
@@ -33,17 +33,17 @@ pub struct Piece {
 
 /// The same in blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Run {
+pub(super) struct Run {
     pub block: u64,
     pub blocks: u64,
 }
 
 /// Runs by their first block in the file; none lies over another.
-pub type Runs = BTreeMap<u64, Run>;
+pub(super) type Runs = BTreeMap<u64, Run>;
 
 /// What a fast commit says of a part of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Remap {
+pub(super) struct Remap {
     pub first: u64,
     pub blocks: u64,
     /// Where it is now; `None` if it reads as zeroes.
@@ -52,7 +52,7 @@ pub struct Remap {
 
 impl<S: Source> FileSystem<S> {
     /// The pieces of a file, ascending; none of inline data.
-    pub fn pieces(&self, inode: &Inode) -> Result<Vec<Piece>, ExtError> {
+    pub(crate) fn pieces(&self, inode: &Inode) -> Result<Vec<Piece>, ExtError> {
         let mut runs = Runs::new();
         if !inode.is_inline() {
             let map = inode.map();

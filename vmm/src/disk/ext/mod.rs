@@ -30,11 +30,11 @@ use super::budget::Budget;
 use fast_commit::FastCommits;
 use superblock::Superblock;
 
-pub use inode::{Inode, Kind};
-pub use mapping::Piece;
+pub(super) use inode::{Inode, Kind};
+pub(super) use mapping::Piece;
 
 /// The root directory.
-pub const ROOT: u32 = 2;
+pub(super) const ROOT: u32 = 2;
 /// Blocks of metadata that are kept.
 const CACHED_BLOCKS: usize = 256;
 
@@ -73,7 +73,7 @@ struct Newer {
 }
 
 /// A file system, as a kernel would find it when it mounts it.
-pub struct FileSystem<S> {
+pub(super) struct FileSystem<S> {
     source: S,
     superblock: Superblock,
     newer: BTreeMap<u64, Newer>,
@@ -84,7 +84,7 @@ pub struct FileSystem<S> {
 
 impl<S: Source> FileSystem<S> {
     /// Finds the file system and reads its journal; `None` if there is none.
-    pub fn open(source: S, budget: Rc<Budget>) -> Result<Option<FileSystem<S>>, ExtError> {
+    pub(super) fn open(source: S, budget: Rc<Budget>) -> Result<Option<FileSystem<S>>, ExtError> {
         let Some(superblock) = Superblock::read(&source)? else {
             return Ok(None);
         };
@@ -114,19 +114,19 @@ impl<S: Source> FileSystem<S> {
     }
 
     /// Whether there seems to be one.
-    pub fn is_there(source: &S) -> Result<bool, ExtError> {
+    pub(super) fn is_there(source: &S) -> Result<bool, ExtError> {
         Ok(!matches!(Superblock::read(source), Ok(None)))
     }
 
     /// Whether these bytes stand where they are, and not in the journal.
-    pub fn is_in_place(&self, offset: u64, bytes: u64) -> bool {
+    pub(super) fn is_in_place(&self, offset: u64, bytes: u64) -> bool {
         let block = self.superblock.block_bytes;
         let blocks = offset / block..offset.saturating_add(bytes).div_ceil(block);
         self.newer.range(blocks).next().is_none()
     }
 
     /// Fills `into` with what is at `offset`, or is to be there.
-    pub fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), ExtError> {
+    pub(super) fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), ExtError> {
         if self.is_in_place(offset, into.len() as u64) {
             return self.source.read_at(offset, into);
         }

@@ -6,31 +6,31 @@
 use super::{ExtError, Source, le16, le32};
 
 /// Where the superblock is, and how long, in bytes.
-pub const OFFSET: u64 = 1024;
-pub const BYTES: usize = 1024;
+pub(super) const OFFSET: u64 = 1024;
+pub(super) const BYTES: usize = 1024;
 const MAGIC: u16 = 0xef53;
 
 /// Features of a file system that a reader has to know.
-pub mod incompat {
-    pub const COMPRESSION: u32 = 0x1;
-    pub const FILE_TYPE: u32 = 0x2;
-    pub const RECOVER: u32 = 0x4;
-    pub const JOURNAL_DEVICE: u32 = 0x8;
-    pub const META_BG: u32 = 0x10;
-    pub const EXTENTS: u32 = 0x40;
-    pub const BITS_64: u32 = 0x80;
-    pub const MMP: u32 = 0x100;
-    pub const FLEX_BG: u32 = 0x200;
-    pub const EA_INODE: u32 = 0x400;
-    pub const DIR_DATA: u32 = 0x1000;
-    pub const CHECKSUM_SEED: u32 = 0x2000;
-    pub const LARGE_DIR: u32 = 0x4000;
-    pub const INLINE_DATA: u32 = 0x8000;
-    pub const ENCRYPT: u32 = 0x1_0000;
-    pub const CASE_FOLD: u32 = 0x2_0000;
+pub(super) mod incompat {
+    pub(crate) const COMPRESSION: u32 = 0x1;
+    pub(crate) const FILE_TYPE: u32 = 0x2;
+    pub(crate) const RECOVER: u32 = 0x4;
+    pub(crate) const JOURNAL_DEVICE: u32 = 0x8;
+    pub(crate) const META_BG: u32 = 0x10;
+    pub(crate) const EXTENTS: u32 = 0x40;
+    pub(crate) const BITS_64: u32 = 0x80;
+    pub(crate) const MMP: u32 = 0x100;
+    pub(crate) const FLEX_BG: u32 = 0x200;
+    pub(crate) const EA_INODE: u32 = 0x400;
+    pub(crate) const DIR_DATA: u32 = 0x1000;
+    pub(crate) const CHECKSUM_SEED: u32 = 0x2000;
+    pub(crate) const LARGE_DIR: u32 = 0x4000;
+    pub(crate) const INLINE_DATA: u32 = 0x8000;
+    pub(crate) const ENCRYPT: u32 = 0x1_0000;
+    pub(crate) const CASE_FOLD: u32 = 0x2_0000;
 
     /// Those that are read, or do not matter to who only reads.
-    pub const KNOWN: u32 = FILE_TYPE
+    pub(crate) const KNOWN: u32 = FILE_TYPE
         | RECOVER
         | META_BG
         | EXTENTS
@@ -52,7 +52,7 @@ const RO_COMPAT_SPARSE_SUPER: u32 = 0x1;
 
 /// What is needed of it.
 #[derive(Clone, Debug)]
-pub struct Superblock {
+pub(super) struct Superblock {
     pub block_bytes: u64,
     pub blocks: u64,
     pub inodes: u32,
@@ -71,7 +71,7 @@ pub struct Superblock {
 
 impl Superblock {
     /// Reads it; `None` if there is none.
-    pub fn read(source: &dyn Source) -> Result<Option<Superblock>, ExtError> {
+    pub(super) fn read(source: &dyn Source) -> Result<Option<Superblock>, ExtError> {
         if source.bytes() < OFFSET + BYTES as u64 {
             return Ok(None);
         }
@@ -81,7 +81,7 @@ impl Superblock {
     }
 
     /// The one that stands in `raw`, of a file system that has `room` bytes.
-    pub fn parse(raw: &[u8; BYTES], room: u64) -> Result<Option<Superblock>, ExtError> {
+    pub(super) fn parse(raw: &[u8; BYTES], room: u64) -> Result<Option<Superblock>, ExtError> {
         if le16(raw, 0x38) != MAGIC {
             return Ok(None);
         }
@@ -164,7 +164,7 @@ impl Superblock {
     }
 
     /// Where the descriptor of a group is, and how long, in bytes.
-    pub fn descriptor(&self, group: u64) -> Result<(u64, usize), ExtError> {
+    pub(super) fn descriptor(&self, group: u64) -> Result<(u64, usize), ExtError> {
         if group >= self.groups() {
             return Err(damaged(format!("there is no group {group} of blocks")));
         }
@@ -211,7 +211,7 @@ impl Superblock {
     }
 
     /// Where a block begins, in bytes, if it is one of the file system's.
-    pub fn offset_of(&self, block: u64) -> Result<u64, ExtError> {
+    pub(super) fn offset_of(&self, block: u64) -> Result<u64, ExtError> {
         if block >= self.blocks {
             let blocks = self.blocks;
             return Err(damaged(format!("it names block {block}, and has {blocks}")));
@@ -220,12 +220,12 @@ impl Superblock {
     }
 
     /// Whether all of a feature's bits are set.
-    pub fn has(&self, feature: u32) -> bool {
+    pub(super) fn has(&self, feature: u32) -> bool {
         self.incompat & feature == feature
     }
 
     /// The inode of the journal, if what stands in it has to be read; an error if it is not here.
-    pub fn journal(&self) -> Result<Option<u32>, ExtError> {
+    pub(super) fn journal(&self) -> Result<Option<u32>, ExtError> {
         if !self.has(incompat::RECOVER) || self.compat & COMPAT_HAS_JOURNAL == 0 {
             return Ok(None);
         }

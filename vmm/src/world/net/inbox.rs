@@ -15,7 +15,7 @@ const STALE: Duration = Duration::from_secs(2);
 /// A queue with an end. When it is full, the link's other end waits, or drops what the kernel does not
 /// keep for it; what nobody takes in time is dropped.
 #[derive(Debug, Default)]
-pub struct Inbox {
+pub(super) struct Inbox {
     frames: Mutex<Frames>,
     taken: Condvar,
     /// How many there are, for a look that costs nothing.
@@ -51,7 +51,7 @@ impl Inbox {
 
     /// Adds a frame, and waits while there is no room for it. Whether it is the only one there;
     /// `None` if nobody will ever take it.
-    pub fn push(&self, frame: Vec<u8>) -> Option<bool> {
+    pub(super) fn push(&self, frame: Vec<u8>) -> Option<bool> {
         let mut frames = self.frames();
         while frames.is_full() && !frames.closed {
             let waited = self.taken.wait_timeout(frames, STALE);
@@ -71,12 +71,12 @@ impl Inbox {
     }
 
     /// How many there are.
-    pub fn count(&self) -> usize {
+    pub(super) fn count(&self) -> usize {
         self.count.load(Ordering::SeqCst)
     }
 
     /// The next one that is not stale.
-    pub fn pop(&self) -> Option<Vec<u8>> {
+    pub(super) fn pop(&self) -> Option<Vec<u8>> {
         if self.count() == 0 {
             return None;
         }
@@ -88,7 +88,7 @@ impl Inbox {
     }
 
     /// Nobody will take anything any more.
-    pub fn close(&self) {
+    pub(super) fn close(&self) {
         self.frames().closed = true;
         self.taken.notify_all();
     }

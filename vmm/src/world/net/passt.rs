@@ -39,7 +39,7 @@ const WORDS_MAX: usize = 2048;
 
 /// The program, running.
 #[derive(Debug)]
-pub struct Passt {
+pub(super) struct Passt {
     child: Child,
     /// A file without a name that it complains to.
     complaints: File,
@@ -47,7 +47,7 @@ pub struct Passt {
 
 impl Passt {
     /// Starts it and waits until it works.
-    pub fn start(publish: &[Publish]) -> Result<(Passt, UnixStream), NetError> {
+    pub(super) fn start(publish: &[Publish]) -> Result<(Passt, UnixStream), NetError> {
         for publish in publish {
             publish.try_port().map_err(|source| NetError::Port {
                 publish: *publish,
@@ -81,7 +81,7 @@ impl Passt {
     }
 
     /// It has stopped answering: how it ended and what it said, where `seen` is what was seen of that.
-    pub fn last_words(&mut self, seen: &str) -> String {
+    pub(super) fn last_words(&mut self, seen: &str) -> String {
         let end = Instant::now() + Duration::from_secs(1);
         let status = loop {
             match self.child.try_wait() {

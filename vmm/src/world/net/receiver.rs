@@ -15,7 +15,7 @@ use super::stream::{Deframer, Nonsense};
 use crate::world::bell::Bell;
 
 /// Where frames come from.
-pub struct Source {
+pub(super) struct Source {
     fd: OwnedFd,
     /// `None` if each read is a frame.
     deframer: Option<Deframer>,
@@ -27,7 +27,7 @@ const READS: usize = 64;
 
 impl Source {
     /// A socket that carries frames after their lengths.
-    pub fn stream(fd: OwnedFd) -> Source {
+    pub(super) fn stream(fd: OwnedFd) -> Source {
         Source {
             fd,
             deframer: Some(Deframer::default()),
@@ -36,7 +36,7 @@ impl Source {
     }
 
     /// A device that gives a frame with each read, and does not block.
-    pub fn tap(fd: OwnedFd) -> Source {
+    pub(super) fn tap(fd: OwnedFd) -> Source {
         Source {
             fd,
             deframer: None,
@@ -91,7 +91,7 @@ enum Waited {
 
 /// The thread, and what it has taken. Dropped, it ends, and its descriptor is closed.
 #[derive(Debug)]
-pub struct Receiver {
+pub(super) struct Receiver {
     inbox: Arc<Inbox>,
     /// What was seen of a link that is lost.
     lost: Arc<OnceLock<String>>,
@@ -122,12 +122,12 @@ impl Receiver {
     }
 
     /// The frames that have come.
-    pub fn inbox(&self) -> &Inbox {
+    pub(super) fn inbox(&self) -> &Inbox {
         &self.inbox
     }
 
     /// What was seen of the link if it is lost: no more frames will come.
-    pub fn lost(&self) -> Option<&str> {
+    pub(super) fn lost(&self) -> Option<&str> {
         self.lost.get().map(String::as_str)
     }
 }

@@ -13,14 +13,14 @@ use rustix::net::{SendFlags, send};
 use super::share;
 
 /// Bytes of a frame's length, big-endian.
-pub const LENGTH_BYTES: usize = 4;
+pub(super) const LENGTH_BYTES: usize = 4;
 /// How long a full socket is waited for: the other end may only want the processor. Once that has
 /// not helped, frames are dropped without waiting, until the socket takes one.
 const FULL_SOCKET_WAIT: Duration = Duration::from_millis(20);
 
 /// The sending side.
 #[derive(Debug)]
-pub struct StreamWire {
+pub(super) struct StreamWire {
     socket: OwnedFd,
     /// A frame with its length. All of it goes, or nothing: what has been begun must be finished before
     /// anything else.
@@ -32,7 +32,7 @@ pub struct StreamWire {
 
 impl StreamWire {
     /// Sends over `socket`.
-    pub fn new(socket: UnixStream) -> StreamWire {
+    pub(super) fn new(socket: UnixStream) -> StreamWire {
         StreamWire {
             socket: socket.into(),
             frame: Vec::new(),
@@ -42,12 +42,12 @@ impl StreamWire {
     }
 
     /// The same socket, to receive from.
-    pub fn share(&self) -> io::Result<OwnedFd> {
+    pub(super) fn share(&self) -> io::Result<OwnedFd> {
         share(&self.socket)
     }
 
     /// Sends a frame, or drops it if the socket is full.
-    pub fn send(&mut self, frame: &[u8]) {
+    pub(super) fn send(&mut self, frame: &[u8]) {
         if !self.finish() {
             return;
         }
@@ -108,20 +108,24 @@ fn wait_until(fd: impl AsFd, flags: PollFlags, most: Duration) -> bool {
 
 /// Frames out of a stream of bytes.
 #[derive(Debug, Default)]
-pub struct Deframer {
+pub(super) struct Deframer {
     bytes: Vec<u8>,
 }
 
 /// The other end does not keep to the protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Nonsense {
+pub(super) struct Nonsense {
     /// What it said a frame's length is.
     pub length: u32,
 }
 
 impl Deframer {
     /// Adds bytes, and hands out every frame that is whole.
-    pub fn take(&mut self, bytes: &[u8], mut frame: impl FnMut(&[u8])) -> Result<(), Nonsense> {
+    pub(super) fn take(
+        &mut self,
+        bytes: &[u8],
+        mut frame: impl FnMut(&[u8]),
+    ) -> Result<(), Nonsense> {
         self.bytes.extend_from_slice(bytes);
         let mut rest = &self.bytes[..];
         while let Some((length, after)) = rest.split_first_chunk::<LENGTH_BYTES>() {

@@ -21,7 +21,7 @@ pub fn is_name(name: &str) -> bool {
 }
 
 /// Opens it. It is not made if it is not there, which the kernel would do.
-pub fn open(name: &str) -> Result<TapWire, NetError> {
+pub(super) fn open(name: &str) -> Result<TapWire, NetError> {
     if !Path::new("/sys/class/net").join(name).exists() {
         return Err(NetError::NoTap(name.into()));
     }
@@ -37,24 +37,24 @@ pub fn open(name: &str) -> Result<TapWire, NetError> {
 
 /// The sending side.
 #[derive(Debug)]
-pub struct TapWire {
+pub(super) struct TapWire {
     name: String,
     device: OwnedFd,
 }
 
 impl TapWire {
     /// The device's name.
-    pub fn name(&self) -> &str {
+    pub(super) fn name(&self) -> &str {
         &self.name
     }
 
     /// The same device, to receive from.
-    pub fn share(&self) -> io::Result<OwnedFd> {
+    pub(super) fn share(&self) -> io::Result<OwnedFd> {
         share(&self.device)
     }
 
     /// Sends a frame, or drops it: the device takes frames at once or, if it is down, not at all.
-    pub fn send(&mut self, frame: &[u8]) {
+    pub(super) fn send(&mut self, frame: &[u8]) {
         let _ = rustix::io::write(&self.device, frame);
     }
 }
