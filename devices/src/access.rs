@@ -69,13 +69,6 @@ pub enum Reply {
     Fault,
 }
 
-impl Reply {
-    /// What a read gets where no device answers: all ones.
-    pub fn floating(width: Width) -> Reply {
-        Reply::Value(width.ones())
-    }
-}
-
 /// Something that reaches the machine from outside, at a moment.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Input {

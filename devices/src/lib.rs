@@ -1,7 +1,7 @@
 //! The machine the guest sees, as plain state machines.
 //!
 //! No unsafe, no clock, no file, no thread, no KVM. A [`Board`] takes an [`Access`] with its
-//! [`BusContext`] and answers with a [`Reply`]; takes an [`Input`]; is told what time it is; and says
+//! [`BusContext`] and answers with a [`Reply`]; takes an [`Input`]; is given the time; and says
 //! whether it wants an interrupt delivered. Whatever a guest does is answered with data; an assertion
 //! that fails is a bug of ours.
 #![forbid(unsafe_code)]

@@ -413,7 +413,7 @@ fn a_guest_that_turns_the_apic_off_has_the_8259s() {
             width: Width::Dword,
         },
     );
-    assert_eq!(reply, Reply::floating(Width::Dword));
+    assert_eq!(reply, Reply::Value(Width::Dword.ones()));
 }
 
 #[test]
@@ -474,7 +474,7 @@ fn where_nobody_answers_the_bus_floats() {
                 width,
             },
         );
-        assert_eq!(reply, Reply::floating(width));
+        assert_eq!(reply, Reply::Value(width.ones()));
         access(
             &mut board,
             Access::PortWrite {

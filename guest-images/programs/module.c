@@ -1,6 +1,6 @@
 /* Loads kernel modules: one made for the purpose (modules/tsc), twice, so that the second stands in
  * the place of the first, and some as the distribution ships them. What the modules have to say
- * is in the kernel's messages; what comes of loading each is told here. */
+ * is in the kernel's messages; what comes of loading each is printed here. */
 #include "guest.h"
 
 static void load(const char *path, const char *parameters)

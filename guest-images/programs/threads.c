@@ -7,7 +7,7 @@
 
 enum { THREADS = 3, ROUNDS = 80 };
 
-/* Whoever holds the baton may touch what stands below it. */
+/* Whoever holds the baton may touch what is below it. */
 static volatile unsigned baton;
 static uint64_t order = CHECKSUM_START;
 static uint64_t looks[THREADS];

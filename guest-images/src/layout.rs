@@ -1,4 +1,4 @@
-//! Where a micro-guest's pieces stand in its megabyte of memory, and the ports it speaks through.
+//! Where a micro-guest's pieces are in its megabyte of memory, and the ports it speaks through.
 //!
 //! ```text
 //! 0x01000  GDT           0x04000  PML4       0x10000  code, where it starts

@@ -24,7 +24,7 @@ pub enum Ring {
 pub struct MicroGuest {
     /// Machine code, at [`CODE`].
     pub code: Vec<u8>,
-    /// What stands at [`DATA`] when it starts.
+    /// What is at [`DATA`] when it starts.
     pub data: Vec<u8>,
     /// The ring it starts in, with interrupts off.
     pub ring: Ring,
@@ -128,7 +128,7 @@ impl MicroGuest {
 pub(crate) struct Draft {
     /// Where the instructions go.
     pub a: CodeAssembler,
-    /// What stands at [`DATA`].
+    /// What is at [`DATA`].
     pub data: Vec<u8>,
     ring: Ring,
     places: Vec<(&'static str, CodeLabel)>,

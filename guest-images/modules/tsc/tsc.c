@@ -2,7 +2,7 @@
 /* A kernel module that asks the CPU what no recorder may let it find out by itself: the time-stamp
  * counter, ten thousand times, features, CR4. It asks wherever a module's code can be: in its
  * parameters' functions, which run before everything else, in its beginning, which the kernel frees,
- * in what stays, across the edge of two pages, and in its end. All that it was told goes into a
+ * in what stays, across the edge of two pages, and in its end. All that it read goes into a
  * checksum. */
 #include <linux/init.h>
 #include <linux/kernel.h>

@@ -25,7 +25,7 @@ pub fn counted_branches(rounds: u32, interrupts: u64) -> u64 {
 
 /// Does `rounds` rounds of branches, a page fault, a memory-mapped store (one exit) and a CPUID
 /// (an exit that stays in KVM), in ring 0 or in ring 3, and takes interrupts meanwhile. How many
-/// faults and interrupts its handlers saw stands at `DATA` and `DATA + 8`.
+/// faults and interrupts its handlers saw is at `DATA` and `DATA + 8`.
 pub fn counted(ring: Ring, rounds: u32) -> MicroGuest {
     // It starts in ring 0 in any case: only there can it turn interrupts on.
     MicroGuest::assemble(Ring::Kernel, |g| {

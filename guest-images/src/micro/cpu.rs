@@ -5,7 +5,7 @@ use iced_x86::code_asm::{al, dword_ptr, eax, ebx, ecx, edx, ptr, qword_ptr, rax,
 use crate::layout::DATA;
 use crate::{MicroGuest, Ring};
 
-/// CPUID for each (leaf, subleaf). EAX, EBX, ECX and EDX of number `i` stand at `DATA + 16 * i`.
+/// CPUID for each (leaf, subleaf). EAX, EBX, ECX and EDX of number `i` are at `DATA + 16 * i`.
 pub fn cpuid(ring: Ring, leaves: &[(u32, u32)]) -> MicroGuest {
     MicroGuest::assemble(ring, |g| {
         for (at, (leaf, subleaf)) in (DATA..).step_by(16).zip(leaves) {
@@ -21,7 +21,7 @@ pub fn cpuid(ring: Ring, leaves: &[(u32, u32)]) -> MicroGuest {
     })
 }
 
-/// RDMSR for each index. EDX:EAX of number `i` stands at `DATA + 8 * i`.
+/// RDMSR for each index. EDX:EAX of number `i` is at `DATA + 8 * i`.
 pub fn read_msrs(indices: &[u32]) -> MicroGuest {
     MicroGuest::assemble(Ring::Kernel, |g| {
         for (at, index) in (DATA..).step_by(8).zip(indices) {
@@ -44,7 +44,7 @@ pub fn write_msr(index: u32, value: u64) -> MicroGuest {
 }
 
 /// `out %al` to `port` with 0xa, 0xb, 0xc and 0xd in RAX, RBX, RCX and RDX, as a rewritten CPUID
-/// does; what the four registers hold afterwards stands at `DATA`, eight bytes each.
+/// does; what the four registers hold afterwards is at `DATA`, eight bytes each.
 /// Place: `next`, the instruction after the OUT.
 pub fn trap_port(port: u8) -> MicroGuest {
     MicroGuest::assemble(Ring::Kernel, |g| {
@@ -90,7 +90,7 @@ pub fn rdtsc(ring: Ring) -> MicroGuest {
 }
 
 /// A hypercall with RAX = `number`, RBX = `DATA + 0x100` and RCX = 0, by VMMCALL (AMD) or VMCALL
-/// (Intel). What comes back in RAX stands at `DATA`.
+/// (Intel). What comes back in RAX is at `DATA`.
 pub fn hypercall(number: u32, amd: bool) -> MicroGuest {
     MicroGuest::assemble(Ring::Kernel, |g| {
         g.a.mov(eax, number)?;

@@ -6,7 +6,7 @@ use crate::layout::{DATA, MMIO, PORT_DEVICE, RAM_BYTES};
 use crate::{MicroGuest, Ring};
 
 /// Writes 0x5a, 0x1234 and 0xdeadbeef to ports 0x40, 0x41 and 0x42 in one, two and four bytes,
-/// then reads ports 0x43, 0x44 and 0x45 in as many. Six exits; the three values read stand at
+/// then reads ports 0x43, 0x44 and 0x45 in as many. Six exits; the three values read are at
 /// `DATA`, eight bytes apart, zero-extended.
 pub fn ports() -> MicroGuest {
     MicroGuest::assemble(Ring::Kernel, |g| {
@@ -50,7 +50,7 @@ pub fn string_ports() -> MicroGuest {
 }
 
 /// Stores one byte (0x5a) at `MMIO` and eight (0x1122334455667788) at `MMIO + 8`, then loads one
-/// byte from `MMIO + 0x10` and eight from `MMIO + 0x18`. Four exits; what was loaded stands at
+/// byte from `MMIO + 0x10` and eight from `MMIO + 0x18`. Four exits; what was loaded is at
 /// `DATA` and `DATA + 8`.
 pub fn memory_mapped() -> MicroGuest {
     MicroGuest::assemble(Ring::Kernel, |g| {

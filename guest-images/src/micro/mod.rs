@@ -1,4 +1,4 @@
-//! The micro-guests, one function each. What a guest leaves behind stands at
+//! The micro-guests, one function each. What a guest leaves behind is at
 //! [`DATA`](crate::layout::DATA), in little-endian words; "place" is a name for
 //! [`MicroGuest::place`](crate::MicroGuest::place). Each ends at
 //! [`PORT_DONE`](crate::layout::PORT_DONE), or in ring 3 at

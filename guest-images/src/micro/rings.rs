@@ -15,7 +15,7 @@ pub(super) const MASKED_FLAGS: u64 = 0x700;
 /// Starts in ring 0, sets the SYSCALL MSRs, goes to ring 3 with IRETQ, and there does SYSCALL.
 /// The entry does what only ring 0 may (it reads CR3) and marks itself: at the mark CPL must be 0
 /// and RCX the place `back`. SYSRET then returns there, and ring 3 ends the guest. CS in the entry
-/// stands at `DATA`, CR3 at `DATA + 8`, CS after SYSRET at `DATA + 16`. Places: `back`.
+/// is at `DATA`, CR3 at `DATA + 8`, CS after SYSRET at `DATA + 16`. Places: `back`.
 pub fn syscall() -> MicroGuest {
     MicroGuest::assemble(Ring::Kernel, |g| {
         let mut user = g.a.create_label();
@@ -61,7 +61,7 @@ pub fn syscall() -> MicroGuest {
 
 /// Starts in ring 3 and divides by zero. The entry marks itself; CS there must be ring 0's and RSP
 /// five words below [`INTERRUPT_STACK`](crate::layout::INTERRUPT_STACK). IRETQ returns to ring 3,
-/// after the division, and ring 3 ends the guest. CS in the entry stands at `DATA`, RSP at
+/// after the division, and ring 3 ends the guest. CS in the entry is at `DATA`, RSP at
 /// `DATA + 8`, CS after IRETQ at `DATA + 16`.
 pub fn gate() -> MicroGuest {
     MicroGuest::assemble(Ring::User, |g| {

@@ -77,7 +77,7 @@ pub enum SiteKind {
     Rdtsc,
     /// Time to EDX:EAX, processor number to ECX.
     Rdtscp,
-    /// Features.
+    /// What the CPU has, to EAX, EBX, ECX and EDX.
     Cpuid,
     /// CR4 set from a register.
     WriteCr4 {

@@ -22,7 +22,7 @@ use crate::rng::Rng;
 const STALL_MAX_NS: Nanos = 12_000_000;
 /// One in this number of the first visits of a place stalls; later ones stall more rarely.
 const SHARE: u64 = 2;
-/// So many visits make a place a common one.
+/// From this number of visits on, a place is a common one.
 const COMMON: u64 = 8;
 /// One turn in this number ends at a counted place instead of an exit, where there is a counter.
 const PREEMPTED_ONE_IN: u64 = 8;

@@ -298,7 +298,7 @@ mod tests {
         assert_eq!(Patience::Endless.ns(0), None);
     }
 
-    /// A world whose clock stands where it is put.
+    /// A world whose clock stays where it is put.
     #[derive(Default)]
     struct Clock {
         now: Nanos,

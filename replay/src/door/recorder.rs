@@ -18,7 +18,7 @@ use crate::machine::{
 /// where a recording holds no whole turns.
 pub const WITNESS_EVERY: u64 = 16;
 
-/// A door that writes down what the door behind it says.
+/// A door that writes down what the door that it wraps says.
 #[derive(Debug)]
 pub struct Recorder<O: Outside<Closed = Closed>, W: Write> {
     inner: O,
@@ -60,7 +60,7 @@ impl<O: Outside<Closed = Closed>, W: Write> Recorder<O, W> {
         &self.counts
     }
 
-    /// The door behind this one; what is not in a closed frame is lost.
+    /// The door that this one wraps; what is not in a closed frame is lost.
     pub fn into_inner(self) -> O {
         self.inner
     }

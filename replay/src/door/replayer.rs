@@ -1,6 +1,6 @@
 //! Reads the door's answers from a journal, and checks the machine against it.
 //!
-//! Long, because all that is compared with a recording stands here, in the order in which the loop tells of it.
+//! Long, because all that is compared with a recording is here, in the order in which the loop passes it on.
 
 use std::collections::VecDeque;
 use std::io::{Read, Seek};
@@ -496,7 +496,7 @@ impl<R: Read> Outside for Replayer<R> {
             }
             Some(record) if record.exits > exits => {
                 return Ok(match record.event {
-                    // The place of another vCPU is none of this one's: its next exit differs.
+                    // The place of another vCPU is not a place of this one's: its next exit differs.
                     Event::Preempted { vcpu, place }
                         if record.exits == exits + 1 && vcpu == position.vcpu =>
                     {

@@ -36,12 +36,7 @@ pub enum Event {
     /// The recording is complete.
     End(Box<End>),
     /// A vCPU was preempted after the exit before, which made it an exit.
-    Preempted {
-        /// Which.
-        vcpu: VcpuNumber,
-        /// Where.
-        place: Place,
-    },
+    Preempted { vcpu: VcpuNumber, place: Place },
     /// The guest read blocks of a disk's image for the first time.
     FirstReads {
         /// XXH3-64 over them.

@@ -20,7 +20,7 @@ const CMDLINE_BYTES_MAX: usize = 4096;
 const TEXT_BYTES_MAX: usize = 1024;
 /// How many lines there are of what a host leaves open.
 const HOLES_MAX: usize = 64;
-/// What a guest is told of a disk's serial number (virtio 1.3, 5.2.6).
+/// The longest serial number of a disk that a guest can see (virtio 1.3, 5.2.6).
 const SERIAL_BYTES_MAX: usize = 20;
 /// As many as KVM takes (`KVM_MAX_CPUID_ENTRIES`).
 const CPUID_ENTRIES_MAX: usize = 256;

@@ -8,7 +8,7 @@ use hindsight_devices::{FRAME_BYTES_MAX, Nanos};
 use super::event::{Event, Record};
 use crate::machine::{ARRIVALS_MAX, LeftOpen, VcpuNumber};
 
-/// The longest event: an input that is the longest Ethernet frame, and what stands before its bytes.
+/// The longest event: an input that is the longest Ethernet frame, and what precedes its bytes.
 pub const EVENT_RAW_MAX: usize = FRAME_BYTES_MAX + 64;
 /// A frame with this many raw bytes is closed as soon as it can be.
 pub(super) const FRAME_RAW_GOAL: usize = 256 << 10;
@@ -86,7 +86,7 @@ impl Rules {
         Ok(())
     }
 
-    /// As they are where a frame begins after exit `exits`, of a machine with so many vCPUs: all inputs of an exit
+    /// As they are where a frame begins after exit `exits`, of a machine with `vcpus` vCPUs: all inputs of an exit
     /// are in one frame.
     pub(super) fn at(exits: u64, vcpus: u8) -> Rules {
         Rules {

@@ -45,7 +45,7 @@ pub enum JournalError {
     /// Not a journal.
     #[error("this is not a journal: it begins with {found:02x?}, expected {MAGIC:02x?}")]
     NotAJournal {
-        /// What stands in place of the magic.
+        /// What is in place of the magic.
         found: Vec<u8>,
     },
     /// Another version.
@@ -77,7 +77,6 @@ pub struct Tail {
     pub offset: u64,
     /// Exits up to and including this one are fully covered.
     pub through: u64,
-    /// Why.
     pub reason: TailReason,
 }
 

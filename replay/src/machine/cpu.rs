@@ -50,7 +50,7 @@ pub trait Cpu {
     /// answer, of a machine with [`super::QuickReads`].
     fn show_clock(&mut self, clock: ShownClock);
     /// A number for the place in its programs that the guest is at, or that its kernel works for, as
-    /// far as that can be told. A hint: nothing that a replay does may depend on it.
+    /// far as that is known. A hint: nothing that a replay does may depend on it.
     fn site(&mut self) -> Option<u64> {
         None
     }

@@ -1,4 +1,4 @@
-//! One number that stands for everything the machine did so far.
+//! One number that represents everything the machine did so far.
 //!
 //! The digest is a chain: each turn and each interrupt is hashed with the digest before it as
 //! seed, so that two machines with equal digests took the same exits, with the same values and
@@ -73,7 +73,7 @@ impl Digest {
             Output::VirtioConsole(bytes) => (2, bytes),
             Output::Console(_) => return,
         };
-        // A single word stands before nothing else, so no bytes can be taken for others, nor for a turn.
+        // A single word comes before nothing else, so no bytes can be taken for others, nor for a turn.
         self.chain(&[(bytes.len() as u64) << 8 | what]);
         self.0 = xxh3_64_with_seed(bytes, self.0);
     }
@@ -146,7 +146,7 @@ fn answer_words(answer: &Answer) -> (u64, u64, u64) {
 /// the guest are the same, as they are to the guest.
 ///
 /// The Accessed bits, which the CPU sets in page-table entries as it walks them, are digested apart, so that a memory
-/// that differs in those alone can be told. No list of page tables is needed for it: what could be an entry is
+/// that differs in those alone is recognized. No list of page tables is needed for it: what could be an entry is
 /// masked wherever it is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryDigest {

@@ -21,11 +21,9 @@ impl Registers {
         "r13", "r14", "r15", "rip", "rflags",
     ];
 
-    /// Accumulator.
     pub fn rax(&self) -> u64 {
         self.0[0]
     }
-    /// Counter.
     pub fn rcx(&self) -> u64 {
         self.0[2]
     }
@@ -33,7 +31,6 @@ impl Registers {
     pub fn rip(&self) -> u64 {
         self.0[16]
     }
-    /// Flags.
     pub fn rflags(&self) -> u64 {
         self.0[17]
     }

@@ -2,7 +2,7 @@
 //!
 //! The running digest (see [`super::digest`]) covers what passes between the guest and the machine at exits. What
 //! the guest has in a segment register, an MSR or an SSE register may take long to show there, so all of it is digested
-//! wherever memory is. Each part has a number of its own, so that a difference is told by its name.
+//! wherever memory is. Each part has a number of its own, so that a difference can be named.
 
 use std::fmt;
 
@@ -44,7 +44,7 @@ pub struct FullDigest {
 }
 
 impl FullDigest {
-    /// Of a memory, a vCPU, the devices as they would be saved, and the number that stands for the disks.
+    /// Of a memory, a vCPU, the devices as they would be saved, and the number that represents the disks.
     pub(super) fn new(
         memory: MemoryDigest,
         cpu: CpuDigest,

@@ -107,7 +107,7 @@ pub struct Lander<K> {
     counter: K,
     /// The count at the last exit.
     base: u64,
-    /// The breakpoint stood before the guest could come to its place, so the first hit is the first.
+    /// The breakpoint was set before the guest could come to its place, so the first hit is the first.
     near: bool,
 }
 

@@ -20,7 +20,7 @@ impl VcpuNumber {
     /// The one that runs from power-on.
     pub const BOOT: VcpuNumber = VcpuNumber(0);
 
-    /// Whether a machine with so many vCPUs has it.
+    /// Whether a machine with `vcpus` vCPUs has it.
     pub fn is_among(self, vcpus: u8) -> bool {
         self.0 < vcpus
     }
@@ -37,7 +37,7 @@ impl VcpuNumber {
 /// A point in the guest's execution.
 ///
 /// Positions are made of what the guest's own instructions cause, never of host time: how many
-/// exits there have been, and where after the last exit the guest stands. A place between two exits
+/// exits there have been, and where after the last exit the guest is. A place between two exits
 /// at which something happened counts as an exit too, from then on; `branches` tells how far after
 /// the one before it lies. `rip` and `rcx` are the registers there.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]

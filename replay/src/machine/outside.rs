@@ -15,7 +15,7 @@ use super::moment::{Moment, VcpuNumber};
 use super::place::{Horizon, Place};
 
 /// The last exit that is complete: its turn has happened, and whatever fails now, a recording holds it.
-/// This is where the loop keeps count of that; doors are told.
+/// This is where the loop keeps count of that; doors are given it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Complete {
     /// Its number; 0 at power-on.
@@ -124,7 +124,7 @@ pub trait Outside {
     /// The machine's network card has sent a frame. A world that is not there does not get it.
     fn send(&mut self, _frame: &[u8]) {}
 
-    /// These are the bytes whose writes were posted between the exit before and this one. Told of each turn,
+    /// These are the bytes whose writes were posted between the exit before and this one. Called once for each turn,
     /// just before it.
     fn posted(&mut self, exits: u64, bytes: &[u8]) -> Result<(), Self::Closed>;
 

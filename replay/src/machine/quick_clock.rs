@@ -3,7 +3,7 @@
 //! Guest time changes only at exits, and an exit costs more than most of what the guest reads the
 //! time for. So the kernel's time reads take their value from three words of its memory. Each
 //! counted exit sets them by the time there; a read takes the next value and moves the clock on by a
-//! fixed step; when so many have been taken, the next read exits. All of it is the guest's own
+//! fixed step; after a set number of reads, the next one exits. All of it is the guest's own
 //! computing on values that exits gave it, so a replay that gives the same values at the same exits gets
 //! the same reads.
 //!
@@ -86,7 +86,7 @@ impl ShownClock {
     /// Length in bytes.
     pub const BYTES: usize = 24;
 
-    /// As it stands in memory.
+    /// As it is in memory.
     pub fn to_bytes(self) -> [u8; ShownClock::BYTES] {
         let words = [self.next, self.end, self.step].map(u64::to_le_bytes);
         words.as_flattened().try_into().expect("three words")

@@ -29,7 +29,7 @@ use super::{Machine, Panic, Tally};
 const VERSION: u32 = 2;
 /// First bytes of a state.
 const MAGIC: [u8; 4] = *b"HSst";
-/// What stands before the state proper: magic, version, check.
+/// What precedes the state proper: magic, version, check.
 const HEAD_BYTES: usize = 16;
 /// No count of anything comes this far: a machine would have to run for a century.
 const COUNT_MAX: u64 = 1 << 62;
@@ -48,7 +48,7 @@ pub trait Stateful {
     /// By then, of a vCPU: the last exit was answered and its instruction finished ([`Cpu::settle`]), so nothing is
     /// half done but an access of several elements whose next one is the next exit; what was posted was taken; no
     /// instruction has run since. An interrupt delivered at this exit may still be on its way in, and a window may be
-    /// wanted: both belong to the state. Of disks: what was read for the first time was told.
+    /// wanted: both belong to the state. Of disks: the door has been given what was read for the first time.
     fn save(&mut self) -> Result<Self::State, Self::Error>;
 
     /// Becomes what was saved, whatever it was before: nothing stays of that, no interrupt on its way, no window,
@@ -212,7 +212,7 @@ impl<C: Serialize + DeserializeOwned, S: Serialize + DeserializeOwned> MachineSt
         }
     }
 
-    /// A number for each part, so that two states that differ can be told where.
+    /// A number for each part, to see in which of them two states differ.
     pub fn digest(&self) -> StateDigest {
         StateDigest([
             of(&self.progress),

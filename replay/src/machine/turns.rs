@@ -225,7 +225,7 @@ impl<C: Cpu, O: Outside + ?Sized> Turns<'_, C, O> {
     }
 
     /// Whether a wish to stop was among what arrived. What more there is waits for the next exit: a journal
-    /// has so many at most.
+    /// has [`ARRIVALS_MAX`] at most.
     fn pass_arrivals(&mut self) -> Result<bool, Failure<C, O>> {
         let exits = self.machine.at.exits;
         let mut stopped = false;

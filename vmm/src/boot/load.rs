@@ -59,7 +59,6 @@ pub struct E820Entry {
 pub struct BootPlan {
     /// RIP, mapped one to one.
     pub entry: u64,
-    /// RSP.
     pub rsp: u64,
     /// RSI: the zero page.
     pub boot_params: u64,

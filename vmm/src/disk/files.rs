@@ -210,7 +210,7 @@ struct Reader {
 enum When {
     /// When the machine was switched on.
     Start(OpenImage),
-    /// Now.
+    /// As the machine has it now.
     Present(SharedDisks, usize),
 }
 

@@ -30,7 +30,6 @@ const TRIES: u32 = 100_000;
 /// Whether it is off, and how that is known.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum SpecLockMap {
-    /// Off.
     Off(String),
     /// On: counts may be too high.
     On(String),

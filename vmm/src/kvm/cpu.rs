@@ -2,7 +2,7 @@
 //!
 //! One ioctl per exit in the common case: KVM copies the registers into the shared page at every
 //! exit, and takes changed ones from there at the next entry. Trap ports are OUTs, so that no
-//! unfinished register write stands between an exit and its answer.
+//! unfinished register write comes between an exit and its answer.
 
 use hindsight_devices::{Access, POSTED_PORT, Ram};
 use hindsight_replay::{

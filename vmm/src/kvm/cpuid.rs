@@ -71,7 +71,7 @@ pub fn for_host(kvm: &Kvm) -> Result<CpuidTable, KvmError> {
     Ok(table)
 }
 
-/// The table as far as it can be told without running a guest, for those that find out whether one
+/// The table as far as it is known without running a guest, for those that find out whether one
 /// can be run at all.
 pub fn without_deadline(kvm: &Kvm) -> Result<CpuidTable, KvmError> {
     let supported = kvm

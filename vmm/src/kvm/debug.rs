@@ -153,7 +153,7 @@ impl Breakpoints {
 /// What to make of a #DB.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Verdict {
-    /// It stands at a stop.
+    /// It is at a stop.
     Stop,
     /// These bits of DR6 are the guest's.
     Guest(u64),
@@ -227,7 +227,7 @@ impl KvmCpu {
         self.set_debug_registers(&registers)
     }
 
-    /// Raises #DB where the guest stands, with these bits in DR6, as the CPU does when an instruction has
+    /// Raises #DB where the guest is, with these bits in DR6, as the CPU does when an instruction has
     /// ended. The registers may be changed after it: KVM forgets only what it has not begun to deliver.
     pub(super) fn raise_debug(&mut self, bits: u64) -> Result<(), KvmError> {
         let mut registers = self.debug_registers()?;
@@ -247,7 +247,7 @@ impl KvmCpu {
         events.exception.nr = vector;
         events.exception.has_error_code = error_code.is_some().into();
         events.exception.error_code = error_code.unwrap_or(0);
-        // An instruction has ended, and with it what it stood in the shadow of.
+        // An instruction has ended, and with it the shadow that it was in.
         events.interrupt.shadow = 0;
         self.fd()
             .set_vcpu_events(&events)

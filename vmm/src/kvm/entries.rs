@@ -62,7 +62,7 @@ pub(super) struct EntryState {
 }
 
 impl EntryState {
-    /// No stub stands yet.
+    /// Without any stub yet.
     pub(super) fn new(caves: Option<EntryCaves>) -> EntryState {
         EntryState {
             caves,
@@ -94,8 +94,9 @@ impl EntryState {
     fn stub_at(&self, out: u64) -> Option<usize> {
         let offset = out.checked_sub(self.caves?.stubs.address + OUT_OFFSET)?;
         let index = usize::try_from(offset / STUB_BYTES).ok()?;
-        let stands = offset.is_multiple_of(STUB_BYTES) && self.kernel_entries.get(index)?.is_some();
-        stands.then_some(index)
+        let is_installed =
+            offset.is_multiple_of(STUB_BYTES) && self.kernel_entries.get(index)?.is_some();
+        is_installed.then_some(index)
     }
 }
 
@@ -111,8 +112,8 @@ impl EntryCounter<'_> {
     /// They are not before the kernel has set them up, nor in a kernel without room for stubs. A
     /// function of what the guest did at counted exits.
     pub fn available(&self) -> bool {
-        let stands = |stub: usize| self.state.kernel_entries[stub].is_some();
-        stands(LSTAR_STUB) && stands(PAGE_FAULT_STUB)
+        let is_installed = |stub: usize| self.state.kernel_entries[stub].is_some();
+        is_installed(LSTAR_STUB) && is_installed(PAGE_FAULT_STUB)
     }
 
     /// Entries since the last counted exit.
@@ -160,7 +161,7 @@ impl EntryCounter<'_> {
     }
 
     fn set_word(&mut self, word: u64) {
-        let caves = self.state.caves.expect("a stub stands");
+        let caves = self.state.caves.expect("a stub is installed");
         self.memory
             .write(caves.word.physical, &word.to_le_bytes())
             .expect("the stub was installed with this word");
@@ -183,7 +184,7 @@ impl KvmCpu {
         if io.read || io.port != u16::from(TRAP_ENTRY) {
             return None;
         }
-        // KVM stands at the OUT, or after it where it emulates.
+        // RIP is at the OUT, or after it where it emulates.
         let rip = self.rip();
         let out = [rip, rip.wrapping_sub(2)]
             .into_iter()
@@ -236,7 +237,7 @@ impl KvmCpu {
         Some(leading_to(gate, self.install(index, entry)?))
     }
 
-    /// Writes the stub that counts and goes on at `entry`. Returns its address; `None` if it stands
+    /// Writes the stub that counts and goes on at `entry`. Returns its address; `None` if it is
     /// there already, or cannot.
     fn install(&mut self, index: usize, entry: u64) -> Option<u64> {
         let caves = self.vm.entries.caves?;

@@ -1,4 +1,4 @@
-//! The few instructions that stand in front of a kernel entry and count it.
+//! The few instructions that are put in front of a kernel entry and count it.
 //!
 //! ```text
 //!     dec  qword [rip + word]
@@ -8,7 +8,7 @@
 //!     jmp  the entry
 //! ```
 //!
-//! They touch no register and no stack, so they may stand in front of any entry: the stack may still be
+//! They touch no register and no stack, so they may be in front of any entry: the stack may still be
 //! the user's (SYSCALL) and GS too. Flags are free there, for SYSCALL and exceptions have saved
 //! the program's. But DEC leaves in them what the word was, which is the monitor's business and differs
 //! between a recording and its replay; CMP makes them the same again before the kernel can look.
@@ -20,14 +20,14 @@ use hindsight_kernel::rewrite::traps::TRAP_ENTRY;
 pub(super) const STUB_BYTES: u64 = 32;
 /// How many there is room for.
 pub(super) const STUBS: usize = (BLOCK_BYTES / STUB_BYTES) as usize;
-/// Where in a stub its OUT stands.
+/// Where in a stub its OUT is.
 pub(super) const OUT_OFFSET: u64 = 9;
 /// Length of the DEC, to whose end the word's address is relative.
 const DEC_BYTES: u64 = 7;
 /// Where the JMP ends, to which its target is relative.
 const JMP_END: u64 = 18;
 
-/// What stands where there is no stub yet.
+/// What is in memory where there is no stub yet.
 pub(super) const NO_STUB: [u8; STUB_BYTES as usize] = [PADDING; STUB_BYTES as usize];
 
 /// The stub at `at`, which counts in `word` and goes on at `entry`; `None` if they are more than

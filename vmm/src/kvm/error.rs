@@ -15,7 +15,6 @@ pub enum KvmError {
     Call {
         /// Its name.
         call: &'static str,
-        /// Why.
         #[source]
         source: kvm_ioctls::Error,
     },
@@ -28,16 +27,13 @@ pub enum KvmError {
     /// Guest memory cannot be had.
     #[error("cannot map {bytes} bytes of guest memory: {source}")]
     Map {
-        /// How much.
         bytes: u64,
-        /// Why.
         #[source]
         source: std::io::Error,
     },
     /// KVM gave up on the guest.
     #[error("KVM stopped at rip {rip:#x} ({bytes:02x?}): {what}")]
     Stopped {
-        /// Where.
         rip: u64,
         /// The instruction bytes there, as far as they are mapped.
         bytes: Vec<u8>,

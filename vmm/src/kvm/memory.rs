@@ -213,7 +213,7 @@ fn view(regions: &[Region]) -> Vec<Arc<GuestRegionMmap>> {
         let (address, bytes) = (region.host as *mut u8, region.bytes as usize);
         let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE);
         // SAFETY: the range is part of the mapping that `GuestMemory` owns, which does not unmap it while anybody
-        // else has one of these regions. A region does not unmap what it was told of.
+        // else has one of these regions. A region made this way does not unmap anything.
         let mapped = unsafe { MmapRegion::build_raw(address, bytes, prot, flags) };
         let mapped = mapped.expect("a mapping that begins at a page can be looked at");
         let region = GuestRegionMmap::new(mapped, GuestAddress(region.gpa));

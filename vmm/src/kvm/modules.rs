@@ -84,7 +84,7 @@ impl KvmCpu {
             let (trap, length) = traps::rewrite(site.kind, site.length);
             self.write_pieces(pieces, &trap[..length]);
         }
-        // Whatever stood there before is gone: the kernel has given its place to this module.
+        // Whatever was there before is gone: the kernel has given its place to this module.
         self.vm.text.sites.load_module(&loading.text);
         self.make_call(loading.call, loading.target, loading.returns)
     }

@@ -1,7 +1,7 @@
 //! The guest's page tables, walked as the CPU walks them, and without its side effects.
 //!
 //! `KVM_TRANSLATE` would do it too, and set the Accessed bits on its way: looking would change guest
-//! memory, and a recorder that looks more often than a replay would leave another memory behind. So
+//! memory, and a recorder that looks more often than a replay would leave the guest another memory. So
 //! this is the one walker, for every mode that has page tables (Intel SDM vol. 3, 4.3 to 4.5). It reads at most
 //! five entries, whatever the tables say, and asks for no permission: it tells where memory is, not
 //! who may touch it.
@@ -23,7 +23,7 @@ const EFER_LMA: u64 = 1 << 10;
 const PRESENT: u64 = 1;
 /// An entry of a higher level is a page, and not a table.
 const LARGE: u64 = 1 << 7;
-/// The address in an entry of 64 bits, whatever flags stand beside it.
+/// The address in an entry of 64 bits, whatever flags are beside it.
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
 /// The form of the tables.

@@ -250,8 +250,8 @@ impl KvmCpu {
         Ok(self.next_part())
     }
 
-    /// Brings the instruction at RIP to where it had these answers to its reads. `false` if it is none that
-    /// reads.
+    /// Brings the instruction at RIP to where it had these answers to its reads. `false` if it does
+    /// not read.
     pub(super) fn redo_reads(&mut self, answers: &[u64]) -> Result<bool, KvmError> {
         let registers = self.page().registers();
         let mut answers = answers.iter();

@@ -174,8 +174,8 @@ impl KvmCpu {
     /// Takes back what [`Self::pass_stop`] did, if the instruction at `passed` has not been executed.
     fn unpass_stop(&mut self, passed: u64) -> Result<(), KvmError> {
         let registers = self.page().registers();
-        let stands = registers.rip() == passed && registers.rflags() & RFLAGS_RF != 0;
-        if stands && !self.event_is_under_way()? {
+        let is_at_stop = registers.rip() == passed && registers.rflags() & RFLAGS_RF != 0;
+        if is_at_stop && !self.event_is_under_way()? {
             self.page()
                 .change_registers(|registers| registers.rflags &= !RFLAGS_RF);
         }

@@ -8,7 +8,7 @@ use super::error::{KvmError, Named};
 use super::memory::GuestMemory;
 use crate::boot::GuestRam;
 
-/// Where the code stands.
+/// Where the code is.
 const CODE_AT: u64 = 0x1000;
 /// RAM in bytes.
 const RAM_BYTES: u64 = 1 << 16;

@@ -1,9 +1,9 @@
 //! Notices while the guest runs that a trap is gone (see [`hindsight_kernel::rewrite::rewritten`]): the guest
-//! may then see what is recorded nowhere, and whoever records it is told so.
+//! may then see what is recorded nowhere, and this is reported to whoever records it.
 //!
 //! It is looked for where a counted exit makes it likely, where modules are loaded and where a kernel says where system
-//! calls enter it; else every so many counted exits, and at the end. All of it is decided by what the guest did at counted
-//! exits and by its memory there, so a replay finds the same at the same exits.
+//! calls enter it; else once in a fixed number of counted exits, and at the end. All of it is decided by what the guest
+//! did at counted exits and by its memory there, so a replay finds the same at the same exits.
 
 use std::collections::BTreeSet;
 
@@ -27,7 +27,7 @@ pub(super) struct Noticed {
 }
 
 impl Noticed {
-    /// Something is left open from here on. What was told once is not told again.
+    /// Something is left open from here on. What was reported once is not reported again.
     pub(super) fn add(&mut self, what: LeftOpen) {
         if self.told.insert(what) {
             self.untold.push(what);

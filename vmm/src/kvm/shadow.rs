@@ -124,7 +124,7 @@ impl KvmCpu {
         Ok((privileged && self.byte_at(before) == Some(STI)).then_some(sregs))
     }
 
-    /// PUSHF of a kernel, which stands in no shadow any more then. `false` if there is no stack.
+    /// PUSHF of a kernel, which is in no shadow any more then. `false` if there is no stack.
     fn push_flags(&mut self, length: u64) -> Result<bool, KvmError> {
         let registers = self.page().registers();
         let rsp = registers.0[6].wrapping_sub(FLAGS_BYTES);

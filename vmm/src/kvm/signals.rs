@@ -20,7 +20,7 @@ use super::run_page::RunPage;
 // A kick is sent to the vCPU's thread, so its handler runs there, and these need no order but the
 // compiler's. Both are constants at first and have no destructor: a handler may touch them.
 thread_local! {
-    /// Where the flag stands that makes the entry under way return; null outside of entries.
+    /// The address of the flag that makes the entry under way return; null outside of entries.
     static FLAG: AtomicPtr<u8> = const { AtomicPtr::new(std::ptr::null_mut()) };
     /// Whether a kick has come that no entry has reported.
     static KICKED: Cell<bool> = const { Cell::new(false) };

@@ -1,7 +1,7 @@
 //! Which OUTs of the guest's kernel are traps.
 //!
 //! A trap is an OUT to a port of ours, but not every such OUT is a trap: a kernel may write to any port,
-//! and its port driver does so for whoever asks. What tells them apart is the place. A trap stands where the loader, or the
+//! and its port driver does so for whoever asks. What tells them apart is the place. A trap is where the loader, or the
 //! loading of a module, put one, or where the kernel has copied one to by itself (alternatives). And
 //! whatever else copies code takes the bytes along, `e6 PORT`, which the kernel's own code hardly ever has:
 //! where it does, that was seen before anything was rewritten.
@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 /// A trap, by what it replaced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Trap {
-    /// The instruction that stood there.
+    /// The instruction that was there.
     pub kind: SiteKind,
     /// Its length in bytes.
     pub length: u8,
@@ -32,7 +32,7 @@ pub struct TrapSites {
 
 impl TrapSites {
     /// Those of a kernel as it is loaded, and where its alternatives may take them. Each by its physical address, too,
-    /// where it runs until its own page tables stand.
+    /// where it runs until its own page tables are in use.
     pub fn of_kernel<'a>(
         sites: &Sites,
         alternatives: impl IntoIterator<Item = &'a Alternative>,
@@ -68,7 +68,7 @@ impl TrapSites {
         self.known.insert(address, Trap { kind, length });
     }
 
-    /// A module has taken the place of whatever stood there.
+    /// A module has taken the place of whatever was there.
     pub(super) fn load_module(&mut self, text: &ModuleText) {
         let is_gone = |address: &u64| text.ranges.iter().any(|range| range.contains(address));
         self.known.retain(|address, _| !is_gone(address));
@@ -79,7 +79,7 @@ impl TrapSites {
         self.own_outs.extend(&text.own_outs);
     }
 
-    /// The trap of the OUT to `port` that the guest stands at, or has just left where KVM emulates the OUT:
+    /// The trap of the OUT to `port` that the guest is at, or has just left where KVM emulates the OUT:
     /// its address, and what it is.
     pub fn at(&self, rip: u64, port: u8) -> Option<(u64, Trap)> {
         candidates(rip).find_map(|at| {

@@ -4,7 +4,7 @@
 //! Time reads and CPUID are answered by the machine; the rest concerns the CPU alone and is done here. Whatever
 //! ends an instruction for the guest ends it as the CPU would: one that is single-stepped raises #DB. CR4.TSD
 //! is kept set, so that RDTSC in user mode raises #GP; the first instruction of the kernel's #GP entry is
-//! rewritten too, and there a user-mode time read is told from a real fault.
+//! rewritten too, and there a user-mode time read is told apart from a real fault.
 
 use hindsight_replay::{Exit, LeftOpen, Mode, TimeInstruction};
 use iced_x86::Mnemonic;
@@ -30,7 +30,7 @@ const GP_VECTOR: u8 = 13;
 /// Addresses from here on are the kernel's.
 const KERNEL_HALF: u64 = 1 << 63;
 
-/// The instruction that stood where the #GP entry was rewritten.
+/// The instruction that was where the #GP entry was rewritten.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 enum Overwritten {
     /// NOP or ENDBR64: nothing.
@@ -44,7 +44,7 @@ enum Overwritten {
 pub(super) struct Here {
     /// Address of its OUT.
     pub address: u64,
-    /// What stood there.
+    /// The instruction that was there.
     pub kind: SiteKind,
     /// How many bytes that had.
     pub length: u8,
@@ -62,7 +62,7 @@ impl Here {
 pub(super) struct TrapMemory {
     /// The CR4 the guest believes in, once it has written one through a trap.
     guest_cr4: Option<u64>,
-    /// Where the #GP entry is rewritten, and what stood there.
+    /// Where the #GP entry is rewritten, and what was there before.
     gp_entry: Option<(u64, Overwritten)>,
 }
 

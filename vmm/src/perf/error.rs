@@ -129,9 +129,7 @@ pub enum CounterError {
     Backwards {
         /// Which event.
         event: String,
-        /// Then.
         before: u64,
-        /// Now.
         now: u64,
     },
     /// Calibration waited for a signal in vain.

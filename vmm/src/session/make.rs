@@ -57,9 +57,8 @@ pub enum MachineError {
         "{found:?} would be trapped in this kernel, recorded were {expected:?}; another version of Hindsight recorded it"
     )]
     Traps {
-        /// Now.
         found: TrapCounts,
-        /// Then.
+        /// As recorded.
         expected: TrapCounts,
     },
     /// Replay would rewrite the kernel's time reads otherwise than the recorder did.
@@ -67,9 +66,8 @@ pub enum MachineError {
         "this kernel's time reads would become {found:x?}, recorded were {expected:x?}; another version of Hindsight recorded it"
     )]
     QuickReads {
-        /// Now.
         found: Option<QuickReads>,
-        /// Then.
+        /// As recorded.
         expected: QuickReads,
     },
 }

@@ -17,7 +17,7 @@ use crate::micro_guest::Draft;
 type Written = Result<(), IcedError>;
 type Action = fn(&mut Draft, Ring, Labels) -> Written;
 
-/// How often each stands in the table says how often its turn comes.
+/// How often each is in the table says how often its turn comes.
 const LIST: &[(usize, Action)] = &[
     (1, arithmetic),
     (1, bit_tests),
