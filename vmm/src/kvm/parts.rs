@@ -7,16 +7,19 @@
 //! them where it is restored.
 
 use std::collections::VecDeque;
+use std::time::{Duration, Instant};
 
 use hindsight_devices::{Access, Width};
 use hindsight_replay::Exit;
 use kvm_bindings::KVM_EXIT_MMIO;
 
 use super::cpu::KvmCpu;
-use super::error::KvmError;
+use super::error::{KvmError, Named};
 use super::run_page::{MmioExit, PortExit};
-use super::signals;
+use super::signals::{self, Alarm};
 
+/// An instruction that reads has come back for its value by then, on any host.
+const READ_TIME_MAX: Duration = Duration::from_secs(5);
 /// Guest page size in bytes.
 const PAGE: u64 = 4096;
 
@@ -255,10 +258,19 @@ impl KvmCpu {
     pub(super) fn redo_reads(&mut self, answers: &[u64]) -> Result<bool, KvmError> {
         let registers = self.page().registers();
         let mut answers = answers.iter();
+        // A state may come from anybody: what is at RIP may run for ever.
+        let started = Instant::now();
+        let alarm = signals::install_kick().and_then(|()| Alarm::for_this_thread());
+        let alarm = alarm
+            .map_err(kvm_ioctls::Error::from)
+            .named("timer_create")?;
+        alarm.set(READ_TIME_MAX);
         let mut exit = loop {
-            // A kick has nothing to say here: the loop asks for what is outside anyway.
-            if let Some(reason) = self.enter()? {
-                break self.decode(reason)?;
+            match self.enter()? {
+                Some(reason) => break self.decode(reason)?,
+                None if started.elapsed() >= READ_TIME_MAX => return Ok(false),
+                // Any other kick has nothing to say here: the loop asks for what is outside anyway.
+                None => {}
             }
         };
         loop {

@@ -524,6 +524,23 @@ mod tests {
     }
 
     #[test]
+    fn a_state_in_the_middle_of_reads_that_nothing_makes_is_refused_in_time() {
+        // `jmp .`, which never comes back.
+        let kvm = kvm_ioctls::Kvm::new().ok();
+        let Some(mut cpu) =
+            kvm.and_then(|kvm| super::super::real_mode::guest(&kvm, &[0xeb, 0xfe]).ok())
+        else {
+            eprintln!("skipped: there is no KVM");
+            return;
+        };
+        let mut state = cpu.save().expect("it is at its start");
+        cpu.restore(&state).expect("it was there");
+        state.vcpus[0].middle.answers = Some(vec![1, 2]);
+        let refused = cpu.restore(&state);
+        assert!(matches!(refused, Err(KvmError::State(_))), "{refused:?}");
+    }
+
+    #[test]
     fn x87_and_sse_registers_come_back_as_they_were() {
         let fpu = Fpu::of(&area(3));
         assert_eq!(Fpu::of(&fpu.area().expect("it is whole")), fpu);
