@@ -5,9 +5,14 @@
 use std::fmt::Debug;
 
 use thiserror::Error;
+use vm_memory::bitmap::{AtomicBitmap, RefSlice};
 
-/// Guest memory, as devices see it.
-pub type Ram = vm_memory::GuestMemoryMmap<()>;
+/// Guest memory, as devices see it. It remembers which of its pages were written by way of it.
+pub type Ram = vm_memory::GuestMemoryMmap<AtomicBitmap>;
+/// Reads what a guest has put into a chain of buffers.
+pub(crate) type Reader<'a> = virtio_queue::Reader<'a, RefSlice<'a, AtomicBitmap>>;
+/// Writes to one.
+pub(crate) type Writer<'a> = virtio_queue::Writer<'a, RefSlice<'a, AtomicBitmap>>;
 
 /// What an access may work on beside the board itself.
 #[derive(Debug)]

@@ -27,12 +27,12 @@ pub use journal::{
     TailReason, TrapCounts, VERSION,
 };
 pub use machine::{
-    ARRIVALS_MAX, Ahead, Answer, Back, Closing, Complete, Counter, Cpu, CpuDigest, CpuidEntry,
+    ARRIVALS_MAX, Ahead, Answer, Back, Closing, Complete, CoreOf, CoreState, Counter, Cpu, CpuDigest, CpuidEntry,
     CpuidTable, Digest, End, Ending, Exit, ExitNumber, FullDigest, Guest, Horizon, JournalPlace,
     Lander, LeftOpen, Likeness, Machine, MachineState, MemoryDigest, Mode, Moment, Observer,
-    Outside, Overshoot, PAGE_BYTES, Page, PageBytes, Pages, Place, Position, Progress, QuickReads,
+    Outside, Overshoot, PAGE_BYTES, PageBytes, PagePlace, Pages, Place, Position, Progress, QuickReads,
     Registers, ShownClock, StateDigest, StateError, StateOf, Stateful, Tally, TimeInstruction,
-    TimeQuery, Turn, Unit, UnreadableState, VCPUS, VcpuNumber, Walk, WalkEnd,
+    TimeQuery, Turn, Unit, UnreadableState, VCPUS, VcpuNumber, Walk, WalkEnd, memory, set_bits,
 };
 
 /// Why a machine came to its end other than by the run's own ending.

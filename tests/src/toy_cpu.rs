@@ -651,4 +651,6 @@ impl Stateful for ToyCpu {
         }
         Ok(())
     }
+
+    crate::pages_of_ram!(Broken);
 }

@@ -3,12 +3,15 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use hindsight_devices::{FirstReads, Storage, StorageError};
-use hindsight_replay::Stateful;
+use hindsight_replay::{PAGE_BYTES, Stateful};
 use hindsight_replay::rng::mix;
 use serde::{Deserialize, Serialize};
 
 /// Sector size in bytes; the toy's blocks are sectors.
 const SECTOR: u64 = 512;
+const PAGE_SECTORS: u64 = PAGE_BYTES as u64 / SECTOR;
+/// More than any toy has.
+const PAGES: u64 = 1 << 20;
 
 /// One disk whose image is a function of a seed.
 #[derive(Clone, Debug, Default)]
@@ -19,8 +22,12 @@ pub struct ToyDisks {
     /// Fails at this call.
     fails_at: Option<u64>,
     calls: u64,
-    written: BTreeMap<u64, Vec<u8>>,
+    written: BTreeSet<u64>,
+    /// What was written; there may be more, which nobody reads.
+    data: BTreeMap<u64, Vec<u8>>,
     seen: BTreeSet<u64>,
+    /// Pages that were written since somebody asked.
+    changed: BTreeSet<u64>,
     first_reads: Option<FirstReads>,
 }
 
@@ -50,8 +57,8 @@ impl ToyDisks {
     }
 
     fn sector(&mut self, sector: u64) -> Vec<u8> {
-        if let Some(data) = self.written.get(&sector) {
-            return data.clone();
+        if self.written.contains(&sector) {
+            return self.written_data(sector);
         }
         let mut data = vec![mix(self.seed ^ sector) as u8; SECTOR as usize];
         if self.altered == Some(sector) {
@@ -70,6 +77,11 @@ impl ToyDisks {
                 .fold(reads.check, |check, byte| mix(check ^ u64::from(*byte)));
         }
         data
+    }
+
+    fn written_data(&self, sector: u64) -> Vec<u8> {
+        let zeroes = || vec![0; SECTOR as usize];
+        self.data.get(&sector).cloned().unwrap_or_else(zeroes)
     }
 
     fn call(&mut self) -> Result<(), StorageError> {
@@ -95,7 +107,9 @@ impl Storage for ToyDisks {
     fn write(&mut self, _: usize, offset: u64, from: &[u8]) -> Result<(), StorageError> {
         self.call()?;
         for (sector, from) in (offset / SECTOR..).zip(from.chunks(SECTOR as usize)) {
-            self.written.insert(sector, from.to_vec());
+            self.written.insert(sector);
+            self.data.insert(sector, from.to_vec());
+            self.changed.insert(sector / PAGE_SECTORS);
         }
         Ok(())
     }
@@ -105,8 +119,8 @@ impl Storage for ToyDisks {
     }
 
     fn digest(&mut self) -> Result<u64, StorageError> {
-        let words = self.written.iter().map(|(sector, bytes)| {
-            bytes
+        let words = self.written.iter().map(|sector| {
+            self.written_data(*sector)
                 .iter()
                 .fold(*sector, |digest, byte| mix(digest ^ u64::from(*byte)))
         });
@@ -122,7 +136,7 @@ impl Storage for ToyDisks {
 /// What the guest has done to a [`ToyDisks`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DisksState {
-    written: BTreeMap<u64, Vec<u8>>,
+    written: BTreeSet<u64>,
     seen: BTreeSet<u64>,
 }
 
@@ -139,17 +153,39 @@ impl Stateful for ToyDisks {
     }
 
     fn restore(&mut self, state: &DisksState) -> Result<(), StorageError> {
-        if state
-            .written
-            .values()
-            .any(|data| data.len() as u64 != SECTOR)
-        {
-            let what = "a sector of another length".into();
-            return Err(StorageError { disk: 0, what });
-        }
         self.written = state.written.clone();
         self.seen = state.seen.clone();
         self.first_reads = None;
         Ok(())
+    }
+
+    fn pages(&mut self) -> Result<Vec<u64>, StorageError> {
+        let pages: BTreeSet<u64> = self.written.iter().map(|at| at / PAGE_SECTORS).collect();
+        Ok(pages.into_iter().collect())
+    }
+
+    fn has_page(&self, number: u64) -> bool {
+        number < PAGES
+    }
+
+    fn read_page(&mut self, number: u64, into: &mut [u8; PAGE_BYTES]) -> Result<(), StorageError> {
+        into.fill(0);
+        for (sector, into) in (number * PAGE_SECTORS..).zip(into.chunks_mut(SECTOR as usize)) {
+            if let Some(data) = self.data.get(&sector) {
+                into.copy_from_slice(data);
+            }
+        }
+        Ok(())
+    }
+
+    fn write_page(&mut self, number: u64, from: &[u8; PAGE_BYTES]) -> Result<(), StorageError> {
+        for (sector, from) in (number * PAGE_SECTORS..).zip(from.chunks(SECTOR as usize)) {
+            self.data.insert(sector, from.to_vec());
+        }
+        Ok(())
+    }
+
+    fn take_changed_pages(&mut self) -> Result<Vec<u64>, StorageError> {
+        Ok(std::mem::take(&mut self.changed).into_iter().collect())
     }
 }

@@ -357,4 +357,6 @@ impl Stateful for ToyDriver {
         self.plan = state.plan.clone();
         Ok(())
     }
+
+    crate::pages_of_ram!(Refused);
 }

@@ -71,3 +71,39 @@ impl ToyMemory {
         bytes
     }
 }
+
+/// The pages of a toy whose memory is all RAM, for its [`hindsight_replay::Stateful`].
+#[macro_export]
+macro_rules! pages_of_ram {
+    ($error:ty) => {
+        fn pages(&mut self) -> Result<Vec<u64>, $error> {
+            Ok(hindsight_replay::memory::all(self.ram()).collect())
+        }
+
+        fn has_page(&self, number: u64) -> bool {
+            hindsight_replay::memory::has(self.ram(), number)
+        }
+
+        fn read_page(
+            &mut self,
+            number: u64,
+            into: &mut [u8; hindsight_replay::PAGE_BYTES],
+        ) -> Result<(), $error> {
+            assert!(hindsight_replay::memory::read(self.ram(), number, into));
+            Ok(())
+        }
+
+        fn write_page(
+            &mut self,
+            number: u64,
+            from: &[u8; hindsight_replay::PAGE_BYTES],
+        ) -> Result<(), $error> {
+            assert!(hindsight_replay::memory::write(self.ram(), number, from));
+            Ok(())
+        }
+
+        fn take_changed_pages(&mut self) -> Result<Vec<u64>, $error> {
+            Ok(hindsight_replay::memory::take_written(self.ram()))
+        }
+    };
+}

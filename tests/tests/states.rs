@@ -75,7 +75,7 @@ impl<'a, R: Recorded> Replay<'a, R> {
     fn restore(&mut self, recorded: &'a R, state: &State<R>) -> Result<(), Refusal<R>> {
         self.machine
             .restore(state, &mut self.cpu, &mut self.disks)?;
-        let place = state.journal.as_ref().expect("a replay has a place");
+        let place = state.core.journal.as_ref().expect("a replay has a place");
         let door = Replayer::at(recorded.reader(), place);
         self.door = door.map_err(|error| StateError::Damaged(error.to_string()))?;
         // Its observer begins to look here.
@@ -133,7 +133,7 @@ fn obeys_the_law<R: Recorded>(recorded: &R, seed: u64) {
     let expected = straight.save();
     let end = straight.run(None).expect("it is the recording");
     assert_eq!(end, *recorded.end());
-    let memory = Pages::of(straight.cpu.ram());
+    let memory = Pages::of_memory(straight.cpu.ram());
 
     // Saved, and run on.
     let mut saved = Replay::new(recorded, noise(2));
@@ -164,7 +164,7 @@ fn obeys_the_law<R: Recorded>(recorded: &R, seed: u64) {
     // A window that opens after the exit was open in both, and before this was looked at in one.
     assert_eq!(restored.trace.after(here), straight.trace.after(here));
     assert_eq!(restored.machine.tally(), straight.machine.tally());
-    assert!(end.ending == Ending::StoppedRunning || Pages::of(restored.cpu.ram()) == memory);
+    assert!(end.ending == Ending::StoppedRunning || Pages::of_memory(restored.cpu.ram()) == memory);
 }
 
 /// What became of states that were altered.
@@ -194,9 +194,9 @@ fn survives_alteration<R: Recorded>(recorded: &R, seed: u64, times: u64, altered
     straight.run_to(here);
     let state = straight.save();
     straight.run(None).expect("it is the recording");
-    let memory = Pages::of(straight.cpu.ram());
+    let memory = Pages::of_memory(straight.cpu.ram());
     let body = postcard::to_stdvec(&state).expect("plain values serialise");
-    let page_bytes: usize = state.memory.iter().map(|page| page.bytes.len()).sum();
+    let page_bytes: usize = state.pages.iter().map(|(_, bytes)| bytes.len()).sum();
     for _ in 0..times {
         let mut bytes = body.clone();
         // Most of it is memory, and of that one byte is like another.
@@ -229,7 +229,7 @@ fn survives_alteration<R: Recorded>(recorded: &R, seed: u64, times: u64, altered
                 assert_eq!(end, *recorded.end());
                 let seen = replay.trace.after(here);
                 assert_eq!(seen, straight.trace.after(here), "byte {at}");
-                let same = Pages::of(replay.cpu.ram()) == memory;
+                let same = Pages::of_memory(replay.cpu.ram()) == memory;
                 assert!(same || end.ending == Ending::StoppedRunning);
                 altered.without_effect += 1;
             }
@@ -260,12 +260,12 @@ fn notices_each_part<R: Recorded>(recorded: &R, seed: u64, noticed: &mut [Notice
     for (part, noticed) in noticed.iter_mut().enumerate() {
         let (mut mixed, other) = (state.clone(), other.clone());
         match part {
-            0 => mixed.progress = other.progress,
-            1 => mixed.board = other.board,
-            2 => mixed.cpu = other.cpu,
-            3 => mixed.disks = other.disks,
-            4 => mixed.memory = other.memory,
-            _ => mixed.journal = other.journal,
+            0 => mixed.core.progress = other.core.progress,
+            1 => mixed.core.board = other.core.board,
+            2 => mixed.core.cpu = other.core.cpu,
+            3 => mixed.core.disks = other.core.disks,
+            4 => mixed.pages = other.pages,
+            _ => mixed.core.journal = other.core.journal,
         }
         if mixed == state {
             continue;
@@ -281,8 +281,8 @@ fn notices_each_part<R: Recorded>(recorded: &R, seed: u64, noticed: &mut [Notice
 
 /// A state whose check is right, whatever it says.
 fn seal(body: &[u8]) -> Vec<u8> {
-    let mut bytes = b"HSst\x02\0\0\0".to_vec();
-    bytes.extend(xxhash_rust::xxh3::xxh3_64_with_seed(body, 2).to_le_bytes());
+    let mut bytes = b"HSst\x03\0\0\0".to_vec();
+    bytes.extend(xxhash_rust::xxh3::xxh3_64_with_seed(body, 3).to_le_bytes());
     bytes.extend(body);
     bytes
 }
@@ -516,7 +516,7 @@ fn the_state_of_a_vcpu_that_the_machine_does_not_have_is_refused() {
         let mut other = body.clone();
         assert_eq!(std::mem::replace(&mut other[at], number), 0);
         let other = State::<Toy>::from_bytes(&seal(&other)).expect("it is a state");
-        assert_eq!(other.progress.at().vcpu, VcpuNumber(number));
+        assert_eq!(other.core.progress.at().vcpu, VcpuNumber(number));
         let refused = replay.restore(&toy, &other);
         assert!(
             matches!(&refused, Err(StateError::Damaged(what)) if what.contains("vCPU")),
@@ -558,7 +558,7 @@ fn a_place_that_is_not_in_the_journal_is_refused() {
         let toy = Toy::record(seed);
         let mut replay = Replay::new(&toy, 1);
         replay.run_to(toy.exits() - 1);
-        let place = replay.save().journal.expect("a replay has a place");
+        let place = replay.save().core.journal.expect("a replay has a place");
         let mut rng = Rng::new(seed, 24);
         let whole = Replayer::at(toy.reader(), &place);
         assert!(whole.is_ok(), "{:?}", whole.err());

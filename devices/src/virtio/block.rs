@@ -11,11 +11,10 @@ use std::io::{Read, Write};
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_blk::*;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
-use virtio_queue::{Reader, Writer};
 
 use super::ring::Ring;
 use super::{Device, DiskSpec, Stop};
-use crate::storage::{BusContext, Storage};
+use crate::storage::{BusContext, Reader, Storage, Writer};
 
 const QUEUES: [u16; 1] = [256];
 const SECTOR_BYTES: u64 = 512;

@@ -9,11 +9,11 @@ use std::sync::atomic::Ordering;
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
-use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT, Reader, Writer};
+use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::Stop;
-use crate::storage::Ram;
+use crate::storage::{Ram, Reader, Writer};
 
 /// More descriptors than this in one chain are a guest's mistake: none of our devices has a use for
 /// them (virtio 1.3, 2.7.5.3.1 lets a device set such a limit by its queue's size).

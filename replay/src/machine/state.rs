@@ -17,16 +17,16 @@ use thiserror::Error;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 use super::cpu::Cpu;
-use super::digest::Digest;
+use super::digest::{Digest, PAGE_BYTES};
 use super::left_open::LeftOpen;
 use super::moment::{Moment, VCPUS};
 use super::outside::{Complete, JournalPlace, Outside};
-use super::pages::Pages;
+use super::pages::{PagePlace, Pages};
 use super::turns::REASON_BYTES_MAX;
 use super::{Machine, Panic, Tally};
 
 /// The version of [`MachineState`] that this program writes and reads.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 /// First bytes of a state.
 const MAGIC: [u8; 4] = *b"HSst";
 /// What precedes the state proper: magic, version, check.
@@ -57,27 +57,53 @@ pub trait Stateful {
     /// By then it belongs to a machine of the same description, fresh or one that has run; guest memory is as it
     /// was saved. What is counted since the last exit is counted from here. After an error it is not to be used.
     fn restore(&mut self, state: &Self::State) -> Result<(), Self::Error>;
+
+    /// What it keeps in pages, and is not in its state: the numbers of those that may hold anything but zeroes, ascending.
+    fn pages(&mut self) -> Result<Vec<u64>, Self::Error>;
+
+    /// Whether it has a page of this number, whatever that holds.
+    fn has_page(&self, number: u64) -> bool;
+
+    /// Reads a page that it has.
+    fn read_page(&mut self, number: u64, into: &mut [u8; PAGE_BYTES]) -> Result<(), Self::Error>;
+
+    /// Writes a page that it has.
+    fn write_page(&mut self, number: u64, from: &[u8; PAGE_BYTES]) -> Result<(), Self::Error>;
+
+    /// The numbers of the pages that may have changed since this was asked last, whoever changed them; in any order, and
+    /// a page may be there twice. The first time it is those that may have changed since it was made or
+    /// [`Stateful::pages`] was asked: it may begin to take notes only then.
+    fn take_changed_pages(&mut self) -> Result<Vec<u64>, Self::Error>;
 }
 
 /// Everything that decides what happens next, of a machine whose vCPU has states `C` and whose disks `S`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MachineState<C, S> {
+    /// All of it but the pages.
+    pub core: CoreState<C, S>,
+    /// Guest memory, and what was written to the disks.
+    pub pages: Pages,
+}
+
+/// A machine's state without its pages.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CoreState<C, S> {
     /// What the loop keeps.
     pub progress: Progress,
     /// The devices, guest time among them.
     pub board: BoardState,
     /// The vCPU.
     pub cpu: C,
-    /// What the guest has written to disks, and read of them.
+    /// Which blocks of the disks the guest has written, and which of them it has read.
     pub disks: S,
-    /// Guest memory.
-    pub memory: Pages,
     /// Where the door is in its journal, if it has one to read.
     pub journal: Option<JournalPlace>,
 }
 
 /// The state of a machine with such a vCPU and such disks.
 pub type StateOf<C, S> = MachineState<<C as Stateful>::State, <S as Stateful>::State>;
+/// The same without its pages.
+pub type CoreOf<C, S> = CoreState<<C as Stateful>::State, <S as Stateful>::State>;
 
 /// What the loop keeps from one exit to the next.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -214,13 +240,20 @@ impl<C: Serialize + DeserializeOwned, S: Serialize + DeserializeOwned> MachineSt
 
     /// A number for each part, to see in which of them two states differ.
     pub fn digest(&self) -> StateDigest {
+        let CoreState {
+            progress,
+            board,
+            cpu,
+            disks,
+            journal,
+        } = &self.core;
         StateDigest([
-            of(&self.progress),
-            of(&self.board),
-            of(&self.cpu),
-            of(&self.disks),
-            self.memory.digest(),
-            of(&self.journal),
+            of(progress),
+            of(board),
+            of(cpu),
+            of(disks),
+            self.pages.digest(),
+            of(journal),
         ])
     }
 }
@@ -235,7 +268,7 @@ pub struct StateDigest([u64; StateDigest::PARTS.len()]);
 
 impl StateDigest {
     /// The parts.
-    pub const PARTS: [&'static str; 6] = ["loop", "board", "vCPU", "disks", "memory", "journal"];
+    pub const PARTS: [&'static str; 6] = ["loop", "board", "vCPU", "disks", "pages", "journal"];
 
     /// One number for all of it.
     pub fn value(&self) -> u64 {
@@ -266,6 +299,25 @@ impl Machine {
         S: Storage + Stateful<Error = StorageError>,
         O: Outside + ?Sized,
     {
+        let core = self.save_core(cpu, storage, outside)?;
+        let mut pages = Pages::default();
+        (pages.take(cpu, PagePlace::in_memory)).map_err(StateError::Cpu)?;
+        (pages.take(storage, PagePlace::on_disks)).map_err(StateError::Storage)?;
+        Ok(MachineState { core, pages })
+    }
+
+    /// The same without the pages, which are those of that moment until the run goes on.
+    pub fn save_core<C, S, O>(
+        &self,
+        cpu: &mut C,
+        storage: &mut S,
+        outside: &O,
+    ) -> Result<CoreOf<C, S>, StateError<<C as Cpu>::Error>>
+    where
+        C: Cpu + Stateful<Error = <C as Cpu>::Error>,
+        S: Storage + Stateful<Error = StorageError>,
+        O: Outside + ?Sized,
+    {
         if !self.at_exit {
             return Err(StateError::NotAtAnExit);
         }
@@ -279,18 +331,17 @@ impl Machine {
             panic: self.panic.clone(),
             tally: self.tally.clone(),
         };
-        Ok(MachineState {
+        Ok(CoreState {
             progress,
             board: self.board.save(),
             cpu: cpu.save().map_err(StateError::Cpu)?,
             disks: storage.save().map_err(StateError::Storage)?,
-            memory: Pages::of(cpu.ram()),
             journal: outside.place(),
         })
     }
 
     /// Puts the machine, its vCPU with guest memory, and its disks where `state` was taken. Where the door has to
-    /// be then is in `state.journal`. Everything is looked at before anything is changed, but for what only vCPU and
+    /// be then is in its core's `journal`. Everything is looked at before anything is changed, but for what only vCPU and
     /// disks can judge; after an error, none of the three is to be used.
     pub fn restore<C, S>(
         &mut self,
@@ -302,17 +353,46 @@ impl Machine {
         C: Cpu + Stateful<Error = <C as Cpu>::Error>,
         S: Storage + Stateful<Error = StorageError>,
     {
-        let progress = &state.progress;
-        if progress.description != self.description() || !state.board.is_of(&self.devices) {
-            return Err(StateError::OtherMachine);
+        let MachineState { core, pages } = state;
+        let missing = pages.iter().find(|(place, _)| match place.number() {
+            Ok(number) => !cpu.has_page(number),
+            Err(number) => !storage.has_page(number),
+        });
+        if let Some((place, _)) = missing {
+            return Err(StateError::Damaged(format!(
+                "it has a page where there is none: {place:?}"
+            )));
         }
-        let board = Board::restore(state.board.clone())?;
+        self.restore_core(core, cpu, storage, |cpu, storage| {
+            pages.put(cpu, PagePlace::in_memory).map_err(StateError::Cpu)?;
+            pages.put(storage, PagePlace::on_disks).map_err(StateError::Storage)
+        })
+    }
+
+    /// The same of a state whose pages are elsewhere: `put_pages` puts them in their places, when the core was found to be
+    /// one of this machine, and before vCPU and disks are given theirs.
+    pub fn restore_core<C, S, E>(
+        &mut self,
+        core: &CoreOf<C, S>,
+        cpu: &mut C,
+        storage: &mut S,
+        put_pages: impl FnOnce(&mut C, &mut S) -> Result<(), E>,
+    ) -> Result<(), E>
+    where
+        C: Cpu + Stateful<Error = <C as Cpu>::Error>,
+        S: Storage + Stateful<Error = StorageError>,
+        E: From<StateError<<C as Cpu>::Error>>,
+    {
+        let progress = &core.progress;
+        if progress.description != self.description() || !core.board.is_of(&self.devices) {
+            return Err(StateError::OtherMachine.into());
+        }
+        let board = Board::restore(core.board.clone()).map_err(StateError::from)?;
         progress.check(board.now()).map_err(StateError::Damaged)?;
-        state.memory.check(cpu.ram()).map_err(StateError::Damaged)?;
         self.at_exit = false;
-        state.memory.put(cpu.ram());
-        storage.restore(&state.disks).map_err(StateError::Storage)?;
-        cpu.restore(&state.cpu).map_err(StateError::Cpu)?;
+        put_pages(cpu, storage)?;
+        storage.restore(&core.disks).map_err(StateError::Storage)?;
+        cpu.restore(&core.cpu).map_err(StateError::Cpu)?;
         self.complete = Complete {
             exits: progress.at.exits,
             now: board.now(),
@@ -350,5 +430,25 @@ impl Stateful for hindsight_devices::NoDisks {
 
     fn restore(&mut self, (): &()) -> Result<(), StorageError> {
         Ok(())
+    }
+
+    fn pages(&mut self) -> Result<Vec<u64>, StorageError> {
+        Ok(Vec::new())
+    }
+
+    fn has_page(&self, _number: u64) -> bool {
+        false
+    }
+
+    fn read_page(&mut self, _number: u64, _into: &mut [u8; PAGE_BYTES]) -> Result<(), StorageError> {
+        unreachable!("there is no page")
+    }
+
+    fn write_page(&mut self, _number: u64, _from: &[u8; PAGE_BYTES]) -> Result<(), StorageError> {
+        unreachable!("there is no page")
+    }
+
+    fn take_changed_pages(&mut self) -> Result<Vec<u64>, StorageError> {
+        Ok(Vec::new())
     }
 }

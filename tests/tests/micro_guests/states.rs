@@ -60,7 +60,7 @@ impl<'a> Replay<'a> {
     fn restore(&mut self, state: &State) {
         let restored = self.machine.restore(state, &mut self.cpu, &mut NoDisks);
         restored.unwrap_or_else(|error| panic!("{error}"));
-        let place = state.journal.as_ref().expect("a replay has a place");
+        let place = state.core.journal.as_ref().expect("a replay has a place");
         self.door = Replayer::at(reader(self.journal), place).expect("it is this journal's");
         self.trace = Trace::beginning_after(self.machine.at().exits);
     }
@@ -111,8 +111,8 @@ fn obeys_the_law_at(kvm: &Kvm, guest: &Guest, journal: &[u8], recorded: &End, ex
         assert!(
             again.to_bytes() == bytes,
             "exit {exit}: restored, it differs in {differences:?}: {:?}, not {:?}",
-            again.cpu,
-            state.cpu
+            again.core.cpu,
+            state.core.cpu
         );
         let end = other.run(None);
         let end = end.unwrap_or_else(|error| panic!("restored at exit {exit}: {error}"));
@@ -138,7 +138,7 @@ fn flipped(kvm: &Kvm, guest: &Guest, journal: &[u8], at: u64, flip: Flip) -> Box
     let mut replay = Replay::new(kvm, guest, journal);
     replay.run_to(at);
     let mut state = replay.save();
-    state.cpu.flip(flip);
+    state.core.cpu.flip(flip);
     replay.restore(&state);
     match replay.run(None) {
         Err(RunError::Closed(Closed::Diverged(divergence))) => divergence,
@@ -337,7 +337,7 @@ fn a_state_with_any_bit_flipped_is_refused_or_noticed_and_is_no_panic() {
             (recorded.journal, state)
         })
     };
-    let bytes = postcard::to_stdvec(&state.cpu).expect("plain values serialise");
+    let bytes = postcard::to_stdvec(&state.core.cpu).expect("plain values serialise");
     let mut rng = hindsight_replay::rng::Rng::new(1, 77);
     let (mut noticed, mut of_no_account) = (0, 0);
     for _ in 0..FLIPS {
@@ -348,10 +348,8 @@ fn a_state_with_any_bit_flipped_is_refused_or_noticed_and_is_no_panic() {
             noticed += 1;
             continue;
         };
-        let state = State {
-            cpu,
-            ..state.clone()
-        };
+        let mut state = state.clone();
+        state.core.cpu = cpu;
         let (guest, journal) = (guest.clone(), recorded.clone());
         let result = bounded(ALTERED_GUEST_TIME, move |_| {
             let kvm = kvm().expect("it opened before");

@@ -77,6 +77,8 @@ struct Disk {
     written: BlockSet,
     /// Blocks of the image that have been hashed.
     seen: BlockSet,
+    /// Blocks that were written since somebody asked.
+    changed: BlockSet,
 }
 
 /// All disks of a machine.
@@ -105,6 +107,7 @@ impl Disks {
                 overlay,
                 written: BlockSet::default(),
                 seen: BlockSet::default(),
+                changed: BlockSet::default(),
             })
         });
         Ok(Disks {
@@ -169,6 +172,7 @@ impl Disks {
             .write_all_at(data, start)
             .map_err(|source| overlay_failed(number, &source))?;
         disk.written.insert(block);
+        disk.changed.insert(block);
         if disk.seen.insert(block) {
             self.note(number, start, data);
         }
@@ -188,6 +192,7 @@ impl Disks {
         }
         for block in first..=last {
             self.disks[number].written.insert(block);
+            self.disks[number].changed.insert(block);
         }
         Ok(())
     }
@@ -218,6 +223,13 @@ impl Disk {
                 self.image.path().display()
             ),
         })
+    }
+
+    /// Makes a hole in the overlay, which reads as zeroes and gives the host its room back; `false` where the host's file
+    /// system has none.
+    fn punch(&self, offset: u64, bytes: u64) -> bool {
+        let mode = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+        rustix::fs::fallocate(&self.overlay, mode, offset, bytes).is_ok()
     }
 
     fn read(&self, number: usize, offset: u64, into: &mut [u8]) -> Result<(), StorageError> {
@@ -337,12 +349,10 @@ impl Storage for Disks {
             return Ok(());
         }
         self.take_over(disk, offset, bytes)?;
-        // A hole reads as zeroes, and gives the host its room back.
-        let overlay = &self.disks[disk].overlay;
-        let mode = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
-        if rustix::fs::fallocate(overlay, mode, offset, bytes).is_ok() {
+        if self.disks[disk].punch(offset, bytes) {
             return Ok(());
         }
+        let overlay = &self.disks[disk].overlay;
         let zeroes = vec![0; bytes.min(1 << 20) as usize];
         for done in (0..bytes).step_by(zeroes.len()) {
             let count = (bytes - done).min(zeroes.len() as u64) as usize;
@@ -419,15 +429,15 @@ mod tests {
         for _ in 0..40 {
             if rng.one_in(10) {
                 // Whoever goes on from a state goes on as if nothing had been.
-                let state = disks.save().unwrap();
+                let whole = state::Whole::of(&mut disks);
                 if rng.one_in(2) {
                     disks = Disks::new(vec![OpenImage::open(file.path()).unwrap()]).unwrap();
                 } else {
                     disks.write(0, 512, &[rng.number() as u8; 8192]).unwrap();
                     disks.clear(0, 20_480, 4096).unwrap();
                 }
-                disks.restore(&state).unwrap();
-                assert_eq!(disks.save().unwrap(), state);
+                whole.put(&mut disks);
+                assert_eq!(state::Whole::of(&mut disks), whole);
             }
             let offset = rng.below(80) * 512;
             let bytes = (1 + rng.below(20)) * 512;

@@ -8,11 +8,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use hindsight_devices::Ram;
 use hindsight_replay::{MemoryDigest, PAGE_BYTES};
-use vm_memory::{GuestAddress, GuestRegionMmap, MmapRegion};
+use vm_memory::bitmap::{AtomicBitmap, Bitmap};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MmapRegion};
 
 use super::error::KvmError;
 use crate::boot::layout::{LOW_RAM_END, RAM_ABOVE_HOLE};
 use crate::boot::{GuestRam, OutOfRam};
+
+/// A stretch of RAM, as devices see it.
+type RamRegion = vm_memory::GuestRegionMmap<AtomicBitmap>;
 
 /// x86-64's second page size.
 const HUGE_PAGE_BYTES: usize = 2 << 20;
@@ -27,7 +31,7 @@ pub struct GuestMemory {
     /// The same RAM, as devices see it.
     ram: Ram,
     /// Its regions. Whoever has a copy of `ram` has one of each of these.
-    shared: Vec<Arc<GuestRegionMmap>>,
+    shared: Vec<Arc<RamRegion>>,
 }
 
 /// A stretch of RAM that is contiguous for the guest.
@@ -160,6 +164,17 @@ impl GuestMemory {
         mut show: impl FnMut(u64, &[u8; PAGE_BYTES]),
     ) -> Result<(), KvmError> {
         let mut page = [0; PAGE_BYTES];
+        self.each_page_backed(|gpa| {
+            // Where the host has huge pages, most of what it has backed was never used.
+            if !self.is_zero(gpa) {
+                assert!(self.read(gpa, &mut page), "the page is RAM");
+                show(gpa, &page);
+            }
+        })
+    }
+
+    /// Says the address of every page that the host has given the guest, in ascending order. All others hold zeroes.
+    pub(super) fn each_page_backed(&self, mut say: impl FnMut(u64)) -> Result<(), KvmError> {
         let pagemap = File::open("/proc/self/pagemap").map_err(KvmError::PageMap)?;
         let mut entries = vec![0u8; 8 * 4096];
         for region in self.regions() {
@@ -173,12 +188,7 @@ impl GuestMemory {
                 for (i, entry) in entries[..8 * count].as_chunks::<8>().0.iter().enumerate() {
                     // Linux, Documentation/admin-guide/mm/pagemap.rst: bit 63 present, 62 swapped.
                     if u64::from_ne_bytes(*entry) >> 62 != 0 {
-                        let gpa = region.gpa + ((chunk + i) * PAGE_BYTES) as u64;
-                        // Where the host has huge pages, most of what it has backed was never used.
-                        if !self.is_zero(gpa) {
-                            assert!(self.read(gpa, &mut page), "the page is RAM");
-                            show(gpa, &page);
-                        }
+                        say(region.gpa + ((chunk + i) * PAGE_BYTES) as u64);
                     }
                 }
             }
@@ -208,7 +218,7 @@ fn regions(base: NonNull<u8>, bytes: usize) -> Vec<Region> {
 }
 
 /// vm-memory's view of these regions, which does not own them.
-fn view(regions: &[Region]) -> Vec<Arc<GuestRegionMmap>> {
+fn view(regions: &[Region]) -> Vec<Arc<RamRegion>> {
     let regions = regions.iter().map(|region| {
         let (address, bytes) = (region.host as *mut u8, region.bytes as usize);
         let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE);
@@ -216,7 +226,7 @@ fn view(regions: &[Region]) -> Vec<Arc<GuestRegionMmap>> {
         // else has one of these regions. A region made this way does not unmap anything.
         let mapped = unsafe { MmapRegion::build_raw(address, bytes, prot, flags) };
         let mapped = mapped.expect("a mapping that begins at a page can be looked at");
-        let region = GuestRegionMmap::new(mapped, GuestAddress(region.gpa));
+        let region = RamRegion::new(mapped, GuestAddress(region.gpa));
         Arc::new(region.expect("RAM ends below 2^64"))
     });
     regions.collect()
@@ -239,6 +249,10 @@ impl GuestRam for GuestMemory {
             let target = self.base.as_ptr().add(offset);
             std::ptr::copy_nonoverlapping(data.as_ptr(), target, data.len());
         }
+        // Past the view that notes what it is used to write.
+        let region = self.ram.to_region_addr(GuestAddress(gpa));
+        let (region, at) = region.expect("the bytes are RAM");
+        region.bitmap().mark_dirty(at.0 as usize, data.len());
         Ok(())
     }
 }

@@ -5,7 +5,7 @@
 //! so events come last. What KVM is to take from the shared page (CR8, the wish for a window) goes there.
 
 use hindsight_devices::Access;
-use hindsight_replay::{CpuDigest, Stateful};
+use hindsight_replay::{CpuDigest, PAGE_BYTES, Stateful, memory};
 use kvm_bindings::{
     Msrs, kvm_debugregs, kvm_guest_debug_arch, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs,
     kvm_vcpu_events, kvm_xsave,
@@ -442,6 +442,35 @@ impl Stateful for KvmCpu {
             lander.begin_at_exit()?;
         }
         Ok(())
+    }
+
+    fn pages(&mut self) -> Result<Vec<u64>, KvmError> {
+        let mut pages = Vec::new();
+        let say = |gpa| pages.push(gpa / PAGE_BYTES as u64);
+        self.vm.memory.each_page_backed(say)?;
+        Ok(pages)
+    }
+
+    fn has_page(&self, number: u64) -> bool {
+        memory::has(self.vm.memory.ram(), number)
+    }
+
+    fn read_page(&mut self, number: u64, into: &mut [u8; PAGE_BYTES]) -> Result<(), KvmError> {
+        match memory::read(self.vm.memory.ram(), number, into) {
+            true => Ok(()),
+            false => Err(refused("there is no such page")),
+        }
+    }
+
+    fn write_page(&mut self, number: u64, from: &[u8; PAGE_BYTES]) -> Result<(), KvmError> {
+        match memory::write(self.vm.memory.ram(), number, from) {
+            true => Ok(()),
+            false => Err(refused("there is no such page")),
+        }
+    }
+
+    fn take_changed_pages(&mut self) -> Result<Vec<u64>, KvmError> {
+        self.vm.take_changed_pages()
     }
 }
 

@@ -2,9 +2,10 @@
 
 use hindsight_kernel::rewrite::{alternatives, caves};
 use hindsight_kernel::{Elf, EntryCaves, ModuleLayout, Modules, QuickClock, Rewritten, Sites};
+use hindsight_replay::{PAGE_BYTES, memory, set_bits};
 use kvm_bindings::{
-    KVM_CAP_EXCEPTION_PAYLOAD, KVM_CAP_PMU_CAPABILITY, KVM_PMU_CAP_DISABLE, kvm_enable_cap,
-    kvm_userspace_memory_region,
+    KVM_CAP_EXCEPTION_PAYLOAD, KVM_CAP_PMU_CAPABILITY, KVM_MEM_LOG_DIRTY_PAGES,
+    KVM_PMU_CAP_DISABLE, kvm_enable_cap, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, VmFd};
 
@@ -66,6 +67,8 @@ pub(super) struct Vm {
     // The order of the fields is the order of their end: the VM is gone before the memory is.
     pub(super) fd: VmFd,
     pub(super) memory: GuestMemory,
+    /// KVM notes which pages the guest writes.
+    logs_changes: bool,
     pub(super) text: KernelText,
     /// What counts entries into that kernel.
     pub(super) entries: EntryState,
@@ -82,30 +85,61 @@ impl Vm {
         fd.set_tss_address(TSS_ADDRESS).named("KVM_SET_TSS_ADDR")?;
         fd.set_identity_map_address(IDENTITY_MAP_ADDRESS)
             .named("KVM_SET_IDENTITY_MAP_ADDR")?;
-        for (slot, region) in (0..).zip(memory.regions()) {
+        msr::install_filter(&fd)?;
+        tell_exceptions_apart(kvm, &fd)?;
+        hide_counters(kvm, &fd)?;
+        let posted = Posted::new(kvm, &fd)?;
+        let vm = Vm {
+            fd,
+            posted,
+            memory,
+            logs_changes: false,
+            text: KernelText::default(),
+            entries: EntryState::default(),
+            noticed: Noticed::default(),
+        };
+        vm.map_memory(0)?;
+        Ok(vm)
+    }
+
+    /// Gives the guest its memory, or changes how it has it.
+    fn map_memory(&self, flags: u32) -> Result<(), KvmError> {
+        for (slot, region) in (0..).zip(self.memory.regions()) {
             let region = kvm_userspace_memory_region {
                 slot,
-                flags: 0,
+                flags,
                 guest_phys_addr: region.gpa,
                 memory_size: region.bytes,
                 userspace_addr: region.host,
             };
             // SAFETY: the region is part of the mapping that `memory` owns; this value owns both,
             // and its fields are declared so that the VM is dropped first.
-            unsafe { fd.set_user_memory_region(region) }.named("KVM_SET_USER_MEMORY_REGION")?;
+            unsafe { self.fd.set_user_memory_region(region) }
+                .named("KVM_SET_USER_MEMORY_REGION")?;
         }
-        msr::install_filter(&fd)?;
-        tell_exceptions_apart(kvm, &fd)?;
-        hide_counters(kvm, &fd)?;
-        let posted = Posted::new(kvm, &fd)?;
-        Ok(Vm {
-            fd,
-            posted,
-            memory,
-            text: KernelText::default(),
-            entries: EntryState::default(),
-            noticed: Noticed::default(),
-        })
+        Ok(())
+    }
+
+    /// The numbers of the pages of RAM that were written since this was asked last: by the guest, which KVM notes from the
+    /// first time on (before, each page that the host has given it may be one), and by devices and by us, which
+    /// [`GuestMemory`] notes.
+    pub(super) fn take_changed_pages(&mut self) -> Result<Vec<u64>, KvmError> {
+        let mut changed = memory::take_written(self.memory.ram());
+        if !self.logs_changes {
+            // Written from here on: each page is protected against writes until the first one.
+            self.map_memory(KVM_MEM_LOG_DIRTY_PAGES)?;
+            self.logs_changes = true;
+            let say = |gpa| changed.push(gpa / PAGE_BYTES as u64);
+            self.memory.each_page_backed(say)?;
+            return Ok(changed);
+        }
+        for (slot, region) in (0..).zip(self.memory.regions()) {
+            let log = self.fd.get_dirty_log(slot, region.bytes as usize);
+            let log = log.named("KVM_GET_DIRTY_LOG")?;
+            let first = region.gpa / PAGE_BYTES as u64;
+            changed.extend(set_bits(&log).map(|page| first + page));
+        }
+        Ok(changed)
     }
 
     /// What is in its memory from now on.

@@ -262,12 +262,12 @@ fn begin_at<R: Read + Seek>(
     until: Option<u64>,
 ) -> Result<Replayer<R>, Failure> {
     let bad = |message: String| Failure::new(Kind::BadInput, message);
-    let Some(place) = &state.journal else {
+    let Some(place) = &state.core.journal else {
         return Err(bad(
             "this state says nothing of where it is in a recording".into()
         ));
     };
-    let exits = state.progress.at().exits;
+    let exits = state.core.progress.at().exits;
     if let Some(until) = until.filter(|until| *until < exits) {
         return Err(bad(format!(
             "the replay is to stop after exit {until}, and goes on from exit {exits}; take an earlier state"
