@@ -4,6 +4,8 @@
 //! [`Live`] asks the world, [`Recorder`] writes the answers to a journal, [`Replayer`] reads them back and
 //! stops at the first [`Divergence`]. [`Moment`] names a point in the guest's execution.
 //!
+//! [`Timeline`] brings a machine to any moment of its recording.
+//!
 //! `machine` knows neither journals nor what is on the other side of the door; `journal` does not know the
 //! door.
 #![forbid(unsafe_code)]
@@ -14,6 +16,7 @@ pub mod foreign;
 mod journal;
 mod machine;
 pub mod rng;
+mod timeline;
 
 pub use door::{
     Chaos, Closed, Difference, Divergence, Live, Patience, Recorder, Replayer, TOLERANCE_NS,
@@ -27,12 +30,18 @@ pub use journal::{
     TailReason, TrapCounts, VERSION,
 };
 pub use machine::{
-    ARRIVALS_MAX, Ahead, Answer, Back, Closing, Complete, CoreOf, CoreState, Counter, Cpu, CpuDigest, CpuidEntry,
-    CpuidTable, Digest, End, Ending, Exit, ExitNumber, FullDigest, Guest, Horizon, JournalPlace,
-    Lander, LeftOpen, Likeness, Machine, MachineState, MemoryDigest, Mode, Moment, Observer,
-    Outside, Overshoot, PAGE_BYTES, PageBytes, PagePlace, Pages, Place, Position, Progress, QuickReads,
-    Registers, ShownClock, StateDigest, StateError, StateOf, Stateful, Tally, TimeInstruction,
-    TimeQuery, Turn, Unit, UnreadableState, VCPUS, VcpuNumber, Walk, WalkEnd, memory, set_bits,
+    ARRIVALS_MAX, Ahead, Answer, Back, Closing, Complete, CoreOf, CoreState, Counter, Cpu,
+    CpuDigest, CpuidEntry, CpuidTable, Digest, End, Ending, Exit, ExitNumber, FullDigest, Guest,
+    Horizon, JournalPlace, Lander, LeftOpen, Likeness, Machine, MachineState, MemoryDigest, Mode,
+    Moment, Observer, Outside, Overshoot, PAGE_BYTES, PageBytes, PagePlace, Pages, Place, Position,
+    Progress, QuickReads, Registers, ShownClock, StateDigest, StateError, StateOf, Stateful, Tally,
+    TimeInstruction, TimeQuery, Turn, Unit, UnreadableState, VCPUS, VcpuNumber, Walk, WalkEnd,
+    memory, set_bits,
+};
+
+pub use timeline::{
+    Arrival, CheckpointHead, Checkpoints, Pace, PageName, PageTable, Pause, Target, Timeline,
+    TravelError,
 };
 
 /// Why a machine came to its end other than by the run's own ending.

@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use hindsight_devices::{FirstReads, Storage, StorageError};
-use hindsight_replay::{PAGE_BYTES, Stateful};
 use hindsight_replay::rng::mix;
+use hindsight_replay::{PAGE_BYTES, Stateful};
 use serde::{Deserialize, Serialize};
 
 /// Sector size in bytes; the toy's blocks are sectors.

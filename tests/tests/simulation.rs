@@ -212,7 +212,8 @@ fn a_replay_stops_at_the_first_exit_at_the_guest_time_asked_for() {
         let expected = if wanted == 0 { 0 } else { before + 1 };
         let reader = JournalReader::open(recording.journal.as_slice()).expect("the head is whole");
         let mut machine = machine_of(reader.header());
-        let mut replayer = Replayer::new(reader, None, None).until_time(wanted);
+        let mut replayer = Replayer::new(reader, None, None);
+        replayer.close_at_time(Some(wanted));
         let result = machine.run(
             &mut ToyCpu::new(seed, there),
             &mut NoDisks,

@@ -71,10 +71,18 @@ impl<R: Read> Replayer<R> {
 
     /// The door to what `journal` holds after `place`, as one is that has come there by itself. The place may come
     /// from a file: one that is not in this journal is refused.
-    pub fn at(
-        mut journal: JournalReader<R>,
-        place: &JournalPlace,
-    ) -> Result<Replayer<R>, JournalError>
+    pub fn at(journal: JournalReader<R>, place: &JournalPlace) -> Result<Replayer<R>, JournalError>
+    where
+        R: Seek,
+    {
+        let mut replayer = Replayer::new(journal, None, None);
+        replayer.go_to(place)?;
+        Ok(replayer)
+    }
+
+    /// Goes to where a door to this journal was at `place`, wherever this one has come to. After an error it is not to be
+    /// used until it was put somewhere else.
+    pub fn go_to(&mut self, place: &JournalPlace) -> Result<(), JournalError>
     where
         R: Seek,
     {
@@ -84,7 +92,7 @@ impl<R: Read> Replayer<R> {
             place.states_checked,
             place.states_but_accessed,
         ];
-        let vcpus = journal.header().machine.vcpus;
+        let vcpus = self.journal.header().machine.vcpus;
         let is_possible = |(_, turn): &(u64, Turn)| turn.vcpu.is_among(vcpus);
         if place.history.len() > HISTORY
             || counts.iter().any(|count| *count > COUNT_MAX)
@@ -93,20 +101,18 @@ impl<R: Read> Replayer<R> {
             let what = "what was counted by then could not have been";
             return Err(JournalError::Place(what.into()));
         }
-        let taken = RecordPlace {
+        self.taken = RecordPlace {
             frame_before: place.frame_before,
             records: place.records,
         };
-        journal.go_to(taken)?;
-        Ok(Replayer {
-            taken,
-            history: place.history.iter().copied().collect(),
-            equal_through: place.equal_through,
-            states_checked: place.states_checked,
-            states_but_accessed: place.states_but_accessed,
-            witnesses_checked: place.witnesses_checked,
-            ..Replayer::new(journal, None, None)
-        })
+        (self.ahead, self.failed) = (None, None);
+        self.journal.go_to(self.taken)?;
+        self.history = place.history.iter().copied().collect();
+        self.equal_through = place.equal_through;
+        self.states_checked = place.states_checked;
+        self.states_but_accessed = place.states_but_accessed;
+        self.witnesses_checked = place.witnesses_checked;
+        Ok(())
     }
 
     /// Closes after exit `until`, if given, and no longer where it closed before.
@@ -114,12 +120,9 @@ impl<R: Read> Replayer<R> {
         self.until = until;
     }
 
-    /// The same door, closed after the first exit at guest time `time` or later.
-    pub fn until_time(self, time: Nanos) -> Replayer<R> {
-        Replayer {
-            until_time: Some(time),
-            ..self
-        }
+    /// Closes after the first exit at guest time `time` or later, if given, and no longer where it closed before.
+    pub fn close_at_time(&mut self, time: Option<Nanos>) {
+        self.until_time = time;
     }
 
     /// How many memory digests were compared and found equal, or equal but for Accessed bits of page tables.

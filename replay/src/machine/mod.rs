@@ -38,11 +38,13 @@ pub use left_open::LeftOpen;
 pub use moment::{ExitNumber, Moment, VCPUS, VcpuNumber};
 pub use observer::Observer;
 pub use outside::{Closing, Complete, JournalPlace, Outside, Position, TimeQuery};
+pub(crate) use pages::is_zero;
 pub use pages::{PageBytes, PagePlace, Pages, memory, set_bits};
 pub use place::{Horizon, Place, Unit};
 pub use quick_clock::{QuickReads, ShownClock};
 pub use state::{
-    CoreOf, CoreState, MachineState, Progress, StateDigest, StateError, StateOf, Stateful, UnreadableState,
+    CoreOf, CoreState, MachineState, Progress, StateDigest, StateError, StateOf, Stateful,
+    UnreadableState,
 };
 use turns::Turns;
 

@@ -261,7 +261,11 @@ mod tests {
             memory::has(&self.0, number)
         }
 
-        fn read_page(&mut self, number: u64, into: &mut [u8; PAGE_BYTES]) -> Result<(), Self::Error> {
+        fn read_page(
+            &mut self,
+            number: u64,
+            into: &mut [u8; PAGE_BYTES],
+        ) -> Result<(), Self::Error> {
             assert!(memory::read(&self.0, number, into));
             Ok(())
         }
@@ -304,7 +308,8 @@ mod tests {
         assert!(memory::take_written(&ram).is_empty());
         for gpa in [0x10, 0x2fff, (1 << 32) + 0x1000] {
             // Across two pages.
-            ram.write_slice(&[1, 2], GuestAddress(gpa)).expect("it is RAM");
+            ram.write_slice(&[1, 2], GuestAddress(gpa))
+                .expect("it is RAM");
         }
         assert_eq!(memory::take_written(&ram), [0, 2, 3, (1 << 20) + 1]);
         assert!(memory::take_written(&ram).is_empty());

@@ -364,8 +364,12 @@ impl Machine {
             )));
         }
         self.restore_core(core, cpu, storage, |cpu, storage| {
-            pages.put(cpu, PagePlace::in_memory).map_err(StateError::Cpu)?;
-            pages.put(storage, PagePlace::on_disks).map_err(StateError::Storage)
+            pages
+                .put(cpu, PagePlace::in_memory)
+                .map_err(StateError::Cpu)?;
+            pages
+                .put(storage, PagePlace::on_disks)
+                .map_err(StateError::Storage)
         })
     }
 
@@ -440,7 +444,11 @@ impl Stateful for hindsight_devices::NoDisks {
         false
     }
 
-    fn read_page(&mut self, _number: u64, _into: &mut [u8; PAGE_BYTES]) -> Result<(), StorageError> {
+    fn read_page(
+        &mut self,
+        _number: u64,
+        _into: &mut [u8; PAGE_BYTES],
+    ) -> Result<(), StorageError> {
         unreachable!("there is no page")
     }
 

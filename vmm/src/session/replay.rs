@@ -407,11 +407,12 @@ impl<R: Read> Watch<R> {
     ) -> Result<(Watched, O), Failure> {
         let header = self.journal.header().clone();
         let (mut cpu, mut machine) = self.images.machine(&header, &CounterWish::default())?;
-        let mut replayer = match until {
-            Until::End => Replayer::new(self.journal, None, None),
-            Until::Exit(exit) => Replayer::new(self.journal, Some(exit), None),
-            Until::Time(time) => Replayer::new(self.journal, None, None).until_time(time),
-        };
+        let mut replayer = Replayer::new(self.journal, None, None);
+        match until {
+            Until::End => {}
+            Until::Exit(exit) => replayer.close_after(Some(exit)),
+            Until::Time(time) => replayer.close_at_time(Some(time)),
+        }
         let mut observer = begin()?;
         let result = machine.run(&mut cpu, disks, &mut replayer, &mut observer);
         let verdict = Verdict::of(result)?;

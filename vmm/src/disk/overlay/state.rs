@@ -32,7 +32,11 @@ struct SavedBlocks(Vec<(u64, Vec<u64>)>);
 impl SavedBlocks {
     fn of(set: &BlockSet) -> SavedBlocks {
         let leaves = set.0.iter();
-        SavedBlocks(leaves.map(|(leaf, words)| (*leaf, words.to_vec())).collect())
+        SavedBlocks(
+            leaves
+                .map(|(leaf, words)| (*leaf, words.to_vec()))
+                .collect(),
+        )
     }
 
     /// The set, if all of it is below block `blocks`.
@@ -113,7 +117,8 @@ impl Disk {
     fn read_block(&self, block: u64, into: &mut [u8; PAGE_BYTES]) -> std::io::Result<()> {
         let bytes = self.block_bytes(block);
         into[bytes..].fill(0);
-        self.overlay.read_exact_at(&mut into[..bytes], block * BLOCK_BYTES)
+        self.overlay
+            .read_exact_at(&mut into[..bytes], block * BLOCK_BYTES)
     }
 
     /// Zeroes are a hole.
@@ -198,7 +203,9 @@ impl Stateful for Disks {
         let pages = disks.flat_map(|(number, disk)| {
             let changed = std::mem::take(&mut disk.changed);
             let blocks: Vec<_> = changed.iter().collect();
-            blocks.into_iter().map(move |block| page_number(number, block))
+            blocks
+                .into_iter()
+                .map(move |block| page_number(number, block))
         });
         Ok(pages.collect())
     }

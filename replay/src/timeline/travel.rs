@@ -1,0 +1,466 @@
+//! Moves a machine about in its recording.
+
+use std::collections::BTreeSet;
+use std::fmt::Display;
+use std::io::{Read, Seek};
+
+use hindsight_devices::{Nanos, Storage, StorageError};
+use thiserror::Error;
+
+use super::checkpoint::{CheckpointHead, Checkpoints};
+use super::table::{PageName, PageTable};
+use crate::RunError;
+use crate::door::{Closed, Replayer};
+use crate::journal::{JournalError, JournalReader, Tail};
+use crate::machine::{
+    Cpu, End, Machine, Observer, PAGE_BYTES, PagePlace, StateError, StateOf, Stateful, is_zero,
+};
+
+/// Where to go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// Where all that belongs to this exit is done; 0 is power-on.
+    Exit(u64),
+    /// The first exit at this guest time or later.
+    Time(Nanos),
+    /// The end of the recording.
+    End,
+}
+
+/// Where the machine has come to.
+#[derive(Debug)]
+pub enum Arrival {
+    /// Where it was to go.
+    Reached,
+    /// The end of the recording, which is equal so far.
+    Ended(End),
+    /// The end of a recording that ends before its guest does.
+    CutShort(Tail),
+    /// An exit on the way, at which it was to stop.
+    Stopped,
+}
+
+/// What is to be done at an exit on the way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pause {
+    /// Nothing.
+    GoOn,
+    /// Make a checkpoint, if the store has none so late.
+    Checkpoint,
+    /// Stop there.
+    Stop,
+}
+
+/// Says how the way is divided.
+pub trait Pace {
+    /// How many exits there are to the next look, at least 1.
+    fn exits(&self) -> u64;
+    /// Looks at where the machine is.
+    fn look(&mut self, here: CheckpointHead) -> Pause;
+    /// A checkpoint was made there.
+    fn made(&mut self, _here: CheckpointHead) {}
+}
+
+/// Why a machine is not where it was to go.
+#[derive(Debug, Error)]
+pub enum TravelError<E: std::error::Error, F> {
+    /// No machine can be made.
+    #[error("no machine could be made")]
+    Make(F),
+    /// It cannot be run, or diverged.
+    #[error(transparent)]
+    Run(RunError<E>),
+    /// It cannot be looked at.
+    #[error(transparent)]
+    State(#[from] StateError<E>),
+    /// The journal cannot be read.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+}
+
+/// Why a checkpoint does not serve.
+#[derive(Debug, Error)]
+enum Unusable<E: std::error::Error, K: std::error::Error> {
+    #[error("{0}")]
+    Store(K),
+    #[error("{0}")]
+    State(#[from] StateError<E>),
+    #[error("{0}")]
+    Journal(JournalError),
+    #[error("it says nothing of where it is in the recording")]
+    NoPlace,
+    #[error("it is at another exit than it says")]
+    Elsewhere,
+}
+
+/// A machine, with what is lent to it.
+struct Parts<C, S> {
+    machine: Machine,
+    cpu: C,
+    disks: S,
+    /// What its pages hold, as far as that is known.
+    known: PageTable,
+    /// Those of which it is not.
+    unknown: BTreeSet<PagePlace>,
+    /// Whether it is at an exit, and the door with it. Else it can only be put somewhere.
+    in_step: bool,
+}
+
+impl<C, S> Parts<C, S>
+where
+    C: Cpu + Stateful<Error = <C as Cpu>::Error>,
+    S: Storage + Stateful<Error = StorageError>,
+{
+    /// Notes which pages have changed since they were noted last.
+    fn note_changes(&mut self) -> Result<(), StateError<<C as Cpu>::Error>> {
+        let memory = self.cpu.take_changed_pages().map_err(StateError::Cpu)?;
+        let disks = (self.disks.take_changed_pages()).map_err(StateError::Storage)?;
+        self.unknown
+            .extend(memory.into_iter().map(PagePlace::in_memory));
+        self.unknown
+            .extend(disks.into_iter().map(PagePlace::on_disks));
+        Ok(())
+    }
+
+    fn read(
+        &mut self,
+        place: PagePlace,
+        into: &mut [u8; PAGE_BYTES],
+    ) -> Result<(), StateError<<C as Cpu>::Error>> {
+        match place.number() {
+            Ok(number) => self.cpu.read_page(number, into).map_err(StateError::Cpu),
+            Err(number) => (self.disks.read_page(number, into)).map_err(StateError::Storage),
+        }
+    }
+
+    /// Gives each page that is not known a name in `store`.
+    fn name_pages<K: Checkpoints<C::State, S::State>>(
+        &mut self,
+        store: &mut K,
+    ) -> Result<Result<(), K::Error>, StateError<<C as Cpu>::Error>> {
+        self.note_changes()?;
+        let mut bytes = [0; PAGE_BYTES];
+        while let Some(place) = self.unknown.first().copied() {
+            self.read(place, &mut bytes)?;
+            let name = match is_zero(&bytes) {
+                true => PageName::ZEROES,
+                false => match store.put_page(&bytes) {
+                    Ok(name) => name,
+                    Err(error) => return Ok(Err(error)),
+                },
+            };
+            self.known.set(place, name);
+            self.unknown.remove(&place);
+        }
+        Ok(Ok(()))
+    }
+
+    /// Makes the machine what it was at a checkpoint of `store`.
+    fn restore<K: Checkpoints<C::State, S::State>>(
+        &mut self,
+        store: &mut K,
+        number: usize,
+    ) -> Result<crate::machine::JournalPlace, Unusable<<C as Cpu>::Error, K::Error>> {
+        let head = store.heads()[number];
+        let (core, table) = store.load(number).map_err(Unusable::Store)?;
+        if core.progress.at().exits != head.exits {
+            return Err(Unusable::Elsewhere);
+        }
+        let place = core.journal.clone().ok_or(Unusable::NoPlace)?;
+        self.note_changes()?;
+        let mut changes = self.known.changes_to(&table);
+        changes.extend(self.unknown.iter().map(|place| (*place, table.get(*place))));
+        // As they are in the store: those that were written together are packed together.
+        changes.sort_unstable_by_key(|(place, name)| (*name, *place));
+        changes.dedup();
+        let put = |cpu: &mut C, disks: &mut S| {
+            let mut bytes = [0; PAGE_BYTES];
+            let mut present = PageName::ZEROES;
+            for (place, name) in &changes {
+                if *name != present {
+                    store
+                        .read_page(*name, &mut bytes)
+                        .map_err(Unusable::Store)?;
+                    present = *name;
+                }
+                let put = match place.number() {
+                    Ok(number) if cpu.has_page(number) => {
+                        cpu.write_page(number, &bytes).map_err(StateError::Cpu)
+                    }
+                    Err(number) if disks.has_page(number) => {
+                        (disks.write_page(number, &bytes)).map_err(StateError::Storage)
+                    }
+                    _ => Err(StateError::Damaged(format!(
+                        "it has a page where there is none: {place:?}"
+                    ))),
+                };
+                put?;
+            }
+            // These were our own, and what they hold is known.
+            cpu.take_changed_pages().map_err(StateError::Cpu)?;
+            disks.take_changed_pages().map_err(StateError::Storage)?;
+            Ok(())
+        };
+        self.in_step = false;
+        let (cpu, disks) = (&mut self.cpu, &mut self.disks);
+        match self.machine.restore_core(&core, cpu, disks, put) {
+            Ok(()) => {
+                self.known = table;
+                self.unknown.clear();
+                Ok(place)
+            }
+            Err(error) => {
+                // Each page that may differ from what it was.
+                self.unknown.extend(changes.iter().map(|(place, _)| *place));
+                Err(error)
+            }
+        }
+    }
+}
+
+/// A machine that can be brought to any moment of its recording. `M` makes one, at power-on.
+pub struct Timeline<C, S, R: Read, K, M> {
+    make: M,
+    parts: Option<Parts<C, S>>,
+    door: Replayer<R>,
+    store: K,
+    /// Checkpoints that did not serve.
+    unusable: BTreeSet<usize>,
+    complaints: Vec<String>,
+}
+
+impl<C, S, R: Read, K: std::fmt::Debug, M> std::fmt::Debug for Timeline<C, S, R, K, M> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let at = self.parts.as_ref().map(|parts| parts.machine.at());
+        f.debug_struct("Timeline")
+            .field("at", &at)
+            .field("store", &self.store)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<C, S, R, K, M, F> Timeline<C, S, R, K, M>
+where
+    C: Cpu + Stateful<Error = <C as Cpu>::Error>,
+    S: Storage + Stateful<Error = StorageError>,
+    R: Read + Seek,
+    K: Checkpoints<C::State, S::State>,
+    M: FnMut() -> Result<(Machine, C, S), F>,
+{
+    /// The recording of `journal`, whose checkpoints are in `store`; nothing is made yet.
+    pub fn new(journal: JournalReader<R>, store: K, make: M) -> Timeline<C, S, R, K, M> {
+        Timeline {
+            make,
+            parts: None,
+            door: Replayer::new(journal, None, None),
+            store,
+            unusable: BTreeSet::new(),
+            complaints: Vec::new(),
+        }
+    }
+
+    /// The machine, its vCPU and its disks, where they have come to; `None` before the first travel.
+    pub fn parts(&mut self) -> Option<(&mut Machine, &mut C, &mut S)> {
+        let parts = self.parts.as_mut()?;
+        Some((&mut parts.machine, &mut parts.cpu, &mut parts.disks))
+    }
+
+    /// The whole state where the machine is; `None` before the first travel.
+    pub fn save(&mut self) -> Option<Result<StateOf<C, S>, StateError<<C as Cpu>::Error>>> {
+        let parts = self.parts.as_mut()?;
+        let (cpu, disks) = (&mut parts.cpu, &mut parts.disks);
+        Some(parts.machine.save(cpu, disks, &self.door))
+    }
+
+    /// The door.
+    pub fn door(&self) -> &Replayer<R> {
+        &self.door
+    }
+
+    /// Where the checkpoints are kept.
+    pub fn store(&mut self) -> &mut K {
+        &mut self.store
+    }
+
+    /// What was wrong with checkpoints since this was asked last: it has cost time.
+    pub fn take_complaints(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.complaints)
+    }
+
+    /// Brings the machine to `target`. The observer sees what it runs through on the way, wherever that begins.
+    pub fn go_to(
+        &mut self,
+        target: Target,
+        pace: &mut dyn Pace,
+        observer: &mut dyn Observer,
+    ) -> Result<Arrival, TravelError<<C as Cpu>::Error, F>> {
+        self.come_near(target)?;
+        self.run_to(target, pace, observer)
+    }
+
+    /// Brings it to the last place before `target` that can be had at once.
+    fn come_near(&mut self, target: Target) -> Result<(), TravelError<<C as Cpu>::Error, F>> {
+        let is_before = |head: &CheckpointHead| match target {
+            Target::Exit(exit) => head.exits <= exit,
+            // The first exit at this time may be before a checkpoint at the same one.
+            Target::Time(time) => head.now < time,
+            Target::End => true,
+        };
+        let here = self.parts.as_ref().filter(|parts| parts.in_step);
+        let here = here.map(|parts| CheckpointHead {
+            exits: parts.machine.at().exits,
+            now: parts.machine.now(),
+        });
+        let here = here.filter(is_before);
+        let mut candidates: Vec<usize> = (0..self.store.heads().len())
+            .filter(|number| {
+                let head = self.store.heads()[*number];
+                is_before(&head) && here.is_none_or(|here| head.exits > here.exits)
+            })
+            .collect();
+        while let Some(number) = candidates.pop() {
+            if self.unusable.contains(&number) {
+                continue;
+            }
+            if self.parts.is_none() {
+                self.make()?;
+            }
+            let parts = self.parts.as_mut().expect("it was made");
+            let restored = parts.restore(&mut self.store, number);
+            let restored = restored.and_then(|place| {
+                self.door.go_to(&place).map_err(Unusable::Journal)?;
+                parts.in_step = true;
+                Ok(())
+            });
+            match restored {
+                Ok(()) => return Ok(()),
+                Err(why) => self.complain(number, &why),
+            }
+        }
+        let stayed = self.parts.as_ref().is_some_and(|parts| parts.in_step);
+        if here.is_none() || !stayed {
+            self.make()?;
+        }
+        Ok(())
+    }
+
+    fn complain(&mut self, number: usize, why: &dyn Display) {
+        self.unusable.insert(number);
+        let exits = self.store.heads()[number].exits;
+        self.complaints.push(format!(
+            "the checkpoint at exit {exits} is of no use: {why}"
+        ));
+    }
+
+    /// Makes a machine at power-on.
+    fn make(&mut self) -> Result<(), TravelError<<C as Cpu>::Error, F>> {
+        // The one before is gone first: there may be no room for two.
+        self.parts = None;
+        let (machine, cpu, disks) = (self.make)().map_err(TravelError::Make)?;
+        self.door.go_to(&Default::default())?;
+        let mut parts = Parts {
+            machine,
+            cpu,
+            disks,
+            known: PageTable::default(),
+            unknown: BTreeSet::new(),
+            in_step: true,
+        };
+        parts.note_changes()?;
+        self.parts = Some(parts);
+        Ok(())
+    }
+
+    fn run_to(
+        &mut self,
+        target: Target,
+        pace: &mut dyn Pace,
+        observer: &mut dyn Observer,
+    ) -> Result<Arrival, TravelError<<C as Cpu>::Error, F>> {
+        let last = match target {
+            Target::Exit(exit) => Some(exit),
+            Target::Time(_) | Target::End => None,
+        };
+        self.door.close_at_time(match target {
+            Target::Time(time) => Some(time),
+            _ => None,
+        });
+        loop {
+            let parts = self.parts.as_mut().expect("it was made");
+            let look = parts.machine.at().exits.saturating_add(pace.exits().max(1));
+            let until = last.map_or(look, |last| last.min(look));
+            self.door.close_after(Some(until));
+            let result =
+                parts
+                    .machine
+                    .run(&mut parts.cpu, &mut parts.disks, &mut self.door, observer);
+            parts.in_step = matches!(result, Err(RunError::Closed(Closed::Reached(_))));
+            match result {
+                Err(RunError::Closed(Closed::Reached(_))) => {}
+                Ok(end) => return Ok(Arrival::Ended(end)),
+                Err(RunError::Closed(Closed::CutShort(tail))) => {
+                    return Ok(Arrival::CutShort(tail));
+                }
+                Err(error) => return Err(TravelError::Run(error)),
+            }
+            let here = CheckpointHead {
+                exits: parts.machine.at().exits,
+                now: parts.machine.now(),
+            };
+            let arrived = match target {
+                Target::Exit(exit) => here.exits >= exit,
+                Target::Time(time) => here.now >= time,
+                Target::End => false,
+            };
+            if arrived {
+                return Ok(Arrival::Reached);
+            }
+            match pace.look(here) {
+                Pause::GoOn => {}
+                Pause::Stop => return Ok(Arrival::Stopped),
+                Pause::Checkpoint => {
+                    let last = self.store.heads().last();
+                    if self.store.is_open() && last.is_none_or(|last| last.exits < here.exits) {
+                        self.make_checkpoint(here)?;
+                    }
+                    pace.made(here);
+                }
+            }
+        }
+    }
+
+    fn make_checkpoint(
+        &mut self,
+        here: CheckpointHead,
+    ) -> Result<(), TravelError<<C as Cpu>::Error, F>> {
+        let parts = self.parts.as_mut().expect("it was made");
+        let (cpu, disks) = (&mut parts.cpu, &mut parts.disks);
+        let core = parts.machine.save_core(cpu, disks, &self.door)?;
+        let named = parts.name_pages(&mut self.store)?;
+        let kept = named.and_then(|()| self.store.append(here, &core, &parts.known));
+        if let Err(error) = kept {
+            // No page has a name that the store knows.
+            parts.known = PageTable::default();
+            parts.unknown = all_pages(&mut parts.cpu, &mut parts.disks)?;
+            self.complaints.push(format!(
+                "no checkpoint could be kept at exit {}: {error}",
+                here.exits
+            ));
+        }
+        Ok(())
+    }
+}
+
+fn all_pages<C, S>(
+    cpu: &mut C,
+    disks: &mut S,
+) -> Result<BTreeSet<PagePlace>, StateError<<C as Cpu>::Error>>
+where
+    C: Cpu + Stateful<Error = <C as Cpu>::Error>,
+    S: Storage + Stateful<Error = StorageError>,
+{
+    let memory = cpu.pages().map_err(StateError::Cpu)?.into_iter();
+    let disks = disks.pages().map_err(StateError::Storage)?.into_iter();
+    let places = memory.map(PagePlace::in_memory);
+    Ok(places.chain(disks.map(PagePlace::on_disks)).collect())
+}
