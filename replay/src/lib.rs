@@ -31,12 +31,12 @@ pub use journal::{
 };
 pub use machine::{
     ARRIVALS_MAX, Ahead, Answer, Back, Closing, Complete, CoreOf, CoreState, Counter, Cpu,
-    CpuDigest, CpuidEntry, CpuidTable, Digest, End, Ending, Exit, ExitNumber, FullDigest, Guest,
-    Horizon, JournalPlace, Lander, LeftOpen, Likeness, Machine, MachineState, MemoryDigest, Mode,
-    Moment, Observer, Outside, Overshoot, PAGE_BYTES, PageBytes, PagePlace, Pages, Place, Position,
-    Progress, QuickReads, Registers, ShownClock, StateDigest, StateError, StateOf, Stateful, Tally,
-    TimeInstruction, TimeQuery, Turn, Unit, UnreadableState, VCPUS, VcpuNumber, Walk, WalkEnd,
-    memory, set_bits,
+    CpuDigest, CpuidEntry, CpuidTable, Digest, DigestError, End, Ending, Exit, ExitNumber,
+    FullDigest, Guest, Horizon, JournalPlace, Lander, LeftOpen, Likeness, Machine, MachineState,
+    MemoryDigest, Mode, Moment, Observer, Outside, Overshoot, PAGE_BYTES, PageBytes, PagePlace,
+    Pages, Place, Position, Progress, QuickReads, Registers, ShownClock, StateDigest, StateError,
+    StateOf, Stateful, Tally, TimeInstruction, TimeQuery, Turn, Unit, UnreadableState, VCPUS,
+    VcpuNumber, Walk, WalkEnd, memory, set_bits,
 };
 
 pub use timeline::{

@@ -42,13 +42,20 @@ pub trait Recorded {
 pub struct Toy {
     seed: u64,
     counts: bool,
-    /// Its state may be any.
-    pub distrusted: bool,
+    distrusted: bool,
     header: Header,
     recording: Recording,
 }
 
 impl Toy {
+    /// The same, replayed on CPUs whose state may be any.
+    pub fn distrusted(self) -> Toy {
+        Toy {
+            distrusted: true,
+            ..self
+        }
+    }
+
     /// Records it.
     pub fn record(seed: u64) -> Toy {
         let mut scenario = Scenario::new(seed);

@@ -6,20 +6,14 @@
 
 use std::io::Cursor;
 
-use hindsight_devices::{NoDisks, Storage, StorageError};
+use hindsight_devices::NoDisks;
 use hindsight_replay::rng::{Rng, mix};
 use hindsight_replay::{
-    Closed, Cpu, Detail, End, Ending, Exit, Header, JournalError, JournalReader, Machine,
-    MachineState, Pages, Replayer, RunError, StateDigest, StateError, StateOf, Stateful, Turn,
-    VcpuNumber,
+    Closed, Cpu, End, Ending, JournalError, Machine, MachineState, Pages, Replayer, RunError,
+    StateDigest, StateError, StateOf, VcpuNumber,
 };
 use hindsight_tests::recorded::{Driver, Recorded, Toy};
-use hindsight_tests::sim::{Recording, Scenario, Trace, machine_of};
-use hindsight_tests::sim_world::SimWorld;
-use hindsight_tests::toy_counter::ToyCounter;
-use hindsight_tests::toy_cpu::ToyCpu;
-use hindsight_tests::toy_disks::ToyDisks;
-use hindsight_tests::toy_driver::ToyDriver;
+use hindsight_tests::sim::{Trace, machine_of};
 
 fn for_seeds(share: u64, check: impl Fn(u64)) {
     hindsight_tests::seeds::for_seeds("states", 5_000, share, check);
@@ -279,10 +273,7 @@ fn a_machine_with_disks_and_cards_saved_anywhere_goes_on_elsewhere() {
 fn an_altered_state_is_refused_or_noticed_or_has_no_effect() {
     let altered = std::cell::RefCell::new(Altered::default());
     for_seeds(2, |seed| {
-        let toy = Toy {
-            distrusted: true,
-            ..Toy::record(seed)
-        };
+        let toy = Toy::record(seed).distrusted();
         survives_alteration(&toy, seed, 3, &mut altered.borrow_mut());
     });
     altered.into_inner().assert_many_kinds();
@@ -302,10 +293,7 @@ fn an_altered_state_of_disks_and_cards_is_refused_or_noticed_or_has_no_effect() 
 fn each_part_of_a_state_is_missed_where_it_is_another_exits() {
     let noticed = std::cell::RefCell::new([[Noticed::default(); 6]; 2]);
     for_seeds(20, |seed| {
-        let toy = Toy {
-            distrusted: true,
-            ..Toy::record(seed)
-        };
+        let toy = Toy::record(seed).distrusted();
         notices_each_part(&toy, seed, &mut noticed.borrow_mut()[0]);
     });
     for_seeds(50, |seed| {

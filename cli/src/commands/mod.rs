@@ -5,6 +5,7 @@ pub mod console;
 pub mod diff;
 pub(crate) mod disk;
 pub(crate) mod doctor;
+pub(crate) mod index;
 pub mod inspect;
 pub mod pcap;
 pub(crate) mod record;

@@ -54,9 +54,9 @@ impl<R: Read> Replayer<R> {
         memory_every: Option<u64>,
     ) -> Replayer<R> {
         Replayer {
+            taken: journal.start(),
             journal,
             ahead: None,
-            taken: RecordPlace::default(),
             until,
             until_time: None,
             memory_every,
@@ -104,6 +104,7 @@ impl<R: Read> Replayer<R> {
         self.taken = RecordPlace {
             frame_before: place.frame_before,
             records: place.records,
+            check: place.check,
         };
         (self.ahead, self.failed) = (None, None);
         self.journal.go_to(self.taken)?;
@@ -113,6 +114,18 @@ impl<R: Read> Replayer<R> {
         self.states_but_accessed = place.states_but_accessed;
         self.witnesses_checked = place.witnesses_checked;
         Ok(())
+    }
+
+    /// Goes to the beginning, wherever it has come to.
+    pub fn go_to_start(&mut self) -> Result<(), JournalError>
+    where
+        R: Seek,
+    {
+        let check = self.journal.start().check;
+        self.go_to(&JournalPlace {
+            check,
+            ..JournalPlace::default()
+        })
     }
 
     /// Closes after exit `until`, if given, and no longer where it closed before.
@@ -531,6 +544,7 @@ impl<R: Read> Outside for Replayer<R> {
         Some(JournalPlace {
             frame_before: self.taken.frame_before,
             records: self.taken.records,
+            check: self.taken.check,
             equal_through: self.equal_through,
             witnesses_checked: self.witnesses_checked,
             states_checked: self.states_checked,

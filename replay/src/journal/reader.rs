@@ -17,6 +17,8 @@ pub struct RecordPlace {
     pub frame_before: Option<u64>,
     /// Its number in its frame, from 1; 0 for no record at all, before the first.
     pub records: u64,
+    /// The check of its frame, which covers all of the journal up to there; of the head, if there is no record.
+    pub check: u64,
 }
 
 /// Reads a journal from any source, frame by frame.
@@ -203,6 +205,16 @@ impl<R: Read> JournalReader<R> {
         RecordPlace {
             frame_before: self.last[1],
             records: self.taken,
+            check: self.seed,
+        }
+    }
+
+    /// The place before the first record.
+    pub fn start(&self) -> RecordPlace {
+        RecordPlace {
+            frame_before: None,
+            records: 0,
+            check: self.first.1,
         }
     }
 
@@ -276,6 +288,12 @@ impl<R: Read + Seek> JournalReader<R> {
                 let what = format!("the frame at byte {at} has no record {taken}");
                 return Err(JournalError::Place(what));
             }
+        }
+        if self.seed != place.check {
+            return Err(JournalError::Place(format!(
+                "up to byte {} it is another journal: its check is {:016x}, expected {:016x}",
+                self.offset, self.seed, place.check
+            )));
         }
         Ok(())
     }

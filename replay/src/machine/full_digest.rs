@@ -6,10 +6,43 @@
 
 use std::fmt;
 
+use hindsight_devices::{Storage, StorageError};
 use serde::{Deserialize, Serialize};
+use thiserror::Error;
 use xxhash_rust::xxh64::xxh64;
 
+use super::Machine;
+use super::cpu::Cpu;
 use super::digest::{Likeness, MemoryDigest};
+
+/// Why there is no digest.
+#[derive(Debug, Error)]
+pub enum DigestError<E: std::error::Error> {
+    /// The vCPU failed.
+    #[error("the vCPU: {0}")]
+    Cpu(#[source] E),
+    /// A disk failed.
+    #[error(transparent)]
+    Storage(StorageError),
+}
+
+impl Machine {
+    /// The digest of everything that decides what happens next, where the machine is. The vCPU's instruction is finished
+    /// for it.
+    pub fn full_digest<C: Cpu>(
+        &self,
+        cpu: &mut C,
+        storage: &mut dyn Storage,
+    ) -> Result<FullDigest, DigestError<C::Error>> {
+        cpu.settle().map_err(DigestError::Cpu)?;
+        let memory = cpu.memory_digest().map_err(DigestError::Cpu)?;
+        let state = cpu.state_digest().map_err(DigestError::Cpu)?;
+        let board = postcard::to_stdvec(&self.board.save());
+        let board = board.expect("plain values serialise");
+        let disks = storage.digest().map_err(DigestError::Storage)?;
+        Ok(FullDigest::new(memory, state, &board, disks))
+    }
+}
 
 /// The digest of a vCPU, part by part.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

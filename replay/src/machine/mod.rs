@@ -31,7 +31,7 @@ pub use cpuid_table::{CpuidEntry, CpuidTable};
 pub use digest::{Digest, Likeness, MemoryDigest, PAGE_BYTES};
 pub use ending::{End, Ending};
 pub use exit::{Answer, Exit, Mode, Registers, TimeInstruction, Turn};
-pub use full_digest::{CpuDigest, FullDigest};
+pub use full_digest::{CpuDigest, DigestError, FullDigest};
 pub use guest::Guest;
 pub use landing::{Ahead, Counter, Lander, Overshoot, Walk, WalkEnd};
 pub use left_open::LeftOpen;

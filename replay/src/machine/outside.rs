@@ -83,6 +83,8 @@ pub struct JournalPlace {
     pub frame_before: Option<u64>,
     /// How many records of its frame were taken.
     pub records: u64,
+    /// The check of that frame, or of the journal's head if none was taken.
+    pub check: u64,
     /// The last exit at which the machine was seen to be the recorded one.
     pub equal_through: u64,
     /// Witnesses that were equal.

@@ -5,7 +5,7 @@ use hindsight_devices::{Access, BusContext, Input, Output, POSTED_PORT, Reply, S
 use super::cpu::{Back, Cpu};
 use super::ending::{End, Ending};
 use super::exit::{Answer, Exit, Mode, TimeInstruction, Turn};
-use super::full_digest::FullDigest;
+use super::full_digest::{DigestError, FullDigest};
 use super::guest::View;
 use super::moment::Moment;
 use super::observer::Observer;
@@ -353,17 +353,17 @@ impl<C: Cpu, O: Outside + ?Sized> Turns<'_, C, O> {
 
     /// The digest of everything that decides what happens next.
     fn full_digest(&mut self) -> Result<FullDigest, Failure<C, O>> {
-        self.settle()?;
-        let memory = self.cpu.memory_digest();
-        let memory = self.cpu(memory)?;
-        let cpu = self.cpu.state_digest();
-        let cpu = self.cpu(cpu)?;
-        let board = postcard::to_stdvec(&self.machine.board.save());
-        let board = board.expect("plain values serialise");
-        let exits = self.machine.at.exits;
-        let failed = |source| RunError::Storage { exits, source };
-        let disks = self.storage.digest().map_err(failed)?;
-        Ok(FullDigest::new(memory, cpu, &board, disks))
+        let digest = self.machine.full_digest(self.cpu, self.storage);
+        digest.map_err(|error| match error {
+            DigestError::Cpu(source) => RunError::Cpu {
+                at: self.machine.at,
+                source,
+            },
+            DigestError::Storage(source) => RunError::Storage {
+                exits: self.machine.at.exits,
+                source,
+            },
+        })
     }
 
     fn ending(&self, exit: &Exit, stopped: bool) -> Option<Ending> {

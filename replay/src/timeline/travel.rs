@@ -13,7 +13,8 @@ use crate::RunError;
 use crate::door::{Closed, Replayer};
 use crate::journal::{JournalError, JournalReader, Tail};
 use crate::machine::{
-    Cpu, End, Machine, Observer, PAGE_BYTES, PagePlace, StateError, StateOf, Stateful, is_zero,
+    Cpu, DigestError, End, FullDigest, Machine, Observer, PAGE_BYTES, PagePlace, StateError,
+    StateOf, Stateful, is_zero,
 };
 
 /// Where to go.
@@ -115,6 +116,18 @@ where
     fn note_changes(&mut self) -> Result<(), StateError<<C as Cpu>::Error>> {
         let memory = self.cpu.take_changed_pages().map_err(StateError::Cpu)?;
         let disks = (self.disks.take_changed_pages()).map_err(StateError::Storage)?;
+        self.unknown
+            .extend(memory.into_iter().map(PagePlace::in_memory));
+        self.unknown
+            .extend(disks.into_iter().map(PagePlace::on_disks));
+        Ok(())
+    }
+
+    /// No page has a name that the store knows.
+    fn forget_names(&mut self) -> Result<(), StateError<<C as Cpu>::Error>> {
+        self.known = PageTable::default();
+        let memory = self.cpu.pages().map_err(StateError::Cpu)?;
+        let disks = self.disks.pages().map_err(StateError::Storage)?;
         self.unknown
             .extend(memory.into_iter().map(PagePlace::in_memory));
         self.unknown
@@ -272,6 +285,12 @@ where
         Some(parts.machine.save(cpu, disks, &self.door))
     }
 
+    /// The digest of all that decides what happens next, where the machine is; `None` before the first travel.
+    pub fn digest(&mut self) -> Option<Result<FullDigest, DigestError<<C as Cpu>::Error>>> {
+        let parts = self.parts.as_mut()?;
+        Some(parts.machine.full_digest(&mut parts.cpu, &mut parts.disks))
+    }
+
     /// The door.
     pub fn door(&self) -> &Replayer<R> {
         &self.door
@@ -280,6 +299,15 @@ where
     /// Where the checkpoints are kept.
     pub fn store(&mut self) -> &mut K {
         &mut self.store
+    }
+
+    /// Takes another store, of checkpoints of the same recording.
+    pub fn replace_store(&mut self, store: K) -> Result<K, StateError<<C as Cpu>::Error>> {
+        self.unusable.clear();
+        if let Some(parts) = &mut self.parts {
+            parts.forget_names()?;
+        }
+        Ok(std::mem::replace(&mut self.store, store))
     }
 
     /// What was wrong with checkpoints since this was asked last: it has cost time.
@@ -357,7 +385,7 @@ where
         // The one before is gone first: there may be no room for two.
         self.parts = None;
         let (machine, cpu, disks) = (self.make)().map_err(TravelError::Make)?;
-        self.door.go_to(&Default::default())?;
+        self.door.go_to_start()?;
         let mut parts = Parts {
             machine,
             cpu,
@@ -439,9 +467,7 @@ where
         let named = parts.name_pages(&mut self.store)?;
         let kept = named.and_then(|()| self.store.append(here, &core, &parts.known));
         if let Err(error) = kept {
-            // No page has a name that the store knows.
-            parts.known = PageTable::default();
-            parts.unknown = all_pages(&mut parts.cpu, &mut parts.disks)?;
+            parts.forget_names()?;
             self.complaints.push(format!(
                 "no checkpoint could be kept at exit {}: {error}",
                 here.exits
@@ -449,18 +475,4 @@ where
         }
         Ok(())
     }
-}
-
-fn all_pages<C, S>(
-    cpu: &mut C,
-    disks: &mut S,
-) -> Result<BTreeSet<PagePlace>, StateError<<C as Cpu>::Error>>
-where
-    C: Cpu + Stateful<Error = <C as Cpu>::Error>,
-    S: Storage + Stateful<Error = StorageError>,
-{
-    let memory = cpu.pages().map_err(StateError::Cpu)?.into_iter();
-    let disks = disks.pages().map_err(StateError::Storage)?.into_iter();
-    let places = memory.map(PagePlace::in_memory);
-    Ok(places.chain(disks.map(PagePlace::on_disks)).collect())
 }

@@ -4,6 +4,7 @@
 //! Nothing here prints, ends the process or reads options. What is worth saying while a session runs goes to its
 //! [`Front`], what ends it is a [`Failure`].
 
+mod checkpoint_file;
 mod images;
 pub mod index;
 mod kernel_cache;
@@ -16,12 +17,15 @@ mod recording;
 mod replay;
 mod run;
 mod state_file;
+mod timeline;
+mod unpacked;
 
 use hindsight_replay::{Observer, OperatorConsole, Unit};
 
 use crate::failure::Failure;
 use crate::world::{Hold, Shown};
 
+pub use checkpoint_file::{CheckpointError, CheckpointFile, PageLimit};
 pub use images::{DiskWish, MachineWish};
 pub use make::{
     LoadedKernel, MACHINE_CMDLINE, MachineError, build, cmdline, describe, host_facts, open_kvm,
@@ -34,6 +38,9 @@ pub use replay::{
     RelogWish, ReplayWish, Replayed, SaveWish, Saved, Until, Verdict, Watch, Watched, replay,
 };
 pub use run::{Ran, RunWish, run};
+pub use timeline::{
+    HostPace, IndexWish, Indexed, Make, RecordingTimeline, SPACING, index_recording, open_timeline,
+};
 
 /// Whoever is in front of a session: hears what is worth saying, and shows the guest's console.
 pub trait Front {

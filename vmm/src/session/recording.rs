@@ -115,12 +115,24 @@ pub fn content(bytes: &[u8]) -> Content {
     }
 }
 
+/// The file that has its checkpoints.
+pub(super) const CHECKPOINTS: &str = "checkpoints";
+
 /// The files of a recording.
-pub(crate) const FILES: [&str; 9] = [
-    "journal", "kernel", "initrd", "index", "disk0", "disk1", "disk2", "disk3", "disk4",
+pub(crate) const FILES: [&str; 10] = [
+    "journal",
+    "kernel",
+    "initrd",
+    "index",
+    CHECKPOINTS,
+    "disk0",
+    "disk1",
+    "disk2",
+    "disk3",
+    "disk4",
 ];
 /// The first of its disks among them.
-pub(crate) const FIRST_DISK: usize = 4;
+pub(crate) const FIRST_DISK: usize = 5;
 const _: () = assert!(FIRST_DISK + Devices::DISKS_MAX == FILES.len());
 
 /// A directory that holds a recording.

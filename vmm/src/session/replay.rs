@@ -90,7 +90,7 @@ pub enum Verdict {
 
 impl Verdict {
     /// What the end of a run says of it.
-    fn of(result: Result<End, RunError<KvmError>>) -> Result<Verdict, Failure> {
+    pub(super) fn of(result: Result<End, RunError<KvmError>>) -> Result<Verdict, Failure> {
         match result {
             Ok(end) => Ok(Verdict::Equal(end)),
             Err(RunError::Closed(Closed::Reached(_))) => Ok(Verdict::Reached),
@@ -303,7 +303,7 @@ fn save<R: Read>(
 }
 
 /// The last exit of a recording, if its index is there to say so.
-fn last_exit(recording: &Recording) -> Option<u64> {
+pub(super) fn last_exit(recording: &Recording) -> Option<u64> {
     let index = recording.read_index()?;
     index.last().map(|last| last.through)
 }
