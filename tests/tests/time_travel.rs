@@ -9,22 +9,21 @@ use std::io::Cursor;
 
 use hindsight_replay::rng::Rng;
 use hindsight_replay::{
-    Arrival, CheckpointHead, Checkpoints, Closed, Pace, Pause, Replayer, RunError, StateOf, Target,
-    Timeline,
+    Arrival, CheckpointHead, Checkpoints, Closed, Pace, Pause, Replayer, RunError, StateOf,
+    Stateful, Target, Timeline,
 };
 use hindsight_tests::recorded::{Driver, Recorded, Toy};
 use hindsight_tests::sim::machine_of;
 use hindsight_tests::toy_store::ToyStore;
+use hindsight_vmm::session::{CheckpointFile, PageLimit};
 
 fn for_seeds(share: u64, check: impl Fn(u64)) {
     hindsight_tests::seeds::for_seeds("time_travel", 10_000, share, check);
 }
 
 type State<R> = StateOf<<R as Recorded>::Cpu, <R as Recorded>::Disks>;
-type Store<R> = ToyStore<
-    <<R as Recorded>::Cpu as hindsight_replay::Stateful>::State,
-    <<R as Recorded>::Disks as hindsight_replay::Stateful>::State,
->;
+type CpuState<R> = <<R as Recorded>::Cpu as Stateful>::State;
+type DisksState<R> = <<R as Recorded>::Disks as Stateful>::State;
 
 /// Checkpoints and stops at random.
 struct Random(Rng);
@@ -43,8 +42,10 @@ impl Pace for Random {
     }
 }
 
-/// The states of a straight replay at `exits`, and guest time at each exit.
-fn straight<R: Recorded>(recorded: &R, exits: &[u64]) -> (BTreeMap<u64, State<R>>, Vec<u64>) {
+/// The states of a straight replay at some exits, and guest time at each.
+fn straight<R: Recorded>(recorded: &R, seed: u64) -> Straight<R> {
+    let mut rng = Rng::new(seed, 40);
+    let exits: Vec<u64> = (0..8).map(|_| recorded.place(&mut rng)).collect();
     let (mut machine, mut cpu) = (machine_of(recorded.header()), recorded.cpu(1));
     let mut disks = recorded.disks();
     let mut door = Replayer::new(recorded.reader(), None, None);
@@ -59,18 +60,24 @@ fn straight<R: Recorded>(recorded: &R, exits: &[u64]) -> (BTreeMap<u64, State<R>
             states.insert(exit, state.expect("it is at an exit"));
         }
     }
-    (states, times)
+    Straight { states, times }
 }
 
-fn travels_right<R: Recorded>(recorded: &R, seed: u64)
-where
-    <R::Cpu as hindsight_replay::Stateful>::State: Clone,
-{
+/// A straight replay's states at some exits, and its times.
+struct Straight<R: Recorded> {
+    states: BTreeMap<u64, State<R>>,
+    times: Vec<u64>,
+}
+
+/// Travels about in `recorded`, and compares. Returns how often checkpoints were complained of, and the store.
+fn travel<R: Recorded, K: Checkpoints<CpuState<R>, DisksState<R>> + std::fmt::Debug>(
+    recorded: &R,
+    straight: &Straight<R>,
+    store: K,
+    seed: u64,
+) -> (usize, K) {
     let mut rng = Rng::new(seed, 41);
-    let wanted: Vec<u64> = (0..8).map(|_| recorded.place(&mut rng)).collect();
-    let (states, times) = straight(recorded, &wanted);
-    let noise = rng.one_in(3).then_some(seed);
-    let store: Store<R> = ToyStore::new(noise);
+    let wanted: Vec<u64> = straight.states.keys().copied().collect();
     let mut hosts = 2;
     let make = || {
         hosts += 1;
@@ -80,13 +87,14 @@ where
     let mut timeline: Timeline<_, _, Cursor<&[u8]>, _, _> =
         Timeline::new(recorded.reader(), store, make);
     let mut pace = Random(Rng::new(seed, 42));
+    let mut complaints = 0;
     for _ in 0..16 {
         let exit = wanted[rng.below(wanted.len() as u64) as usize];
         let (target, expected) = match rng.below(8) {
             0 => (Target::End, None),
             1 => {
-                let time = times[exit as usize];
-                let first = times.iter().take_while(|at| **at < time).count();
+                let time = straight.times[exit as usize];
+                let first = straight.times.iter().take_while(|at| **at < time).count();
                 (Target::Time(time), Some(first as u64))
             }
             _ => (Target::Exit(exit), Some(exit)),
@@ -103,7 +111,7 @@ where
             (Arrival::Reached, Some(expected)) => {
                 let (machine, _, _) = timeline.parts().expect("it is somewhere");
                 assert_eq!(machine.at().exits, expected);
-                if let Some(straight) = states.get(&expected) {
+                if let Some(straight) = straight.states.get(&expected) {
                     let here = timeline.save().expect("it is somewhere");
                     let here = here.expect("it is at an exit");
                     let differences = here.digest().differences(&straight.digest());
@@ -113,11 +121,112 @@ where
             }
             (arrival, _) => panic!("to {target:?}: {arrival:?}"),
         }
-        assert!(noise.is_some() || timeline.take_complaints().is_empty());
+        complaints += timeline.take_complaints().len();
     }
-    let heads = timeline.store().heads();
+    (complaints, timeline.into_store())
+}
+
+fn travels_right<R: Recorded>(recorded: &R, seed: u64)
+where
+    CpuState<R>: std::fmt::Debug,
+{
+    let straight = straight(recorded, seed);
+    let noise = seed.is_multiple_of(3).then_some(seed);
+    let store: ToyStore<CpuState<R>, DisksState<R>> = ToyStore::new(noise);
+    let (complaints, store) = travel(recorded, &straight, store, seed);
+    assert!(noise.is_some() || complaints == 0);
+    let heads = store.heads();
     assert!(heads.is_sorted_by(|a, b| a.exits < b.exits));
     assert!(recorded.exits() < 200 || noise.is_some() || !heads.is_empty());
+}
+
+/// What a file has room for: more than any toy's memory.
+const LIMIT: PageLimit = PageLimit { memory: 1 << 10 };
+
+/// Some damage to a file.
+fn damage(bytes: &mut Vec<u8>, rng: &mut Rng) {
+    let length = bytes.len() as u64;
+    let at = rng.below(length) as usize;
+    let some = (1 + rng.below(100)).min(length - at as u64) as usize;
+    match rng.below(6) {
+        0 => bytes[at] ^= 1 << rng.below(8),
+        1 => bytes[at..at + some].fill(0),
+        2 => bytes.truncate(at),
+        3 => drop(bytes.drain(at..at + some)),
+        4 => bytes.copy_within(at..at + some, rng.below(length - some as u64) as usize),
+        _ => bytes.extend((0..some).map(|_| rng.number() as u8)),
+    }
+}
+
+/// Checkpoints in files that somebody damages, deletes, or writes to at the same time.
+fn survives_damage<R: Recorded>(recorded: &R, seed: u64) {
+    let mut rng = Rng::new(seed, 43);
+    let straight = straight(recorded, seed);
+    let directory = tempfile::tempdir().expect("there is room");
+    let path = directory.path().join("checkpoints");
+    let journal = recorded.reader().start().check;
+    let open = || CheckpointFile::open(&path, journal, LIMIT).expect("there is room");
+    let (complaints, whole) = travel(recorded, &straight, open(), seed);
+    assert_eq!(complaints, 0);
+    if rng.one_in(4) {
+        // Another process has it open: nothing is written, and nothing is wrong.
+        let (complaints, second) = travel(recorded, &straight, open(), seed + 1);
+        assert!(complaints == 0 && !second.is_open());
+        assert_eq!(second.heads(), whole.heads());
+    }
+    let heads = whole.heads().to_vec();
+    drop(whole);
+    let again = open();
+    assert_eq!(again.heads(), heads, "what was written is read");
+    let (complaints, mut again) = travel(recorded, &straight, again, seed + 2);
+    assert_eq!(complaints, 0);
+    if rng.one_in(4) {
+        let thin = again.thinned(&path, |number| number % 2 == 0);
+        let thin = thin.expect("there is room");
+        assert_eq!(thin.heads().len(), again.heads().len().div_ceil(2));
+        let (complaints, _) = travel(recorded, &straight, thin, seed + 3);
+        assert_eq!(complaints, 0);
+    }
+    drop(again);
+    let mut bytes = std::fs::read(&path).expect("it is there");
+    for _ in 0..1 + rng.below(3) {
+        if !bytes.is_empty() {
+            damage(&mut bytes, &mut rng);
+        }
+    }
+    std::fs::write(&path, &bytes).expect("there is room");
+    let damaged = open();
+    if rng.one_in(4) {
+        std::fs::remove_file(&path).expect("it is there");
+    }
+    travel(recorded, &straight, damaged, seed + 4);
+}
+
+#[test]
+fn checkpoints_in_a_damaged_file_cost_time_and_nothing_else() {
+    for_seeds(10, |seed| {
+        let toy = Toy::record(seed);
+        if toy.exits() > 2 {
+            survives_damage(&toy, seed);
+        }
+    });
+    for_seeds(50, |seed| survives_damage(&Driver::record(seed), seed));
+}
+
+#[test]
+fn the_checkpoints_of_another_recording_are_none() {
+    let directory = tempfile::tempdir().expect("there is room");
+    let path = directory.path().join("checkpoints");
+    let (one, other) = (Driver::record(1), Driver::record(2));
+    let open = |driver: &Driver| {
+        let journal = driver.reader().start().check;
+        CheckpointFile::open(&path, journal, LIMIT).expect("there is room")
+    };
+    let (_, file) = travel(&one, &straight(&one, 1), open(&one), 1);
+    assert!(!file.heads().is_empty());
+    drop(file);
+    assert!(open(&other).heads().is_empty());
+    travel(&other, &straight(&other, 2), open(&other), 2);
 }
 
 #[test]

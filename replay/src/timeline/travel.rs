@@ -301,6 +301,11 @@ where
         &mut self.store
     }
 
+    /// Where the checkpoints are kept, when there is no more to travel.
+    pub fn into_store(self) -> K {
+        self.store
+    }
+
     /// Takes another store, of checkpoints of the same recording.
     pub fn replace_store(&mut self, store: K) -> Result<K, StateError<<C as Cpu>::Error>> {
         self.unusable.clear();
