@@ -36,12 +36,11 @@ pub use machine::{
     MemoryDigest, Mode, Moment, Observer, Outside, Overshoot, PAGE_BYTES, PageBytes, PagePlace,
     Pages, Place, Position, Progress, QuickReads, Registers, ShownClock, StateDigest, StateError,
     StateOf, Stateful, Tally, TimeInstruction, TimeQuery, Turn, Unit, UnreadableState, VCPUS,
-    VcpuNumber, Walk, WalkEnd, memory, set_bits,
+    VcpuNumber, Walk, WalkEnd, is_zero, memory, set_bits,
 };
 
 pub use timeline::{
-    Arrival, CheckpointHead, Checkpoints, Pace, PageName, PageTable, Pause, Target, Timeline,
-    TravelError,
+    Arrival, CheckpointHead, Checkpoints, Pace, PageSource, Pause, Target, Timeline, TravelError,
 };
 
 /// Why a machine came to its end other than by the run's own ending.

@@ -1,34 +1,36 @@
 //! A store of checkpoints in memory, which breaks as a test wants it to.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::ops::ControlFlow;
 
 use hindsight_replay::rng::Rng;
-use hindsight_replay::{CheckpointHead, Checkpoints, CoreState, PAGE_BYTES, PageName, PageTable};
+use hindsight_replay::{
+    CheckpointHead, Checkpoints, CoreState, PAGE_BYTES, PagePlace, PageSource, is_zero,
+};
+
+type Pages = BTreeMap<PagePlace, [u8; PAGE_BYTES]>;
 
 /// Checkpoints in memory.
 #[derive(Clone, Debug)]
 pub struct ToyStore<C, S> {
     heads: Vec<CheckpointHead>,
-    kept: Vec<(CoreState<C, S>, PageTable)>,
-    pages: Vec<[u8; PAGE_BYTES]>,
-    names: BTreeMap<[u8; PAGE_BYTES], PageName>,
-    /// Pages that cannot be read.
-    lost: BTreeSet<PageName>,
+    kept: Vec<(CoreState<C, S>, Pages)>,
     /// Nothing more is kept.
     full: bool,
+    /// What was handed over last is to be lost.
+    late: bool,
     noise: Option<Rng>,
 }
 
 impl<C, S> ToyStore<C, S> {
-    /// A store with nothing in it. With `noise`, now and then it loses a page, is full, or cannot give a checkpoint back.
+    /// A store with nothing in it. With `noise`, now and then it is full, or cannot give something back.
     pub fn new(noise: Option<u64>) -> ToyStore<C, S> {
         ToyStore {
             heads: Vec::new(),
             kept: Vec::new(),
-            pages: Vec::new(),
-            names: BTreeMap::new(),
-            lost: BTreeSet::new(),
             full: false,
+            late: false,
             noise: noise.map(|noise| Rng::new(noise, 31)),
         }
     }
@@ -40,75 +42,90 @@ impl<C, S> ToyStore<C, S> {
     }
 }
 
-fn broken() -> std::io::Error {
-    std::io::Error::other("the toy store is broken, as the test ordered")
+fn broken() -> io::Error {
+    io::Error::other("the toy store is broken, as the test ordered")
 }
 
 impl<C: Clone, S: Clone> Checkpoints<C, S> for ToyStore<C, S> {
-    type Error = std::io::Error;
+    type Error = io::Error;
 
     fn heads(&self) -> &[CheckpointHead] {
         &self.heads
     }
 
-    fn load(&mut self, number: usize) -> Result<(CoreState<C, S>, PageTable), std::io::Error> {
-        match self.strikes(20) {
-            true => Err(broken()),
-            false => Ok(self.kept[number].clone()),
-        }
+    fn is_open(&self) -> bool {
+        !self.full
     }
 
-    fn read_page(
-        &mut self,
-        name: PageName,
-        into: &mut [u8; PAGE_BYTES],
-    ) -> Result<(), std::io::Error> {
-        if self.lost.contains(&name) {
-            return Err(broken());
-        }
-        *into = match name {
-            PageName::ZEROES => [0; PAGE_BYTES],
-            PageName(number) => self.pages[number as usize - 1],
-        };
-        Ok(())
-    }
-
-    fn put_page(&mut self, bytes: &[u8; PAGE_BYTES]) -> Result<PageName, std::io::Error> {
-        assert!(bytes.iter().any(|byte| *byte != 0), "zeroes have a name");
-        if self.strikes(200) {
-            self.full = true;
-        }
-        if self.full {
-            return Err(broken());
-        }
-        if let Some(name) = self.names.get(bytes) {
-            return Ok(*name);
-        }
-        self.pages.push(*bytes);
-        let name = PageName(self.pages.len() as u64);
-        self.names.insert(*bytes, name);
-        if self.strikes(50) {
-            self.lost.insert(name);
-        }
-        Ok(name)
-    }
-
-    fn append(
+    fn append<E>(
         &mut self,
         head: CheckpointHead,
         core: &CoreState<C, S>,
-        pages: &PageTable,
-    ) -> Result<(), std::io::Error> {
+        base: Option<usize>,
+        changed: &mut PageSource<'_, E>,
+    ) -> Result<io::Result<usize>, E> {
         assert!(self.heads.last().is_none_or(|last| last.exits < head.exits));
         if self.full {
+            return Ok(Err(broken()));
+        }
+        let mut pages = base.map_or_else(Pages::new, |base| self.kept[base].1.clone());
+        for page in changed {
+            let (place, bytes) = page?;
+            pages.insert(place, bytes);
+        }
+        pages.retain(|_, bytes| !is_zero(bytes));
+        self.full = self.strikes(40);
+        if self.full && self.strikes(2) {
+            return Ok(Err(broken()));
+        }
+        self.late = self.full;
+        self.heads.push(head);
+        self.kept.push((core.clone(), pages));
+        Ok(Ok(self.heads.len() - 1))
+    }
+
+    fn settle(&mut self) -> io::Result<()> {
+        if std::mem::take(&mut self.late) {
+            // It comes out late that the last one could not be kept.
+            self.heads.pop();
+            self.kept.pop();
             return Err(broken());
         }
-        self.heads.push(head);
-        self.kept.push((core.clone(), pages.clone()));
         Ok(())
     }
 
-    fn is_open(&self) -> bool {
-        !self.full
+    fn load(&mut self, number: usize) -> io::Result<CoreState<C, S>> {
+        match self.strikes(20) {
+            true => Err(broken()),
+            false => Ok(self.kept[number].0.clone()),
+        }
+    }
+
+    fn pages(
+        &mut self,
+        number: usize,
+        base: Option<usize>,
+        also: &BTreeSet<PagePlace>,
+        put: &mut dyn FnMut(PagePlace, &[u8; PAGE_BYTES]) -> ControlFlow<()>,
+    ) -> io::Result<()> {
+        let none = Pages::new();
+        let before = base.map_or(&none, |base| &self.kept[base].1);
+        let pages = &self.kept[number].1;
+        let places = before.keys().chain(pages.keys());
+        let differ = places.filter(|place| before.get(place) != pages.get(place));
+        let wanted: BTreeSet<_> = differ.chain(also).copied().collect();
+        let given: Vec<_> = wanted
+            .into_iter()
+            .map(|place| (place, *pages.get(&place).unwrap_or(&[0; PAGE_BYTES])))
+            .collect();
+        for (place, bytes) in given {
+            if self.strikes(100) {
+                return Err(broken());
+            }
+            if put(place, &bytes).is_break() {
+                break;
+            }
+        }
+        Ok(())
     }
 }

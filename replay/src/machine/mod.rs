@@ -38,8 +38,7 @@ pub use left_open::LeftOpen;
 pub use moment::{ExitNumber, Moment, VCPUS, VcpuNumber};
 pub use observer::Observer;
 pub use outside::{Closing, Complete, JournalPlace, Outside, Position, TimeQuery};
-pub(crate) use pages::is_zero;
-pub use pages::{PageBytes, PagePlace, Pages, memory, set_bits};
+pub use pages::{PageBytes, PagePlace, Pages, is_zero, memory, set_bits};
 pub use place::{Horizon, Place, Unit};
 pub use quick_clock::{QuickReads, ShownClock};
 pub use state::{

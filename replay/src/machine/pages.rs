@@ -168,7 +168,7 @@ fn number_of(place: PagePlace) -> u64 {
 }
 
 /// Whether a page holds only zeroes.
-pub(crate) fn is_zero(page: &[u8; PAGE_BYTES]) -> bool {
+pub fn is_zero(page: &[u8; PAGE_BYTES]) -> bool {
     let words = page.as_chunks::<8>().0.iter();
     words.fold(0, |any, word| any | u64::from_le_bytes(*word)) == 0
 }

@@ -1,9 +1,11 @@
 //! Checkpoints, and what they are kept in.
 
+use std::collections::BTreeSet;
+use std::ops::ControlFlow;
+
 use hindsight_devices::Nanos;
 
-use super::table::{PageName, PageTable};
-use crate::machine::{CoreState, PAGE_BYTES};
+use crate::machine::{CoreState, PAGE_BYTES, PagePlace};
 
 /// Where a checkpoint is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,8 +16,11 @@ pub struct CheckpointHead {
     pub now: Nanos,
 }
 
-/// A store of checkpoints of one recording, whose vCPUs have states `C` and whose disks `S`. Whatever it cannot give back is
-/// only slower to come by.
+/// Pages of a machine as they are, one after the other; an error ends them.
+pub type PageSource<'a, E> = dyn Iterator<Item = Result<(PagePlace, [u8; PAGE_BYTES]), E>> + 'a;
+
+/// A store of checkpoints of one recording, whose vCPUs have states `C` and whose disks `S`. What a page is called in it is
+/// its own affair. Whatever it cannot give back is only slower to come by.
 pub trait Checkpoints<C, S> {
     /// Why it cannot keep something, or give it back.
     type Error: std::error::Error;
@@ -23,25 +28,34 @@ pub trait Checkpoints<C, S> {
     /// Where those are that it has, by ascending exit.
     fn heads(&self) -> &[CheckpointHead];
 
-    /// The state at one of them but for its pages, and what those are called.
-    fn load(&mut self, number: usize) -> Result<(CoreState<C, S>, PageTable), Self::Error>;
+    /// Whether it takes more of them.
+    fn is_open(&self) -> bool;
 
-    /// What a page of that name holds.
-    fn read_page(&mut self, name: PageName, into: &mut [u8; PAGE_BYTES])
-    -> Result<(), Self::Error>;
-
-    /// Keeps what a page holds that is not all zeroes, for the checkpoint that is appended next.
-    fn put_page(&mut self, bytes: &[u8; PAGE_BYTES]) -> Result<PageName, Self::Error>;
-
-    /// Keeps a checkpoint, which is after all others. What the pages are called is from [`Checkpoints::put_page`], or from
-    /// [`Checkpoints::load`]. After an error it takes no more of them.
-    fn append(
+    /// Keeps a checkpoint, which is after all others: its number. `changed` are the pages that may not be what they were
+    /// at checkpoint `base`; without one, those that may not be all zeroes. It may go on keeping when this returns.
+    ///
+    /// The first error is of the pages, the other its own. After that one it takes no more.
+    fn append<E>(
         &mut self,
         head: CheckpointHead,
         core: &CoreState<C, S>,
-        pages: &PageTable,
-    ) -> Result<(), Self::Error>;
+        base: Option<usize>,
+        changed: &mut PageSource<'_, E>,
+    ) -> Result<Result<usize, Self::Error>, E>;
 
-    /// Whether it takes any.
-    fn is_open(&self) -> bool;
+    /// Waits until all of them are kept. After an error those that are not have gone.
+    fn settle(&mut self) -> Result<(), Self::Error>;
+
+    /// The state at one of them but for its pages.
+    fn load(&mut self, number: usize) -> Result<CoreState<C, S>, Self::Error>;
+
+    /// Gives what pages hold at one of them, for as long as that is wanted: those that do not hold that at checkpoint
+    /// `base`, or without one all that are not all zeroes; and those at `also`. In an order that suits it, each once.
+    fn pages(
+        &mut self,
+        number: usize,
+        base: Option<usize>,
+        also: &BTreeSet<PagePlace>,
+        put: &mut dyn FnMut(PagePlace, &[u8; PAGE_BYTES]) -> ControlFlow<()>,
+    ) -> Result<(), Self::Error>;
 }

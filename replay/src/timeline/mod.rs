@@ -1,6 +1,7 @@
 //! A recording to move about in.
 //!
-//! A *checkpoint* is a machine's state whose pages are names in a store: it costs room, and saves the way there. A *mark*
+//! A *checkpoint* is a machine's state with those of its pages that have changed since the one before: it costs room, and saves the
+//! way there. A *mark*
 //! is a place that somebody has named, and costs nothing. [`Timeline`] holds one machine and brings it to any moment:
 //! from where it is, or from the last checkpoint before, by the one loop over the one [`Replayer`](crate::Replayer). So it
 //! is checked against the recording wherever it goes.
@@ -8,9 +9,7 @@
 //! What checkpoints are kept in is somebody else's ([`Checkpoints`]); that may be damaged or gone, which costs time.
 
 mod checkpoint;
-mod table;
 mod travel;
 
-pub use checkpoint::{CheckpointHead, Checkpoints};
-pub use table::{PageName, PageTable};
+pub use checkpoint::{CheckpointHead, Checkpoints, PageSource};
 pub use travel::{Arrival, Pace, Pause, Target, Timeline, TravelError};

@@ -3,18 +3,18 @@
 use std::collections::BTreeSet;
 use std::fmt::Display;
 use std::io::{Read, Seek};
+use std::ops::ControlFlow;
 
 use hindsight_devices::{Nanos, Storage, StorageError};
 use thiserror::Error;
 
 use super::checkpoint::{CheckpointHead, Checkpoints};
-use super::table::{PageName, PageTable};
 use crate::RunError;
 use crate::door::{Closed, Replayer};
 use crate::journal::{JournalError, JournalReader, Tail};
 use crate::machine::{
-    Cpu, DigestError, End, FullDigest, Machine, Observer, PAGE_BYTES, PagePlace, StateError,
-    StateOf, Stateful, is_zero,
+    Cpu, DigestError, End, FullDigest, JournalPlace, Machine, Observer, PAGE_BYTES, PagePlace,
+    StateError, StateOf, Stateful,
 };
 
 /// Where to go.
@@ -99,10 +99,10 @@ struct Parts<C, S> {
     machine: Machine,
     cpu: C,
     disks: S,
-    /// What its pages hold, as far as that is known.
-    known: PageTable,
-    /// Those of which it is not.
-    unknown: BTreeSet<PagePlace>,
+    /// The checkpoint that its pages were last all equal to; without one they were all zeroes.
+    base: Option<usize>,
+    /// Those that may have changed since.
+    changed: BTreeSet<PagePlace>,
     /// Whether it is at an exit, and the door with it. Else it can only be put somewhere.
     in_step: bool,
 }
@@ -116,56 +116,52 @@ where
     fn note_changes(&mut self) -> Result<(), StateError<<C as Cpu>::Error>> {
         let memory = self.cpu.take_changed_pages().map_err(StateError::Cpu)?;
         let disks = (self.disks.take_changed_pages()).map_err(StateError::Storage)?;
-        self.unknown
+        self.changed
             .extend(memory.into_iter().map(PagePlace::in_memory));
-        self.unknown
+        self.changed
             .extend(disks.into_iter().map(PagePlace::on_disks));
         Ok(())
     }
 
-    /// No page has a name that the store knows.
-    fn forget_names(&mut self) -> Result<(), StateError<<C as Cpu>::Error>> {
-        self.known = PageTable::default();
+    /// No checkpoint is known that its pages were equal to.
+    fn forget_base(&mut self) -> Result<(), StateError<<C as Cpu>::Error>> {
+        self.base = None;
         let memory = self.cpu.pages().map_err(StateError::Cpu)?;
         let disks = self.disks.pages().map_err(StateError::Storage)?;
-        self.unknown
+        self.changed
             .extend(memory.into_iter().map(PagePlace::in_memory));
-        self.unknown
+        self.changed
             .extend(disks.into_iter().map(PagePlace::on_disks));
         Ok(())
     }
 
-    fn read(
-        &mut self,
-        place: PagePlace,
-        into: &mut [u8; PAGE_BYTES],
-    ) -> Result<(), StateError<<C as Cpu>::Error>> {
-        match place.number() {
-            Ok(number) => self.cpu.read_page(number, into).map_err(StateError::Cpu),
-            Err(number) => (self.disks.read_page(number, into)).map_err(StateError::Storage),
-        }
-    }
-
-    /// Gives each page that is not known a name in `store`.
-    fn name_pages<K: Checkpoints<C::State, S::State>>(
+    /// Makes a checkpoint in `store`.
+    fn save<K: Checkpoints<C::State, S::State>, R: Read>(
         &mut self,
         store: &mut K,
+        door: &Replayer<R>,
     ) -> Result<Result<(), K::Error>, StateError<<C as Cpu>::Error>> {
+        let (cpu, disks) = (&mut self.cpu, &mut self.disks);
+        let core = self.machine.save_core(cpu, disks, door)?;
         self.note_changes()?;
-        let mut bytes = [0; PAGE_BYTES];
-        while let Some(place) = self.unknown.first().copied() {
-            self.read(place, &mut bytes)?;
-            let name = match is_zero(&bytes) {
-                true => PageName::ZEROES,
-                false => match store.put_page(&bytes) {
-                    Ok(name) => name,
-                    Err(error) => return Ok(Err(error)),
-                },
+        let head = self.here();
+        let (cpu, disks) = (&mut self.cpu, &mut self.disks);
+        let mut pages = self.changed.iter().map(|place| {
+            let mut bytes = [0; PAGE_BYTES];
+            let read = match place.number() {
+                Ok(number) => cpu.read_page(number, &mut bytes).map_err(StateError::Cpu),
+                Err(number) => (disks.read_page(number, &mut bytes)).map_err(StateError::Storage),
             };
-            self.known.set(place, name);
-            self.unknown.remove(&place);
+            read.map(|()| (*place, bytes))
+        });
+        match store.append(head, &core, self.base, &mut pages)? {
+            Ok(number) => {
+                self.base = Some(number);
+                self.changed.clear();
+                Ok(Ok(()))
+            }
+            Err(error) => Ok(Err(error)),
         }
-        Ok(Ok(()))
     }
 
     /// Makes the machine what it was at a checkpoint of `store`.
@@ -173,41 +169,47 @@ where
         &mut self,
         store: &mut K,
         number: usize,
-    ) -> Result<crate::machine::JournalPlace, Unusable<<C as Cpu>::Error, K::Error>> {
+    ) -> Result<JournalPlace, Unusable<<C as Cpu>::Error, K::Error>> {
         let head = store.heads()[number];
-        let (core, table) = store.load(number).map_err(Unusable::Store)?;
+        let core = store.load(number).map_err(Unusable::Store)?;
         if core.progress.at().exits != head.exits {
             return Err(Unusable::Elsewhere);
         }
         let place = core.journal.clone().ok_or(Unusable::NoPlace)?;
         self.note_changes()?;
-        let mut changes = self.known.changes_to(&table);
-        changes.extend(self.unknown.iter().map(|place| (*place, table.get(*place))));
-        // As they are in the store: those that were written together are packed together.
-        changes.sort_unstable_by_key(|(place, name)| (*name, *place));
-        changes.dedup();
+        let (base, changed) = (self.base, &mut self.changed);
         let put = |cpu: &mut C, disks: &mut S| {
-            let mut bytes = [0; PAGE_BYTES];
-            let mut present = PageName::ZEROES;
-            for (place, name) in &changes {
-                if *name != present {
-                    store
-                        .read_page(*name, &mut bytes)
-                        .map_err(Unusable::Store)?;
-                    present = *name;
-                }
+            let (mut written, mut failed) = (Vec::new(), None);
+            let mut put = |place: PagePlace, bytes: &[u8; PAGE_BYTES]| {
+                written.push(place);
                 let put = match place.number() {
                     Ok(number) if cpu.has_page(number) => {
-                        cpu.write_page(number, &bytes).map_err(StateError::Cpu)
+                        cpu.write_page(number, bytes).map_err(StateError::Cpu)
                     }
                     Err(number) if disks.has_page(number) => {
-                        (disks.write_page(number, &bytes)).map_err(StateError::Storage)
+                        (disks.write_page(number, bytes)).map_err(StateError::Storage)
                     }
                     _ => Err(StateError::Damaged(format!(
                         "it has a page where there is none: {place:?}"
                     ))),
                 };
-                put?;
+                put.map_or_else(
+                    |error| {
+                        failed = Some(error);
+                        ControlFlow::Break(())
+                    },
+                    ControlFlow::Continue,
+                )
+            };
+            let given = store.pages(number, base, changed, &mut put);
+            let done = match failed {
+                Some(error) => Err(Unusable::State(error)),
+                None => given.map_err(Unusable::Store),
+            };
+            if let Err(error) = done {
+                // Neither what they were nor what they were to be.
+                changed.extend(written);
+                return Err(error);
             }
             // These were our own, and what they hold is known.
             cpu.take_changed_pages().map_err(StateError::Cpu)?;
@@ -218,15 +220,19 @@ where
         let (cpu, disks) = (&mut self.cpu, &mut self.disks);
         match self.machine.restore_core(&core, cpu, disks, put) {
             Ok(()) => {
-                self.known = table;
-                self.unknown.clear();
+                self.base = Some(number);
+                self.changed.clear();
                 Ok(place)
             }
-            Err(error) => {
-                // Each page that may differ from what it was.
-                self.unknown.extend(changes.iter().map(|(place, _)| *place));
-                Err(error)
-            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Where it is.
+    fn here(&self) -> CheckpointHead {
+        CheckpointHead {
+            exits: self.machine.at().exits,
+            now: self.machine.now(),
         }
     }
 }
@@ -310,7 +316,7 @@ where
     pub fn replace_store(&mut self, store: K) -> Result<K, StateError<<C as Cpu>::Error>> {
         self.unusable.clear();
         if let Some(parts) = &mut self.parts {
-            parts.forget_names()?;
+            parts.forget_base()?;
         }
         Ok(std::mem::replace(&mut self.store, store))
     }
@@ -327,6 +333,7 @@ where
         pace: &mut dyn Pace,
         observer: &mut dyn Observer,
     ) -> Result<Arrival, TravelError<<C as Cpu>::Error, F>> {
+        self.settle()?;
         self.come_near(target)?;
         self.run_to(target, pace, observer)
     }
@@ -340,10 +347,7 @@ where
             Target::End => true,
         };
         let here = self.parts.as_ref().filter(|parts| parts.in_step);
-        let here = here.map(|parts| CheckpointHead {
-            exits: parts.machine.at().exits,
-            now: parts.machine.now(),
-        });
+        let here = here.map(Parts::here);
         let here = here.filter(is_before);
         let mut candidates: Vec<usize> = (0..self.store.heads().len())
             .filter(|number| {
@@ -395,8 +399,8 @@ where
             machine,
             cpu,
             disks,
-            known: PageTable::default(),
-            unknown: BTreeSet::new(),
+            base: None,
+            changed: BTreeSet::new(),
             in_step: true,
         };
         parts.note_changes()?;
@@ -436,10 +440,7 @@ where
                 }
                 Err(error) => return Err(TravelError::Run(error)),
             }
-            let here = CheckpointHead {
-                exits: parts.machine.at().exits,
-                now: parts.machine.now(),
-            };
+            let here = parts.here();
             let arrived = match target {
                 Target::Exit(exit) => here.exits >= exit,
                 Target::Time(time) => here.now >= time,
@@ -467,16 +468,30 @@ where
         here: CheckpointHead,
     ) -> Result<(), TravelError<<C as Cpu>::Error, F>> {
         let parts = self.parts.as_mut().expect("it was made");
-        let (cpu, disks) = (&mut parts.cpu, &mut parts.disks);
-        let core = parts.machine.save_core(cpu, disks, &self.door)?;
-        let named = parts.name_pages(&mut self.store)?;
-        let kept = named.and_then(|()| self.store.append(here, &core, &parts.known));
-        if let Err(error) = kept {
-            parts.forget_names()?;
-            self.complaints.push(format!(
-                "no checkpoint could be kept at exit {}: {error}",
-                here.exits
-            ));
+        if let Err(error) = parts.save(&mut self.store, &self.door)? {
+            self.cannot_keep(&error)?;
+            self.complaints
+                .push(format!("there is no checkpoint at exit {}", here.exits));
+        }
+        Ok(())
+    }
+
+    /// Waits for what is being kept.
+    fn settle(&mut self) -> Result<(), TravelError<<C as Cpu>::Error, F>> {
+        match self.store.settle() {
+            Ok(()) => Ok(()),
+            Err(error) => self.cannot_keep(&error),
+        }
+    }
+
+    fn cannot_keep(
+        &mut self,
+        error: &dyn Display,
+    ) -> Result<(), TravelError<<C as Cpu>::Error, F>> {
+        self.complaints
+            .push(format!("checkpoints cannot be kept: {error}"));
+        if let Some(parts) = &mut self.parts {
+            parts.forget_base()?;
         }
         Ok(())
     }

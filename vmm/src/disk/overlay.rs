@@ -376,7 +376,6 @@ impl Storage for Disks {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use hindsight_replay::Stateful;
 
     #[test]
     fn a_set_of_blocks_has_those_that_were_put_in_and_no_others() {

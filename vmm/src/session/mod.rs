@@ -4,7 +4,7 @@
 //! Nothing here prints, ends the process or reads options. What is worth saying while a session runs goes to its
 //! [`Front`], what ends it is a [`Failure`].
 
-mod checkpoint_file;
+mod checkpoints;
 mod images;
 pub mod index;
 mod kernel_cache;
@@ -18,14 +18,13 @@ mod replay;
 mod run;
 mod state_file;
 mod timeline;
-mod unpacked;
 
 use hindsight_replay::{Observer, OperatorConsole, Unit};
 
 use crate::failure::Failure;
 use crate::world::{Hold, Shown};
 
-pub use checkpoint_file::{CheckpointError, CheckpointFile, PageLimit};
+pub use checkpoints::{CheckpointError, CheckpointFile, PageLimit};
 pub use images::{DiskWish, MachineWish};
 pub use make::{
     LoadedKernel, MACHINE_CMDLINE, MachineError, build, cmdline, describe, host_facts, open_kvm,

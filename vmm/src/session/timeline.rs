@@ -10,7 +10,7 @@ use hindsight_replay::{
     Target, Timeline, TravelError,
 };
 
-use super::checkpoint_file::{CheckpointError, CheckpointFile, PageLimit};
+use super::checkpoints::{CheckpointError, CheckpointFile, PageLimit};
 use super::open::{RecordedImages, RecordedPaths};
 use super::preemption_plan::CounterWish;
 use super::recording::{CHECKPOINTS, Recording};

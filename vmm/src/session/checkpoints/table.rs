@@ -2,20 +2,20 @@
 
 use std::collections::BTreeMap;
 
-use crate::machine::PagePlace;
+use hindsight_replay::PagePlace;
 
 /// The name of a page's content in a store of pages: equal names are equal contents.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct PageName(pub u64);
+pub(super) struct PageName(pub(super) u64);
 
 impl PageName {
     /// Of a page that holds only zeroes, and is in no store.
-    pub const ZEROES: PageName = PageName(0);
+    pub(super) const ZEROES: PageName = PageName(0);
 }
 
 /// The names of what all pages of a machine hold.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct PageTable {
+pub(super) struct PageTable {
     /// By page number. Guest memory is dense.
     memory: Vec<PageName>,
     /// By page number, without zeroes. Disks are not.
@@ -24,7 +24,7 @@ pub struct PageTable {
 
 impl PageTable {
     /// The name at `place`.
-    pub fn get(&self, place: PagePlace) -> PageName {
+    pub(super) fn get(&self, place: PagePlace) -> PageName {
         let name = match place.number() {
             Ok(number) => usize::try_from(number)
                 .ok()
@@ -36,7 +36,7 @@ impl PageTable {
 
     /// Changes it. A table has room for each page of guest memory up to the highest that was named: the caller has
     /// seen to it that there is such a page.
-    pub fn set(&mut self, place: PagePlace, name: PageName) {
+    pub(super) fn set(&mut self, place: PagePlace, name: PageName) {
         match place.number() {
             Ok(number) => {
                 let number = usize::try_from(number).expect("there is such a page");
@@ -51,7 +51,7 @@ impl PageTable {
     }
 
     /// The places at which another table has another name, with that, by ascending place.
-    pub fn changes_to(&self, other: &PageTable) -> Vec<(PagePlace, PageName)> {
+    pub(super) fn changes_to(&self, other: &PageTable) -> Vec<(PagePlace, PageName)> {
         let mut changes = Vec::new();
         for number in 0..self.memory.len().max(other.memory.len()) {
             let place = PagePlace::in_memory(number as u64);

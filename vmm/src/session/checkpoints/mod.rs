@@ -1,0 +1,502 @@
+//! The checkpoints of a recording, in one file of its directory: written by whoever replays it, and of no consequence but
+//! for time.
+//!
+//! The file grows at its end, a checkpoint at a time, whose head is written last: what a kill leaves is a checkpoint less.
+//! Each head has a check that covers the heads before it, so that nothing of another file is taken for a part of
+//! this one; what is large has checks of its own, which are looked at as it is read. One process writes at a time, any number
+//! read.
+
+mod format;
+mod table;
+mod unpacked;
+mod writer;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io;
+use std::ops::ControlFlow;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use hindsight_replay::{CheckpointHead, Checkpoints, CoreState, PAGE_BYTES, PagePlace, PageSource};
+use rustix::fs::{FlockOperation, Mode, OFlags, flock};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use thiserror::Error;
+use xxhash_rust::xxh3::xxh3_64;
+
+use super::make::random_number;
+use crate::output_file::Unfinished;
+use crate::regular_file::{self, Links};
+use format::{
+    CORE_BYTES_MAX, Directory, FILE_HEAD_BYTES, GROUP_BYTES, GROUP_PAGES, HEAD_BYTES, Head,
+    file_head,
+};
+use table::{PageName, PageTable};
+use unpacked::Unpacked;
+use writer::{Appended, Background, Group, HANDED_PAGES, Kept, Writer};
+
+/// Why checkpoints cannot be kept, or given back.
+#[derive(Debug, Error)]
+pub enum CheckpointError {
+    /// The host failed.
+    #[error("{0}")]
+    Host(#[from] io::Error),
+    /// It is not what was written.
+    #[error("it is damaged: {0}")]
+    Damaged(&'static str),
+    /// Somebody else writes there.
+    #[error("another process makes checkpoints of this recording; wait for it, or stop it")]
+    InUse,
+    /// There was an error before.
+    #[error("no more are kept after an error")]
+    Closed,
+}
+
+/// Which pages there can be of a machine: how many of memory, up to the highest; of disks, the file does not say.
+#[derive(Clone, Copy, Debug)]
+pub struct PageLimit {
+    /// One more than the highest number of a page of memory.
+    pub memory: u64,
+}
+
+/// How far apart what is read at once may be, and how long it is at most.
+const GAP_BYTES: u64 = 256 << 10;
+const SPAN_BYTES_MAX: u64 = 4 << 20;
+/// How many groups of pages are unpacked before their pages are given.
+const GROUPS_AT_ONCE: usize = 128;
+
+/// The checkpoints of a recording.
+#[derive(Debug)]
+pub struct CheckpointFile {
+    file: File,
+    limit: PageLimit,
+    journal: u64,
+    /// Where those end that are kept, and the check of the last head.
+    end: u64,
+    check: u64,
+    /// Those that are kept, and those that are being kept.
+    heads: Vec<CheckpointHead>,
+    kept: Vec<Kept>,
+    groups: Vec<Group>,
+    unpacked: Unpacked,
+    /// Who writes more of them, if anybody does.
+    writer: Option<Background>,
+}
+
+impl CheckpointFile {
+    /// Opens the file at `path` of the recording whose journal's head has the check `journal`, or makes one. What is there
+    /// and cannot be used is written over. Where it cannot be written at all it is read; where there is none to be read,
+    /// there is a file without a name that is gone with the program.
+    ///
+    /// # Errors
+    ///
+    /// The host has no file for it.
+    pub fn open(
+        path: &Path,
+        journal: u64,
+        limit: PageLimit,
+    ) -> Result<CheckpointFile, CheckpointError> {
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC;
+        // Neither through a link nor waiting for whoever reads a pipe.
+        let flags = flags | OFlags::NOFOLLOW | OFlags::NONBLOCK;
+        let file = rustix::fs::open(path, flags, Mode::from_raw_mode(0o666)).map(File::from);
+        let is_file = |file: &File| file.metadata().is_ok_and(|data| data.is_file());
+        if let Some(file) = file.ok().filter(is_file)
+            && flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok()
+        {
+            return CheckpointFile::read(file, journal, limit)?.open_writer();
+        }
+        match regular_file::open(path, Links::Refuse) {
+            Ok((file, _)) => CheckpointFile::read(file, journal, limit),
+            Err(_) => CheckpointFile::read(tempfile::tempfile()?, journal, limit)?.open_writer(),
+        }
+    }
+
+    fn read(file: File, journal: u64, limit: PageLimit) -> Result<CheckpointFile, CheckpointError> {
+        let head = file_head(journal);
+        let mut found = CheckpointFile {
+            file,
+            limit,
+            journal,
+            end: FILE_HEAD_BYTES as u64,
+            check: xxh3_64(&head),
+            heads: Vec::new(),
+            kept: Vec::new(),
+            groups: Vec::new(),
+            unpacked: Unpacked::new()?,
+            writer: None,
+        };
+        let mut there = [0; FILE_HEAD_BYTES];
+        if found.file.read_exact_at(&mut there, 0).is_ok() && there == head {
+            while found.read_checkpoint().is_some() {}
+        }
+        Ok(found)
+    }
+
+    fn open_writer(mut self) -> Result<CheckpointFile, CheckpointError> {
+        self.writer = Some(Background::start(self.writer()?)?);
+        Ok(self)
+    }
+
+    /// A writer of what comes after what was read; what else is there goes.
+    fn writer(&self) -> Result<Writer, CheckpointError> {
+        let file = self.file.try_clone()?;
+        file.set_len(self.end)?;
+        file.write_all_at(&file_head(self.journal), 0)?;
+        let last = match self.kept.len().checked_sub(1) {
+            Some(last) => self.table(last),
+            None => PageTable::default(),
+        };
+        let random = || random_number().map_err(io::Error::other);
+        let seeds = (random()?, random()?);
+        Writer::new(
+            file,
+            self.end,
+            self.check,
+            last,
+            self.groups.len() as u64,
+            seeds,
+        )
+    }
+
+    /// Reads the checkpoint at the end of what was read; `None` if there is none that is whole.
+    fn read_checkpoint(&mut self) -> Option<()> {
+        let mut bytes = [0; HEAD_BYTES];
+        self.file.read_exact_at(&mut bytes, self.end).ok()?;
+        let (head, check) = Head::from_bytes(&bytes, self.check)?;
+        let groups_at = self.end + HEAD_BYTES as u64;
+        let end = groups_at.checked_add(head.body_bytes()?)?;
+        let is_late = self.heads.last().is_none_or(|last| last.exits < head.exits);
+        if !is_late || end > self.file.metadata().ok()?.len() {
+            return None;
+        }
+        let directory_at = groups_at + head.groups_bytes;
+        let mut packed = vec![0; head.directory_bytes as usize];
+        self.file.read_exact_at(&mut packed, directory_at).ok()?;
+        if xxh3_64(&packed) != head.directory_check {
+            return None;
+        }
+        let directory = Directory::unpack(&packed)?;
+        let mut at = groups_at;
+        let groups = directory.groups.iter().map(|(bytes, check)| {
+            let (bytes, check) = (*bytes, *check);
+            let group = Group { at, bytes, check };
+            at += u64::from(bytes);
+            group
+        });
+        let groups: Vec<_> = groups.collect();
+        let names = (self.groups.len() + groups.len()) as u64 * GROUP_PAGES;
+        let changes = directory.changes(self.limit.memory, names)?;
+        if at != directory_at {
+            return None;
+        }
+        let kept = Kept {
+            changes,
+            core_at: directory_at + u64::from(head.directory_bytes),
+            core_bytes: head.core_bytes,
+            core_check: head.core_check,
+        };
+        let head = CheckpointHead {
+            exits: head.exits,
+            now: head.now,
+        };
+        self.heads.push(head);
+        self.keep((kept, groups));
+        (self.end, self.check) = (end, check);
+        Some(())
+    }
+
+    fn keep(&mut self, (kept, groups): Appended) {
+        self.kept.push(kept);
+        self.groups.extend(groups);
+    }
+
+    /// Where its checkpoints are, by ascending exit.
+    pub fn heads(&self) -> &[CheckpointHead] {
+        &self.heads
+    }
+
+    /// Whether more may be written to it.
+    pub fn is_open(&self) -> bool {
+        self.writer.is_some()
+    }
+
+    /// Length of the file in bytes by now.
+    pub fn bytes(&self) -> u64 {
+        self.writer.as_ref().map_or(self.end, Background::end)
+    }
+
+    /// How many bytes a checkpoint has that is not the first one, on average, by now; 0 if there is none.
+    pub fn bytes_each(&self) -> u64 {
+        let first = self.kept.first().map_or(0, |kept| kept.core_at);
+        let more = (self.heads.len() as u64).saturating_sub(1);
+        self.bytes().saturating_sub(first) / more.max(1)
+    }
+
+    /// Takes note of what was written by now.
+    fn catch_up(&mut self) -> Result<(), CheckpointError> {
+        let Some(writer) = &self.writer else {
+            return Ok(());
+        };
+        let done: Vec<_> = writer.done().collect();
+        let end = writer.end();
+        for done in done {
+            match done {
+                Ok(appended) => self.keep(appended),
+                Err(error) => return Err(self.close(error)),
+            }
+        }
+        self.end = end;
+        Ok(())
+    }
+
+    /// Takes no more of them; those that were not kept are gone.
+    fn close(&mut self, error: CheckpointError) -> CheckpointError {
+        self.writer = None;
+        self.heads.truncate(self.kept.len());
+        error
+    }
+
+    /// Waits until all that was handed over is written.
+    ///
+    /// # Errors
+    ///
+    /// Something could not be, and is gone.
+    pub fn settle(&mut self) -> Result<(), CheckpointError> {
+        let settled = self.writer.as_ref().map_or(Ok(()), Background::settle);
+        self.catch_up()?;
+        settled.map_err(|error| self.close(error))
+    }
+
+    /// The pages at one of the checkpoints.
+    fn table(&self, number: usize) -> PageTable {
+        let mut table = PageTable::default();
+        for (place, name) in self.kept[..=number].iter().flat_map(|kept| &kept.changes) {
+            table.set(*place, *name);
+        }
+        table
+    }
+
+    fn table_at(&self, number: Option<usize>) -> PageTable {
+        number.map_or_else(PageTable::default, |number| self.table(number))
+    }
+
+    /// The state of a checkpoint as it is in the file.
+    fn packed_core(&self, number: usize) -> Result<Vec<u8>, CheckpointError> {
+        let kept = &self.kept[number];
+        let mut packed = vec![0; kept.core_bytes as usize];
+        self.file.read_exact_at(&mut packed, kept.core_at)?;
+        match xxh3_64(&packed) == kept.core_check {
+            true => Ok(packed),
+            false => Err(CheckpointError::Damaged("a state has another check")),
+        }
+    }
+
+    /// The same recording's checkpoints of which `keep` says that they stay, in a file that takes the place of the one at
+    /// `path`. This one is as it was, for whoever has it open.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be read, or there is no room for the other.
+    pub fn thinned(
+        &mut self,
+        path: &Path,
+        keep: impl Fn(usize) -> bool,
+    ) -> Result<CheckpointFile, CheckpointError> {
+        self.settle()?;
+        let unfinished = Unfinished::beside(path, 0o666)?;
+        let file = unfinished.file().try_clone()?;
+        if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+            return Err(CheckpointError::InUse);
+        }
+        let mut thin = CheckpointFile::read(file, self.journal, self.limit)?;
+        let mut writer = thin.writer()?;
+        let mut before = None;
+        for number in (0..self.heads.len()).filter(|number| keep(*number)) {
+            writer.begin(None);
+            let mut failed = Ok(());
+            self.give(number, before, &BTreeSet::new(), &mut |place, bytes| {
+                failed = writer.page(&(place, *bytes));
+                match failed {
+                    Ok(()) => ControlFlow::Continue(()),
+                    Err(_) => ControlFlow::Break(()),
+                }
+            })?;
+            failed?;
+            let core = self.packed_core(number)?;
+            thin.heads.push(self.heads[number]);
+            thin.keep(writer.finish_packed(self.heads[number], &core)?);
+            before = Some(number);
+        }
+        unfinished.put(path, true)?;
+        thin.end = writer.end();
+        thin.writer = Some(Background::start(writer)?);
+        Ok(thin)
+    }
+
+    /// See [`Checkpoints::pages`].
+    fn give(
+        &mut self,
+        number: usize,
+        base: Option<usize>,
+        also: &BTreeSet<PagePlace>,
+        put: &mut dyn FnMut(PagePlace, &[u8; PAGE_BYTES]) -> ControlFlow<()>,
+    ) -> Result<(), CheckpointError> {
+        let table = self.table(number);
+        let mut wanted = self.table_at(base).changes_to(&table);
+        wanted.extend(also.iter().map(|place| (*place, table.get(*place))));
+        // As they are in the file; zeroes first.
+        wanted.sort_unstable_by_key(|(place, name)| (*name, *place));
+        wanted.dedup();
+        let zeroes = wanted.partition_point(|(_, name)| *name == PageName::ZEROES);
+        let (zeroes, others) = wanted.split_at(zeroes);
+        for (place, _) in zeroes {
+            if put(*place, &[0; PAGE_BYTES]).is_break() {
+                return Ok(());
+            }
+        }
+        let mut rest = others;
+        while !rest.is_empty() {
+            // The next pages, of some groups.
+            let (mut groups, mut count) = (Vec::new(), 0);
+            for (_, name) in rest {
+                let (group, _) = group_of(*name);
+                if groups.last() != Some(&group) {
+                    if groups.len() == GROUPS_AT_ONCE {
+                        break;
+                    }
+                    groups.push(group);
+                }
+                count += 1;
+            }
+            let (now, later) = rest.split_at(count);
+            self.unpack(&groups)?;
+            for (place, name) in now {
+                let (group, page) = group_of(*name);
+                let pages = self.unpacked.get(group).unwrap_or_default();
+                let bytes = pages.as_chunks::<PAGE_BYTES>().0.get(page);
+                let bytes = bytes.ok_or(CheckpointError::Damaged("there is no such page"))?;
+                if put(*place, bytes).is_break() {
+                    return Ok(());
+                }
+            }
+            rest = later;
+        }
+        Ok(())
+    }
+
+    /// Reads and unpacks those groups that are not there, in ascending order; neighbours are read at once.
+    fn unpack(&mut self, groups: &[u64]) -> Result<(), CheckpointError> {
+        let mut missing = BTreeMap::new();
+        for group in groups.iter().filter(|group| !self.unpacked.has(**group)) {
+            let place = self.groups.get(*group as usize).copied();
+            let place = place.filter(|place| place.bytes as usize <= 2 * GROUP_BYTES);
+            let place = place.ok_or(CheckpointError::Damaged("there is no such page"))?;
+            missing.insert(place.at, (*group, place));
+        }
+        let mut missing: Vec<_> = missing.into_values().collect();
+        while let Some((_, first)) = missing.first().copied() {
+            let mut end = first.at + u64::from(first.bytes);
+            let near = missing.iter().take_while(|(_, place)| {
+                let next = place.at + u64::from(place.bytes);
+                let is_near = place.at <= end + GAP_BYTES && next - first.at <= SPAN_BYTES_MAX;
+                end = if is_near { next } else { end };
+                is_near
+            });
+            let count = near.count();
+            let mut packed = vec![0; (end - first.at) as usize];
+            self.file.read_exact_at(&mut packed, first.at)?;
+            for (group, place) in missing.drain(..count) {
+                let start = (place.at - first.at) as usize;
+                let packed = &packed[start..start + place.bytes as usize];
+                if xxh3_64(packed) != place.check {
+                    return Err(CheckpointError::Damaged("pages have another check"));
+                }
+                self.unpacked.keep(group, packed)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The group of a page that is not all zeroes, and its number there.
+fn group_of(name: PageName) -> (u64, usize) {
+    let number = name.0 - 1;
+    (number / GROUP_PAGES, (number % GROUP_PAGES) as usize)
+}
+
+impl<C, S> Checkpoints<C, S> for CheckpointFile
+where
+    C: Serialize + DeserializeOwned,
+    S: Serialize + DeserializeOwned,
+{
+    type Error = CheckpointError;
+
+    fn heads(&self) -> &[CheckpointHead] {
+        CheckpointFile::heads(self)
+    }
+
+    fn is_open(&self) -> bool {
+        CheckpointFile::is_open(self)
+    }
+
+    fn append<E>(
+        &mut self,
+        head: CheckpointHead,
+        core: &CoreState<C, S>,
+        base: Option<usize>,
+        changed: &mut PageSource<'_, E>,
+    ) -> Result<Result<usize, CheckpointError>, E> {
+        // Those of the last checkpoint are known to whoever writes.
+        let table = match self.heads.len().checked_sub(1) == base {
+            true => None,
+            false => match self.settle() {
+                Ok(()) => Some(self.table_at(base)),
+                Err(error) => return Ok(Err(error)),
+            },
+        };
+        let Some(writer) = &self.writer else {
+            return Ok(Err(CheckpointError::Closed));
+        };
+        let mut sent = writer.begin(table);
+        let mut pages = Vec::with_capacity(HANDED_PAGES);
+        for page in changed {
+            pages.push(page?);
+            if pages.len() == HANDED_PAGES && sent.is_ok() {
+                let full = std::mem::replace(&mut pages, Vec::with_capacity(HANDED_PAGES));
+                sent = writer.pages(full);
+            }
+        }
+        let core = postcard::to_stdvec(core).expect("plain values serialise");
+        let sent = sent
+            .and_then(|()| writer.pages(pages))
+            .and_then(|()| writer.finish(head, core));
+        self.heads.push(head);
+        if let Err(error) = sent.and_then(|()| self.catch_up()) {
+            return Ok(Err(self.close(error)));
+        }
+        Ok(Ok(self.heads.len() - 1))
+    }
+
+    fn settle(&mut self) -> Result<(), CheckpointError> {
+        CheckpointFile::settle(self)
+    }
+
+    fn load(&mut self, number: usize) -> Result<CoreState<C, S>, CheckpointError> {
+        let packed = self.packed_core(number)?;
+        let bytes = zstd::bulk::decompress(&packed, CORE_BYTES_MAX)?;
+        let core = postcard::from_bytes(&bytes);
+        core.map_err(|_| CheckpointError::Damaged("a state does not decode"))
+    }
+
+    fn pages(
+        &mut self,
+        number: usize,
+        base: Option<usize>,
+        also: &BTreeSet<PagePlace>,
+        put: &mut dyn FnMut(PagePlace, &[u8; PAGE_BYTES]) -> ControlFlow<()>,
+    ) -> Result<(), CheckpointError> {
+        self.give(number, base, also, put)
+    }
+}
