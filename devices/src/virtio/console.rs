@@ -89,6 +89,11 @@ impl Device for Console {
         config
     }
 
+    /// Linux (drivers/char/virtio_console.c) asks for the size at each change, and not before.
+    fn tells_of_config(&self) -> bool {
+        true
+    }
+
     fn notified(
         &mut self,
         queue: usize,

@@ -104,6 +104,10 @@ pub(crate) trait Device {
     fn queues(&self) -> &'static [u16];
     /// Its own registers.
     fn config(&self) -> Vec<u8>;
+    /// Whether drivers read them only where they are told of a change. Such a device tells of one when its driver is ready.
+    fn tells_of_config(&self) -> bool {
+        false
+    }
     /// The driver writes to them.
     fn write_config(&mut self, _offset: u64, _bytes: &[u8]) {}
     /// The driver has made chains available in `queue`. Returns whether it wants an interrupt for

@@ -240,7 +240,11 @@ impl Transport {
         } else if features_ok {
             self.kind.device_mut().accepted(self.driver_features);
         }
+        let was_live = self.is_live();
         self.status = value;
+        if !was_live && self.is_live() && self.kind.device().tells_of_config() {
+            self.interrupts |= CONFIGURATION;
+        }
     }
 
     fn notify(&mut self, queue: u32, context: &mut BusContext<'_>) -> Result<(), StorageError> {

@@ -68,6 +68,16 @@ fn a_window_that_changes_interrupts_and_counts_a_generation() {
 }
 
 #[test]
+fn a_driver_that_is_ready_is_told_that_there_is_a_size() {
+    let mut driver = console();
+    assert_eq!(driver.read(0x060), 2, "as if it had changed");
+    assert_eq!(driver.read(0x100), 25 << 16 | 80);
+    driver.write(0x064, 2);
+    driver.write(0x070, driver.read(0x070));
+    assert_eq!(driver.read(0x060), 0, "it was ready before");
+}
+
+#[test]
 fn of_an_endless_chain_a_part_is_shown() {
     let mut driver = console();
     let bytes = vec![b'x'; CHAIN_BYTES_MAX];
