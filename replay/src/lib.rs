@@ -40,7 +40,8 @@ pub use machine::{
 };
 
 pub use timeline::{
-    Arrival, CheckpointHead, Checkpoints, Pace, PageSource, Pause, Target, Timeline, TravelError,
+    Anchor, Arrival, CheckpointHead, Checkpoints, NoMoment, Pace, PageSource, Pause, Target,
+    Timeline, TravelError, When,
 };
 
 /// Why a machine came to its end other than by the run's own ending.

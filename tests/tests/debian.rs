@@ -27,6 +27,8 @@ mod panics;
 mod refusals;
 #[path = "debian/states.rs"]
 mod states;
+#[path = "debian/time_travel.rs"]
+mod time_travel;
 #[path = "debian/world.rs"]
 mod world;
 

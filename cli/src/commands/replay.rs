@@ -1,14 +1,16 @@
 //! `hindsight replay`.
 
+use std::convert::Infallible;
 use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::{ArgGroup, Args};
-use hindsight_replay::ExitNumber;
+use hindsight_replay::When;
 use hindsight_replay::foreign::{shown_lines, shown_path};
 use hindsight_vmm::failure::{Failure, Kind};
 use hindsight_vmm::session::{
-    CounterWish, RecordedPaths, RelogWish, ReplayWish, Replayed, SaveWish, Saved, Verdict, replay,
+    Beginning, CounterWish, RecordedPaths, RelogWish, ReplayWish, Replayed, SaveWish, Saved,
+    Verdict, replay,
 };
 use serde::Serialize;
 
@@ -34,18 +36,24 @@ pub(crate) struct Options {
     /// The latter where the recording holds digests made with the same option.
     #[arg(long, value_name = "memory[=N]", value_parser = parse_verify)]
     verify: Option<Verify>,
-    /// Stop after this exit.
-    #[arg(long, value_name = "EXIT")]
-    until: Option<ExitNumber>,
+    /// Stop at this moment: an exit number, a guest time such as 12.5s, `end`, `crash`, or `console:TEXT`.
+    ///
+    /// `crash` is the exit at which the guest's kernel panics, `console:TEXT` the one at which TEXT is complete on a
+    /// console. +N or -N after it is N exits later or earlier: crash-100.
+    #[arg(long, value_name = "MOMENT")]
+    until: Option<When>,
     /// With --until: save the state of the machine there, for --from.
     ///
     /// Nothing is written if the replay is refused, diverges, or ends before. The file holds the guest's memory
     /// and what it has written to its disks: it is as secret as those.
     #[arg(long, value_name = "FILE", requires = "until")]
     save: Option<PathBuf>,
-    /// Go on from a saved state of this recording instead of from the start.
-    #[arg(long, value_name = "FILE", conflicts_with = "relog")]
-    from: Option<PathBuf>,
+    /// Begin at a moment, or at a state that was saved by --save, instead of at the start.
+    ///
+    /// What names no moment (see --until) is a file; ./5 is a file named 5. The way to a moment is short where
+    /// the recording was indexed (`hindsight index`).
+    #[arg(long, value_name = "MOMENT|FILE", value_parser = parse_beginning, conflicts_with = "relog")]
+    from: Option<Beginning>,
     /// Show the console at the recorded pace instead of as fast as it can be computed.
     #[arg(long)]
     real_time: bool,
@@ -106,7 +114,7 @@ pub(crate) fn main(options: &Options) -> Result<Outcome, Failure> {
             initrd: options.initrd.clone(),
             disks: options.disks.clone(),
         },
-        until: options.until.map(|until| until.0),
+        until: options.until.clone(),
         memory_every: options.verify.and_then(|verify| verify.every),
         counter: CounterWish {
             event: options.event.clone(),
@@ -136,6 +144,13 @@ pub(crate) fn main(options: &Options) -> Result<Outcome, Failure> {
         return Err(Failure::new(Kind::BadInput, message));
     }
     Ok(outcome)
+}
+
+fn parse_beginning(text: &str) -> Result<Beginning, Infallible> {
+    Ok(match text.parse() {
+        Ok(when) => Beginning::Moment(when),
+        Err(_) => Beginning::State(text.into()),
+    })
 }
 
 /// The verdict as a program reads it.
@@ -219,7 +234,7 @@ fn conclude(replayed: &Replayed, host_ns: u64, json: bool) -> Outcome {
         thousands(memories)
     );
     if let Some(from) = replayed.from {
-        tell!("  from the saved state of exit {}", thousands(from));
+        tell!("  from exit {} on", thousands(from));
     }
     if let Some(Saved {
         bytes: length,

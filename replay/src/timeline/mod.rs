@@ -10,6 +10,8 @@
 
 mod checkpoint;
 mod travel;
+mod when;
 
 pub use checkpoint::{CheckpointHead, Checkpoints, PageSource};
 pub use travel::{Arrival, Pace, Pause, Target, Timeline, TravelError};
+pub use when::{Anchor, NoMoment, When};

@@ -307,6 +307,13 @@ where
         &mut self.store
     }
 
+    /// The machine with its vCPU, its disks and the door, for whoever goes on with them; `None` where nothing goes on: before
+    /// the first travel, and at the end.
+    pub fn into_parts(self) -> Option<(Machine, C, S, Replayer<R>)> {
+        let parts = self.parts.filter(|parts| parts.in_step)?;
+        Some((parts.machine, parts.cpu, parts.disks, self.door))
+    }
+
     /// Where the checkpoints are kept, when there is no more to travel.
     pub fn into_store(self) -> K {
         self.store

@@ -9,6 +9,7 @@ mod images;
 pub mod index;
 mod kernel_cache;
 mod make;
+mod moments;
 mod new_recording;
 mod open;
 mod preemption_plan;
@@ -29,12 +30,14 @@ pub use images::{DiskWish, MachineWish};
 pub use make::{
     LoadedKernel, MACHINE_CMDLINE, MachineError, build, cmdline, describe, host_facts, open_kvm,
 };
+pub use moments::go_to_moment;
 pub use open::{RecordedImages, RecordedPaths};
 pub use preemption_plan::{CounterWish, PreemptionError, PreemptionPlan, PreemptionWish};
 pub use record::{RecordWish, Recorded, record};
 pub use recording::{Recording, RecordingError, content};
 pub use replay::{
-    RelogWish, ReplayWish, Replayed, SaveWish, Saved, Until, Verdict, Watch, Watched, replay,
+    Beginning, RelogWish, ReplayWish, Replayed, SaveWish, Saved, Until, Verdict, Watch, Watched,
+    replay,
 };
 pub use run::{Ran, RunWish, run};
 pub use timeline::{

@@ -6,16 +6,18 @@ use std::time::Instant;
 
 use hindsight_devices::{Nanos, Storage};
 use hindsight_replay::{
-    Closed, Detail, Divergence, End, Header, JournalReader, Machine, Observer, Outside, Recorder,
-    Replayer, RunError, Tail,
+    Anchor, Closed, Detail, Divergence, End, Header, JournalReader, Machine, Observer, Outside,
+    Recorder, Replayer, RunError, Tail, When,
 };
 
+use super::moments::go_to_moment;
 use super::new_recording::NewRecording;
 use super::open::{RecordedImages, RecordedPaths};
 use super::preemption_plan::CounterWish;
 use super::record::no_index;
 use super::recording::Recording;
 use super::state_file::{self, State};
+use super::timeline::{HostPace, RecordingTimeline, SPACING, open_timeline};
 use super::{Front, Viewed};
 use crate::disk::Disks;
 use crate::failure::{Failure, Kind};
@@ -30,8 +32,8 @@ pub struct ReplayWish {
     pub recording: PathBuf,
     /// Files that take the place of its own.
     pub instead: RecordedPaths,
-    /// The exit after which to stop.
-    pub until: Option<u64>,
+    /// Where to stop.
+    pub until: Option<When>,
     /// Exits from one digest of all of memory to the next: those that the journal has are compared, a relog makes them.
     pub memory_every: Option<u64>,
     /// The counter that finds the places between exits.
@@ -40,10 +42,19 @@ pub struct ReplayWish {
     pub memory_bytes: Option<u64>,
     /// Where what the replay does is recorded.
     pub relog: Option<RelogWish>,
-    /// The file with the state from which to go on, instead of from the start.
-    pub from: Option<PathBuf>,
+    /// Where to begin, instead of at the start.
+    pub from: Option<Beginning>,
     /// Where the state goes at which the replay stops.
     pub save: Option<SaveWish>,
+}
+
+/// Where a replay begins.
+#[derive(Clone, Debug)]
+pub enum Beginning {
+    /// At the state in this file.
+    State(PathBuf),
+    /// At this moment.
+    Moment(When),
 }
 
 /// A state to be saved.
@@ -150,7 +161,7 @@ pub fn replay(wish: &ReplayWish, front: &mut dyn Front) -> Result<Replayed, Fail
         for (path, what) in wish.instead.named() {
             kept.keep(path, what);
         }
-        if let Some(from) = &wish.from {
+        if let Some(Beginning::State(from)) = &wish.from {
             kept.keep(from, "the state that this replay goes on from");
         }
         Plan::new(&save.output, save.force, kept)
@@ -167,26 +178,54 @@ pub fn replay(wish: &ReplayWish, front: &mut dyn Front) -> Result<Replayed, Fail
             Some((relog, NewRecording::create(&relog.output, relog.force)?))
         }
     };
+    let until = match &wish.until {
+        None => None,
+        Some(When {
+            anchor: Anchor::Exit(exit),
+            offset: 0,
+        }) => Some(*exit),
+        Some(when) => Some(travel(&recording, wish, when)?.1),
+    };
     let images = RecordedImages::open(&recording, &header, &wish.instead)?;
-    let (mut cpu, mut machine) = images.machine(&header, &wish.counter)?;
-    let mut disks = images.fresh_disks()?;
+    // A relog asks for digests of its own; a plain replay only for those that can be compared.
+    let own_digests = wish.memory_every.filter(|_| wish.relog.is_some());
+    let (mut machine, mut cpu, mut disks, mut replayer) = match &wish.from {
+        Some(Beginning::Moment(when)) => {
+            let (timeline, exits) = travel(&recording, wish, when)?;
+            let parts = timeline.into_parts();
+            parts.ok_or_else(|| nothing_after(exits))?
+        }
+        beginning => {
+            let (mut cpu, mut machine) = images.machine(&header, &wish.counter)?;
+            let mut disks = images.fresh_disks()?;
+            let replayer = match beginning {
+                Some(Beginning::State(path)) => {
+                    let state = state_file::read(path, &header)?;
+                    machine.restore(&state, &mut cpu, &mut disks)?;
+                    begin_at(journal, &state)?
+                }
+                _ => Replayer::new(journal, None, own_digests),
+            };
+            (machine, cpu, disks, replayer)
+        }
+    };
+    let from = wish.from.is_some().then(|| machine.at().exits);
+    if let (Some(until), Some(from)) = (until, from)
+        && until < from
+    {
+        let message = format!(
+            "the replay is to stop after exit {until}, and begins at exit {from}; begin earlier"
+        );
+        return Err(Failure::new(Kind::BadInput, message));
+    }
+    replayer.close_at_time(None);
+    replayer.close_after(until);
     let mut view = front.view(Viewed {
         console: header.host.console,
         preemption: None,
         hold: None,
-        last_exit: wish.until.or_else(|| last_exit(&recording)),
+        last_exit: until.or_else(|| last_exit(&recording)),
     })?;
-    // A relog asks for digests of its own; a plain replay only for those that can be compared.
-    let own_digests = wish.memory_every.filter(|_| wish.relog.is_some());
-    let mut replayer = match &wish.from {
-        None => Replayer::new(journal, wish.until, own_digests),
-        Some(path) => {
-            let state = state_file::read(path, &header)?;
-            machine.restore(&state, &mut cpu, &mut disks)?;
-            begin_at(journal, &state, wish.until)?
-        }
-    };
-    let from = wish.from.is_some().then(|| machine.at().exits);
     let (result, replayer) = match &mut target {
         None => {
             let result = machine.run(&mut cpu, &mut disks, &mut replayer, &mut *view);
@@ -255,11 +294,32 @@ pub fn replay(wish: &ReplayWish, front: &mut dyn Front) -> Result<Replayed, Fail
     })
 }
 
+/// Brings the recording of `wish` to a moment. Says at which exit that is.
+fn travel(
+    recording: &Recording,
+    wish: &ReplayWish,
+    when: &When,
+) -> Result<(RecordingTimeline, u64), Failure> {
+    let journal = recording.journal()?;
+    let mut timeline = open_timeline(recording, journal, &wish.instead, &wish.counter)?;
+    let mut pace = HostPace::new(SPACING);
+    go_to_moment(&mut timeline, when, &wish.recording, &mut pace, &mut ())?;
+    let exits = timeline
+        .parts()
+        .map_or(0, |(machine, _, _)| machine.at().exits);
+    Ok((timeline, exits))
+}
+
+fn nothing_after(exits: u64) -> Failure {
+    let message =
+        format!("nothing comes after exit {exits}: the recording ends there; begin earlier");
+    Failure::new(Kind::BadInput, message)
+}
+
 /// The door to what the journal holds after `state`.
 fn begin_at<R: Read + Seek>(
     journal: JournalReader<R>,
     state: &State,
-    until: Option<u64>,
 ) -> Result<Replayer<R>, Failure> {
     let bad = |message: String| Failure::new(Kind::BadInput, message);
     let Some(place) = &state.core.journal else {
@@ -267,16 +327,8 @@ fn begin_at<R: Read + Seek>(
             "this state says nothing of where it is in a recording".into()
         ));
     };
-    let exits = state.core.progress.at().exits;
-    if let Some(until) = until.filter(|until| *until < exits) {
-        return Err(bad(format!(
-            "the replay is to stop after exit {until}, and goes on from exit {exits}; take an earlier state"
-        )));
-    }
-    let mut replayer = Replayer::at(journal, place)
-        .map_err(|error| bad(format!("this is no state of this recording: {error}")))?;
-    replayer.close_after(until);
-    Ok(replayer)
+    Replayer::at(journal, place)
+        .map_err(|error| bad(format!("this is no state of this recording: {error}")))
 }
 
 /// Saves the state of a replay that has come to where it was to stop; nothing of one that has not.

@@ -36,7 +36,8 @@ const LOOK_EXITS: u64 = 32;
 #[derive(Debug)]
 pub struct HostPace {
     spacing: Duration,
-    since: Instant,
+    /// The last checkpoint, or the first look.
+    since: Option<Instant>,
     stops: bool,
     made: bool,
 }
@@ -46,7 +47,7 @@ impl HostPace {
     pub fn new(spacing: Duration) -> HostPace {
         HostPace {
             spacing,
-            since: Instant::now(),
+            since: None,
             stops: false,
             made: false,
         }
@@ -69,7 +70,7 @@ impl Pace for HostPace {
     fn look(&mut self, _here: CheckpointHead) -> Pause {
         if self.stops && std::mem::take(&mut self.made) {
             Pause::Stop
-        } else if self.since.elapsed() >= self.spacing {
+        } else if self.since.get_or_insert_with(Instant::now).elapsed() >= self.spacing {
             Pause::Checkpoint
         } else {
             Pause::GoOn
@@ -78,7 +79,7 @@ impl Pace for HostPace {
 
     fn made(&mut self, _here: CheckpointHead) {
         self.made = true;
-        self.since = Instant::now();
+        self.since = Some(Instant::now());
     }
 }
 

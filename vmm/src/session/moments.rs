@@ -1,0 +1,169 @@
+//! Finds the moments that a recording's user names.
+
+use std::path::Path;
+
+use hindsight_devices::{Nanos, Output};
+use hindsight_replay::{Anchor, Arrival, Exit, Guest, Observer, Pace, Target, Turn, When};
+
+use super::timeline::RecordingTimeline;
+use crate::failure::{Failure, Kind};
+use hindsight_replay::foreign::shown_path;
+
+/// Brings a recording to a moment. The observer sees what is run through on the way, some of it perhaps twice.
+///
+/// # Errors
+///
+/// There is no such moment in it, it diverges before, or the host failed.
+pub fn go_to_moment(
+    timeline: &mut RecordingTimeline,
+    when: &When,
+    recording: &Path,
+    pace: &mut dyn Pace,
+    observer: &mut dyn Observer,
+) -> Result<(), Failure> {
+    let missing = |why: &str| {
+        let recording = shown_path(recording);
+        Failure::new(
+            Kind::BadInput,
+            format!("{recording} has no moment {when}: {why}"),
+        )
+    };
+    let base = match &when.anchor {
+        Anchor::Exit(exit) => *exit,
+        Anchor::Time(time) => {
+            match go_on(timeline, Target::Time(*time), pace, observer)? {
+                Arrival::Reached => {}
+                _ => return Err(missing("it ends before")),
+            }
+            here(timeline)
+        }
+        Anchor::End => {
+            go_on(timeline, Target::End, pace, observer)?;
+            if when.offset == 0 {
+                return Ok(());
+            }
+            here(timeline)
+        }
+        Anchor::Crash => find(timeline, Search::crash(), pace, observer)?
+            .ok_or_else(|| missing("its guest does not panic"))?,
+        Anchor::Console(text) => find(timeline, Search::console(text), pace, observer)?
+            .ok_or_else(|| missing("no console says that"))?,
+    };
+    let exit = base.checked_add_signed(when.offset);
+    let exit = exit.ok_or_else(|| missing("it would be before power-on"))?;
+    match go_on(timeline, Target::Exit(exit), pace, observer)? {
+        Arrival::Reached => Ok(()),
+        _ if here(timeline) == exit => Ok(()),
+        _ => Err(missing(&format!("its last exit is {}", here(timeline)))),
+    }
+}
+
+/// Where it has come to.
+fn here(timeline: &mut RecordingTimeline) -> u64 {
+    let parts = timeline.parts();
+    parts.map_or(0, |(machine, _, _)| machine.at().exits)
+}
+
+/// Goes there, however often it stops on the way.
+fn go_on(
+    timeline: &mut RecordingTimeline,
+    target: Target,
+    pace: &mut dyn Pace,
+    observer: &mut dyn Observer,
+) -> Result<Arrival, Failure> {
+    loop {
+        match timeline.go_to(target, pace, observer)? {
+            Arrival::Stopped => {}
+            arrival => return Ok(arrival),
+        }
+    }
+}
+
+/// The first exit at which something happens that is looked for from the start on.
+fn find(
+    timeline: &mut RecordingTimeline,
+    search: Search,
+    pace: &mut dyn Pace,
+    observer: &mut dyn Observer,
+) -> Result<Option<u64>, Failure> {
+    let mut both = (search, Borrowed(observer));
+    go_on(timeline, Target::Exit(0), pace, &mut ())?;
+    go_on(timeline, Target::End, pace, &mut both)?;
+    Ok(both.0.found)
+}
+
+/// Looks for the first exit at which something happens.
+#[derive(Debug, Default)]
+struct Search {
+    /// A text on a console; else a panic.
+    text: Option<Vec<u8>>,
+    /// The ends of what was written to the serial console and to the other one.
+    written: [Vec<u8>; 2],
+    found: Option<u64>,
+}
+
+impl Search {
+    fn crash() -> Search {
+        Search::default()
+    }
+
+    fn console(text: &str) -> Search {
+        Search {
+            text: Some(text.as_bytes().to_vec()),
+            ..Search::default()
+        }
+    }
+}
+
+impl Observer for Search {
+    fn turn(&mut self, exits: u64, turn: &Turn, _guest: &mut dyn Guest) {
+        if self.text.is_none() && self.found.is_none() && matches!(turn.exit, Exit::Panic { .. }) {
+            self.found = Some(exits);
+        }
+    }
+
+    fn output(&mut self, exits: u64, _now: Nanos, output: &Output) {
+        let Some(text) = self.text.as_ref().filter(|_| self.found.is_none()) else {
+            return;
+        };
+        let (written, bytes) = match output {
+            Output::Console(bytes) => (&mut self.written[0], bytes),
+            Output::VirtioConsole(bytes) => (&mut self.written[1], bytes),
+            Output::Frame(_) => return,
+        };
+        written.extend(bytes);
+        if written.windows(text.len()).any(|window| window == text) {
+            self.found = Some(exits);
+        }
+        // As much as may be the beginning of it.
+        let surplus = written.len().saturating_sub(text.len() - 1);
+        written.drain(..surplus);
+    }
+}
+
+/// Somebody else's observer.
+struct Borrowed<'a>(&'a mut dyn Observer);
+
+impl Observer for Borrowed<'_> {
+    fn output(&mut self, exits: u64, now: Nanos, output: &Output) {
+        self.0.output(exits, now, output);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_text_is_found_where_it_is_complete_on_one_of_the_consoles() {
+        let mut search = Search::console("login:");
+        let mut say = |exits, output| search.output(exits, 0, &output);
+        say(1, Output::Console(b"Debian log".to_vec()));
+        say(2, Output::VirtioConsole(b"in:".to_vec()));
+        say(3, Output::Console(b"login".to_vec()));
+        say(4, Output::Frame(b":".to_vec()));
+        say(5, Output::Console(b": root".to_vec()));
+        say(6, Output::Console(b"login:".to_vec()));
+        assert_eq!(search.found, Some(5));
+    }
+}
