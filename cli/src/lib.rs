@@ -18,7 +18,9 @@ use clap::{CommandFactory, Parser, Subcommand};
 use hindsight_replay::foreign::shown_lines;
 use hindsight_vmm::failure::Failure;
 
-use commands::{bench, console, diff, disk, doctor, inspect, pcap, record, replay, run};
+use commands::{
+    bench, console, diff, disk, doctor, fork, inspect, live, pcap, record, replay, run,
+};
 use outcome::{EXIT_CODES, Outcome};
 use tell::{out, tell};
 
@@ -38,6 +40,10 @@ enum Command {
     Record(record::Options),
     /// Run a recorded machine again, and check every step against the recording.
     Replay(replay::Options),
+    /// Go on from a moment of a recording as a running machine.
+    Live(live::Options),
+    /// Live several futures of one moment of a recording, each with its own chaos.
+    Fork(fork::Options),
     /// Tell what a recording is and what is in it.
     Inspect(inspect::Options),
     /// Print what the guest wrote to its console, with times; or make an asciicast of it.
@@ -69,6 +75,8 @@ pub fn main() -> ExitCode {
         Command::Run(options) => run::main(&options),
         Command::Record(options) => record::main(&options),
         Command::Replay(options) => replay::main(&options),
+        Command::Live(options) => live::main(&options),
+        Command::Fork(options) => fork::main(&options),
         Command::Inspect(options) => inspect::main(&options),
         Command::Console(options) => console::main(&options),
         Command::Pcap(options) => pcap::main(&options),

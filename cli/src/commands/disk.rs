@@ -10,6 +10,7 @@ use serde_json::json;
 
 use crate::format::{bytes, seconds, thousands};
 use crate::front::Terminal;
+use crate::options::parse_seconds;
 use crate::outcome::Outcome;
 use crate::output::Output;
 use crate::screen::{Screen, progress_bar};
@@ -25,29 +26,30 @@ use hindsight_vmm::session::{RecordedPaths, Recording, Until, Verdict, Viewed, W
 
 /// A place in a recording.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum At {
+pub(crate) enum At {
     /// After this exit.
     Exit(ExitNumber),
     /// After the first exit at this guest time or later.
     Time(Nanos),
 }
 
+impl At {
+    /// Up to there.
+    pub(crate) fn until(self) -> Until {
+        match self {
+            At::Exit(exit) => Until::Exit(exit.0),
+            At::Time(time) => Until::Time(time),
+        }
+    }
+}
+
 /// Parses an exit number, or a guest time such as `12.5s`.
-fn parse_at(text: &str) -> Result<At, String> {
+pub(crate) fn parse_at(text: &str) -> Result<At, String> {
     let bad = || format!("{text:?}: expected an exit number, or a guest time such as 12.5s");
     let Some(time) = text.strip_suffix('s') else {
         return text.parse().map(At::Exit).map_err(|_| bad());
     };
-    let (whole, part) = time.split_once('.').unwrap_or((time, "0"));
-    let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-    if !digits(whole) || !digits(part) || part.len() > 9 {
-        return Err(bad());
-    }
-    let nanos: u64 = format!("{part:0<9}").parse().map_err(|_| bad())?;
-    let whole: u64 = whole.parse().map_err(|_| bad())?;
-    let whole = whole.checked_mul(1_000_000_000);
-    let sum = whole.and_then(|whole| whole.checked_add(nanos));
-    sum.map(At::Time).ok_or_else(bad)
+    parse_seconds(time).map(At::Time).map_err(|_| bad())
 }
 
 /// Options of `disk`.
@@ -133,11 +135,7 @@ pub(crate) fn main(options: &Options) -> Result<Outcome, Failure> {
     };
     let watch = Watch::open(recording, journal, &instead)?;
     let mut disks = SharedDisks::new(watch.images().fresh_disks()?);
-    let until = match options.at {
-        None => Until::End,
-        Some(At::Exit(exit)) => Until::Exit(exit.0),
-        Some(At::Time(time)) => Until::Time(time),
-    };
+    let until = options.at.map_or(Until::End, At::until);
     let terminal = Terminal {
         quiet: true,
         real_time: false,

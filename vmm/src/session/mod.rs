@@ -7,6 +7,7 @@
 mod images;
 pub mod index;
 mod kernel_cache;
+mod live;
 mod make;
 mod new_recording;
 mod open;
@@ -23,12 +24,13 @@ use crate::failure::Failure;
 use crate::world::{Hold, Shown};
 
 pub use images::{DiskWish, MachineWish};
+pub use live::{LiveRecordingWish, LiveWish, Lived, live};
 pub use make::{
     LoadedKernel, MACHINE_CMDLINE, MachineError, build, cmdline, describe, host_facts, open_kvm,
 };
 pub use open::{RecordedImages, RecordedPaths};
 pub use preemption_plan::{CounterWish, PreemptionError, PreemptionPlan, PreemptionWish};
-pub use record::{RecordWish, Recorded, record};
+pub use record::{Left, RecordWish, Recorded, record};
 pub use recording::{Recording, RecordingError, content};
 pub use replay::{
     RelogWish, ReplayWish, Replayed, SaveWish, Saved, Until, Verdict, Watch, Watched, replay,

@@ -6,8 +6,8 @@ use std::time::Instant;
 
 use hindsight_devices::{Nanos, Storage};
 use hindsight_replay::{
-    Closed, Detail, Divergence, End, Header, JournalReader, Machine, Observer, Outside, Recorder,
-    Replayer, RunError, Tail,
+    Closed, Detail, Divergence, End, Header, JournalPlace, JournalReader, Machine, Observer,
+    Outside, Recorder, Replayer, RunError, Tail,
 };
 
 use super::new_recording::NewRecording;
@@ -163,7 +163,7 @@ pub fn replay(wish: &ReplayWish, front: &mut dyn Front) -> Result<Replayed, Fail
     let mut target = match &wish.relog {
         None => None,
         Some(relog) => {
-            refuse_same_place(&wish.recording, &relog.output)?;
+            refuse_same_place(&wish.recording, &relog.output, "--relog")?;
             Some((relog, NewRecording::create(&relog.output, relog.force)?))
         }
     };
@@ -183,7 +183,7 @@ pub fn replay(wish: &ReplayWish, front: &mut dyn Front) -> Result<Replayed, Fail
         Some(path) => {
             let state = state_file::read(path, &header)?;
             machine.restore(&state, &mut cpu, &mut disks)?;
-            begin_at(journal, &state, wish.until)?
+            begin_at(journal, &place_of(state)?, machine.at().exits, wish.until)?
         }
     };
     let from = wish.from.is_some().then(|| machine.at().exits);
@@ -193,11 +193,7 @@ pub fn replay(wish: &ReplayWish, front: &mut dyn Front) -> Result<Replayed, Fail
             (result, replayer)
         }
         Some((relog, target)) => {
-            target.write("kernel", &images.image)?;
-            if header.machine.initrd.is_some() {
-                target.write("initrd", &images.initrd)?;
-            }
-            target.link_disks(&images.disks)?;
+            target.write_machine(&images)?;
             let header = Header {
                 detail: relog.detail,
                 ..header.clone()
@@ -255,19 +251,22 @@ pub fn replay(wish: &ReplayWish, front: &mut dyn Front) -> Result<Replayed, Fail
     })
 }
 
-/// The door to what the journal holds after `state`.
-fn begin_at<R: Read + Seek>(
+/// Where a state is in its recording's journal.
+pub(super) fn place_of(state: State) -> Result<JournalPlace, Failure> {
+    let message = "this state says nothing of where it is in a recording";
+    state
+        .journal
+        .ok_or_else(|| Failure::new(Kind::BadInput, message))
+}
+
+/// The door to what the journal holds after `place`, which is at exit `exits`.
+pub(super) fn begin_at<R: Read + Seek>(
     journal: JournalReader<R>,
-    state: &State,
+    place: &JournalPlace,
+    exits: u64,
     until: Option<u64>,
 ) -> Result<Replayer<R>, Failure> {
     let bad = |message: String| Failure::new(Kind::BadInput, message);
-    let Some(place) = &state.journal else {
-        return Err(bad(
-            "this state says nothing of where it is in a recording".into()
-        ));
-    };
-    let exits = state.progress.at().exits;
     if let Some(until) = until.filter(|until| *until < exits) {
         return Err(bad(format!(
             "the replay is to stop after exit {until}, and goes on from exit {exits}; take an earlier state"
@@ -309,10 +308,14 @@ fn last_exit(recording: &Recording) -> Option<u64> {
 }
 
 /// Writing a recording over itself would lose it.
-fn refuse_same_place(recording: &Path, relog: &Path) -> Result<(), Failure> {
-    match (recording.canonicalize(), relog.canonicalize()) {
+pub(super) fn refuse_same_place(
+    recording: &Path,
+    output: &Path,
+    option: &str,
+) -> Result<(), Failure> {
+    match (recording.canonicalize(), output.canonicalize()) {
         (Ok(a), Ok(b)) if a == b => {
-            let message = "--relog names the recording itself; give another directory";
+            let message = format!("{option} names the recording itself; give another directory");
             Err(Failure::new(Kind::BadInput, message))
         }
         _ => Ok(()),
