@@ -18,7 +18,9 @@ use clap::{CommandFactory, Parser, Subcommand};
 use hindsight_replay::foreign::shown_lines;
 use hindsight_vmm::failure::Failure;
 
-use commands::{bench, console, diff, disk, doctor, index, inspect, pcap, record, replay, run};
+use commands::{
+    bench, console, diff, disk, doctor, fork, index, inspect, live, pcap, record, replay, run,
+};
 use outcome::{EXIT_CODES, Outcome};
 use tell::{out, tell};
 
@@ -40,6 +42,10 @@ enum Command {
     Replay(replay::Options),
     /// Make any moment of a recording quick to reach.
     Index(index::Options),
+    /// Go on from a moment of a recording as a running machine.
+    Live(live::Options),
+    /// Live several futures of one moment of a recording, each with its own chaos.
+    Fork(fork::Options),
     /// Tell what a recording is and what is in it.
     Inspect(inspect::Options),
     /// Print what the guest wrote to its console, with times; or make an asciicast of it.
@@ -72,6 +78,8 @@ pub fn main() -> ExitCode {
         Command::Record(options) => record::main(&options),
         Command::Replay(options) => replay::main(&options),
         Command::Index(options) => index::main(&options),
+        Command::Live(options) => live::main(&options),
+        Command::Fork(options) => fork::main(&options),
         Command::Inspect(options) => inspect::main(&options),
         Command::Console(options) => console::main(&options),
         Command::Pcap(options) => pcap::main(&options),

@@ -4,6 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
+use hindsight_devices::Nanos;
 use hindsight_replay::{Detail, OperatorConsole, Patience, Unit};
 use hindsight_vmm::failure::{Failure, Kind};
 use hindsight_vmm::session::{DiskWish, MachineWish, PreemptionWish, cmdline};
@@ -76,23 +77,6 @@ pub(crate) struct MachineOptions {
 }
 
 impl MachineOptions {
-    /// The network that the machine is to be on.
-    ///
-    /// # Errors
-    ///
-    /// Ports are to be published of a machine that has no network for it.
-    fn network(&self) -> Result<Option<Network>, Failure> {
-        if self.net != NetOption::User && !self.publish.is_empty() {
-            let message = "--publish needs --net user";
-            return Err(Failure::new(Kind::BadInput, message));
-        }
-        Ok(match &self.net {
-            NetOption::None => None,
-            NetOption::User => Some(Network::User(self.publish.clone())),
-            NetOption::Tap(name) => Some(Network::Tap(name.clone())),
-        })
-    }
-
     /// The whole command line.
     pub(crate) fn words(&self) -> String {
         cmdline(&self.cmdline, self.cmdline_exact, self.console.into())
@@ -111,7 +95,7 @@ impl MachineOptions {
             cmdline: self.words(),
             memory_bytes: self.memory,
             disks: disks.collect(),
-            network: self.network()?,
+            network: network(&self.net, &self.publish)?,
             console: self.console.into(),
             quick_time_reads: match self.time_reads {
                 None => quick,
@@ -288,8 +272,40 @@ impl fmt::Display for NetOption {
     }
 }
 
+/// The network that `--net` and `--publish` ask for.
+///
+/// # Errors
+///
+/// Ports are to be published of a machine that has no network for it.
+pub(crate) fn network(net: &NetOption, publish: &[Publish]) -> Result<Option<Network>, Failure> {
+    if *net != NetOption::User && !publish.is_empty() {
+        let message = "--publish needs --net user";
+        return Err(Failure::new(Kind::BadInput, message));
+    }
+    Ok(match net {
+        NetOption::None => None,
+        NetOption::User => Some(Network::User(publish.to_vec())),
+        NetOption::Tap(name) => Some(Network::Tap(name.clone())),
+    })
+}
+
+/// Parses a time in seconds, such as `60` or `0.5`, to nanoseconds.
+pub(crate) fn parse_seconds(text: &str) -> Result<Nanos, String> {
+    let bad = || format!("{text:?}: expected seconds, such as 60 or 0.5");
+    let (whole, part) = text.split_once('.').unwrap_or((text, "0"));
+    let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    if !digits(whole) || !digits(part) || part.len() > 9 {
+        return Err(bad());
+    }
+    let nanos: u64 = format!("{part:0<9}").parse().map_err(|_| bad())?;
+    let whole: u64 = whole.parse().map_err(|_| bad())?;
+    let whole = whole.checked_mul(1_000_000_000);
+    let sum = whole.and_then(|whole| whole.checked_add(nanos));
+    sum.ok_or_else(bad)
+}
+
 /// Parses the value of `--net`.
-fn parse_net(text: &str) -> Result<NetOption, String> {
+pub(crate) fn parse_net(text: &str) -> Result<NetOption, String> {
     match text.split_once('=') {
         None if text == "none" => Ok(NetOption::None),
         None if text == "user" => Ok(NetOption::User),

@@ -49,6 +49,8 @@ pub(crate) struct Summary {
     pub chaos_seed: Option<u64>,
     /// How many runs it took.
     pub runs: Option<u64>,
+    /// The exit of a recording from which it was live.
+    pub live_from: Option<u64>,
 }
 
 impl Summary {
@@ -94,6 +96,7 @@ impl Summary {
             left_open: left_open.iter().map(ToString::to_string).collect(),
             chaos_seed: None,
             runs: None,
+            live_from: None,
         }
     }
 
@@ -140,6 +143,9 @@ impl Summary {
                 bytes(journal),
                 bytes(per_second as u64)
             );
+        }
+        if let Some(exits) = self.live_from {
+            tell!("  live from exit {} on", thousands(exits));
         }
         for what in &self.left_open {
             tell!("  left open: {what}");

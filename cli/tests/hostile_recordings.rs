@@ -177,12 +177,15 @@ fn a_head_that_contradicts_itself_is_refused_by_every_command() {
         journal.extend(body);
         std::fs::write(&file, &journal).expect("it can be written");
         let (file, out) = (path(&file), dir.path().join("out"));
-        let commands: [&[&str]; 9] = [
+        let commands: [&[&str]; 12] = [
             &["inspect", file],
             &["inspect", "--events", file],
             &["inspect", "--io", "--json", file],
             &["diff", file, file],
             &["replay", file],
+            &["live", file, "--at", "1"],
+            &["live", file, "--at", "1", "--record", path(&out)],
+            &["fork", file, "--at", "1", "-n", "1"],
             &["console", file],
             &["pcap", file, "-o", path(&out)],
             &["disk", file, "--changed"],

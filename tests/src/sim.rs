@@ -116,6 +116,15 @@ impl Scenario {
         }
     }
 
+    /// The door to a live world.
+    pub fn live(&self, world: SimWorld) -> Live<SimWorld> {
+        let chaos = |seed| Chaos::new(seed, Some(Unit::Branches));
+        Live::new(world, self.memory_every)
+            .with_patience(self.patience_ns.map_or(Patience::Endless, Patience::Fixed))
+            .with_panic_grace(self.panic_grace_ns)
+            .with_chaos(self.chaos.map(chaos))
+    }
+
     /// Records `cpu` in `world`, which need not be its own.
     pub fn record_with(
         &self,
@@ -124,13 +133,7 @@ impl Scenario {
         mut cpu: ToyCpu,
     ) -> (Result<End, RunError<Broken>>, Recording) {
         let mut journal = Vec::new();
-        let live = Live::new(world, self.memory_every)
-            .with_patience(self.patience_ns.map_or(Patience::Endless, Patience::Fixed))
-            .with_panic_grace(self.panic_grace_ns)
-            .with_chaos(
-                self.chaos
-                    .map(|seed| Chaos::new(seed, Some(Unit::Branches))),
-            );
+        let live = self.live(world);
         let header = self.header(detail);
         let mut recorder =
             Recorder::create(live, &mut journal, &header).expect("a Vec takes everything");

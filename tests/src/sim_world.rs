@@ -55,6 +55,15 @@ impl SimWorld {
         }
     }
 
+    /// The same world, for a machine that was switched on `now` ns ago, and was told the wall-clock time then.
+    pub fn going_on(self, now: Nanos) -> SimWorld {
+        SimWorld {
+            now,
+            wall_clock: None,
+            ..self
+        }
+    }
+
     fn types_something(&mut self) {
         let count = (1 + self.rng.below(24)).min(self.to_type);
         self.to_type -= count;

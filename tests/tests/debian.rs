@@ -15,6 +15,8 @@ use tempfile::TempDir;
 mod disks;
 #[path = "debian/ends.rs"]
 mod ends;
+#[path = "debian/live.rs"]
+mod live;
 #[path = "debian/modules.rs"]
 mod modules;
 #[path = "debian/network.rs"]
@@ -287,6 +289,17 @@ fn read_until(source: &mut impl Read, shown: &mut Vec<u8>, wanted: &str) {
         );
         shown.extend(&buffer[..count]);
     }
+}
+
+/// The guest time at which a line of the console begins, as a moment.
+fn line_time(debian: &Debian, recording: &Path, line: &str) -> String {
+    let told = debian.run(&["console", path(recording), "--raw"]).expect(0);
+    let told = told.text();
+    let stamped = told.lines().find(|told| told.contains(line)).expect(line);
+    let time = stamped
+        .strip_prefix('[')
+        .and_then(|rest| rest.split(']').next());
+    format!("{}s", time.expect(stamped).trim())
 }
 
 /// Ctrl-].

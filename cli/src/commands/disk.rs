@@ -4,8 +4,7 @@ use std::io::{BufWriter, IsTerminal};
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Args};
-use hindsight_devices::Nanos;
-use hindsight_replay::{ExitNumber, Machine};
+use hindsight_replay::{Machine, When};
 use serde_json::json;
 
 use crate::format::{bytes, seconds, thousands};
@@ -21,34 +20,9 @@ use hindsight_vmm::disk::{
 };
 use hindsight_vmm::failure::{Failure, Kind};
 use hindsight_vmm::output_file::{OutputError, Plan};
-use hindsight_vmm::session::{RecordedPaths, Recording, Until, Verdict, Viewed, Watch};
-
-/// A place in a recording.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum At {
-    /// After this exit.
-    Exit(ExitNumber),
-    /// After the first exit at this guest time or later.
-    Time(Nanos),
-}
-
-/// Parses an exit number, or a guest time such as `12.5s`.
-fn parse_at(text: &str) -> Result<At, String> {
-    let bad = || format!("{text:?}: expected an exit number, or a guest time such as 12.5s");
-    let Some(time) = text.strip_suffix('s') else {
-        return text.parse().map(At::Exit).map_err(|_| bad());
-    };
-    let (whole, part) = time.split_once('.').unwrap_or((time, "0"));
-    let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-    if !digits(whole) || !digits(part) || part.len() > 9 {
-        return Err(bad());
-    }
-    let nanos: u64 = format!("{part:0<9}").parse().map_err(|_| bad())?;
-    let whole: u64 = whole.parse().map_err(|_| bad())?;
-    let whole = whole.checked_mul(1_000_000_000);
-    let sum = whole.and_then(|whole| whole.checked_add(nanos));
-    sum.map(At::Time).ok_or_else(bad)
-}
+use hindsight_vmm::session::{
+    RecordedPaths, Recording, Until, Verdict, Viewed, Watch, until_moment,
+};
 
 /// Options of `disk`.
 #[derive(Debug, Args)]
@@ -70,9 +44,9 @@ pub(crate) struct Options {
     /// Which disk: 0 is vda, 1 is vdb, ...
     #[arg(long, value_name = "N", default_value_t = 0)]
     disk: usize,
-    /// The moment: an exit number, or a guest time such as 12.5s; without it, the end.
-    #[arg(long, value_name = "MOMENT", value_parser = parse_at)]
-    at: Option<At>,
+    /// The moment: an exit number, a guest time such as 12.5s, `crash`, or `console:TEXT`; without it, the end.
+    #[arg(long, value_name = "MOMENT")]
+    at: Option<When>,
     /// Write the disk to IMG, a raw image with holes.
     ///
     /// The image is there when it is complete: not if the replay is refused or diverges. Nothing is
@@ -131,13 +105,12 @@ pub(crate) fn main(options: &Options) -> Result<Outcome, Failure> {
         disks: options.images.clone(),
         ..RecordedPaths::default()
     };
+    let until = match &options.at {
+        None => Until::End,
+        Some(when) => until_moment(&recording, &instead, when)?,
+    };
     let watch = Watch::open(recording, journal, &instead)?;
     let mut disks = SharedDisks::new(watch.images().fresh_disks()?);
-    let until = match options.at {
-        None => Until::End,
-        Some(At::Exit(exit)) => Until::Exit(exit.0),
-        Some(At::Time(time)) => Until::Time(time),
-    };
     let terminal = Terminal {
         quiet: true,
         real_time: false,
@@ -291,28 +264,4 @@ fn write_image(disks: &SharedDisks, disk: usize, length: u64, plan: Plan) -> Res
     })?;
     output.finish()?;
     Ok(kept)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_moment_is_an_exit_number_or_a_guest_time() {
-        assert_eq!(parse_at("1_000,000"), Ok(At::Exit(ExitNumber(1_000_000))));
-        assert_eq!(parse_at("12.5s"), Ok(At::Time(12_500_000_000)));
-        assert_eq!(parse_at("3s"), Ok(At::Time(3_000_000_000)));
-        for bad in [
-            "",
-            "s",
-            ".5s",
-            "1.s",
-            "-1s",
-            "1.0000000001s",
-            "99999999999999s",
-            "x",
-        ] {
-            assert!(parse_at(bad).is_err(), "{bad}");
-        }
-    }
 }

@@ -10,6 +10,7 @@ use hindsight_vmm::failure::Failure;
 use hindsight_vmm::session::{CounterWish, RecordWish, record};
 use hindsight_vmm::world::Operator;
 
+use crate::commands::run;
 use crate::front::{Terminal, notice};
 use crate::options::{DetailOption, MachineOptions, PreemptOption, Verify, parse_verify, patience};
 use crate::outcome::Outcome;
@@ -20,7 +21,8 @@ use crate::summary::Summary;
 #[command(after_help = "\
 The guest's console is standard input and output; at a terminal, Ctrl-] ends the recording.
 Ctrl-C elsewhere (SIGINT, SIGTERM, SIGHUP) closes it cleanly too; SIGPWR presses the guest's power button,
-and a guest that turns itself off ends its recording. The summary goes to standard error.
+and a guest that turns itself off ends its recording. SIGUSR1 ends the recording at the guest's next exit and
+leaves the guest running, unrecorded; there is a summary of each then. Summaries go to standard error.
 
 DIR gets the journal, which grows while the guest runs, a copy of the kernel and of the initrd, and
 links to the images of disks. If anything fails before the guest runs, DIR is left as it was. One
@@ -133,5 +135,8 @@ pub(crate) fn main(options: &Options) -> Result<Outcome, Failure> {
     summary.runs = recorded.runs;
     let headline = format!("recorded in {}", shown_path(&options.output));
     summary.print(&headline, options.json);
-    Ok(Outcome::Good)
+    match recorded.left {
+        Some(left) => run::conclude_left(left, recorded.machine, start, options.json),
+        None => Ok(Outcome::Good),
+    }
 }

@@ -3,9 +3,10 @@
 use std::time::Instant;
 
 use clap::Args;
+use hindsight_replay::Machine;
 use hindsight_vmm::failure::{Failure, Kind};
-use hindsight_vmm::session::{Ran, RunWish, run};
-use hindsight_vmm::world::Operator;
+use hindsight_vmm::session::{Left, Ran, RunWish, run};
+use hindsight_vmm::world::{Operator, Shown};
 
 use crate::front::{Terminal, notice};
 use crate::options::{MachineOptions, RunPreemptOption, patience};
@@ -52,6 +53,11 @@ pub(crate) fn main(options: &Options) -> Result<Outcome, Failure> {
     } = run(&wish, operator, &mut terminal)?;
     let host_ns = start.elapsed().as_nanos() as u64;
     Summary::new(&machine, &end, host_ns, None).print("the guest ended", options.json);
+    conclude(shown, world_failed)
+}
+
+/// How a run that nobody recorded ended for a script.
+pub(crate) fn conclude(shown: Shown, world_failed: Option<Failure>) -> Result<Outcome, Failure> {
     if let Some(failure) = world_failed {
         return Err(failure);
     }
@@ -64,4 +70,17 @@ pub(crate) fn main(options: &Options) -> Result<Outcome, Failure> {
         }
         (None, _) => Ok(Outcome::Good),
     }
+}
+
+/// Runs a machine on whose recording has ended without it, and tells what became of it in a summary of its own.
+pub(crate) fn conclude_left(
+    left: Left,
+    machine: Machine,
+    start: Instant,
+    json: bool,
+) -> Result<Outcome, Failure> {
+    let ran = left.run_on(machine)?;
+    let host_ns = start.elapsed().as_nanos() as u64;
+    Summary::new(&ran.machine, &ran.end, host_ns, None).print("the guest ended", json);
+    conclude(ran.shown, ran.world_failed)
 }

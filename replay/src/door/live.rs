@@ -52,7 +52,7 @@ impl Patience {
     }
 }
 
-/// A guest that panicked, was to be stopped for it, and has not exited for this long is stopped where it is.
+/// A guest that was to be stopped, for its panic or its time, and has not exited for this long is stopped where it is.
 const STUCK_NS: Nanos = 1_000_000_000;
 /// A preemption that has not come about after this long is tried again.
 const RETRY_NS: Nanos = 10_000_000;
@@ -72,8 +72,10 @@ pub struct Live<W: World> {
     chaos: Option<Chaos>,
     /// How long a guest that has panicked may run on; `None`: until it resets.
     panic_grace: Option<Nanos>,
-    /// It has had that.
-    grace_is_over: bool,
+    /// The guest time at which any guest is stopped.
+    stops_at: Option<Nanos>,
+    /// The guest has had its time.
+    time_is_over: bool,
 }
 
 impl<W: World> Live<W> {
@@ -87,8 +89,14 @@ impl<W: World> Live<W> {
             cost_ns: 0,
             chaos: None,
             panic_grace: None,
-            grace_is_over: false,
+            stops_at: None,
+            time_is_over: false,
         }
+    }
+
+    /// The same door, which stops the guest at its first exit at guest time `stops_at` or later.
+    pub fn with_stop(self, stops_at: Option<Nanos>) -> Live<W> {
+        Live { stops_at, ..self }
     }
 
     /// The same door, which stops a guest that has not reset itself so long after a panic.
@@ -132,9 +140,11 @@ impl<W: World> Live<W> {
         self.chaos.as_ref().map_or(at, |chaos| chaos.unseen(at))
     }
 
-    /// When a guest that panicked then is to be stopped.
-    fn grace_ends(&self, panicked: Option<Nanos>) -> Option<Nanos> {
-        Some(panicked?.saturating_add(self.panic_grace?))
+    /// When the guest is to be stopped, if it has panicked then.
+    fn time_ends(&self, panicked: Option<Nanos>) -> Option<Nanos> {
+        let grace = panicked.zip(self.panic_grace);
+        let grace_ends = grace.map(|(since, grace)| since.saturating_add(grace));
+        [self.stops_at, grace_ends].into_iter().flatten().min()
     }
 
     /// When the patience with a guest that does not exit is at an end. A guest that has an interrupt
@@ -176,8 +186,8 @@ impl<W: World> Outside for Live<W> {
         if let Some(chaos) = &mut self.chaos {
             chaos.meddle(query, self.world.now());
         }
-        let grace_ends = self.grace_ends(panicked);
-        let until = [deadline, grace_ends].into_iter().flatten().min();
+        let time_ends = self.time_ends(panicked);
+        let until = [deadline, time_ends].into_iter().flatten().min();
         let until = until.map(|due| self.unseen(due));
         if halted && !self.world.sleep(until, &room) {
             return Err(Closed::End(Ending::Halted));
@@ -194,7 +204,7 @@ impl<W: World> Outside for Live<W> {
         } else {
             host.max(earliest)
         };
-        self.grace_is_over = grace_ends.is_some_and(|end| end <= now);
+        self.time_is_over = time_ends.is_some_and(|end| end <= now);
         Ok(now)
     }
 
@@ -203,7 +213,7 @@ impl<W: World> Outside for Live<W> {
     }
 
     fn arrival(&mut self, _exits: u64, room: &Room) -> Result<Option<Input>, Closed> {
-        if std::mem::take(&mut self.grace_is_over) {
+        if std::mem::take(&mut self.time_is_over) {
             return Ok(Some(Input::Stop));
         }
         Ok(self.world.poll(room))
@@ -261,11 +271,11 @@ impl<W: World> Outside for Live<W> {
             return Err(Closed::End(Ending::StoppedRunning));
         }
         let now = self.now();
-        let grace_ends = self.grace_ends(position.panicked);
-        if grace_ends.is_some_and(|end| end.saturating_add(STUCK_NS) <= now) {
+        let time_ends = self.time_ends(position.panicked);
+        if time_ends.is_some_and(|end| end.saturating_add(STUCK_NS) <= now) {
             return Err(Closed::End(Ending::StoppedRunning));
         }
-        let late = [self.alarm_at(position), grace_ends];
+        let late = [self.alarm_at(position), time_ends];
         let late = late.into_iter().flatten().any(|at| at <= now);
         let preempts = self.patience != Patience::Endless;
         if late || (preempts && self.world.input_waits(&position.room)) {
@@ -452,6 +462,30 @@ mod tests {
         live.world.now = 6_000_000 + STUCK_NS - 1;
         live.kicked(&position).unwrap();
         live.world.now += 1;
+        let closed = live.kicked(&position);
+        assert!(matches!(closed, Err(Closed::End(Ending::StoppedRunning))));
+    }
+
+    #[test]
+    fn a_guest_whose_time_is_limited_is_stopped_at_its_first_exit_after_it_or_where_it_is() {
+        let (live, position, query) = panicked();
+        let mut live = live.with_stop(Some(3_000_000));
+        let (position, query) = (
+            Position {
+                panicked: None,
+                ..position
+            },
+            TimeQuery {
+                panicked: None,
+                ..query
+            },
+        );
+        for (now, stops) in [(2_999_999, None), (3_000_000, Some(Input::Stop))] {
+            live.world.now = now;
+            live.time(&query).unwrap();
+            assert_eq!(live.arrival(query.exits, &query.room).unwrap(), stops);
+        }
+        live.world.now = 3_000_000 + STUCK_NS;
         let closed = live.kicked(&position);
         assert!(matches!(closed, Err(Closed::End(Ending::StoppedRunning))));
     }

@@ -1,17 +1,20 @@
 //! Writes down what passes through another door.
 //!
 //! Over a [`super::Live`] door this is the recorder; over a [`super::Replayer`] it turns one
-//! recording into another of a different detail.
+//! recording into another of a different detail. Over first the one and then the other it is the recording of a
+//! machine that was replayed up to a moment and is live from there on.
 
-use std::io::Write;
+use std::io::{Read, Write};
 
 use hindsight_devices::{FirstReads, Input, Nanos, Room};
 
 use super::closed::Closed;
-use crate::journal::{Detail, Event, Header, IndexEntry, JournalError, JournalWriter};
+use crate::journal::{
+    Detail, Event, Header, IndexEntry, JournalError, JournalReader, JournalWriter,
+};
 use crate::machine::{
-    Complete, Digest, End, FullDigest, Horizon, LeftOpen, Moment, Outside, Position, TimeQuery,
-    Turn,
+    Complete, Digest, End, FullDigest, Horizon, JournalPlace, LeftOpen, Moment, Outside, Position,
+    TimeQuery, Turn,
 };
 
 /// How many exits there are from one witness of the digest to the next: drift is noticed at most this late
@@ -63,6 +66,85 @@ impl<O: Outside<Closed = Closed>, W: Write> Recorder<O, W> {
     /// The door that this one wraps; what is not in a closed frame is lost.
     pub fn into_inner(self) -> O {
         self.inner
+    }
+
+    /// The sink that the journal was written to; what is not in a closed frame is lost.
+    pub fn into_sink(self) -> W {
+        self.journal.into_sink()
+    }
+
+    /// The door that this one wraps.
+    pub fn inner(&mut self) -> &mut O {
+        &mut self.inner
+    }
+
+    /// The same recorder around another door, from between two turns on: where [`Outside::horizon`] has closed.
+    pub fn map_inner<P>(self, exchange: impl FnOnce(O) -> P) -> Recorder<P, W>
+    where
+        P: Outside<Closed = Closed>,
+    {
+        assert!(
+            self.pending.is_empty(),
+            "doors are exchanged between two turns"
+        );
+        let Recorder {
+            inner,
+            journal,
+            detail,
+            counts,
+            pending,
+            complete,
+        } = self;
+        Recorder {
+            inner: exchange(inner),
+            journal,
+            detail,
+            counts,
+            pending,
+            complete,
+        }
+    }
+
+    /// Begins with what another journal of the same machine says up to `place`, which the inner door goes on from;
+    /// `complete` is the last exit before it. Of whole turns nothing is written that this journal's detail does
+    /// not ask for.
+    pub fn copy(
+        &mut self,
+        journal: &mut JournalReader<impl Read>,
+        place: &JournalPlace,
+        complete: Complete,
+    ) -> Result<(), JournalError> {
+        self.complete = complete;
+        if self.detail == Detail::Full && journal.header().detail != Detail::Full {
+            let what = "its journal does not hold every turn up to there";
+            return Err(JournalError::Place(what.into()));
+        }
+        let (mut frame_before, mut left) = (None, place.records);
+        while left > 0 {
+            let Some(frame) = journal.next_frame()? else {
+                let what = "its journal does not come as far as that";
+                return Err(JournalError::Place(what.into()));
+            };
+            let is_last = frame_before == place.frame_before;
+            let count = if is_last { left } else { u64::MAX };
+            for record in frame.records().take(count as usize) {
+                left -= u64::from(is_last);
+                let of_turns = matches!(record.event, Event::Turn(_) | Event::Posted(_));
+                if self.detail == Detail::Full || !of_turns {
+                    self.append(record.exits, record.event)?;
+                }
+            }
+            if is_last && left > 0 {
+                let what = "its journal has fewer records there";
+                return Err(JournalError::Place(what.into()));
+            }
+            if !is_last {
+                self.journal
+                    .close_frame(frame.place.through, frame.place.now)?;
+            }
+            frame_before = Some(frame.place.offset);
+        }
+        Ok(())
     }
 
     fn append(&mut self, exits: u64, event: Event) -> Result<(), JournalError> {

@@ -165,6 +165,11 @@ impl<W: Write> JournalWriter<W> {
         Ok(())
     }
 
+    /// The sink; what is not in a closed frame is lost.
+    pub fn into_sink(self) -> W {
+        self.sink
+    }
+
     /// Bytes handed to the sink so far.
     pub fn bytes(&self) -> u64 {
         self.offset

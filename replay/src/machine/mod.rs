@@ -117,6 +117,8 @@ pub struct Machine {
     complete: Complete,
     /// Nothing of the guest has run since that exit.
     at_exit: bool,
+    /// The last run was stopped at that exit, before an interrupt could be delivered there.
+    stopped: bool,
     digest: Digest,
     halted: bool,
     /// What the board had room for at this exit, before it was answered.
@@ -137,6 +139,7 @@ impl Machine {
             at: Moment::START,
             complete: Complete::default(),
             at_exit: true,
+            stopped: false,
             digest: Digest::default(),
             halted: false,
             room: Room::default(),
@@ -183,7 +186,8 @@ impl Machine {
         self.panic.as_ref().map(|panic| &panic.reason[..])
     }
 
-    /// Runs on until the run ends or the door closes. `storage` has the bytes of the machine's disks.
+    /// Runs on until the run ends or the door closes. `storage` has the bytes of the machine's disks. A machine whose
+    /// run was only stopped ([`Ending::Stopped`], [`Ending::StoppedRunning`]) can run on, as if it had not been.
     pub fn run<C: Cpu, O: Outside + ?Sized>(
         &mut self,
         cpu: &mut C,

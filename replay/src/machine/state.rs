@@ -409,6 +409,7 @@ impl Machine {
         self.panic = progress.panic.clone();
         self.tally = progress.tally.clone();
         self.at_exit = true;
+        self.stopped = false;
         Ok(())
     }
 

@@ -51,6 +51,11 @@ impl<C: Cpu, O: Outside + ?Sized> Turns<'_, C, O> {
     }
 
     fn turns(&mut self) -> Result<Ending, Failure<C, O>> {
+        if std::mem::take(&mut self.machine.stopped)
+            && let Next::Finish(ending) = self.run_on()?
+        {
+            return Ok(ending);
+        }
         loop {
             let horizon = match self.outside.horizon(&self.position()) {
                 Ok(horizon) => horizon,
@@ -141,14 +146,22 @@ impl<C: Cpu, O: Outside + ?Sized> Turns<'_, C, O> {
         self.pass_state()?;
         if let Some(ending) = self.ending(&exit, stopped) {
             self.settle()?;
+            self.machine.stopped = ending == Ending::Stopped;
             return Ok(Next::Finish(ending));
         }
         let delivered = self.machine.tally.interrupts;
-        self.deliver()?;
+        let next = self.run_on()?;
         if let Exit::Preempted(_) = exit {
             self.machine.tally.preempted += self.machine.tally.interrupts - delivered;
         }
-        if self.machine.halted && !registers.interrupts_enabled() {
+        Ok(next)
+    }
+
+    /// The last that an exit leaves to do before the guest runs on.
+    fn run_on(&mut self) -> Result<Next, Failure<C, O>> {
+        self.deliver()?;
+        let deaf = !self.cpu.registers().interrupts_enabled();
+        if self.machine.halted && deaf {
             return Ok(Next::Finish(Ending::Halted));
         }
         Ok(Next::RunOn)

@@ -6,6 +6,8 @@ use std::str::FromStr;
 use hindsight_devices::Nanos;
 use thiserror::Error;
 
+use crate::machine::ExitNumber;
+
 /// What a moment is counted from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Anchor {
@@ -85,7 +87,7 @@ fn anchor(name: &str) -> Option<Anchor> {
         "crash" => Some(Anchor::Crash),
         _ => match name.strip_suffix('s') {
             Some(time) => nanos(time).map(Anchor::Time),
-            None => digits(name).map(Anchor::Exit),
+            None => name.parse().ok().map(|ExitNumber(exit)| Anchor::Exit(exit)),
         },
     }
 }
@@ -133,6 +135,7 @@ mod tests {
         let when = |anchor, offset| When { anchor, offset };
         for (text, anchor) in [
             ("0", Anchor::Exit(0)),
+            ("1_000,000", Anchor::Exit(1_000_000)),
             ("18446744073709551615", Anchor::Exit(u64::MAX)),
             ("0s", Anchor::Time(0)),
             ("12.5s", Anchor::Time(12_500_000_000)),

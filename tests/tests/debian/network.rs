@@ -10,7 +10,7 @@ use std::time::Duration;
 use hindsight_tests::debian::{Debian, Ran};
 use hindsight_tests::requests::free_port;
 
-use super::{path, read_until, scratch};
+use super::{line_time, path, read_until, scratch};
 
 /// How long an answer may take, on a slow host.
 const ANSWER_WAIT: Duration = Duration::from_secs(60);
@@ -29,8 +29,13 @@ struct Guest {
 impl Guest {
     /// Starts it and waits until it answers.
     fn start(debian: &Debian, recording: PathBuf, options: &[&str]) -> Guest {
-        let mut child = debian
-            .recording(&recording, "net", options)
+        let command = debian.recording(&recording, "net", options);
+        Guest::ready(command, recording)
+    }
+
+    /// Starts what records it, and waits until it answers.
+    fn ready(mut command: Command, recording: PathBuf) -> Guest {
+        let mut child = command
             .stdin(Stdio::null())
             .spawn()
             .expect("hindsight starts");
@@ -275,4 +280,45 @@ fn a_tap_device_that_is_removed_leaves_a_recording_that_replays_to_there() {
     assert!(second.expect(2).stderr.contains("cannot use hs-test"));
     assert!(ip("link del hs-test"));
     it_ends_with_what_there_is(&debian, guest, "tap device hs-test: it was removed");
+}
+
+#[test]
+#[ignore = "needs a KVM that can record"]
+fn a_guest_that_is_live_again_answers_on_a_network_of_its_own_and_replays_equal() {
+    let (debian, dir) = (Debian::from_env(), scratch());
+    let publish = format!("{}:7", free_port());
+    let options = ["--net", "user", "--publish", &publish];
+    let guest = Guest::start(&debian, dir.path().join("r"), &options);
+    let port = |publish: &str| publish.split(':').next().and_then(|port| port.parse().ok());
+    let there = local(port(&publish).expect("a port"));
+    assert!(ask(there, "hello").starts_with("1 HELLO at "));
+    ask(there, "quit");
+    let (recorded, recording) = guest.end();
+    recorded.expect(0);
+
+    let moment = line_time(&debian, &recording, "net: ready");
+    let (new, again) = (dir.path().join("new"), format!("{}:7", free_port()));
+    let options = [
+        &[
+            "live",
+            path(&recording),
+            "--at",
+            &moment,
+            "--record",
+            path(&new),
+        ][..],
+        &["--net", "user", "-p", &again],
+    ];
+    let guest = Guest::ready(debian.command(&options.concat()), new);
+    let here = local(port(&again).expect("a port"));
+    for number in 1..=3 {
+        let answer = ask(here, "hello again");
+        let expected = format!("{number} HELLO AGAIN at ");
+        assert!(answer.starts_with(&expected), "{answer}");
+    }
+    ask(here, "quit");
+    let (lived, new) = guest.end();
+    let lived = lived.expect(0);
+    assert!(lived.text().contains("net: 4 lines"), "{}", lived.text());
+    replays_equal(&debian, &new, &lived);
 }

@@ -8,6 +8,7 @@ mod checkpoints;
 mod images;
 pub mod index;
 mod kernel_cache;
+mod live;
 mod make;
 mod moments;
 mod new_recording;
@@ -27,13 +28,14 @@ use crate::world::{Hold, Shown};
 
 pub use checkpoints::{CheckpointError, CheckpointFile, PageLimit};
 pub use images::{DiskWish, MachineWish};
+pub use live::{LiveRecordingWish, LiveWish, Lived, live};
 pub use make::{
     LoadedKernel, MACHINE_CMDLINE, MachineError, build, cmdline, describe, host_facts, open_kvm,
 };
-pub use moments::go_to_moment;
+pub use moments::{go_to_moment, travel, until_moment};
 pub use open::{RecordedImages, RecordedPaths};
 pub use preemption_plan::{CounterWish, PreemptionError, PreemptionPlan, PreemptionWish};
-pub use record::{RecordWish, Recorded, record};
+pub use record::{Left, RecordWish, Recorded, record};
 pub use recording::{Recording, RecordingError, content};
 pub use replay::{
     Beginning, RelogWish, ReplayWish, Replayed, SaveWish, Saved, Until, Verdict, Watch, Watched,

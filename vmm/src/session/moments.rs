@@ -5,7 +5,11 @@ use std::path::Path;
 use hindsight_devices::{Nanos, Output};
 use hindsight_replay::{Anchor, Arrival, Exit, Guest, Observer, Pace, Target, Turn, When};
 
-use super::timeline::RecordingTimeline;
+use super::open::RecordedPaths;
+use super::preemption_plan::CounterWish;
+use super::recording::Recording;
+use super::replay::Until;
+use super::timeline::{HostPace, RecordingTimeline, SPACING, open_timeline};
 use crate::failure::{Failure, Kind};
 use hindsight_replay::foreign::shown_path;
 
@@ -55,6 +59,51 @@ pub fn go_to_moment(
         Arrival::Reached => Ok(()),
         _ if here(timeline) == exit => Ok(()),
         _ => Err(missing(&format!("its last exit is {}", here(timeline)))),
+    }
+}
+
+/// Brings a recording to a moment. Says at which exit that is.
+///
+/// # Errors
+///
+/// See [`go_to_moment`].
+pub fn travel(
+    recording: &Recording,
+    instead: &RecordedPaths,
+    counter: &CounterWish,
+    when: &When,
+) -> Result<(RecordingTimeline, u64), Failure> {
+    let mut timeline = open_timeline(recording, recording.journal()?, instead, counter)?;
+    let mut pace = HostPace::new(SPACING);
+    go_to_moment(
+        &mut timeline,
+        when,
+        recording.directory(),
+        &mut pace,
+        &mut (),
+    )?;
+    let exits = here(&mut timeline);
+    Ok((timeline, exits))
+}
+
+/// Up to where a recording is to be replayed that is replayed from its start.
+///
+/// # Errors
+///
+/// There is no such moment, or it cannot be found.
+pub fn until_moment(
+    recording: &Recording,
+    instead: &RecordedPaths,
+    when: &When,
+) -> Result<Until, Failure> {
+    match (&when.anchor, when.offset) {
+        (Anchor::Exit(exit), 0) => Ok(Until::Exit(*exit)),
+        (Anchor::Time(time), 0) => Ok(Until::Time(*time)),
+        (Anchor::End, 0) => Ok(Until::End),
+        _ => {
+            let counter = CounterWish::default();
+            travel(recording, instead, &counter, when).map(|(_, exits)| Until::Exit(exits))
+        }
     }
 }
 

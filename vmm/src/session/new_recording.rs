@@ -18,6 +18,7 @@ use std::path::Path;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 
+use super::open::RecordedImages;
 use super::recording::{CHECKPOINTS, FILES, FIRST_DISK, Recording, RecordingError};
 use crate::disk::OpenImage;
 
@@ -129,6 +130,15 @@ impl NewRecording {
             path: self.recording.path(name),
             source,
         })
+    }
+
+    /// Writes what the machine of another recording is made of.
+    pub(super) fn write_machine(&self, images: &RecordedImages) -> Result<(), RecordingError> {
+        self.write("kernel", &images.image)?;
+        if !images.initrd.is_empty() {
+            self.write("initrd", &images.initrd)?;
+        }
+        self.link_disks(&images.disks)
     }
 
     /// Links to the images of its disks, by their absolute paths without links.

@@ -2,9 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use hindsight_replay::{Header, Machine};
+use hindsight_replay::{Header, Host, Machine};
 
-use super::make::{LoadedKernel, build, check_cpu, open_kvm};
+use super::make::{LoadedKernel, build, check_cpu, host_facts, open_kvm};
 use super::preemption_plan::{CounterWish, PreemptionPlan, PreemptionWish};
 use super::recording::Recording;
 use crate::disk::{DiskError, Disks, OpenImage};
@@ -37,6 +37,17 @@ impl RecordedPaths {
         let all = kernel.chain(initrd).chain(disks);
         all.map(|(path, what)| (path.as_path(), what))
     }
+}
+
+/// A recorded machine on this host, at power-on.
+#[derive(Debug)]
+pub(super) struct Here {
+    pub cpu: KvmCpu,
+    pub machine: Machine,
+    /// The host.
+    pub host: Host,
+    /// What the operator should know of how its guest is preempted: sentences.
+    pub warnings: Vec<String>,
 }
 
 /// The files a recording is of.
@@ -93,12 +104,33 @@ impl RecordedImages {
         header: &Header,
         counter: &CounterWish,
     ) -> Result<(KvmCpu, Machine), Failure> {
-        let (kvm, _) = open_kvm()?;
+        let here = self.machine_here(header, counter)?;
+        Ok((here.cpu, here.machine))
+    }
+
+    /// The same, with what a recording of what it does here has to say of this host.
+    pub(super) fn machine_here(
+        &self,
+        header: &Header,
+        counter: &CounterWish,
+    ) -> Result<Here, Failure> {
+        let (kvm, mut holes) = open_kvm()?;
+        holes.extend(self.kernel.holes());
         check_cpu(&kvm, &header.machine.cpuid)?;
         let wish = PreemptionWish::Exactly(header.machine.preemption);
         let plan = PreemptionPlan::choose(&kvm, wish, counter)?;
         let (mut cpu, machine) = build(&kvm, &header.machine, &self.kernel, &self.initrd)?;
         plan.apply(&mut cpu)?;
-        Ok((cpu, machine))
+        let host = Host {
+            counter: plan.facts(),
+            ..host_facts(holes)
+        };
+        let warnings = plan.warnings().to_vec();
+        Ok(Here {
+            cpu,
+            machine,
+            host,
+            warnings,
+        })
     }
 }

@@ -1,6 +1,7 @@
 //! Makes recordings: one, or one after the other until the guest crashes.
 
-use std::path::PathBuf;
+use std::fs::File;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -14,8 +15,12 @@ use super::images::{Images, MachineWish};
 use super::make::{host_facts, open_kvm, random_bytes, random_number};
 use super::new_recording::NewRecording;
 use super::preemption_plan::{CounterWish, PreemptionPlan, PreemptionWish};
-use super::{Front, Viewed};
+use super::recording::Recording;
+use super::run::Ran;
+use super::{Front, View, Viewed};
+use crate::disk::Disks;
 use crate::failure::{Failure, Kind};
+use crate::kvm::{KvmCpu, KvmError};
 use crate::world::net::Link;
 use crate::world::{HostWorld, Operator, RawTerminal};
 use hindsight_replay::foreign::{shown_lines, shown_path};
@@ -60,6 +65,8 @@ pub struct Recorded {
     pub chaos_seed: Option<u64>,
     /// How many runs a hunt took.
     pub runs: Option<u64>,
+    /// The machine's surroundings, if it is to run on without being recorded.
+    pub left: Option<Left>,
 }
 
 /// Records what `wish` says. `None`: a hunt that found no crash, and nothing was kept.
@@ -121,7 +128,7 @@ pub fn record(
         None => session.record(images, chaos).map(Some),
         Some(most) => session.hunt(&images, chaos, most),
     };
-    drop(raw);
+    let result = result.map(|recorded| recorded.map(|recorded| recorded.keep(raw)));
     if result.is_err()
         && let Some(replaced) = session.recording.replaced()
     {
@@ -140,6 +147,9 @@ pub fn record(
         return Ok(None);
     };
     session.recording.finish()?;
+    if recorded.left.is_some() {
+        notice_left(&wish.output, &recorded.machine, session.front);
+    }
     Ok(Some(recorded))
 }
 
@@ -166,6 +176,9 @@ impl Session<'_> {
         self.header.host.counter = self.plan.facts();
         let console = wish.machine.console;
         self.header.host.console = console;
+        if wish.hunt.is_none() {
+            self.operator.may_leave();
+        }
         let (mut cpu, mut machine) = images.build(&self.kvm, &self.header.machine)?;
         let mut disks = images.fresh_disks()?;
         drop(images);
@@ -197,46 +210,25 @@ impl Session<'_> {
             .map_err(|error| Failure::new(Kind::HostFailed, error))?;
         self.recording.begin()?;
         let result = machine.run(&mut cpu, &mut disks, &mut recorder, &mut *view);
-        if let Some(complaint) = view.finish().complaint() {
-            // What was asked for is there.
-            let directory = shown_path(&wish.output);
-            self.front.notice(&format!(
-                "{complaint}; `hindsight console {directory}` has all of it"
-            ));
-        }
-
-        let bytes = recorder.journal_bytes();
-        let directory = wish.output.display();
-        let end = match result {
-            Ok(end) => end,
-            Err(RunError::Closed(Closed::Journal(error))) => {
-                let message = format!(
-                    "{error}\nthe recording in {directory} is whole up to byte {bytes} of its journal"
-                );
-                return Err(Failure::new(Kind::HostFailed, message));
-            }
-            Err(error) => return Err(error.into()),
-        };
-        if let Err(error) = self.recording.recording().write_index(recorder.index()) {
-            let error = shown_lines(error);
-            self.front.notice(&no_index(error));
-        }
-        let world = recorder.into_inner().into_world().rest();
-        if let Some(why) = world.failure() {
-            let message = format!(
-                "{why}\nthe machine was stopped at exit {}; the recording in {directory} is whole up to there",
-                machine.at().exits,
-            );
-            return Err(Failure::new(Kind::HostFailed, message));
-        }
-        self.world = Some(world);
-        Ok(Recorded {
+        let exits = machine.at().exits;
+        let recording = self.recording.recording();
+        let ran = close(recorder, result, recording, exits, view, self.front)?;
+        let mut recorded = Recorded {
             machine,
-            end,
-            journal_bytes: bytes,
+            end: ran.end,
+            journal_bytes: ran.journal_bytes,
             chaos_seed: chaos,
             runs: None,
-        })
+            left: None,
+        };
+        match ran.view {
+            Some(view) => {
+                let left = Left::new(cpu, disks, ran.door, view, None);
+                recorded.left = Some(left);
+            }
+            None => self.world = Some(ran.door.into_world().rest()),
+        }
+        Ok(recorded)
     }
 
     /// Records until the guest crashes; `None` if it does not in `most` runs, or the operator stops
@@ -274,6 +266,145 @@ impl Session<'_> {
         }
         unreachable!("there are more numbers than runs")
     }
+}
+
+impl Recorded {
+    /// The terminal stays raw as long as the machine runs.
+    fn keep(mut self, raw: Option<RawTerminal>) -> Recorded {
+        if let Some(left) = &mut self.left {
+            left.raw = raw;
+        }
+        self
+    }
+}
+
+/// A recording that is closed.
+pub(super) struct ClosedRecording {
+    /// How it ended.
+    pub end: End,
+    /// Length of its journal.
+    pub journal_bytes: u64,
+    /// The door that it was recorded through.
+    pub door: Live<HostWorld>,
+    /// What showed the machine, if it is to run on.
+    pub view: Option<Box<dyn View>>,
+}
+
+/// Closes `recording`, whose run has come to `result` at exit `exits`.
+pub(super) fn close(
+    recorder: Recorder<Live<HostWorld>, File>,
+    result: Result<End, RunError<KvmError>>,
+    recording: &Recording,
+    exits: u64,
+    view: Box<dyn View>,
+    front: &mut dyn Front,
+) -> Result<ClosedRecording, Failure> {
+    let bytes = recorder.journal_bytes();
+    let shown_directory = shown_path(recording.directory());
+    let directory = recording.directory().display();
+    let index = recorder.index().to_vec();
+    let mut door = recorder.into_inner();
+    let is_left = matches!(&result, Ok(end) if end.ending == Ending::Stopped)
+        && door.world().is_left()
+        && door.world().failure().is_none();
+    let view = match is_left {
+        true => Some(view),
+        false => {
+            if let Some(complaint) = view.finish().complaint() {
+                // What was asked for is there.
+                front.notice(&format!(
+                    "{complaint}; `hindsight console {shown_directory}` has all of it"
+                ));
+            }
+            None
+        }
+    };
+    let end = match result {
+        Ok(end) => end,
+        Err(RunError::Closed(Closed::Journal(error))) => {
+            let message = format!(
+                "{error}\nthe recording in {directory} is whole up to byte {bytes} of its journal"
+            );
+            return Err(Failure::new(Kind::HostFailed, message));
+        }
+        Err(error) => return Err(error.into()),
+    };
+    if let Err(error) = recording.write_index(&index) {
+        front.notice(&no_index(shown_lines(error)));
+    }
+    if let Some(why) = door.world().failure() {
+        let message = format!(
+            "{why}\nthe machine was stopped at exit {exits}; the recording in {directory} is whole up to there"
+        );
+        return Err(Failure::new(Kind::HostFailed, message));
+    }
+    Ok(ClosedRecording {
+        end,
+        journal_bytes: bytes,
+        door,
+        view,
+    })
+}
+
+/// What a machine is run on with whose recording has ended without it.
+pub struct Left {
+    cpu: KvmCpu,
+    disks: Disks,
+    door: Live<HostWorld>,
+    view: Box<dyn View>,
+    /// Set back when all has ended.
+    raw: Option<RawTerminal>,
+}
+
+impl std::fmt::Debug for Left {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Left").finish_non_exhaustive()
+    }
+}
+
+impl Left {
+    pub(super) fn new(
+        cpu: KvmCpu,
+        disks: Disks,
+        door: Live<HostWorld>,
+        view: Box<dyn View>,
+        raw: Option<RawTerminal>,
+    ) -> Left {
+        Left {
+            cpu,
+            disks,
+            door,
+            view,
+            raw,
+        }
+    }
+
+    /// Runs `machine`, whose these are, to its end.
+    ///
+    /// # Errors
+    ///
+    /// It could not go on.
+    pub fn run_on(mut self, mut machine: Machine) -> Result<Ran, Failure> {
+        self.door.world().run_on();
+        let result = machine.run(
+            &mut self.cpu,
+            &mut self.disks,
+            &mut self.door,
+            &mut *self.view,
+        );
+        let shown = self.view.finish();
+        drop(self.raw);
+        Ran::of(machine, result, shown, self.door)
+    }
+}
+
+/// Says that the recording in `directory` has ended without its machine.
+pub(super) fn notice_left(directory: &Path, machine: &Machine, front: &mut dyn Front) {
+    let exits = machine.at().exits;
+    front.notice(&format!(
+        "the recording in {} is closed at exit {exits}; its guest runs on, and is no longer recorded",
+        shown_path(directory)
+    ));
 }
 
 /// That there is no index is no failure.

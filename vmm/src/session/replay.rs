@@ -6,18 +6,17 @@ use std::time::Instant;
 
 use hindsight_devices::{Nanos, Storage};
 use hindsight_replay::{
-    Anchor, Closed, Detail, Divergence, End, Header, JournalReader, Machine, Observer, Outside,
-    Recorder, Replayer, RunError, Tail, When,
+    Anchor, Closed, Detail, Divergence, End, Header, JournalPlace, JournalReader, Machine,
+    Observer, Outside, Recorder, Replayer, RunError, Tail, When,
 };
 
-use super::moments::go_to_moment;
+use super::moments::travel;
 use super::new_recording::NewRecording;
 use super::open::{RecordedImages, RecordedPaths};
 use super::preemption_plan::CounterWish;
 use super::record::no_index;
 use super::recording::Recording;
 use super::state_file::{self, State};
-use super::timeline::{HostPace, RecordingTimeline, SPACING, open_timeline};
 use super::{Front, Viewed};
 use crate::disk::Disks;
 use crate::failure::{Failure, Kind};
@@ -174,7 +173,7 @@ pub fn replay(wish: &ReplayWish, front: &mut dyn Front) -> Result<Replayed, Fail
     let mut target = match &wish.relog {
         None => None,
         Some(relog) => {
-            refuse_same_place(&wish.recording, &relog.output)?;
+            refuse_same_place(&wish.recording, &relog.output, "--relog")?;
             Some((relog, NewRecording::create(&relog.output, relog.force)?))
         }
     };
@@ -184,14 +183,14 @@ pub fn replay(wish: &ReplayWish, front: &mut dyn Front) -> Result<Replayed, Fail
             anchor: Anchor::Exit(exit),
             offset: 0,
         }) => Some(*exit),
-        Some(when) => Some(travel(&recording, wish, when)?.1),
+        Some(when) => Some(travel(&recording, &wish.instead, &wish.counter, when)?.1),
     };
     let images = RecordedImages::open(&recording, &header, &wish.instead)?;
     // A relog asks for digests of its own; a plain replay only for those that can be compared.
     let own_digests = wish.memory_every.filter(|_| wish.relog.is_some());
     let (mut machine, mut cpu, mut disks, mut replayer) = match &wish.from {
         Some(Beginning::Moment(when)) => {
-            let (timeline, exits) = travel(&recording, wish, when)?;
+            let (timeline, exits) = travel(&recording, &wish.instead, &wish.counter, when)?;
             let parts = timeline.into_parts();
             parts.ok_or_else(|| nothing_after(exits))?
         }
@@ -202,7 +201,7 @@ pub fn replay(wish: &ReplayWish, front: &mut dyn Front) -> Result<Replayed, Fail
                 Some(Beginning::State(path)) => {
                     let state = state_file::read(path, &header)?;
                     machine.restore(&state, &mut cpu, &mut disks)?;
-                    begin_at(journal, &state)?
+                    begin_at(journal, &place_of(state)?, machine.at().exits, None)?
                 }
                 _ => Replayer::new(journal, None, own_digests),
             };
@@ -232,11 +231,7 @@ pub fn replay(wish: &ReplayWish, front: &mut dyn Front) -> Result<Replayed, Fail
             (result, replayer)
         }
         Some((relog, target)) => {
-            target.write("kernel", &images.image)?;
-            if header.machine.initrd.is_some() {
-                target.write("initrd", &images.initrd)?;
-            }
-            target.link_disks(&images.disks)?;
+            target.write_machine(&images)?;
             let header = Header {
                 detail: relog.detail,
                 ..header.clone()
@@ -294,41 +289,38 @@ pub fn replay(wish: &ReplayWish, front: &mut dyn Front) -> Result<Replayed, Fail
     })
 }
 
-/// Brings the recording of `wish` to a moment. Says at which exit that is.
-fn travel(
-    recording: &Recording,
-    wish: &ReplayWish,
-    when: &When,
-) -> Result<(RecordingTimeline, u64), Failure> {
-    let journal = recording.journal()?;
-    let mut timeline = open_timeline(recording, journal, &wish.instead, &wish.counter)?;
-    let mut pace = HostPace::new(SPACING);
-    go_to_moment(&mut timeline, when, &wish.recording, &mut pace, &mut ())?;
-    let exits = timeline
-        .parts()
-        .map_or(0, |(machine, _, _)| machine.at().exits);
-    Ok((timeline, exits))
-}
-
 fn nothing_after(exits: u64) -> Failure {
     let message =
         format!("nothing comes after exit {exits}: the recording ends there; begin earlier");
     Failure::new(Kind::BadInput, message)
 }
 
-/// The door to what the journal holds after `state`.
-fn begin_at<R: Read + Seek>(
+/// Where a state is in its recording's journal.
+pub(super) fn place_of(state: State) -> Result<JournalPlace, Failure> {
+    let message = "this state says nothing of where it is in a recording";
+    state
+        .core
+        .journal
+        .ok_or_else(|| Failure::new(Kind::BadInput, message))
+}
+
+/// The door to what the journal holds after `place`, which is at exit `exits`.
+pub(super) fn begin_at<R: Read + Seek>(
     journal: JournalReader<R>,
-    state: &State,
+    place: &JournalPlace,
+    exits: u64,
+    until: Option<u64>,
 ) -> Result<Replayer<R>, Failure> {
     let bad = |message: String| Failure::new(Kind::BadInput, message);
-    let Some(place) = &state.core.journal else {
-        return Err(bad(
-            "this state says nothing of where it is in a recording".into()
-        ));
-    };
-    Replayer::at(journal, place)
-        .map_err(|error| bad(format!("this is no state of this recording: {error}")))
+    if let Some(until) = until.filter(|until| *until < exits) {
+        return Err(bad(format!(
+            "the replay is to stop after exit {until}, and goes on from exit {exits}; take an earlier state"
+        )));
+    }
+    let mut replayer = Replayer::at(journal, place)
+        .map_err(|error| bad(format!("this is no state of this recording: {error}")))?;
+    replayer.close_after(until);
+    Ok(replayer)
 }
 
 /// Saves the state of a replay that has come to where it was to stop; nothing of one that has not.
@@ -361,10 +353,14 @@ pub(super) fn last_exit(recording: &Recording) -> Option<u64> {
 }
 
 /// Writing a recording over itself would lose it.
-fn refuse_same_place(recording: &Path, relog: &Path) -> Result<(), Failure> {
-    match (recording.canonicalize(), relog.canonicalize()) {
+pub(super) fn refuse_same_place(
+    recording: &Path,
+    output: &Path,
+    option: &str,
+) -> Result<(), Failure> {
+    match (recording.canonicalize(), output.canonicalize()) {
         (Ok(a), Ok(b)) if a == b => {
-            let message = "--relog names the recording itself; give another directory";
+            let message = format!("{option} names the recording itself; give another directory");
             Err(Failure::new(Kind::BadInput, message))
         }
         _ => Ok(()),

@@ -2,14 +2,14 @@
 
 use std::sync::Arc;
 
-use hindsight_replay::{End, Live, Machine, Patience, Unit};
+use hindsight_replay::{End, Live, Machine, Patience, RunError, Unit};
 
 use super::images::{Images, MachineWish};
 use super::make::open_kvm;
 use super::preemption_plan::PreemptionPlan;
 use super::{Front, Viewed};
 use crate::failure::{Failure, Kind};
-use crate::kvm::Preemption;
+use crate::kvm::{KvmError, Preemption};
 use crate::world::net::Link;
 use crate::world::{HostWorld, Operator, RawTerminal, Shown};
 
@@ -71,12 +71,24 @@ pub fn run(wish: &RunWish, operator: Arc<Operator>, front: &mut dyn Front) -> Re
     let result = machine.run(&mut cpu, &mut disks, &mut door, &mut *view);
     let shown = view.finish();
     drop(raw);
-    let end = result?;
-    let failed = door.into_world().failure().map(String::from);
-    Ok(Ran {
-        machine,
-        end,
-        shown,
-        world_failed: failed.map(|why| Failure::new(Kind::HostFailed, why)),
-    })
+    Ran::of(machine, result, shown, door)
+}
+
+impl Ran {
+    /// A run of `machine` that has come to `result`.
+    pub(super) fn of(
+        machine: Machine,
+        result: Result<End, RunError<KvmError>>,
+        shown: Shown,
+        door: Live<HostWorld>,
+    ) -> Result<Ran, Failure> {
+        let end = result?;
+        let failed = door.into_world().failure().map(String::from);
+        Ok(Ran {
+            machine,
+            end,
+            shown,
+            world_failed: failed.map(|why| Failure::new(Kind::HostFailed, why)),
+        })
+    }
 }

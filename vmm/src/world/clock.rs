@@ -18,22 +18,33 @@ pub(super) const STEP_MAX_NS: Nanos = 1_000_000_000;
 /// How much time has passed, by a clock that is looked at now and then.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct RunningTime {
+    /// What the clock showed when it began.
+    from: Nanos,
     /// The host's time at the last look.
     seen: Nanos,
+    /// Since it began.
     passed: Nanos,
     /// Nothing passes.
     held: bool,
 }
 
 impl RunningTime {
-    /// How much time has passed when the host's clock shows `host`. Looks may come in any order.
+    /// A clock that goes on from `from` when the host's shows 0.
+    fn from(from: Nanos) -> RunningTime {
+        RunningTime {
+            from,
+            ..RunningTime::default()
+        }
+    }
+
+    /// What it shows when the host's clock shows `host`. Looks may come in any order.
     pub(super) fn look(&mut self, host: Nanos) -> Nanos {
         let step = host.saturating_sub(self.seen);
         self.seen = self.seen.max(host);
         if !self.held {
             self.passed += step.min(STEP_MAX_NS);
         }
-        self.passed
+        self.from + self.passed
     }
 
     /// Nothing passes from now on, or time goes on.
@@ -69,7 +80,7 @@ impl HostClock {
         self.0.lock().expect("nobody panics with the clock in hand")
     }
 
-    /// Nanoseconds since it started, as far as the program ran. Never runs backwards.
+    /// Nanoseconds since it started, as far as the program ran, and what it started from. Never runs backwards.
     pub(super) fn now(&self) -> Nanos {
         self.look(RunningTime::look)
     }
@@ -89,9 +100,9 @@ impl HostClock {
         self.lock().1.left_out()
     }
 
-    /// Starts over.
-    pub(super) fn restart(&self) {
-        *self.lock() = (Instant::now(), RunningTime::default());
+    /// Starts over, from this time on.
+    pub(super) fn restart(&self, from: Nanos) {
+        *self.lock() = (Instant::now(), RunningTime::from(from));
     }
 }
 
@@ -109,6 +120,27 @@ mod tests {
         assert_eq!(time.look(70 * SECOND), SECOND / 2 + STEP_MAX_NS);
         assert_eq!(time.left_out(), 70 * SECOND - SECOND / 2 - STEP_MAX_NS);
         assert_eq!(time.look(70 * SECOND + 5), SECOND / 2 + STEP_MAX_NS + 5);
+    }
+
+    #[test]
+    fn a_clock_that_goes_on_shows_what_was_shown_last_and_then_what_passes() {
+        let from = 7 * SECOND;
+        let mut time = RunningTime::from(from);
+        assert_eq!(time.look(0), from);
+        assert_eq!(time.look(SECOND / 2), from + SECOND / 2);
+        time.hold(true, SECOND / 2);
+        assert_eq!(time.look(SECOND), from + SECOND / 2);
+        time.hold(false, SECOND);
+        assert_eq!(time.look(60 * SECOND), from + SECOND / 2 + STEP_MAX_NS);
+        assert_eq!(time.left_out(), 60 * SECOND - SECOND / 2 - STEP_MAX_NS);
+        // Of all that was shown before, by whatever machine, nothing is left.
+        let clock = HostClock::new();
+        clock.hold();
+        clock.restart(from);
+        let (first, second) = (clock.now(), clock.now());
+        assert!((from..from + SECOND).contains(&first) && second >= first);
+        clock.restart(0);
+        assert!(clock.now() < SECOND, "another one, from its power-on");
     }
 
     #[test]

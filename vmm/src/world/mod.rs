@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use hindsight_devices::{Input, Nanos, Room};
-use hindsight_replay::{OperatorConsole, World};
+use hindsight_replay::{Complete, OperatorConsole, World};
 
 use crate::kvm::{Alarm, Kicker};
 use bell::Bell;
@@ -46,6 +46,8 @@ pub struct HostWorld {
     /// When this machine was switched on.
     begun: Instant,
     stop_given: bool,
+    /// The machine was stopped for its recording to end, and is to run on.
+    left: bool,
     /// Where random bytes come from.
     random: File,
     /// Why the world cannot go on, if it cannot: the machine is stopped then.
@@ -80,6 +82,7 @@ impl HostWorld {
             wall_clock: None,
             begun: Instant::now(),
             stop_given: false,
+            left: false,
             random: File::open("/dev/urandom")?,
             failure: None,
             network: None,
@@ -101,18 +104,38 @@ impl HostWorld {
         self
     }
 
-    /// The world from now on again, for another machine.
+    /// The world from now on again, for another machine, which is at power-on.
     pub fn restart(mut self) -> Result<HostWorld, NetError> {
         if let Some(network) = &mut self.network {
             network.put_up()?;
         }
-        self.clock.restart();
-        self.begin();
+        self.begin_at(Complete::default());
         Ok(self)
+    }
+
+    /// The world from now on again, for another machine, which has come to `complete` and is at the end of `link`:
+    /// guest time goes on from there.
+    pub fn go_on(mut self, complete: Complete, link: Option<Link>) -> Result<HostWorld, NetError> {
+        let bell = self.operator.bell().clone();
+        self.network = link.map(|link| Attached::new(link, bell)).transpose()?;
+        self.begin_at(complete);
+        Ok(self)
+    }
+
+    /// What a machine begins with that has come to `complete`. One that was switched on before has been told the
+    /// wall-clock time, and counts on from that.
+    fn begin_at(&mut self, complete: Complete) {
+        self.begin();
+        if complete.exits > 0 {
+            self.wall_clock = None;
+        }
+        // Last of all: what goes before is no time to the guest.
+        self.clock.restart(complete.now);
     }
 
     /// What a new machine begins with.
     fn begin(&mut self) {
+        self.begun = Instant::now();
         self.wall_clock = Some(wall_clock());
         self.operator.begin(self.console == OperatorConsole::Virtio);
         self.alarm_at = None;
@@ -128,6 +151,16 @@ impl HostWorld {
     fn fail(&mut self, why: String) {
         self.failure = self.failure.take().or(Some(why));
         self.operator.stop();
+    }
+
+    /// Whether the machine was stopped for its recording to end, and for nothing else, so that it is to run on.
+    pub fn is_left(&self) -> bool {
+        self.left && !self.stop_given
+    }
+
+    /// The machine runs on unrecorded.
+    pub(crate) fn run_on(&self) {
+        self.clock.go_on();
     }
 
     /// Why the world could not go on.
@@ -181,6 +214,12 @@ impl HostWorld {
         self.look_at_link();
         if self.operator.stop_asked().is_some() && !self.stop_given {
             self.stop_given = true;
+            return Some(Input::Stop);
+        }
+        if self.operator.take_leave() {
+            // What it takes to close the recording is no time to the guest.
+            self.clock.hold();
+            self.left = true;
             return Some(Input::Stop);
         }
         if self.operator.take_press() {

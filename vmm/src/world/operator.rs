@@ -4,7 +4,7 @@
 //! vCPU's thread at something that it could fail, and each takes effect when it comes.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc::RecvTimeoutError;
 use std::sync::{Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
@@ -36,6 +36,10 @@ pub struct Operator {
     /// Shows the operator a message.
     notice: fn(&str),
     stop: OnceLock<Instant>,
+    /// There is a recording that can end without its guest.
+    recorded: AtomicBool,
+    /// It is to end so.
+    leave: AtomicBool,
     presses: AtomicU32,
     /// The size that the terminal has now, if the guest has not heard of it: columns above rows; else 0.
     size: AtomicU32,
@@ -55,6 +59,7 @@ impl Operator {
             Signal::SIGINT,
             Signal::SIGTERM,
             Signal::SIGPWR,
+            Signal::SIGUSR1,
             Signal::SIGWINCH,
             Signal::SIGTSTP,
             Signal::SIGCONT,
@@ -89,6 +94,8 @@ impl Operator {
             bell,
             notice: |_| (),
             stop: OnceLock::new(),
+            recorded: AtomicBool::new(false),
+            leave: AtomicBool::new(false),
             presses: AtomicU32::new(0),
             size: AtomicU32::new(0),
             watched: Mutex::default(),
@@ -145,9 +152,31 @@ impl Operator {
         Ok(None)
     }
 
-    /// Whether there is a press of the power button, or a size that the guest has not heard of.
+    /// From now on there is a recording that can end without its guest.
+    pub fn may_leave(&self) {
+        self.recorded.store(true, Ordering::SeqCst);
+    }
+
+    /// Takes the wish that the recording ends and its guest runs on, if there is one.
+    pub fn take_leave(&self) -> bool {
+        self.leave.load(Ordering::SeqCst) && self.leave.swap(false, Ordering::SeqCst)
+    }
+
+    fn leave(&self) {
+        if self.recorded.swap(false, Ordering::SeqCst) {
+            self.leave.store(true, Ordering::SeqCst);
+            self.bell.ring_at_once();
+        } else {
+            self.notice("SIGUSR1 ends a recording and leaves its guest running; there is no such recording here");
+        }
+    }
+
+    /// Whether the recording is to end, or there is a press of the power button, or a size that the guest has not
+    /// heard of.
     pub fn wants(&self) -> bool {
-        self.presses.load(Ordering::SeqCst) > 0 || self.size.load(Ordering::SeqCst) != 0
+        self.leave.load(Ordering::SeqCst)
+            || self.presses.load(Ordering::SeqCst) > 0
+            || self.size.load(Ordering::SeqCst) != 0
     }
 
     /// Takes one press of the power button, if there is one.
@@ -203,6 +232,7 @@ impl Operator {
                 self.presses.fetch_add(1, Ordering::SeqCst);
                 self.bell.ring_at_once();
             }
+            Signal::SIGUSR1 => self.leave(),
             Signal::SIGWINCH => self.look_at_size(),
             Signal::SIGTSTP => {
                 terminal::restore();
@@ -266,6 +296,19 @@ mod tests {
             // A second one, at once, as a session that ends sends them.
             operator.take(Signal::SIGHUP);
         }
+    }
+
+    #[test]
+    fn a_recording_ends_without_its_guest_once_and_only_where_there_is_one() {
+        let operator = Operator::new(Bell::default());
+        operator.take(Signal::SIGUSR1);
+        assert!(!operator.wants() && !operator.take_leave());
+        operator.may_leave();
+        operator.take(Signal::SIGUSR1);
+        operator.take(Signal::SIGUSR1);
+        assert!(operator.wants() && operator.bell().wait(None));
+        assert!(operator.take_leave() && !operator.take_leave());
+        assert!(operator.stop_asked().is_none());
     }
 
     #[test]
