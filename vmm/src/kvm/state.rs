@@ -306,7 +306,8 @@ impl KvmCpu {
             .take(&self.vm.fd, &mut self.vcpu.fd)?
             .is_some()
         {}
-        if !self.vcpu.stops.is_empty() {
+        self.debugger.moved();
+        if self.has_stops() {
             self.debug(0, kvm_guest_debug_arch::default())?;
             self.forget_stops();
         }
