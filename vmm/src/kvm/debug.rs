@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::cpu::KvmCpu;
 use super::debugger::Watchpoint;
 use super::error::{KvmError, Named};
+use super::signals;
 use super::traps::Here;
 
 /// DR6: which breakpoints were hit (Intel SDM vol. 3, 17.2.3).
@@ -219,7 +220,12 @@ impl KvmCpu {
             return Ok(());
         }
         self.vcpu.watched = true;
-        self.debug(0, kvm_guest_debug_arch::default())
+        self.debug(0, kvm_guest_debug_arch::default())?;
+        if !self.vcpu.unfinished {
+            // Before the first entry the shared page has no registers.
+            signals::finish(&mut self.vcpu.fd)?;
+        }
+        Ok(())
     }
 
     /// What KVM has in the guest's debug registers.

@@ -151,6 +151,8 @@ pub(super) struct Debugger {
     /// And to another address, which it does not stop at.
     counted: Option<(u64, u64)>,
     hit: Option<Hit>,
+    /// An instruction is passed by way of where it leads: this KVM drops RFLAGS.RF.
+    pub(super) hops: bool,
 }
 
 impl Debugger {
@@ -163,6 +165,7 @@ impl Debugger {
     pub(super) fn moved(&mut self) {
         *self = Debugger {
             at_exit: true,
+            hops: self.hops,
             ..Debugger::default()
         };
     }
@@ -280,6 +283,7 @@ impl KvmCpu {
     ///
     /// KVM failed.
     pub fn begin_step(&mut self) -> Result<Step, KvmError> {
+        self.watch_debug_registers()?;
         hindsight_replay::Cpu::settle(self)?;
         Ok(Step {
             targets: self.step_targets()?,

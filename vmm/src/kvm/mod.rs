@@ -41,6 +41,6 @@ pub use memory::GuestMemory;
 pub use page_walk::Paging;
 pub(crate) use preemption::Preemption;
 pub(crate) use signals::{Alarm, Kicker, before_crash, kick_signal};
-pub use state::{Flip, KvmState};
+pub use state::{Flip, GuestRegisters, KvmState};
 pub(crate) use tap::open_tap;
 pub use vm::KernelText;

@@ -4,7 +4,9 @@
 //! (`KVM_GUESTDBG_USE_HW_BP`), beside those that the guest has enabled (see [`super::debug`]); the guest
 //! never sees a trap flag of ours.
 
-use hindsight_replay::{Ahead, Back, Exit, Horizon, Lander, Place, Unit, Walk, WalkEnd};
+use hindsight_replay::{
+    Ahead, Back, Exit, Horizon, Lander, Place, Registers, Unit, Walk, WalkEnd,
+};
 use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic};
 use kvm_bindings::{
     KVM_EXIT_DEBUG, KVM_EXIT_IO, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_GUESTDBG_ENABLE,
@@ -214,6 +216,33 @@ impl KvmCpu {
         Ok(unpasses)
     }
 
+    /// Whether the instruction that was to be passed has not been executed, although the flag said so: a KVM that enters its
+    /// guests by SYSRET drops it. The flag is taken back.
+    fn is_where_it_was(&mut self, start: &Registers) -> bool {
+        let registers = self.page().registers();
+        let flags = |registers: &Registers| registers.rflags() & !RFLAGS_RF;
+        let is = registers.0[..17] == start.0[..17] && flags(&registers) == flags(start);
+        if is && registers.rflags() & RFLAGS_RF != 0 {
+            self.page()
+                .change_registers(|registers| registers.rflags &= !RFLAGS_RF);
+        }
+        is
+    }
+
+    /// Where the instruction that the vCPU is to pass may lead, for a KVM that drops the flag; `None` where that is to
+    /// itself, or something comes before it.
+    fn hop(&mut self) -> Result<Option<Vec<u64>>, KvmError> {
+        let start = self.rip();
+        if self.event_is_under_way()? {
+            return Ok(None);
+        }
+        let mut targets = self.step_targets()?;
+        let is_loop = targets.contains(&start);
+        let room = self.vcpu.breakpoints.free_count();
+        targets.truncate(room.saturating_sub(self.debugger.watchpoints().len()));
+        Ok((!is_loop && !targets.is_empty()).then_some(targets))
+    }
+
     /// The same, of an instruction that was passed and is an exit: it leaves the flag clear, whoever finishes it.
     fn finish_pass(&mut self, passed: u64) {
         let registers = self.page().registers();
@@ -267,15 +296,25 @@ impl KvmCpu {
         let Some(all) = self.all_stops(stops) else {
             return Ok(Some(WalkEnd::Back(Back::Stopped)));
         };
-        self.set_stops(&all)?;
-        let start = KvmCpu::rip(self);
-        let passed = all.contains(&start) && self.pass_stop()?;
+        let start = self.page().registers();
+        let passes = all.contains(&start.rip());
+        let hop = match passes && debugged && self.debugger.hops {
+            true => self.hop()?,
+            false => None,
+        };
+        self.set_stops(hop.as_ref().unwrap_or(&all))?;
+        let passed = passes && hop.is_none() && self.pass_stop()?;
         let reason = self.enter()?;
         let stays = match reason {
-            None | Some(KVM_EXIT_IRQ_WINDOW_OPEN) => passed && self.unpass_stop(start)?,
-            Some(KVM_EXIT_DEBUG) => false,
+            None | Some(KVM_EXIT_IRQ_WINDOW_OPEN) if hop.is_some() => self.rip() == start.rip(),
+            None | Some(KVM_EXIT_IRQ_WINDOW_OPEN) => passed && self.unpass_stop(start.rip())?,
+            Some(KVM_EXIT_DEBUG) => {
+                let stands = passed && debugged && self.is_where_it_was(&start);
+                self.debugger.hops |= stands;
+                stands
+            }
             Some(_) if passed && debugged => {
-                self.finish_pass(start);
+                self.finish_pass(start.rip());
                 false
             }
             Some(_) => false,

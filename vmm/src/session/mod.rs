@@ -4,6 +4,7 @@
 //! Nothing here prints, ends the process or reads options. What is worth saying while a session runs goes to its
 //! [`Front`], what ends it is a [`Failure`].
 
+mod debug;
 mod images;
 pub mod index;
 mod kernel_cache;
@@ -22,6 +23,7 @@ use hindsight_replay::{Observer, OperatorConsole, Unit};
 use crate::failure::Failure;
 use crate::world::{Hold, Shown};
 
+pub use debug::{DebugWish, Debugger, Interrupted, Stopped};
 pub use images::{DiskWish, MachineWish};
 pub use make::{
     LoadedKernel, MACHINE_CMDLINE, MachineError, build, cmdline, describe, host_facts, open_kvm,
