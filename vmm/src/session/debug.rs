@@ -168,6 +168,17 @@ impl Debugger {
         self.replay.free_debug_registers()
     }
 
+    /// How many of them are left where the guest is led to a place, too.
+    pub fn registers_for_stops(&self) -> usize {
+        let led = usize::from(self.replay.is_led());
+        self.free_debug_registers().saturating_sub(led)
+    }
+
+    /// Whether it is known where the guest is. After an error it may not be: then [`Debugger::seek`] an exit.
+    pub fn is_found(&self) -> bool {
+        self.is_at_exit() || self.ended().is_some() || !self.legs.is_empty()
+    }
+
     /// All registers.
     ///
     /// # Errors

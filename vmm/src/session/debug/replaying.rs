@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::BufReader;
 
-use hindsight_replay::{Closed, Cpu, Machine, Registers, Replayer, RunError};
+use hindsight_replay::{Closed, Cpu, Machine, Registers, Replayer, RunError, Unit};
 
 use crate::disk::Disks;
 use crate::failure::{Failure, Kind};
@@ -68,6 +68,11 @@ impl Replaying {
     /// Guest time there, in nanoseconds.
     pub(super) fn now(&self) -> u64 {
         self.machine.now()
+    }
+
+    /// Whether the guest is led to places between exits, by a debug register.
+    pub(super) fn is_led(&self) -> bool {
+        self.door.journal().header().machine.preemption == Some(Unit::Branches)
     }
 
     /// Whether nothing of the guest has run since the last exit, and the recording goes on.
