@@ -25,6 +25,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(20);
 const INIT: &str = "\
 set architecture i386:x86-64
 set confirm off
+set remotetimeout 100000
 set pagination off
 define seek
   monitor seek $arg0
@@ -145,7 +146,7 @@ fn wait_at(listen: &Listen) -> Result<Peer, Failure> {
     };
     let listening = accepted.map_err(failed)?;
     tell!(
-        "waiting for gdb: set architecture i386:x86-64, then target remote {}",
+        "waiting for gdb: set architecture i386:x86-64, set remotetimeout 100000, target remote {}",
         shown_path(Path::new(&place))
     );
     let peer = listening.accept().map_err(failed)?;
@@ -164,8 +165,8 @@ enum Listening {
 impl Listening {
     fn accept(&self) -> std::io::Result<Peer> {
         match self {
-            Listening::Unix(listener) => listener.accept().map(|(stream, _)| Peer::Unix(stream)),
-            Listening::Tcp(listener) => listener.accept().map(|(stream, _)| Peer::Tcp(stream)),
+            Listening::Unix(listener) => listener.accept().map(|(stream, _)| stream.into()),
+            Listening::Tcp(listener) => listener.accept().map(|(stream, _)| stream.into()),
         }
     }
 }
@@ -210,7 +211,7 @@ fn wait_for(listener: &UnixListener, gdb: &mut Child) -> Result<Option<Peer>, Fa
         match listener.accept() {
             Ok((stream, _)) => {
                 stream.set_nonblocking(false)?;
-                return Ok(Some(Peer::Unix(stream)));
+                return Ok(Some(stream.into()));
             }
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
             Err(error) => return Err(error.into()),

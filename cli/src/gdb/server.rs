@@ -13,13 +13,47 @@ use hindsight_vmm::session::Debugger;
 
 use super::target::Guest;
 
-/// gdb, by a socket.
+/// A socket.
 #[derive(Debug)]
-pub(crate) enum Peer {
+enum Stream {
     /// Of this host's file system.
     Unix(UnixStream),
     /// Of this host's loopback.
     Tcp(TcpStream),
+}
+
+/// gdb, by a socket.
+#[derive(Debug)]
+pub(crate) struct Peer {
+    stream: Stream,
+    /// How many bytes are to come of the packet that is being read; `None`: nobody knows yet.
+    rest: Option<u8>,
+}
+
+impl From<UnixStream> for Peer {
+    fn from(stream: UnixStream) -> Peer {
+        Peer::of(Stream::Unix(stream))
+    }
+}
+
+impl From<TcpStream> for Peer {
+    fn from(stream: TcpStream) -> Peer {
+        Peer::of(Stream::Tcp(stream))
+    }
+}
+
+impl Peer {
+    fn of(stream: Stream) -> Peer {
+        let rest = Some(0);
+        Peer { stream, rest }
+    }
+
+    fn read_any(&mut self) -> io::Result<u8> {
+        match &mut self.stream {
+            Stream::Unix(stream) => ConnectionExt::read(stream),
+            Stream::Tcp(stream) => ConnectionExt::read(stream),
+        }
+    }
 }
 
 impl Connection for Peer {
@@ -31,12 +65,12 @@ impl Connection for Peer {
 
     fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
         // A look at what waits may have left it so.
-        match self {
-            Peer::Unix(stream) => {
+        match &mut self.stream {
+            Stream::Unix(stream) => {
                 stream.set_nonblocking(false)?;
                 io::Write::write_all(stream, bytes)
             }
-            Peer::Tcp(stream) => {
+            Stream::Tcp(stream) => {
                 stream.set_nonblocking(false)?;
                 io::Write::write_all(stream, bytes)
             }
@@ -44,32 +78,42 @@ impl Connection for Peer {
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        match self {
-            Peer::Unix(stream) => io::Write::flush(stream),
-            Peer::Tcp(stream) => io::Write::flush(stream),
+        match &mut self.stream {
+            Stream::Unix(stream) => io::Write::flush(stream),
+            Stream::Tcp(stream) => io::Write::flush(stream),
         }
     }
 
     fn on_session_start(&mut self) -> io::Result<()> {
-        match self {
-            Peer::Unix(_) => Ok(()),
-            Peer::Tcp(stream) => stream.set_nodelay(true),
+        match &mut self.stream {
+            Stream::Unix(_) => Ok(()),
+            Stream::Tcp(stream) => stream.set_nodelay(true),
         }
     }
 }
 
 impl ConnectionExt for Peer {
     fn read(&mut self) -> io::Result<u8> {
-        match self {
-            Peer::Unix(stream) => ConnectionExt::read(stream),
-            Peer::Tcp(stream) => ConnectionExt::read(stream),
+        loop {
+            let byte = self.read_any()?;
+            match (self.rest, byte) {
+                // gdb has waited for longer than it likes to. The answer is on its way.
+                (Some(0), b'-') => continue,
+                (Some(0), b'$') => self.rest = None,
+                (Some(0), _) => {}
+                // Two digits of a checksum.
+                (None, b'#') => self.rest = Some(2),
+                (None, _) => {}
+                (Some(rest), _) => self.rest = Some(rest - 1),
+            }
+            return Ok(byte);
         }
     }
 
     fn peek(&mut self) -> io::Result<Option<u8>> {
-        match self {
-            Peer::Unix(stream) => ConnectionExt::peek(stream),
-            Peer::Tcp(stream) => ConnectionExt::peek(stream),
+        match &mut self.stream {
+            Stream::Unix(stream) => ConnectionExt::peek(stream),
+            Stream::Tcp(stream) => ConnectionExt::peek(stream),
         }
     }
 }
@@ -121,5 +165,25 @@ pub(crate) fn serve(debugger: Debugger, peer: Peer) -> Result<(), Failure> {
             let message = format!("what was debugging said what gdb does not say: {error}");
             Err(Failure::new(Kind::BadInput, message))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn an_impatient_peer_is_heard_without_its_complaints() {
+        let (mut gdb, ours) = UnixStream::pair().expect("a pair of sockets");
+        gdb.write_all(b"-$m-1#--+-$?#3f-").expect("it is written");
+        drop(gdb);
+        let mut peer = Peer::from(ours);
+        let mut heard = Vec::new();
+        while let Ok(byte) = peer.read() {
+            heard.push(byte);
+        }
+        assert_eq!(heard, b"$m-1#--+$?#3f");
     }
 }

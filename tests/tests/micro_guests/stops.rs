@@ -11,6 +11,9 @@ use super::*;
 /// So many steps of a guest are taken; a loop that waits would take for ever.
 const STEPS_MAX: usize = 600;
 
+/// And so often it is replayed with breakpoints.
+const REPLAYS_MAX: usize = 12;
+
 /// Whether breakpoints work here at all, in ring 0.
 fn breakpoints_work() -> bool {
     static WORK: OnceLock<bool> = OnceLock::new();
@@ -58,12 +61,11 @@ pub(super) fn are_unseen(guest: &Guest, recorded: &Ran) {
         return;
     }
     let (guest, journal) = (guest.clone(), recorded.journal.clone());
-    let (end, trace, memory) = (
-        recorded.end().clone(),
-        recorded.trace.clone(),
-        recorded.memory.clone(),
-    );
+    let end = recorded.end().clone();
     in_time(move |kvm| {
+        let mut straight = Replay::new(kvm, &guest, &journal);
+        assert_eq!(next_stop(&mut straight, &end), None);
+        let (trace, memory) = (straight.trace.clone(), straight.memory());
         let same = |replay: &Replay<'_>, how: &str| {
             assert!(replay.trace == trace, "{how}: another trace");
             assert!(replay.memory() == memory, "{how}: other memory");
@@ -86,7 +88,9 @@ pub(super) fn are_unseen(guest: &Guest, recorded: &Ran) {
         // With breakpoints where the steps led, some of them at a time, and data watched.
         places.sort_unstable();
         places.dedup();
-        for some in places.chunks(3) {
+        let chunks = places.chunks(3);
+        let every = chunks.len().div_ceil(REPLAYS_MAX).max(1);
+        for some in chunks.step_by(every) {
             let mut replay = Replay::new(kvm, &guest, &journal);
             let stops = Stops {
                 execution: some.to_vec(),

@@ -66,6 +66,8 @@ pub struct Step {
     targets: Vec<u64>,
     /// It was an exit. It has ended, wherever the vCPU is.
     exited: bool,
+    /// The instruction that it began with may be among those that it leads to.
+    begun: bool,
 }
 
 /// Where a debugger wants the vCPU stopped.
@@ -288,6 +290,7 @@ impl KvmCpu {
         Ok(Step {
             targets: self.step_targets()?,
             exited: false,
+            begun: false,
         })
     }
 
@@ -310,12 +313,16 @@ impl KvmCpu {
                 self.debugger.stops.step = Some(Step {
                     targets: vec![entry],
                     exited: false,
+                    begun: true,
                 });
             }
             return Ok(false);
         }
         let debugger = &mut self.debugger;
-        let exited = (debugger.stops.step.as_ref()).is_some_and(|step| step.exited);
+        let step = debugger.stops.step.as_mut();
+        let (exited, begins) = step.map_or((false, false), |step| {
+            (step.exited, !std::mem::replace(&mut step.begun, true))
+        });
         if !(looks || exited || seen) {
             return Ok(false);
         }
@@ -327,7 +334,8 @@ impl KvmCpu {
             Some(watchpoint) => Some(Hit::Data(watchpoint)),
             None if arrived => Some(Hit::Arrival(rip)),
             None if comes && debugger.stops.execution.contains(&rip) => Some(Hit::Execution(rip)),
-            None if exited || debugger.stops.is_before(rip) => Some(Hit::Step),
+            None if exited => Some(Hit::Step),
+            None if !begins && debugger.stops.is_before(rip) => Some(Hit::Step),
             None => None,
         };
         // Told or not: the next time round is another one.
@@ -375,6 +383,7 @@ mod tests {
             step: Some(Step {
                 targets: vec![1, 3],
                 exited: false,
+                begun: false,
             }),
             ..Stops::default()
         };

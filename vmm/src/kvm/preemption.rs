@@ -229,18 +229,17 @@ impl KvmCpu {
         is
     }
 
-    /// Where the instruction that the vCPU is to pass may lead, for a KVM that drops the flag; `None` where that is to
-    /// itself, or something comes before it.
+    /// Where the instruction that the vCPU is to pass may lead, or what comes before it, for a KVM that drops the flag or stops
+    /// before what is on its way in; `None` where that may be to itself.
     fn hop(&mut self) -> Result<Option<Vec<u64>>, KvmError> {
         let start = self.rip();
-        if self.event_is_under_way()? {
+        let mut targets = self.step_targets()?;
+        if targets.contains(&start) {
             return Ok(None);
         }
-        let mut targets = self.step_targets()?;
-        let is_loop = targets.contains(&start);
         let room = self.vcpu.breakpoints.free_count();
         targets.truncate(room.saturating_sub(self.debugger.watchpoints().len()));
-        Ok((!is_loop && !targets.is_empty()).then_some(targets))
+        Ok((!targets.is_empty()).then_some(targets))
     }
 
     /// The same, of an instruction that was passed and is an exit: it leaves the flag clear, whoever finishes it.
@@ -308,11 +307,19 @@ impl KvmCpu {
         let stays = match reason {
             None | Some(KVM_EXIT_IRQ_WINDOW_OPEN) if hop.is_some() => self.rip() == start.rip(),
             None | Some(KVM_EXIT_IRQ_WINDOW_OPEN) => passed && self.unpass_stop(start.rip())?,
-            Some(KVM_EXIT_DEBUG) => {
-                let stands = passed && debugged && self.is_where_it_was(&start);
-                self.debugger.hops |= stands;
+            Some(KVM_EXIT_DEBUG) if debugged && passes && hop.is_none() => {
+                let stands = self.is_where_it_was(&start);
+                let stands = stands && (passed || self.event_is_under_way()?);
+                if stands && std::mem::replace(&mut self.debugger.hops, true) {
+                    return Err(KvmError::Stopped {
+                        rip: start.rip(),
+                        bytes: self.view()?.instruction_bytes(start.rip()),
+                        what: "it does not get past a breakpoint on an instruction that leads to itself".into(),
+                    });
+                }
                 stands
             }
+            Some(KVM_EXIT_DEBUG) => false,
             Some(_) if passed && debugged => {
                 self.finish_pass(start.rip());
                 false

@@ -124,8 +124,7 @@ impl KvmCpu {
                 FlowControl::IndirectBranch | FlowControl::IndirectCall => {
                     self.operand(instruction)?.into_iter().collect()
                 }
-                // One iteration of a string instruction leads to the next.
-                _ if has_repeat(instruction) => vec![next, instruction.ip()],
+                // However often a string instruction is repeated, RIP is at it until it is done.
                 _ => vec![next],
             },
         })
@@ -185,10 +184,6 @@ fn loads_32_bits(instruction: &Instruction) -> bool {
         instruction.code(),
         Code::Iretd | Code::Retnd | Code::Retnd_imm16 | Code::Retfd | Code::Retfd_imm16
     )
-}
-
-fn has_repeat(instruction: &Instruction) -> bool {
-    instruction.has_rep_prefix() || instruction.has_repne_prefix()
 }
 
 /// The faults that an instruction may take, likeliest first.

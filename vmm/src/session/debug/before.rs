@@ -32,12 +32,7 @@ impl Debugger {
             Name::Exit(0) => return Ok(Stopped::Begin),
             Name::Exit(exit) => (exit - 1, name),
             Name::Arrival { exit, .. } => (exit, name),
-            // No instruction can be told from the exit by which it ends.
-            Name::End => {
-                let last = self.exit().saturating_sub(1);
-                self.seek(last, interrupted)?;
-                return Ok(Stopped::Hit(Hit::Step));
-            }
+            Name::End => (self.exit().saturating_sub(1), name),
         };
         let guesses = self.guesses()?;
         // One register is for the present place, another may be for the way to where the guest was preempted.
@@ -95,7 +90,10 @@ impl Debugger {
                     && self.replay.registers()?.rip() == address
                     && self.name()? == bound
             }
-            Name::End => false,
+            Name::End => {
+                let stopped = self.forward(&stops, None, interrupted)?;
+                matches!(stopped, Stopped::End(_))
+            }
         })
     }
 
@@ -120,10 +118,11 @@ impl Debugger {
         for _ in 0..STEPS_MAX {
             let stops = self.one_step()?;
             self.replay.stop_at(stops)?;
-            let ran = self.replay.run(Some(start + 1))?;
+            let until = (bound != Name::End).then_some(start + 1);
+            let ran = self.replay.run(until)?;
             let rip = self.replay.registers()?.rip();
             let is_there = match (counted, ran) {
-                (None, Ran::Reached) => true,
+                (None, Ran::Reached | Ran::Ended) => true,
                 (Some((at, number)), Ran::Stopped(_)) => {
                     rip == at && self.replay.arrivals() == number
                 }
