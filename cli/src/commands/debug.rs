@@ -141,7 +141,10 @@ fn wait_at(listen: &Listen) -> Result<Peer, Failure> {
         }
     };
     let failed = |error: std::io::Error| {
-        let message = format!("cannot listen at {}: {error}", shown_path(Path::new(&place)));
+        let message = format!(
+            "cannot listen at {}: {error}",
+            shown_path(Path::new(&place))
+        );
         Failure::new(Kind::BadInput, message)
     };
     let listening = accepted.map_err(failed)?;

@@ -111,10 +111,7 @@ impl Guest {
         match stopped {
             Stopped::Begin => log(ReplayLogPosition::Begin),
             Stopped::End(how) => {
-                tell!(
-                    "hindsight: the recording ends here: {}",
-                    shown_lines(&how)
-                );
+                tell!("hindsight: the recording ends here: {}", shown_lines(&how));
                 log(ReplayLogPosition::End)
             }
             Stopped::Interrupted => Reason::Signal(Signal::SIGINT),
@@ -144,10 +141,7 @@ impl Guest {
     /// Whether one more stop fits.
     fn has_room(&self) -> bool {
         // A recording whose guest was preempted needs one to find the places.
-        let (wanted, free) = (
-            self.stops.count() + 1,
-            self.debugger.registers_for_stops(),
-        );
+        let (wanted, free) = (self.stops.count() + 1, self.debugger.registers_for_stops());
         if wanted > free {
             tell!(
                 "hindsight: there are debug registers for {free} breakpoints and watchpoints here, and not for {wanted}"

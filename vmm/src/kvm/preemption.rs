@@ -4,9 +4,7 @@
 //! (`KVM_GUESTDBG_USE_HW_BP`), beside those that the guest has enabled (see [`super::debug`]); the guest
 //! never sees a trap flag of ours.
 
-use hindsight_replay::{
-    Ahead, Back, Exit, Horizon, Lander, Place, Registers, Unit, Walk, WalkEnd,
-};
+use hindsight_replay::{Ahead, Back, Exit, Horizon, Lander, Place, Registers, Unit, Walk, WalkEnd};
 use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic};
 use kvm_bindings::{
     KVM_EXIT_DEBUG, KVM_EXIT_IO, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_GUESTDBG_ENABLE,

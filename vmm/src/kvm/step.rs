@@ -11,6 +11,7 @@ use kvm_bindings::{Msrs, kvm_msr_entry};
 use super::cpu::KvmCpu;
 use super::error::{KvmError, Named};
 use super::msr::{LSTAR, SYSENTER};
+use super::preemption::Preemption;
 
 /// #DE, #UD, #NM, #GP, #PF.
 const DIVIDE: u8 = 0;
@@ -75,9 +76,11 @@ impl KvmCpu {
             seen.push(*target);
             is_new
         });
-        // One register may be needed for the way to a place.
-        let room = self.vcpu.breakpoints.free_count().saturating_sub(1).max(1);
-        targets.truncate(room);
+        // One register may be needed to count how often a place is come to, and one for the way to where the guest was
+        // preempted. A branch leads to two places.
+        let led = usize::from(matches!(self.preemption, Preemption::Branches(_)));
+        let room = self.vcpu.breakpoints.free_count().saturating_sub(1 + led);
+        targets.truncate(room.max(2));
         Ok(targets)
     }
 

@@ -279,7 +279,10 @@ impl Debugger {
                     return Ok(hit.map_or(Stopped::Interrupted, Stopped::Hit));
                 }
                 Passed::Last(None) => bound = Name::Exit(from),
-                Passed::NoRoom(hit) => return Ok(Stopped::Hit(hit)),
+                Passed::NoRoom(hit) => {
+                    self.go_to_name(name)?;
+                    return Ok(Stopped::Hit(hit));
+                }
                 Passed::Interrupted => {
                     self.go_to_name(name)?;
                     return Ok(Stopped::Interrupted);
@@ -417,6 +420,9 @@ impl Debugger {
             self.replay.stop_at(leg.stops.clone())?;
             for _ in 0..leg.times {
                 hit = match self.replay.run(None)? {
+                    Ran::Stopped(Hit::NoRoom { wanted, free }) => {
+                        return Err(no_room(wanted, free));
+                    }
                     Ran::Stopped(hit) if self.exit() == exit => Some(hit),
                     _ => return Err(lost(exit)),
                 };
@@ -575,6 +581,16 @@ fn way(name: Name) -> Vec<Leg> {
         }],
         Name::Exit(_) | Name::End => Vec::new(),
     }
+}
+
+/// There are too few debug registers for this.
+fn no_room(wanted: usize, free: usize) -> Failure {
+    Failure::new(
+        Kind::BadInput,
+        format!(
+            "{wanted} debug registers are needed to go there, and {free} are free; delete breakpoints or watchpoints"
+        ),
+    )
 }
 
 /// The guest went another way than before.

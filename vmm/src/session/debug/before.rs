@@ -7,7 +7,7 @@
 
 use iced_x86::{Decoder, DecoderOptions, FlowControl};
 
-use super::{Debugger, Interrupted, Name, Passed, Place, Stopped, lost};
+use super::{Debugger, Interrupted, Name, Passed, Place, Stopped, lost, no_room};
 use crate::failure::{Failure, Kind};
 use crate::kvm::{Hit, Stops};
 use crate::session::debug::replaying::Ran;
@@ -122,6 +122,9 @@ impl Debugger {
             let ran = self.replay.run(until)?;
             let rip = self.replay.registers()?.rip();
             let is_there = match (counted, ran) {
+                (_, Ran::Stopped(Hit::NoRoom { wanted, free })) => {
+                    return Err(no_room(wanted, free));
+                }
                 (None, Ran::Reached | Ran::Ended) => true,
                 (Some((at, number)), Ran::Stopped(_)) => {
                     rip == at && self.replay.arrivals() == number
@@ -152,7 +155,9 @@ impl Debugger {
         self.go_to_name(bound)?;
         Err(Failure::new(
             Kind::BadInput,
-            format!("the instruction before this one is more than {STEPS_MAX} steps after exit {start}: go back by a breakpoint"),
+            format!(
+                "the instruction before this one is more than {STEPS_MAX} steps after exit {start}: go back by a breakpoint"
+            ),
         ))
     }
 
