@@ -237,22 +237,36 @@ when
     assert_eq!(registers("50 steps on"), registers("50 steps on again"));
     assert_eq!(registers("50 steps on"), registers("back again"));
     assert_eq!(registers("50 steps on"), registers("one back and on"));
-    // What `when` says, among what gdb says of the command before.
-    let place = |name: &str| {
-        let text = piece(name);
-        let place = text.lines().find(|line| line.contains("exit "));
-        place
-            .unwrap_or_else(|| panic!("{name}: {text}"))
-            .to_string()
+    // What the target says goes to standard error, in order.
+    let lines = ran.stderr.lines();
+    let places: Vec<&str> = lines
+        .filter(|line| line.contains("of guest time"))
+        .collect();
+    let [
+        at_exit,
+        before,
+        again,
+        on,
+        end,
+        before_end,
+        and_end,
+        seek,
+        beginning,
+        no_further,
+        end_again,
+    ] = places[..]
+    else {
+        panic!("{}", ran.stderr)
     };
-    let end = place("the end");
+    assert!(at_exit.starts_with("at exit 1,200,"), "{at_exit}");
+    assert!(before.starts_with("after exit"), "{before}");
+    assert_eq!(again, on);
     assert!(end.starts_with("the end, at exit"), "{end}");
-    for name in ["and the end", "the end again"] {
-        assert_eq!(place(name), end, "{name}");
+    assert_eq!([and_end, end_again], [end; 2]);
+    assert!(before_end.starts_with("after exit"), "{before_end}");
+    for place in [seek, beginning, no_further] {
+        assert!(place.starts_with("at exit 0,"), "{place}");
     }
-    assert!(place("before the end").starts_with("after exit"));
-    assert!(place("the beginning").starts_with("at exit 0,"));
-    assert!(place("no further").starts_with("at exit 0,"));
     // The end is told where the digests of everything were equal.
     assert!(
         ran.stderr.matches("the recording ends here: reset").count() >= 3,

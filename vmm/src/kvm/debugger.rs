@@ -153,8 +153,6 @@ pub(super) struct Debugger {
     /// And to another address, which it does not stop at.
     counted: Option<(u64, u64)>,
     hit: Option<Hit>,
-    /// An instruction is passed by way of where it leads: this KVM drops RFLAGS.RF.
-    pub(super) hops: bool,
 }
 
 impl Debugger {
@@ -167,7 +165,6 @@ impl Debugger {
     pub(super) fn moved(&mut self) {
         *self = Debugger {
             at_exit: true,
-            hops: self.hops,
             ..Debugger::default()
         };
     }

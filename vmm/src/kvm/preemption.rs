@@ -215,29 +215,31 @@ impl KvmCpu {
     }
 
     /// Whether the instruction that was to be passed has not been executed, although the flag said so: a KVM that enters its
-    /// guests by SYSRET drops it. The flag is taken back.
+    /// guests by SYSRET drops it.
     fn is_where_it_was(&mut self, start: &Registers) -> bool {
         let registers = self.page().registers();
         let flags = |registers: &Registers| registers.rflags() & !RFLAGS_RF;
-        let is = registers.0[..17] == start.0[..17] && flags(&registers) == flags(start);
-        if is && registers.rflags() & RFLAGS_RF != 0 {
-            self.page()
-                .change_registers(|registers| registers.rflags &= !RFLAGS_RF);
-        }
-        is
+        registers.0[..17] == start.0[..17] && flags(&registers) == flags(start)
     }
 
-    /// Where the instruction that the vCPU is to pass may lead, or what comes before it, for a KVM that drops the flag or stops
-    /// before what is on its way in; `None` where that may be to itself.
-    fn hop(&mut self) -> Result<Option<Vec<u64>>, KvmError> {
+    /// How an instruction with a breakpoint is passed for a debugger: by stops where it leads, and none on it. RF would be seen in
+    /// the registers of an exit, if it makes one. The way to a place comes first, and what room is left the other stops
+    /// have. `None` where the instruction may lead to itself: then it is passed by RF after all.
+    fn hop(&mut self, way: &[u64], all: &[u64]) -> Result<Option<Vec<u64>>, KvmError> {
         let start = self.rip();
-        let mut targets = self.step_targets()?;
-        if targets.contains(&start) {
+        let targets = self.step_targets()?;
+        if targets.contains(&start) || targets.is_empty() {
             return Ok(None);
         }
+        let mut hop: Vec<u64> = Vec::new();
+        for stop in way.iter().chain(&targets).chain(all) {
+            if *stop != start && !hop.contains(stop) {
+                hop.push(*stop);
+            }
+        }
         let room = self.vcpu.breakpoints.free_count();
-        targets.truncate(room.saturating_sub(self.debugger.watchpoints().len()));
-        Ok((!targets.is_empty()).then_some(targets))
+        hop.truncate(room.saturating_sub(self.debugger.watchpoints().len()));
+        Ok(Some(hop))
     }
 
     /// The same, of an instruction that was passed and is an exit: it leaves the flag clear, whoever finishes it.
@@ -295,8 +297,8 @@ impl KvmCpu {
         };
         let start = self.page().registers();
         let passes = all.contains(&start.rip());
-        let hop = match passes && debugged && self.debugger.hops {
-            true => self.hop()?,
+        let hop = match passes && debugged {
+            true => self.hop(stops, &all)?,
             false => None,
         };
         self.set_stops(hop.as_ref().unwrap_or(&all))?;
@@ -306,16 +308,14 @@ impl KvmCpu {
             None | Some(KVM_EXIT_IRQ_WINDOW_OPEN) if hop.is_some() => self.rip() == start.rip(),
             None | Some(KVM_EXIT_IRQ_WINDOW_OPEN) => passed && self.unpass_stop(start.rip())?,
             Some(KVM_EXIT_DEBUG) if debugged && passes && hop.is_none() => {
-                let stands = self.is_where_it_was(&start);
-                let stands = stands && (passed || self.event_is_under_way()?);
-                if stands && std::mem::replace(&mut self.debugger.hops, true) {
+                if self.is_where_it_was(&start) && (passed || self.event_is_under_way()?) {
                     return Err(KvmError::Stopped {
                         rip: start.rip(),
                         bytes: self.view()?.instruction_bytes(start.rip()),
-                        what: "it does not get past a breakpoint on an instruction that leads to itself".into(),
+                        what: "it does not get past a breakpoint there".into(),
                     });
                 }
-                stands
+                false
             }
             Some(KVM_EXIT_DEBUG) => false,
             Some(_) if passed && debugged => {
