@@ -36,6 +36,15 @@ fn next_stop(replay: &mut Replay<'_>, recorded: &End) -> Option<Hit> {
     came_back(replay, result, recorded)
 }
 
+/// Whether this KVM is one that emulates, and delivers an exception to a handler that begins with a breakpoint over and over.
+fn gives_up(result: &Result<End, RunError<KvmError>>) -> bool {
+    let gives_up = matches!(result, Err(RunError::Cpu { .. })) && !windows_are_sure();
+    if gives_up {
+        skip("this KVM does not get past a breakpoint");
+    }
+    gives_up
+}
+
 fn came_back(
     replay: &mut Replay<'_>,
     result: Result<End, RunError<KvmError>>,
@@ -88,7 +97,11 @@ pub(super) fn are_unseen(guest: &Guest, recorded: &Ran) {
             } else {
                 replay.cpu.stop_at(Stops::default()).expect("KVM takes it");
             }
-            match next_stop(&mut replay, &end) {
+            let result = replay.run(None);
+            if gives_up(&result) {
+                return;
+            }
+            match came_back(&mut replay, result, &end) {
                 Some(_) => places.push(rip(&mut replay)),
                 None => break,
             }
@@ -109,9 +122,7 @@ pub(super) fn are_unseen(guest: &Guest, recorded: &Ran) {
             let mut hits = 0;
             loop {
                 let result = replay.run(None);
-                if matches!(result, Err(RunError::Cpu { .. })) && !windows_are_sure() {
-                    // One that emulates delivers an exception to a handler that begins with a breakpoint over and over.
-                    skip("this KVM does not get past a breakpoint");
+                if gives_up(&result) {
                     return;
                 }
                 let Some(hit) = came_back(&mut replay, result, &end) else {

@@ -424,7 +424,7 @@ impl Debugger {
                         return Err(no_room(wanted, free));
                     }
                     Ran::Stopped(hit) if self.exit() == exit => Some(hit),
-                    _ => return Err(lost(exit)),
+                    ran => return Err(lost(exit, &format!("it came to {ran:?}"))),
                 };
             }
         }
@@ -444,7 +444,7 @@ impl Debugger {
                 self.legs.clear();
                 match self.replay.run(None)? {
                     Ran::Ended => Ok(()),
-                    _ => Err(lost(self.exit())),
+                    _ => Err(lost(self.exit(), "it is not the end")),
                 }
             }
         }
@@ -486,7 +486,7 @@ impl Debugger {
         self.walk(&legs)?;
         let number = self.replay.arrivals();
         if self.replay.registers()?.0 != registers || number == 0 {
-            return Err(lost(exit));
+            return Err(lost(exit, "its registers are others"));
         }
         let name = Name::Arrival {
             exit,
@@ -561,7 +561,7 @@ impl Debugger {
                     }
                 }
                 Ran::Ended if bound == Name::End => return Ok(Passed::Last(last)),
-                Ran::Ended => return Err(lost(self.exit())),
+                Ran::Ended => return Err(lost(self.exit(), "the recording ends")),
             }
         }
     }
@@ -594,12 +594,11 @@ fn no_room(wanted: usize, free: usize) -> Failure {
 }
 
 /// The guest went another way than before.
-fn lost(exit: u64) -> Failure {
+fn lost(exit: u64, why: &str) -> Failure {
     Failure::new(
         Kind::HostFailed,
         format!(
-            "a place after exit {exit} was not found again: the replay is right, but where it stopped is not where it \
-             was; go to an exit (monitor seek {exit})"
+            "a place after exit {exit} was not found again ({why}); go to an exit (monitor seek {exit})"
         ),
     )
 }

@@ -130,7 +130,7 @@ impl Debugger {
                     rip == at && self.replay.arrivals() == number
                 }
                 (None, Ran::Stopped(_)) => false,
-                _ => return Err(lost(start)),
+                (_, ran) => return Err(lost(start, &format!("a step came to {ran:?}"))),
             };
             if is_there {
                 let passed = self.last_before(start, bound, &[address], interrupted)?;
@@ -141,7 +141,7 @@ impl Debugger {
                         exit: start,
                         legs: Vec::new(),
                     },
-                    _ => return Err(lost(start)),
+                    _ => return Err(lost(start, "the step before was not seen")),
                 };
                 self.go_to(&place)?;
                 return Ok(Stopped::Hit(Hit::Step));
