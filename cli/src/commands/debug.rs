@@ -232,8 +232,11 @@ mod tests {
 
     #[test]
     fn a_place_to_listen_at_is_a_socket_of_this_host() {
-        assert_eq!("unix:/x y".parse(), Ok(Listen::Unix("/x y".into())));
-        assert_eq!(":1234".parse(), Ok(Listen::Port(1234)));
+        assert_eq!(
+            "unix:/x y".parse::<Listen>(),
+            Ok(Listen::Unix("/x y".into()))
+        );
+        assert_eq!(":1234".parse::<Listen>(), Ok(Listen::Port(1234)));
         for wrong in ["", "unix:", ":", ":0", ":65536", "0.0.0.0:1234", "1234"] {
             assert!(wrong.parse::<Listen>().is_err(), "{wrong}");
         }

@@ -170,18 +170,16 @@ pub(crate) fn serve(debugger: Debugger, peer: Peer) -> Result<(), Failure> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
-
     use super::*;
 
     #[test]
     fn an_impatient_peer_is_heard_without_its_complaints() {
         let (mut gdb, ours) = UnixStream::pair().expect("a pair of sockets");
-        gdb.write_all(b"-$m-1#--+-$?#3f-").expect("it is written");
+        io::Write::write_all(&mut gdb, b"-$m-1#--+-$?#3f-").expect("it is written");
         drop(gdb);
         let mut peer = Peer::from(ours);
         let mut heard = Vec::new();
-        while let Ok(byte) = peer.read() {
+        while let Ok(byte) = ConnectionExt::read(&mut peer) {
             heard.push(byte);
         }
         assert_eq!(heard, b"$m-1#--+$?#3f");

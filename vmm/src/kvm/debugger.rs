@@ -271,6 +271,15 @@ impl KvmCpu {
         self.debugger.hit
     }
 
+    /// Whether an interrupt or an exception comes before its next instruction.
+    ///
+    /// # Errors
+    ///
+    /// KVM failed.
+    pub fn is_interrupted(&self) -> Result<bool, KvmError> {
+        self.event_is_under_way()
+    }
+
     /// How many debug registers there are for a debugger: those that the guest has not enabled.
     pub fn free_debug_registers(&self) -> usize {
         self.vcpu.breakpoints.free_count()

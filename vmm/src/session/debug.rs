@@ -482,11 +482,17 @@ impl Debugger {
         let legs = std::mem::take(&mut self.legs);
         self.go_to_exit(exit)?;
         self.timeline.pass(&mut self.replay, true)?;
+        // Without anything that comes first, the first instruction is the one at the exit itself.
+        let first = self.replay.registers()?.rip() == address && !self.replay.is_interrupted()?;
         self.replay.count_arrivals(address)?;
         self.walk(&legs)?;
         let number = self.replay.arrivals();
         if self.replay.registers()?.0 != registers || number == 0 {
             return Err(lost(exit, "its registers are others"));
+        }
+        if first && number == 1 {
+            self.go_to_exit(exit)?;
+            return Ok(Name::Exit(exit));
         }
         let name = Name::Arrival {
             exit,

@@ -180,6 +180,11 @@ impl Replaying {
         Ok(self.cpu.guest_registers()?)
     }
 
+    /// Whether an interrupt or an exception comes before the next instruction.
+    pub(super) fn is_interrupted(&self) -> Result<bool, Failure> {
+        Ok(self.cpu.is_interrupted()?)
+    }
+
     /// Reads memory of the present address space, as far as it is mapped; returns how many bytes.
     pub(super) fn read(&mut self, gva: u64, buffer: &mut [u8]) -> usize {
         self.cpu.read(gva, buffer)
