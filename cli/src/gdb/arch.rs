@@ -260,7 +260,7 @@ mod tests {
             efer: 0,
             fpu: [0; 512],
         });
-        assert_eq!(8 * registers.bytes.len(), bits.sum());
+        assert_eq!(8 * registers.bytes.len(), bits.sum::<usize>());
     }
 
     #[test]
