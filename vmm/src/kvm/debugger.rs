@@ -2,10 +2,10 @@
 //! nothing.
 //!
 //! All of it is debug registers, in those that neither the guest nor the way to a place needs (see [`super::debug`]).
-//! **A step** is no single-step of KVM's, which sets RFLAGS.TF: instructions leak that or drop it, and an exception pushes it
-//! to the guest's stack. It is breakpoints at all places to which the instruction may lead, found by decoding it
-//! (`step.rs`). What the way goes through meanwhile is left as it is: an exit in the middle of a step is an exit of the loop's,
-//! and an interrupt delivered there leads the step to its handler.
+//! **A step** is no single-step of KVM's, which sets RFLAGS.TF: instructions leak that or drop it, and an exception
+//! pushes it to the guest's stack. It is breakpoints at all places to which the instruction may lead, found by decoding
+//! it (`step.rs`). What the way goes through meanwhile is left as it is: an exit in the middle of a step is an exit of
+//! the loop's, and an interrupt delivered there leads the step to its handler.
 //!
 //! **A stop** is where the vCPU is about to execute an instruction, with no exception and no interrupt to take first. So a
 //! watchpoint and a step end at such a place as well, and every stop can be named by its address and by how often

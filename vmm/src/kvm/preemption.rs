@@ -222,9 +222,9 @@ impl KvmCpu {
         registers.0[..17] == start.0[..17] && flags(&registers) == flags(start)
     }
 
-    /// How an instruction with a breakpoint is passed for a debugger: by stops where it leads, and none on it. RF would be seen in
-    /// the registers of an exit, if it makes one. The way to a place comes first, and what room is left the other stops
-    /// have. `None` where the instruction may lead to itself: then it is passed by RF after all.
+    /// How an instruction with a breakpoint is passed for a debugger: by stops where it leads, and none on it. RF would be
+    /// seen in the registers of an exit, if it makes one. The way to a place comes first, and what room is left the other
+    /// stops have. `None` where the instruction may lead to itself: then it is passed by RF after all.
     fn hop(&mut self, way: &[u64], all: &[u64]) -> Result<Option<Vec<u64>>, KvmError> {
         let start = self.rip();
         let targets = self.step_targets()?;

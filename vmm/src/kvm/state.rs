@@ -5,7 +5,7 @@
 //! so events come last. What KVM is to take from the shared page (CR8, the wish for a window) goes there.
 
 use hindsight_devices::Access;
-use hindsight_replay::{CpuDigest, Registers, Stateful};
+use hindsight_replay::{CpuDigest, Stateful};
 use kvm_bindings::{
     Msrs, kvm_debugregs, kvm_guest_debug_arch, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs,
     kvm_vcpu_events, kvm_xsave,
@@ -27,40 +27,11 @@ use super::traps::TrapMemory;
 const CR4_PGE: u64 = 1 << 7;
 
 /// What SWAPGS exchanges with the base of GS.
-const KERNEL_GS_BASE: u32 = 0xc000_0102;
-
-/// The registers of a guest, for a debugger.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct GuestRegisters {
-    /// General registers, RIP and RFLAGS.
-    pub general: Registers,
-    /// Selectors: CS, SS, DS, ES, FS, GS.
-    pub segments: [u16; 6],
-    /// The base of FS.
-    pub fs_base: u64,
-    /// The base of GS.
-    pub gs_base: u64,
-    /// What SWAPGS exchanges with it.
-    pub kernel_gs_base: u64,
-    /// CR0.
-    pub cr0: u64,
-    /// CR2.
-    pub cr2: u64,
-    /// CR3.
-    pub cr3: u64,
-    /// CR4, as the guest believes it to be.
-    pub cr4: u64,
-    /// CR8.
-    pub cr8: u64,
-    /// EFER.
-    pub efer: u64,
-    /// x87 and SSE, as FXSAVE stores them (Intel SDM vol. 1, 10.5.1).
-    pub fpu: [u8; 512],
-}
+pub(super) const KERNEL_GS_BASE: u32 = 0xc000_0102;
 
 /// The MSRs in which a guest can keep something: those that KVM keeps for it ([`super::msr::KEPT`]), less the constant
 /// one and those among the system registers; and those that are loaded after the board's.
-fn kept_msrs() -> impl Iterator<Item = u32> {
+pub(super) fn kept_msrs() -> impl Iterator<Item = u32> {
     let variable_mtrrs = 0x200..=0x20f;
     let fixed_mtrrs = [0x250, 0x258, 0x259].into_iter().chain(0x268..=0x26f);
     let pat_and_default = [0x277, 0x2ff];
@@ -76,10 +47,10 @@ fn kept_msrs() -> impl Iterator<Item = u32> {
 
 /// The part of an XSAVE area that holds x87 and SSE state (Intel SDM vol. 1, 13.4.1).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Fpu(Vec<u8>);
+pub(super) struct Fpu(Vec<u8>);
 
 impl Fpu {
-    const BYTES: usize = 512;
+    pub(super) const BYTES: usize = 512;
     /// Last opcode, instruction pointer and operand pointer of x87.
     const POINTERS: std::ops::Range<usize> = 6..24;
     const MXCSR: std::ops::Range<usize> = 24..28;
@@ -238,7 +209,7 @@ impl KvmCpu {
         }
     }
 
-    fn kept_msr_values(&self) -> Result<Vec<u64>, KvmError> {
+    pub(super) fn kept_msr_values(&self) -> Result<Vec<u64>, KvmError> {
         let entries: Vec<_> = kept_msrs()
             .map(|index| kvm_msr_entry {
                 index,
@@ -253,40 +224,15 @@ impl KvmCpu {
         Ok(msrs.as_slice().iter().map(|msr| msr.data).collect())
     }
 
+    /// x87 and SSE, as FXSAVE stores them.
+    pub(super) fn fxsave_area(&self) -> Result<[u8; Fpu::BYTES], KvmError> {
+        let fpu = self.fpu()?.0;
+        Ok(fpu.try_into().expect("it was made with this length"))
+    }
+
     fn fpu(&self) -> Result<Fpu, KvmError> {
         let area = self.vcpu.fd.get_xsave().named("KVM_GET_XSAVE")?;
         Ok(Fpu::of(&area))
-    }
-
-    /// All registers that a debugger shows. By then the last exit's instruction is finished.
-    ///
-    /// # Errors
-    ///
-    /// KVM failed.
-    pub fn guest_registers(&mut self) -> Result<GuestRegisters, KvmError> {
-        self.watch_debug_registers()?;
-        let general = self.page().registers();
-        let system = self.sregs()?;
-        let msrs = kept_msrs().zip(self.kept_msr_values()?);
-        let kernel_gs = msrs.filter(|(index, _)| *index == KERNEL_GS_BASE);
-        let segments = [
-            system.cs, system.ss, system.ds, system.es, system.fs, system.gs,
-        ];
-        let fpu = self.fpu()?.0;
-        Ok(GuestRegisters {
-            general,
-            segments: segments.map(|segment| segment.selector),
-            fs_base: system.fs.base,
-            gs_base: system.gs.base,
-            kernel_gs_base: kernel_gs.map(|(_, value)| value).next().unwrap_or(0),
-            cr0: system.cr0,
-            cr2: system.cr2,
-            cr3: system.cr3,
-            cr4: self.vcpu.traps.memory.guest_cr4().unwrap_or(system.cr4),
-            cr8: system.cr8,
-            efer: system.efer,
-            fpu: fpu.try_into().expect("it has the length of an FXSAVE area"),
-        })
     }
 
     fn middle(&self) -> Middle {

@@ -1,9 +1,9 @@
 //! Where one instruction of the guest's may lead.
 //!
-//! It is decoded; what it would load is read where it would read it: a return address from the stack, a target from memory, the
-//! kernel's entries from MSRs and from the IDT. Faults lead to gates of the IDT, of which there are more than there are debug
-//! registers: those that the instruction is likely to take come first. One that takes another is stepped over as if
-//! it were a call: the step ends where the instruction has been executed after all, or with the next that is known.
+//! It is decoded; what it would load is read where it would read it: a return address from the stack, a target from
+//! memory, the kernel's entries from MSRs and from the IDT. Faults lead to gates of the IDT, of which there are more than
+//! there are debug registers: those that the instruction is likely to take come first. One that takes another is stepped
+//! over as if it were a call: the step ends where the instruction has been executed after all.
 
 use iced_x86::{Code, FlowControl, Instruction, Mnemonic, OpKind, Register};
 use kvm_bindings::{Msrs, kvm_msr_entry};

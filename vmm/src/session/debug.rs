@@ -11,9 +11,11 @@
 
 mod before;
 mod kept;
+mod place;
 mod replaying;
 
 use kept::{Kept, Timeline};
+use place::{Leg, Name, Place, lost, no_room, way};
 use replaying::{Ran, Replaying};
 
 use std::path::PathBuf;
@@ -59,35 +61,6 @@ pub enum Stopped {
     End(String),
     /// Somebody wanted it stopped. It is at an exit.
     Interrupted,
-}
-
-/// One stretch of a way: from stop to stop.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Leg {
-    stops: Stops,
-    times: u64,
-}
-
-/// Where the guest is, as a way to come there.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Place {
-    exit: u64,
-    legs: Vec<Leg>,
-}
-
-/// The same, as a name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Name {
-    /// An exit; nothing has run since.
-    Exit(u64),
-    /// Before the instruction at this address, come to for this number of times since the exit.
-    Arrival {
-        exit: u64,
-        address: u64,
-        number: u64,
-    },
-    /// The end of the recording.
-    End,
 }
 
 /// Tells whether somebody wants a run stopped.
@@ -571,40 +544,4 @@ impl Debugger {
             }
         }
     }
-}
-
-/// The way to a named place from its exit.
-fn way(name: Name) -> Vec<Leg> {
-    match name {
-        Name::Arrival {
-            address, number, ..
-        } => vec![Leg {
-            stops: Stops {
-                arrival: Some((address, number)),
-                ..Stops::default()
-            },
-            times: 1,
-        }],
-        Name::Exit(_) | Name::End => Vec::new(),
-    }
-}
-
-/// There are too few debug registers for this.
-fn no_room(wanted: usize, free: usize) -> Failure {
-    Failure::new(
-        Kind::BadInput,
-        format!(
-            "{wanted} debug registers are needed to go there, and {free} are free; delete breakpoints or watchpoints"
-        ),
-    )
-}
-
-/// The guest went another way than before.
-fn lost(exit: u64, why: &str) -> Failure {
-    Failure::new(
-        Kind::HostFailed,
-        format!(
-            "a place after exit {exit} was not found again ({why}); go to an exit (monitor seek {exit})"
-        ),
-    )
 }

@@ -1,13 +1,14 @@
 //! The instruction that was executed last, which no debug register tells.
 //!
 //! If its address is known, its place is: where that was come to last before the present place. So addresses are
-//! guessed (what decodes to end here, what may have jumped, called or returned here) and tried: from there one step has to lead
-//! to the present place. Where no guess is right, the stretch since the exit before is stepped through, which is as
-//! right, and slow.
+//! guessed (what decodes to end here, what may have jumped, called or returned here) and tried: from there one step has
+//! to lead to the present place. Where no guess is right, the stretch since the exit before is stepped through, which is
+//! as right, and slow.
 
 use iced_x86::{Decoder, DecoderOptions, FlowControl};
 
-use super::{Debugger, Interrupted, Name, Passed, Place, Stopped, lost, no_room};
+use super::place::{Name, Place, lost, no_room};
+use super::{Debugger, Interrupted, Passed, Stopped};
 use crate::failure::{Failure, Kind};
 use crate::kvm::{Hit, Stops};
 use crate::session::debug::replaying::Ran;
