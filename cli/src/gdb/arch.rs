@@ -1,7 +1,7 @@
 //! The registers of the guest as gdb knows them.
 //!
-//! gdb learns them from a description that the target gives (GDB, Debugging with gdb, appendix G): those of its own features for
-//! x86-64, and the system registers as a feature of ours, under the names that QEMU gives them.
+//! gdb learns them from a description that the target gives (Debugging with GDB, appendix G): those of its own features
+//! for x86-64, and the system registers as a feature of ours, under the names that QEMU gives them.
 
 use std::fmt::Write;
 use std::sync::LazyLock;

@@ -36,7 +36,8 @@ fn next_stop(replay: &mut Replay<'_>, recorded: &End) -> Option<Hit> {
     came_back(replay, result, recorded)
 }
 
-/// Whether this KVM is one that emulates, and delivers an exception to a handler that begins with a breakpoint over and over.
+/// Whether this KVM is one that emulates, and delivers an exception to a handler that begins with a breakpoint over and
+/// over.
 fn gives_up(result: &Result<End, RunError<KvmError>>) -> bool {
     let gives_up = matches!(result, Err(RunError::Cpu { .. })) && !windows_are_sure();
     if gives_up {
