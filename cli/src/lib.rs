@@ -4,6 +4,7 @@
 pub mod commands;
 mod format;
 mod front;
+mod gdb;
 mod options;
 mod outcome;
 mod output;
@@ -19,7 +20,8 @@ use hindsight_replay::foreign::shown_lines;
 use hindsight_vmm::failure::Failure;
 
 use commands::{
-    bench, console, diff, disk, doctor, fork, index, inspect, live, pcap, record, replay, run,
+    bench, console, debug, diff, disk, doctor, fork, index, inspect, live, pcap, record, replay,
+    run,
 };
 use outcome::{EXIT_CODES, Outcome};
 use tell::{out, tell};
@@ -54,6 +56,8 @@ enum Command {
     Pcap(pcap::Options),
     /// Write a machine's disk as it was at some moment, or list what the guest had changed on it.
     Disk(disk::Options),
+    /// Drive a replay with gdb, forwards and backwards.
+    Debug(debug::Options),
     /// Show the first difference between two recordings, and what led up to it.
     Diff(diff::Options),
     /// Probe this host's KVM with tiny guests: can it record, and what would be left open?
@@ -84,6 +88,7 @@ pub fn main() -> ExitCode {
         Command::Console(options) => console::main(&options),
         Command::Pcap(options) => pcap::main(&options),
         Command::Disk(options) => disk::main(&options),
+        Command::Debug(options) => debug::main(&options),
         Command::Diff(options) => diff::main(&options),
         Command::Doctor(options) => doctor::main(&options),
         Command::Bench(options) => bench::main(&options),

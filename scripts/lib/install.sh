@@ -16,6 +16,8 @@ packages_kernels=(debian-archive-keyring)
 packages_disks=(e2fsprogs fdisk)
 # What the tests of networks drive guests with, and read what `hindsight pcap` writes with.
 packages_network=(passt iproute2 tshark)
+# What replays are debugged with.
+packages_debugger=(gdb)
 
 # missing_packages NAME...: prints those of the names that are not installed, one per line.
 missing_packages() {

@@ -386,6 +386,7 @@ fn verdict(result: Result<End, RunError<Broken>>) -> Verdict {
         Err(RunError::Closed(Closed::CutShort(tail))) => Verdict::CutShort(tail),
         Err(RunError::Closed(Closed::Diverged(divergence))) => Verdict::Diverged(divergence),
         Err(RunError::Closed(Closed::Reached(exits))) => Verdict::Reached(exits),
+        Err(RunError::Closed(Closed::Stopped(_))) => unreachable!("nobody debugs it"),
         Err(RunError::Closed(Closed::Journal(error))) => Verdict::Refused(error),
         Err(RunError::Closed(Closed::End(ending))) => panic!("an ending escaped: {ending:?}"),
         Err(RunError::Cpu { source, .. }) => Verdict::Failed(source),

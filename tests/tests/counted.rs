@@ -2,7 +2,9 @@
 //! through the command line. These need a branch counter as well as a KVM: `scripts/test` runs them in
 //! the box with performance counters.
 
-use hindsight_tests::debian::Debian;
+use std::path::Path;
+
+use hindsight_tests::debian::{Debian, Ran};
 use tempfile::TempDir;
 
 fn scratch() -> TempDir {
@@ -137,4 +139,152 @@ fn a_relog_has_the_same_preemptions_and_one_moved_by_a_branch_is_refused() {
     std::fs::write(moved.join("journal"), changed).expect("it is written");
     let refused = debian.replay(&moved, &[]);
     assert!(matches!(refused.code, 1 | 5), "{}", refused.stderr);
+}
+
+/// What gdb prints as it debugs a recording by a script, in pieces that begin with `echo == NAME\n`, by their names.
+fn debugged(debian: &Debian, recording: &Path, script: &str) -> (Ran, Vec<(String, String)>) {
+    let dir = scratch();
+    let file = dir.path().join("script");
+    std::fs::write(&file, script).expect("a temporary file is written");
+    let (recording, file) = (recording.to_str(), file.to_str());
+    let paths = recording.zip(file).expect("plain paths");
+    let ran = debian.run(&["debug", paths.0, "--", "-batch", "-x", paths.1]);
+    let ran = ran.expect(0);
+    let text = ran.text();
+    let pieces = text.split("== ").skip(1);
+    let named = pieces.map(|piece| {
+        let (name, rest) = piece.split_once('\n').unwrap_or((piece, ""));
+        (name.to_string(), rest.to_string())
+    });
+    let named = named.collect();
+    (ran, named)
+}
+
+fn gdb_goes_back_and_forth(options: &[&str]) {
+    let (debian, dir) = (Debian::from_env(), scratch());
+    let recording = dir.path().join("r");
+    debian.record(&recording, "hello", options, b"").expect(0);
+    let script = "\
+seek 1200
+echo == at exit\\n
+info registers
+stepi 50
+echo == 50 steps on\\n
+info registers
+x/4i $pc
+reverse-stepi 50
+echo == 50 steps back\\n
+info registers
+stepi 50
+echo == 50 steps on again\\n
+info registers
+x/4i $pc
+break *$pc
+reverse-continue
+echo == a hit before\\n
+when
+continue
+echo == back again\\n
+info registers
+x/4i $pc
+when
+reverse-stepi
+stepi
+echo == one back and on\\n
+info registers
+x/4i $pc
+when
+delete
+continue
+echo == the end\\n
+when
+reverse-stepi
+echo == before the end\\n
+when
+x/i $pc
+stepi
+echo == and the end\\n
+when
+seek 0
+echo == the beginning\\n
+when
+reverse-stepi
+echo == no further\\n
+when
+break *0xffffffff00000000
+continue
+echo == the end again\\n
+when
+";
+    let (ran, pieces) = debugged(&debian, &recording, script);
+    let piece = |name: &str| {
+        let found = pieces.iter().find(|(piece, _)| piece == name);
+        let (_, text) = found.unwrap_or_else(|| panic!("{name}: {}", ran.text()));
+        // What gdb says of the next command follows its registers.
+        let until = text.find("\nBreakpoint").unwrap_or(text.len());
+        text[..until].to_string()
+    };
+    let registers = |name: &str| {
+        let text = piece(name);
+        let lines = text.lines().filter(|line| line.contains("0x"));
+        let lines = lines.take_while(|line| !line.starts_with("0x"));
+        lines.map(String::from).collect::<Vec<_>>()
+    };
+    let start = registers("at exit");
+    assert!(start.len() > 20, "{start:?}");
+    assert_eq!(start, registers("50 steps back"));
+    assert_ne!(start, registers("50 steps on"));
+    assert_eq!(registers("50 steps on"), registers("50 steps on again"));
+    assert_eq!(registers("50 steps on"), registers("back again"));
+    assert_eq!(registers("50 steps on"), registers("one back and on"));
+    // What the target says goes to standard error, in order.
+    let lines = ran.stderr.lines();
+    let places: Vec<&str> = lines
+        .filter(|line| line.contains("of guest time"))
+        .collect();
+    let [
+        at_exit,
+        before,
+        again,
+        on,
+        end,
+        before_end,
+        and_end,
+        seek,
+        beginning,
+        no_further,
+        end_again,
+    ] = places[..]
+    else {
+        panic!("{}", ran.stderr)
+    };
+    assert!(at_exit.starts_with("at exit 1,200,"), "{at_exit}");
+    assert!(before.starts_with("after exit"), "{before}");
+    assert_eq!(again, on);
+    assert!(end.starts_with("the end, at exit"), "{end}");
+    assert_eq!([and_end, end_again], [end; 2]);
+    assert!(before_end.starts_with("after exit"), "{before_end}");
+    for place in [seek, beginning, no_further] {
+        assert!(place.starts_with("at exit 0,"), "{place}");
+    }
+    // The end is told where the digests of everything were equal.
+    assert!(
+        ran.stderr.matches("the recording ends here: reset").count() >= 3,
+        "{}",
+        ran.stderr
+    );
+    let replayed = debian.replay(&recording, &["--json"]).expect(0).json();
+    assert_eq!(replayed["verdict"], "equal", "{replayed}");
+}
+
+#[test]
+#[ignore = "needs a KVM that can record and a branch counter"]
+fn gdb_steps_back_to_where_it_was_and_the_replay_is_equal_to_its_end() {
+    gdb_goes_back_and_forth(&["--preempt", "entries"]);
+}
+
+#[test]
+#[ignore = "needs a KVM that can record and a branch counter"]
+fn gdb_steps_back_among_places_between_exits_and_the_replay_is_equal_to_its_end() {
+    gdb_goes_back_and_forth(&["--preempt", "branches", "--patience", "0"]);
 }

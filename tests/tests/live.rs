@@ -108,7 +108,7 @@ fn live(
     let old = reader(&recording.journal);
     let mut machine = machine_of(old.header());
     let mut cpu = cpu(seed, mix(future ^ 0x22));
-    let place = state.map(|state| state.journal.clone().expect("a replay has a place"));
+    let place = state.map(|state| state.core.journal.clone().expect("a replay has a place"));
     if let Some(state) = state {
         let restored = machine.restore(state, &mut cpu, &mut NoDisks);
         restored.expect("it is of this machine");
@@ -197,7 +197,7 @@ fn a_machine_live_from_any_exit_makes_a_recording_that_replays_equal_and_begins_
             Verdict::Equal(end) => assert_eq!(*end, shorter.end),
             other => panic!("expected an equal replay, found {other:?}"),
         }
-        let from = from.progress.at().exits;
+        let from = from.core.progress.at().exits;
         assert_eq!(replayed.trace.after(from).turns, shorter.trace.turns);
     });
     let (went_on, others) = (went_on.get(), others.get());
@@ -210,7 +210,7 @@ fn a_recording_of_whole_turns_cannot_go_on_from_a_state_of_one_without_them() {
     let recording = record(1, Detail::Default);
     let state = state(&recording, 1, recording.exits / 2);
     let header = scenario(1).header(Detail::Full);
-    let place = state.journal.expect("a replay has a place");
+    let place = state.core.journal.expect("a replay has a place");
     let old = Replayer::at(reader(&recording.journal), &place).expect("it is of this journal");
     let mut recorder = Recorder::create(old, Vec::new(), &header).expect("a Vec takes everything");
     let copied = recorder.copy(

@@ -45,6 +45,8 @@ mod debugging;
 mod interrupts;
 #[path = "micro_guests/states.rs"]
 mod states;
+#[path = "micro_guests/stops.rs"]
+mod stops;
 #[path = "micro_guests/traps.rs"]
 mod traps;
 
@@ -381,6 +383,7 @@ fn proved(guest: &Guest) -> Vec<Ran> {
         });
         let [first, rest @ ..] = recordings;
         states::obeys_the_law(guest, &first);
+        stops::are_unseen(guest, &first);
         for other in rest {
             // Neither the detail of the journal nor a look at memory changes the run.
             assert_eq!(first.end(), other.end(), "seed {seed}");

@@ -2,6 +2,7 @@
 
 pub(crate) mod bench;
 pub mod console;
+pub(crate) mod debug;
 pub mod diff;
 pub(crate) mod disk;
 pub(crate) mod doctor;

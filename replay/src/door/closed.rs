@@ -21,6 +21,9 @@ pub enum Closed {
     /// The exit the operator asked for is reached.
     #[error("reached exit {0}")]
     Reached(u64),
+    /// The vCPU is where whoever debugs it wants it stopped.
+    #[error("stopped between two exits, after exit {0}")]
+    Stopped(u64),
     /// The journal cannot be read or written.
     #[error(transparent)]
     Journal(#[from] JournalError),

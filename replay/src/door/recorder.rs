@@ -264,6 +264,10 @@ impl<O: Outside<Closed = Closed>, W: Write> Outside for Recorder<O, W> {
         self.inner.kicked(position)
     }
 
+    fn stopped(&mut self, position: &Position) -> Result<(), Closed> {
+        self.inner.stopped(position)
+    }
+
     fn end(&mut self, exits: u64, end: &End) -> Result<(), Closed> {
         self.inner.end(exits, end)?;
         self.append_pending(exits)?;

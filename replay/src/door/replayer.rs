@@ -540,6 +540,10 @@ impl<R: Read> Outside for Replayer<R> {
         Ok(())
     }
 
+    fn stopped(&mut self, position: &Position) -> Result<(), Closed> {
+        Err(Closed::Stopped(position.exits))
+    }
+
     fn place(&self) -> Option<JournalPlace> {
         Some(JournalPlace {
             frame_before: self.taken.frame_before,

@@ -19,6 +19,9 @@ pub enum Back {
     Window,
     /// The host interrupted it. Does not count.
     Kicked,
+    /// It has come to where whoever debugs it wants it stopped. Does not count: the guest knows nothing of it, and goes on
+    /// from there as if it had not been stopped.
+    Stopped,
 }
 
 /// A vCPU and the memory it works on.

@@ -151,6 +151,11 @@ pub trait Outside {
     /// The vCPU came back without an exit of the guest's after the last turn.
     fn kicked(&mut self, position: &Position) -> Result<(), Self::Closed>;
 
+    /// The vCPU is where whoever debugs it wants it stopped, between two exits. A door that does not close lets it go on.
+    fn stopped(&mut self, _position: &Position) -> Result<(), Self::Closed> {
+        Ok(())
+    }
+
     /// The run is over.
     fn end(&mut self, exits: u64, end: &End) -> Result<(), Self::Closed>;
 

@@ -85,6 +85,11 @@ impl<C: Cpu, O: Outside + ?Sized> Turns<'_, C, O> {
                         return ended(closed);
                     }
                 }
+                Back::Stopped => {
+                    if let Err(closed) = self.outside.stopped(&self.position()) {
+                        return ended(closed);
+                    }
+                }
             }
         }
     }

@@ -74,7 +74,7 @@ fn what_is_no_state_of_a_recording_is_refused(debian: &Debian, dir: &Path) {
         "another machine",
     );
     let late = ["--from", path(&state), "--until", "99"];
-    refused(&recording, &late, "take an earlier state");
+    refused(&recording, &late, "begin earlier");
     let journal = recording.join("journal");
     let over = ["--until", "9", "--save", path(&journal), "--force"];
     refused(&recording, &over, "the journal of this recording");

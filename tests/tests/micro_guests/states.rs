@@ -12,12 +12,12 @@ use super::*;
 type State = StateOf<KvmCpu, NoDisks>;
 
 /// A guest in the middle of a replay.
-struct Replay<'a> {
+pub(super) struct Replay<'a> {
     journal: &'a [u8],
-    cpu: KvmCpu,
-    machine: Machine,
+    pub(super) cpu: KvmCpu,
+    pub(super) machine: Machine,
     door: Replayer<Cursor<&'a [u8]>>,
-    trace: Trace,
+    pub(super) trace: Trace,
 }
 
 fn reader(journal: &[u8]) -> JournalReader<Cursor<&[u8]>> {
@@ -25,7 +25,7 @@ fn reader(journal: &[u8]) -> JournalReader<Cursor<&[u8]>> {
 }
 
 impl<'a> Replay<'a> {
-    fn new(kvm: &Kvm, guest: &Guest, journal: &'a [u8]) -> Replay<'a> {
+    pub(super) fn new(kvm: &Kvm, guest: &Guest, journal: &'a [u8]) -> Replay<'a> {
         let reader = reader(journal);
         let cpu = guest.load(kvm, &reader.header().machine.cpuid);
         let machine = machine_of(reader.header());
@@ -38,13 +38,13 @@ impl<'a> Replay<'a> {
         }
     }
 
-    fn run(&mut self, until: Option<u64>) -> Result<End, RunError<KvmError>> {
+    pub(super) fn run(&mut self, until: Option<u64>) -> Result<End, RunError<KvmError>> {
         self.door.close_after(until);
         let disks = &mut NoDisks;
         (self.machine).run(&mut self.cpu, disks, &mut self.door, &mut self.trace)
     }
 
-    fn run_to(&mut self, until: u64) {
+    pub(super) fn run_to(&mut self, until: u64) {
         let reached = self.run(Some(until));
         assert!(
             matches!(reached, Err(RunError::Closed(Closed::Reached(exits))) if exits == until),
@@ -52,12 +52,12 @@ impl<'a> Replay<'a> {
         );
     }
 
-    fn save(&mut self) -> State {
+    pub(super) fn save(&mut self) -> State {
         let state = self.machine.save(&mut self.cpu, &mut NoDisks, &self.door);
         state.expect("a guest at an exit can be saved")
     }
 
-    fn restore(&mut self, state: &State) {
+    pub(super) fn restore(&mut self, state: &State) {
         let restored = self.machine.restore(state, &mut self.cpu, &mut NoDisks);
         restored.unwrap_or_else(|error| panic!("{error}"));
         let place = state.core.journal.as_ref().expect("a replay has a place");
@@ -65,7 +65,7 @@ impl<'a> Replay<'a> {
         self.trace = Trace::beginning_after(self.machine.at().exits);
     }
 
-    fn memory(&self) -> Vec<u8> {
+    pub(super) fn memory(&self) -> Vec<u8> {
         let mut memory = vec![0; RAM_BYTES as usize];
         assert!(self.cpu.memory().read(0, &mut memory), "all of it is RAM");
         memory
@@ -128,7 +128,7 @@ fn obeys_the_law_at(kvm: &Kvm, guest: &Guest, journal: &[u8], recorded: &End, ex
     }
 }
 
-fn windows_are_sure() -> bool {
+pub(super) fn windows_are_sure() -> bool {
     static SURE: OnceLock<bool> = OnceLock::new();
     *SURE.get_or_init(|| in_time(hindsight_vmm::doctor::check_recorder).is_ok())
 }

@@ -160,7 +160,7 @@ fn block_irq(bench: &mut Bench) -> Checked {
     }
 }
 
-fn breakpoint(bench: &mut Bench, ring: Ring) -> Checked {
+pub(super) fn breakpoint(bench: &mut Bench, ring: Ring) -> Checked {
     let guest = micro::breakpoint(ring);
     let target = guest.place("target");
     let vm = bench.start(&guest)?;

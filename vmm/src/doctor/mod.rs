@@ -20,6 +20,7 @@ mod speed;
 
 use std::time::Duration;
 
+use hindsight_guest_images::Ring;
 use kvm_ioctls::Kvm;
 
 use crate::kvm::KvmError;
@@ -127,4 +128,13 @@ pub fn check_recorder(kvm: &Kvm) -> Result<Vec<String>, String> {
     Err(format!(
         "this host cannot record: {refused}. The way out: {WAY_OUT}. `hindsight doctor` tells more"
     ))
+}
+
+/// Whether a debugger can stop a guest of this host's KVM between two exits: whether breakpoints in debug registers work, in
+/// ring 0 and in ring 3.
+pub fn check_breakpoints(kvm: &Kvm) -> [bool; 2] {
+    [Ring::Kernel, Ring::User].map(|ring| {
+        let checked = on_a_bench(kvm, LIMIT, move |bench| control::breakpoint(bench, ring));
+        matches!(checked, Ok(Ok(_)))
+    })
 }

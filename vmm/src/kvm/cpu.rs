@@ -17,6 +17,7 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd};
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_iow_nr;
 
+use super::debugger::Debugger;
 use super::error::{KvmError, Named};
 use super::guest_text::GuestView;
 use super::memory::GuestMemory;
@@ -60,6 +61,8 @@ pub struct KvmCpu {
     pub(super) counts: VcpuCounts,
     /// How it is stopped between two exits.
     pub(super) preemption: Preemption,
+    /// Where it is stopped for a debugger.
+    pub(super) debugger: Debugger,
 }
 
 impl KvmCpu {
@@ -80,6 +83,7 @@ impl KvmCpu {
             loading: None,
             counts: VcpuCounts::default(),
             preemption: Preemption::default(),
+            debugger: Debugger::default(),
         })
     }
 
@@ -198,7 +202,11 @@ impl Cpu for KvmCpu {
 
     fn run(&mut self, horizon: Horizon) -> Result<Back, KvmError> {
         match self.finish_parts()? {
-            Some(exit) => Ok(Back::Exit(exit)),
+            Some(exit) => {
+                self.debugger.begin();
+                self.debugger.exited(false);
+                Ok(Back::Exit(exit))
+            }
             None => self.run_to(horizon),
         }
     }

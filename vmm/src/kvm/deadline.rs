@@ -26,7 +26,7 @@ pub(super) fn reaches_us(kvm: &Kvm) -> Result<bool, KvmError> {
                 let wrote = matches!(exit, Exit::Access(Access::MsrWrite { index: 0x6e0, .. }));
                 return Ok(wrote);
             }
-            Back::Window | Back::Kicked => {}
+            Back::Window | Back::Kicked | Back::Stopped => {}
         }
     }
 }

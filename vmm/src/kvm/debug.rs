@@ -14,7 +14,9 @@ use kvm_bindings::{KVM_GUESTDBG_ENABLE, kvm_debugregs, kvm_guest_debug, kvm_gues
 use serde::{Deserialize, Serialize};
 
 use super::cpu::KvmCpu;
+use super::debugger::Watchpoint;
 use super::error::{KvmError, Named};
+use super::signals;
 use super::traps::Here;
 
 /// DR6: which breakpoints were hit (Intel SDM vol. 3, 17.2.3).
@@ -51,6 +53,8 @@ pub(super) enum DebugExit {
     Stop,
     /// The guest's, and it has it.
     Guest,
+    /// A watchpoint of a debugger's.
+    Seen,
 }
 
 /// The guest's DR0 to DR3 and DR7: what it last wrote to them.
@@ -123,12 +127,12 @@ impl Breakpoints {
         (0..4).filter(asked).map(|number| 1 << number).sum()
     }
 
-    /// The registers with stops in them as well, in those that are free.
+    /// The registers with stops and watchpoints in them as well, in those that are free.
     ///
     /// # Panics
     ///
-    /// If there are more stops than free registers.
-    pub(super) fn with_stops(&self, stops: &[u64]) -> kvm_guest_debug_arch {
+    /// If there are more of them than free registers.
+    pub(super) fn with_stops(&self, stops: &[u64], watched: &[Watchpoint]) -> kvm_guest_debug_arch {
         let mut arch = kvm_guest_debug_arch::default();
         arch.debugreg[7] = DR7_FIXED | self.dr7 & DR7_FREE & !DR7_GD;
         for number in 0..4 {
@@ -146,8 +150,27 @@ impl Breakpoints {
             // Intel SDM vol. 3, 17.2.4: enabled globally, on execution, of one byte.
             arch.debugreg[7] |= 2 << (2 * number);
         }
+        for watchpoint in watched {
+            let number = free.next().expect("the caller asked how many there are");
+            arch.debugreg[number] = watchpoint.address;
+            arch.debugreg[7] |= 2 << (2 * number);
+            arch.debugreg[7] |= watchpoint.type_and_length() << (16 + 4 * number);
+        }
         arch
     }
+}
+
+/// Which of the watchpoints that follow `stops` in the free registers a #DB with these bits in DR6 is of.
+fn watched(
+    dr6: u64,
+    guest: &Breakpoints,
+    stops: usize,
+    watchpoints: &[Watchpoint],
+) -> Option<Watchpoint> {
+    let numbers = guest.free().skip(stops);
+    let mut hits = numbers.zip(watchpoints);
+    let hit = hits.find(|(number, _)| dr6 >> number & 1 != 0);
+    hit.map(|(_, watchpoint)| *watchpoint)
 }
 
 /// What to make of a #DB.
@@ -197,7 +220,12 @@ impl KvmCpu {
             return Ok(());
         }
         self.vcpu.watched = true;
-        self.debug(0, kvm_guest_debug_arch::default())
+        self.debug(0, kvm_guest_debug_arch::default())?;
+        if !self.vcpu.unfinished {
+            // Before the first entry the shared page has no registers.
+            signals::finish(&mut self.vcpu.fd)?;
+        }
+        Ok(())
     }
 
     /// What KVM has in the guest's debug registers.
@@ -268,11 +296,16 @@ impl KvmCpu {
         self.keep_own_breakpoints()?;
         let guest = self.vcpu.breakpoints;
         let rip = self.rip();
-        let stops = std::mem::take(&mut self.vcpu.stops);
-        let verdict = judge(dr6, rip, &guest, &stops);
-        self.vcpu.stops = stops;
-        let Verdict::Guest(bits) = verdict else {
-            return Ok(DebugExit::Stop);
+        let (stops, watchpoints) = (&self.vcpu.stops, self.debugger.watchpoints());
+        let seen = watched(dr6, &guest, stops.len(), watchpoints);
+        let verdict = judge(dr6, rip, &guest, stops);
+        if let Some(watchpoint) = seen {
+            self.debugger.saw(watchpoint);
+        }
+        let bits = match verdict {
+            Verdict::Stop => return Ok(DebugExit::Stop),
+            Verdict::Guest(0) if seen.is_some() => return Ok(DebugExit::Seen),
+            Verdict::Guest(bits) => bits,
         };
         if bits == 0 && self.byte_at(rip) == Some(ICEBP) {
             // Intel's CPUs come back before it.
@@ -346,7 +379,7 @@ mod tests {
     #[test]
     fn stops_take_the_registers_that_the_guest_has_not_enabled() {
         assert_eq!(two().free_count(), 2);
-        let arch = two().with_stops(&[0xa000, 0xb000]);
+        let arch = two().with_stops(&[0xa000, 0xb000], &[]);
         assert_eq!(arch.debugreg[..4], [0x1000, 0xa000, 0x2000, 0xb000]);
         let dr7 = 1 | 2 << 2 | 2 << 4 | 2 << 6 | 0b1001 << 24 | DR7_FIXED;
         assert_eq!(arch.debugreg[7], dr7);

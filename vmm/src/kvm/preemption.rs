@@ -4,7 +4,7 @@
 //! (`KVM_GUESTDBG_USE_HW_BP`), beside those that the guest has enabled (see [`super::debug`]); the guest
 //! never sees a trap flag of ours.
 
-use hindsight_replay::{Ahead, Back, Exit, Horizon, Lander, Place, Unit, Walk, WalkEnd};
+use hindsight_replay::{Ahead, Back, Exit, Horizon, Lander, Place, Registers, Unit, Walk, WalkEnd};
 use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic};
 use kvm_bindings::{
     KVM_EXIT_DEBUG, KVM_EXIT_IO, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_GUESTDBG_ENABLE,
@@ -15,10 +15,11 @@ use super::cpu::KvmCpu;
 use super::debug::DebugExit;
 use super::entries::EntryStop;
 use super::error::{KvmError, Named};
+use super::guest_text::INSTRUCTION_MAX;
 use crate::perf::HostCounter;
 
 /// RFLAGS.RF: the next instruction runs past its breakpoint (Intel SDM vol. 3, 17.3.1.1).
-const RFLAGS_RF: u64 = 1 << 16;
+pub(super) const RFLAGS_RF: u64 = 1 << 16;
 /// How many instructions are looked at for the next conditional branch.
 const LOOK_AHEAD: usize = 64;
 
@@ -44,15 +45,24 @@ impl KvmCpu {
 
     /// Runs the guest to its horizon at the latest.
     pub(super) fn run_to(&mut self, horizon: Horizon) -> Result<Back, KvmError> {
+        self.debugger.begin();
         let back = self.run_preempted(horizon)?;
         // Whatever stops it: the word that counts entries is in memory, which must not tell.
-        if matches!(back, Back::Exit(_)) {
+        if let Back::Exit(exit) = back {
             self.entries().turn();
+            self.debugger.exited(is_between_exits(&exit));
         }
         Ok(back)
     }
 
     fn run_preempted(&mut self, horizon: Horizon) -> Result<Back, KvmError> {
+        if self.debugger.is_on() && self.vcpu.unfinished {
+            // RIP is the guest's only after the instruction that exited.
+            hindsight_replay::Cpu::settle(self)?;
+            if let Some(exit) = self.next_part() {
+                return Ok(Back::Exit(exit));
+            }
+        }
         match std::mem::take(&mut self.preemption) {
             Preemption::Branches(mut lander) => {
                 let back = self.land(&mut lander, horizon);
@@ -129,21 +139,24 @@ impl KvmCpu {
         }
     }
 
-    /// Has the vCPU stop before the instructions at these addresses, and nowhere else.
+    /// Has the vCPU stop before the instructions at these addresses, and after what a debugger watches, and nowhere else.
     fn set_stops(&mut self, stops: &[u64]) -> Result<(), KvmError> {
-        if stops.is_empty() && self.vcpu.stops.is_empty() {
+        let watched = self.debugger.watchpoints().to_vec();
+        let none = stops.is_empty() && watched.is_empty();
+        if none && self.vcpu.stops.is_empty() && !self.vcpu.watches {
             return Ok(());
         }
-        let (control, arch) = match stops {
-            [] => (0, kvm_guest_debug_arch::default()),
-            stops => {
-                let arch = self.vcpu.breakpoints.with_stops(stops);
+        let (control, arch) = match none {
+            true => (0, kvm_guest_debug_arch::default()),
+            false => {
+                let arch = self.vcpu.breakpoints.with_stops(stops, &watched);
                 (KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP, arch)
             }
         };
         self.debug(control, arch)?;
         self.vcpu.stops = stops.to_vec();
-        if stops.is_empty() {
+        self.vcpu.watches = !watched.is_empty();
+        if none {
             self.keep_own_breakpoints()?;
         }
         Ok(())
@@ -152,6 +165,23 @@ impl KvmCpu {
     /// KVM has none of our breakpoints any more.
     pub(super) fn forget_stops(&mut self) {
         self.vcpu.stops.clear();
+        self.vcpu.watches = false;
+    }
+
+    /// Whether KVM has breakpoints of ours.
+    pub(super) fn has_stops(&self) -> bool {
+        self.vcpu.watches || !self.vcpu.stops.is_empty()
+    }
+
+    /// Where it stops for the way to a place and for a debugger; `None` if there are too few registers.
+    fn all_stops(&mut self, stops: &[u64]) -> Option<Vec<u64>> {
+        let mut all = stops.to_vec();
+        for address in self.debugger.addresses() {
+            if !all.contains(&address) {
+                all.push(address);
+            }
+        }
+        self.has_room(all.len()).then_some(all)
     }
 
     /// Lets the present instruction run past a breakpoint on it. Returns whether it had to.
@@ -171,26 +201,66 @@ impl KvmCpu {
         Ok(passes)
     }
 
-    /// Takes back what [`Self::pass_stop`] did, if the instruction at `passed` has not been executed.
-    fn unpass_stop(&mut self, passed: u64) -> Result<(), KvmError> {
+    /// Takes back what [`Self::pass_stop`] did, if the instruction at `passed` has not been executed. Returns whether it
+    /// did.
+    fn unpass_stop(&mut self, passed: u64) -> Result<bool, KvmError> {
         let registers = self.page().registers();
         let is_at_stop = registers.rip() == passed && registers.rflags() & RFLAGS_RF != 0;
-        if is_at_stop && !self.event_is_under_way()? {
+        let unpasses = is_at_stop && !self.event_is_under_way()?;
+        if unpasses {
             self.page()
                 .change_registers(|registers| registers.rflags &= !RFLAGS_RF);
         }
-        Ok(())
+        Ok(unpasses)
+    }
+
+    /// Whether the instruction that was to be passed has not been executed, although the flag said so: a KVM that enters its
+    /// guests by SYSRET drops it.
+    fn is_where_it_was(&mut self, start: &Registers) -> bool {
+        let registers = self.page().registers();
+        let flags = |registers: &Registers| registers.rflags() & !RFLAGS_RF;
+        registers.0[..17] == start.0[..17] && flags(&registers) == flags(start)
+    }
+
+    /// How an instruction with a breakpoint is passed for a debugger: by stops where it leads, and none on it. RF would be
+    /// seen in the registers of an exit, if it makes one. The way to a place comes first, and what room is left the other
+    /// stops have. `None` where the instruction may lead to itself: then it is passed by RF after all.
+    fn hop(&mut self, way: &[u64], all: &[u64]) -> Result<Option<Vec<u64>>, KvmError> {
+        let start = self.rip();
+        let targets = self.step_targets()?;
+        if targets.contains(&start) || targets.is_empty() {
+            return Ok(None);
+        }
+        let mut hop: Vec<u64> = Vec::new();
+        for stop in way.iter().chain(&targets).chain(all) {
+            if *stop != start && !hop.contains(stop) {
+                hop.push(*stop);
+            }
+        }
+        let room = self.vcpu.breakpoints.free_count();
+        hop.truncate(room.saturating_sub(self.debugger.watchpoints().len()));
+        Ok(Some(hop))
+    }
+
+    /// The same, of an instruction that was passed and is an exit: it leaves the flag clear, whoever finishes it.
+    fn finish_pass(&mut self, passed: u64) {
+        let registers = self.page().registers();
+        let length = registers.rip().wrapping_sub(passed);
+        if length <= INSTRUCTION_MAX as u64 && registers.rflags() & RFLAGS_RF != 0 {
+            self.page()
+                .change_registers(|registers| registers.rflags &= !RFLAGS_RF);
+        }
     }
 
     /// Whether KVM has an exception or an interrupt to deliver before the next instruction.
-    fn event_is_under_way(&self) -> Result<bool, KvmError> {
+    pub(super) fn event_is_under_way(&self) -> Result<bool, KvmError> {
         let events = self.fd().get_vcpu_events().named("KVM_GET_VCPU_EVENTS")?;
         let exception = events.exception.injected | events.exception.pending;
         Ok(exception | events.interrupt.injected | events.nmi.injected != 0)
     }
 
     /// Whether the guest at `rip` runs 64-bit code, and if not, of how many bits.
-    fn bitness(&self, rip: u64) -> Result<u32, KvmError> {
+    pub(super) fn bitness(&self, rip: u64) -> Result<u32, KvmError> {
         if rip > u32::MAX.into() {
             // Only 64-bit code has such addresses.
             return Ok(64);
@@ -218,12 +288,44 @@ impl KvmCpu {
 impl KvmCpu {
     /// Runs as [`Walk::go`] does; `None` if it was only brought back to be given an exception of its own.
     fn go_on(&mut self, stops: &[u64]) -> Result<Option<WalkEnd>, KvmError> {
-        self.set_stops(stops)?;
-        let start = KvmCpu::rip(self);
-        let passed = stops.contains(&start) && self.pass_stop()?;
+        let debugged = self.debugger.is_on();
+        if debugged && self.is_at_debug_stop()? {
+            return Ok(Some(WalkEnd::Back(Back::Stopped)));
+        }
+        let Some(all) = self.all_stops(stops) else {
+            return Ok(Some(WalkEnd::Back(Back::Stopped)));
+        };
+        let start = self.page().registers();
+        let passes = all.contains(&start.rip());
+        let hop = match passes && debugged {
+            true => self.hop(stops, &all)?,
+            false => None,
+        };
+        self.set_stops(hop.as_ref().unwrap_or(&all))?;
+        let passed = passes && hop.is_none() && self.pass_stop()?;
         let reason = self.enter()?;
-        if passed && matches!(reason, None | Some(KVM_EXIT_IRQ_WINDOW_OPEN)) {
-            self.unpass_stop(start)?;
+        let stays = match reason {
+            None | Some(KVM_EXIT_IRQ_WINDOW_OPEN) if hop.is_some() => self.rip() == start.rip(),
+            None | Some(KVM_EXIT_IRQ_WINDOW_OPEN) => passed && self.unpass_stop(start.rip())?,
+            Some(KVM_EXIT_DEBUG) if debugged && passes && hop.is_none() => {
+                if self.is_where_it_was(&start) && (passed || self.event_is_under_way()?) {
+                    return Err(KvmError::Stopped {
+                        rip: start.rip(),
+                        bytes: self.view()?.instruction_bytes(start.rip()),
+                        what: "it does not get past a breakpoint there".into(),
+                    });
+                }
+                false
+            }
+            Some(KVM_EXIT_DEBUG) => false,
+            Some(_) if passed && debugged => {
+                self.finish_pass(start.rip());
+                false
+            }
+            Some(_) => false,
+        };
+        if !stays {
+            self.debugger.got_on();
         }
         let Some(mut reason) = reason else {
             self.counts.kicks += 1;
@@ -251,8 +353,9 @@ impl KvmCpu {
             KVM_EXIT_DEBUG => {
                 self.vcpu.unfinished = false;
                 match self.sort_debug_exit()? {
-                    DebugExit::Stop => Some(WalkEnd::AtStop),
-                    DebugExit::Guest => None,
+                    DebugExit::Stop if stops.contains(&KvmCpu::rip(self)) => Some(WalkEnd::AtStop),
+                    // A debugger's is looked at as the vCPU goes on.
+                    DebugExit::Stop | DebugExit::Guest | DebugExit::Seen => None,
                 }
             }
             reason => Some(WalkEnd::Back(Back::Exit(self.decode(reason)?))),
@@ -319,6 +422,11 @@ impl Walk for KvmCpu {
         }
         Ok(Ahead::Unclear)
     }
+}
+
+/// Whether an exit is only a place at which the vCPU was stopped, before an instruction.
+fn is_between_exits(exit: &Exit) -> bool {
+    matches!(exit, Exit::Preempted(place) if place.unit == Unit::Branches)
 }
 
 /// Whether an instruction changes nothing but RIP.

@@ -26,14 +26,17 @@ use super::traps::TrapMemory;
 /// CR4.PGE: changing it flushes the TLB (Intel SDM vol. 3, 4.10.4.1).
 const CR4_PGE: u64 = 1 << 7;
 
+/// What SWAPGS exchanges with the base of GS.
+pub(super) const KERNEL_GS_BASE: u32 = 0xc000_0102;
+
 /// The MSRs in which a guest can keep something: those that KVM keeps for it ([`super::msr::KEPT`]), less the constant
 /// one and those among the system registers; and those that are loaded after the board's.
-fn kept_msrs() -> impl Iterator<Item = u32> {
+pub(super) fn kept_msrs() -> impl Iterator<Item = u32> {
     let variable_mtrrs = 0x200..=0x20f;
     let fixed_mtrrs = [0x250, 0x258, 0x259].into_iter().chain(0x268..=0x26f);
     let pat_and_default = [0x277, 0x2ff];
     let syscall = [0xc000_0081, LSTAR, CSTAR, 0xc000_0084];
-    let kernel_gs = [0xc000_0102];
+    let kernel_gs = [KERNEL_GS_BASE];
     SYSENTER
         .chain(variable_mtrrs)
         .chain(fixed_mtrrs)
@@ -44,10 +47,10 @@ fn kept_msrs() -> impl Iterator<Item = u32> {
 
 /// The part of an XSAVE area that holds x87 and SSE state (Intel SDM vol. 1, 13.4.1).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Fpu(Vec<u8>);
+pub(super) struct Fpu(Vec<u8>);
 
 impl Fpu {
-    const BYTES: usize = 512;
+    pub(super) const BYTES: usize = 512;
     /// Last opcode, instruction pointer and operand pointer of x87.
     const POINTERS: std::ops::Range<usize> = 6..24;
     const MXCSR: std::ops::Range<usize> = 24..28;
@@ -206,7 +209,7 @@ impl KvmCpu {
         }
     }
 
-    fn kept_msr_values(&self) -> Result<Vec<u64>, KvmError> {
+    pub(super) fn kept_msr_values(&self) -> Result<Vec<u64>, KvmError> {
         let entries: Vec<_> = kept_msrs()
             .map(|index| kvm_msr_entry {
                 index,
@@ -219,6 +222,12 @@ impl KvmCpu {
             return Err(KvmError::Lacks("an MSR that it keeps for guests"));
         }
         Ok(msrs.as_slice().iter().map(|msr| msr.data).collect())
+    }
+
+    /// x87 and SSE, as FXSAVE stores them.
+    pub(super) fn fxsave_area(&self) -> Result<[u8; Fpu::BYTES], KvmError> {
+        let fpu = self.fpu()?.0;
+        Ok(fpu.try_into().expect("it was made with this length"))
     }
 
     fn fpu(&self) -> Result<Fpu, KvmError> {
@@ -306,7 +315,8 @@ impl KvmCpu {
             .take(&self.vm.fd, &mut self.vcpu.fd)?
             .is_some()
         {}
-        if !self.vcpu.stops.is_empty() {
+        self.debugger.moved();
+        if self.has_stops() {
             self.debug(0, kvm_guest_debug_arch::default())?;
             self.forget_stops();
         }

@@ -67,6 +67,11 @@ pub(super) struct TrapMemory {
 }
 
 impl TrapMemory {
+    /// The CR4 that the guest believes in, if it has written one.
+    pub(super) fn guest_cr4(&self) -> Option<u64> {
+        self.guest_cr4
+    }
+
     /// Where the #GP entry is rewritten.
     pub(super) fn gp_entry(&self) -> Option<u64> {
         self.gp_entry.map(|(entry, _)| entry)

@@ -25,6 +25,8 @@ pub(super) struct Vcpu {
     pub(super) watched: bool,
     /// Where breakpoints are set, for us and not for the guest.
     pub(super) stops: Vec<u64>,
+    /// Whether data is watched, for a debugger.
+    pub(super) watches: bool,
     /// What is left of the instruction of the last exit.
     pub(super) parts: Parts,
     /// KVM has not finished that instruction.
@@ -45,6 +47,7 @@ impl Vcpu {
             breakpoints: Breakpoints::default(),
             watched: false,
             stops: Vec::new(),
+            watches: false,
             parts: Parts::default(),
             unfinished: false,
         })

@@ -5,6 +5,7 @@
 //! [`Front`], what ends it is a [`Failure`].
 
 mod checkpoints;
+mod debug;
 mod images;
 pub mod index;
 mod kernel_cache;
@@ -27,6 +28,7 @@ use crate::failure::Failure;
 use crate::world::{Hold, Shown};
 
 pub use checkpoints::{CheckpointError, CheckpointFile, PageLimit};
+pub use debug::{DebugWish, Debugger, Interrupted, Stopped};
 pub use images::{DiskWish, MachineWish};
 pub use live::{LiveRecordingWish, LiveWish, Lived, live};
 pub use make::{

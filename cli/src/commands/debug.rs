@@ -1,0 +1,245 @@
+//! `hindsight debug`.
+
+use std::ffi::OsString;
+use std::net::{Ipv4Addr, TcpListener};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::str::FromStr;
+use std::time::Duration;
+
+use clap::Args;
+use hindsight_replay::ExitNumber;
+use hindsight_replay::foreign::shown_path;
+use hindsight_vmm::failure::{Failure, Kind};
+use hindsight_vmm::session::{CounterWish, DebugWish, Debugger, RecordedPaths};
+use nix::sys::signal::{SigSet, Signal};
+
+use crate::gdb::{Peer, serve};
+use crate::outcome::Outcome;
+use crate::tell::tell;
+
+/// From one look at whether gdb has come to the next.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+/// What gdb is told before it connects. A recording is no program, so there is nothing to kill.
+const INIT: &str = "\
+set architecture i386:x86-64
+set confirm off
+set remotetimeout 100000
+set pagination off
+define seek
+  monitor seek $arg0
+  maintenance flush register-cache
+end
+document seek
+Go to an exit of the recording: seek EXIT.
+end
+define when
+  monitor when
+end
+document when
+Tell where the guest is.
+end
+";
+
+/// Options of `debug`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Without --listen gdb is started. In it, `seek EXIT` goes to an exit, and reverse-stepi, reverse-continue and the like go
+back. Registers and memory cannot be written, and stops are as many as the guest's CPU has debug registers, four at most.
+docs/time-travel.md says what works on which hosts.")]
+pub(crate) struct Options {
+    /// The recording.
+    recording: PathBuf,
+    /// Begin at this exit, instead of where the recording begins.
+    #[arg(long, value_name = "EXIT")]
+    at: Option<ExitNumber>,
+    /// Start no gdb, but wait for one at a socket of this host: unix:PATH, or :PORT of 127.0.0.1.
+    #[arg(long, value_name = "unix:PATH|:PORT")]
+    listen: Option<Listen>,
+    /// Give gdb this file: the guest's kernel with symbols.
+    #[arg(long, value_name = "FILE", conflicts_with = "listen")]
+    vmlinux: Option<PathBuf>,
+    /// Take the kernel from here instead of from the recording; it must be the same.
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
+    /// Take the initrd from here instead of from the recording; it must be the same.
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+    /// Take the image of a disk from here instead of from where it was; it must be the same.
+    ///
+    /// Once for each disk, in their order.
+    #[arg(long = "disk", value_name = "FILE")]
+    disks: Vec<PathBuf>,
+    /// Force the raw event that is counted between exits; without it, the one known for this CPU.
+    #[arg(long, value_name = "EVENT")]
+    event: Option<String>,
+    /// Force how many branches short of a place the counter is set.
+    #[arg(long, value_name = "BRANCHES")]
+    margin: Option<u64>,
+    /// More arguments for gdb.
+    #[arg(last = true, conflicts_with = "listen")]
+    gdb: Vec<OsString>,
+}
+
+/// Where a gdb is waited for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Listen {
+    Unix(PathBuf),
+    Port(u16),
+}
+
+impl FromStr for Listen {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Listen, String> {
+        let port = |port: &str| port.parse().ok().filter(|port| *port != 0);
+        if let Some(path) = text.strip_prefix("unix:").filter(|path| !path.is_empty()) {
+            return Ok(Listen::Unix(path.into()));
+        }
+        let port = text.strip_prefix(':').and_then(port);
+        port.map(Listen::Port)
+            .ok_or_else(|| "expected unix:PATH, or :PORT with a number".into())
+    }
+}
+
+pub(crate) fn main(options: &Options) -> Result<Outcome, Failure> {
+    let wish = DebugWish {
+        recording: options.recording.clone(),
+        instead: RecordedPaths {
+            kernel: options.kernel.clone(),
+            initrd: options.initrd.clone(),
+            disks: options.disks.clone(),
+        },
+        counter: CounterWish {
+            event: options.event.clone(),
+            margin: options.margin,
+        },
+        at: options.at.map_or(0, |at| at.0),
+    };
+    let debugger = Debugger::open(&wish)?;
+    if let Some(lacks) = debugger.lacks() {
+        tell!("hindsight: {lacks}");
+    }
+    match &options.listen {
+        Some(listen) => serve(debugger, wait_at(listen)?)?,
+        None => with_gdb(debugger, options)?,
+    }
+    Ok(Outcome::Good)
+}
+
+/// Waits for a gdb.
+fn wait_at(listen: &Listen) -> Result<Peer, Failure> {
+    let (place, accepted) = match listen {
+        Listen::Unix(path) => {
+            let place = path.display().to_string();
+            let listener = UnixListener::bind(path);
+            (place, listener.map(Listening::Unix))
+        }
+        Listen::Port(port) => {
+            let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, *port));
+            (format!("localhost:{port}"), listener.map(Listening::Tcp))
+        }
+    };
+    let failed = |error: std::io::Error| {
+        let message = format!(
+            "cannot listen at {}: {error}",
+            shown_path(Path::new(&place))
+        );
+        Failure::new(Kind::BadInput, message)
+    };
+    let listening = accepted.map_err(failed)?;
+    tell!(
+        "waiting for gdb: set architecture i386:x86-64, set remotetimeout 100000, target remote {}",
+        shown_path(Path::new(&place))
+    );
+    let peer = listening.accept().map_err(failed)?;
+    if let Listen::Unix(path) = listen {
+        // Nobody else is waited for.
+        let _ = std::fs::remove_file(path);
+    }
+    Ok(peer)
+}
+
+enum Listening {
+    Unix(UnixListener),
+    Tcp(TcpListener),
+}
+
+impl Listening {
+    fn accept(&self) -> std::io::Result<Peer> {
+        match self {
+            Listening::Unix(listener) => listener.accept().map(|(stream, _)| stream.into()),
+            Listening::Tcp(listener) => listener.accept().map(|(stream, _)| stream.into()),
+        }
+    }
+}
+
+/// Starts a gdb and serves it.
+fn with_gdb(debugger: Debugger, options: &Options) -> Result<(), Failure> {
+    let directory = tempfile::tempdir()?;
+    let socket = directory.path().join("gdb");
+    let init = directory.path().join("init");
+    std::fs::write(&init, INIT)?;
+    let listener = UnixListener::bind(&socket)?;
+    listener.set_nonblocking(true)?;
+    // Ctrl-C at the terminal is for gdb, which says so in its own words. A child has no signal blocked.
+    let mut interrupt = SigSet::empty();
+    interrupt.add(Signal::SIGINT);
+    interrupt
+        .thread_block()
+        .map_err(|error| Failure::new(Kind::HostFailed, format!("sigprocmask: {error}")))?;
+    let mut command = Command::new("gdb");
+    command.arg("-q").arg("-ix").arg(&init);
+    command.args(&options.vmlinux);
+    command.arg("-ex");
+    command.arg(format!("target remote {}", socket.display()));
+    command.args(&options.gdb);
+    let mut gdb = command.spawn().map_err(|error| {
+        let message = format!(
+            "cannot start gdb: {error}; install it (Debian: apt install gdb), or connect one by --listen"
+        );
+        Failure::new(Kind::BadInput, message)
+    })?;
+    let served = match wait_for(&listener, &mut gdb)? {
+        Some(peer) => serve(debugger, peer),
+        None => Ok(()),
+    };
+    gdb.wait()?;
+    served
+}
+
+/// Waits until gdb connects; `None` if it ends before.
+fn wait_for(listener: &UnixListener, gdb: &mut Child) -> Result<Option<Peer>, Failure> {
+    loop {
+        match listener.accept() {
+            Ok((stream, _)) => {
+                stream.set_nonblocking(false)?;
+                return Ok(Some(stream.into()));
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error.into()),
+        }
+        if gdb.try_wait()?.is_some() {
+            return Ok(None);
+        }
+        std::thread::sleep(LOOK_EVERY);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_place_to_listen_at_is_a_socket_of_this_host() {
+        assert_eq!(
+            "unix:/x y".parse::<Listen>(),
+            Ok(Listen::Unix("/x y".into()))
+        );
+        assert_eq!(":1234".parse::<Listen>(), Ok(Listen::Port(1234)));
+        for wrong in ["", "unix:", ":", ":0", ":65536", "0.0.0.0:1234", "1234"] {
+            assert!(wrong.parse::<Listen>().is_err(), "{wrong}");
+        }
+    }
+}
