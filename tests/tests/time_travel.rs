@@ -112,8 +112,7 @@ fn travel<R: Recorded, K: Checkpoints<CpuState<R>, DisksState<R>> + std::fmt::De
                 let (machine, _, _) = timeline.parts().expect("it is somewhere");
                 assert_eq!(machine.at().exits, expected);
                 if let Some(straight) = straight.states.get(&expected) {
-                    let here = timeline.save().expect("it is somewhere");
-                    let here = here.expect("it is at an exit");
+                    let here = timeline.save().expect("it is at an exit");
                     let differences = here.digest().differences(&straight.digest());
                     assert!(differences.is_empty(), "at {expected}: {differences:?}");
                     assert!(here == *straight, "at exit {expected}");

@@ -9,7 +9,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use clap::Args;
-use hindsight_replay::ExitNumber;
+use hindsight_replay::When;
 use hindsight_replay::foreign::shown_path;
 use hindsight_vmm::failure::{Failure, Kind};
 use hindsight_vmm::session::{CounterWish, DebugWish, Debugger, RecordedPaths};
@@ -51,9 +51,11 @@ docs/time-travel.md says what works on which hosts.")]
 pub(crate) struct Options {
     /// The recording.
     recording: PathBuf,
-    /// Begin at this exit, instead of where the recording begins.
-    #[arg(long, value_name = "EXIT")]
-    at: Option<ExitNumber>,
+    /// Begin at this moment, instead of where the recording begins.
+    ///
+    /// An exit number, a guest time such as 12.5s, `crash`, or `console:TEXT`; +N or -N after it is N exits later or earlier.
+    #[arg(long, value_name = "MOMENT")]
+    at: Option<When>,
     /// Start no gdb, but wait for one at a socket of this host: unix:PATH, or :PORT of 127.0.0.1.
     #[arg(long, value_name = "unix:PATH|:PORT")]
     listen: Option<Listen>,
@@ -115,7 +117,7 @@ pub(crate) fn main(options: &Options) -> Result<Outcome, Failure> {
             event: options.event.clone(),
             margin: options.margin,
         },
-        at: options.at.map_or(0, |at| at.0),
+        at: options.at.clone(),
     };
     let debugger = Debugger::open(&wish)?;
     if let Some(lacks) = debugger.lacks() {

@@ -284,11 +284,11 @@ where
         Some((&mut parts.machine, &mut parts.cpu, &mut parts.disks))
     }
 
-    /// The whole state where the machine is; `None` before the first travel.
-    pub fn save(&mut self) -> Option<Result<StateOf<C, S>, StateError<<C as Cpu>::Error>>> {
-        let parts = self.parts.as_mut()?;
+    /// The whole state where the machine is.
+    pub fn save(&mut self) -> Result<StateOf<C, S>, StateError<<C as Cpu>::Error>> {
+        let parts = self.parts.as_mut().ok_or(StateError::NotAtAnExit)?;
         let (cpu, disks) = (&mut parts.cpu, &mut parts.disks);
-        Some(parts.machine.save(cpu, disks, &self.door))
+        parts.machine.save(cpu, disks, &self.door)
     }
 
     /// The digest of all that decides what happens next, where the machine is; `None` before the first travel.

@@ -63,13 +63,13 @@ fn a_recording_is_indexed_and_replays_from_any_moment_to_the_same_end() {
         same(&exit.to_string(), Some(exit));
     }
     same("end-1", Some(exits - 1));
-    let text = same("console:Freeing unused kernel", None);
+    let text = same("console:boot: alarm", None);
     let until = format!("{text}");
     let shown = debian.replay(&recording, &["--until", &until]).expect(0);
-    assert!(shown.text().contains("Freeing unused kernel"));
+    assert!(shown.text().contains("boot: alarm"));
     let before = (text - 1).to_string();
     let shown = debian.replay(&recording, &["--until", &before]).expect(0);
-    assert!(!shown.text().contains("Freeing unused kernel"));
+    assert!(!shown.text().contains("boot: alarm"));
 
     // A budget is kept to; damaged or deleted, it costs time and nothing else.
     let small = index(&debian, &recording, &["--budget", "20M"]);

@@ -20,12 +20,14 @@ use replaying::{Ran, Replaying};
 
 use std::path::PathBuf;
 
-use hindsight_replay::Registers;
+use hindsight_replay::{Registers, When};
 
 use super::make::open_kvm;
+use super::moments::{travel, until_moment};
 use super::open::RecordedPaths;
 use super::preemption_plan::CounterWish;
 use super::recording::Recording;
+use super::replay::Until;
 use crate::doctor;
 use crate::failure::{Failure, Kind};
 use crate::kvm::{GuestRegisters, Hit, Stops};
@@ -46,8 +48,8 @@ pub struct DebugWish {
     pub instead: RecordedPaths,
     /// The counter that finds the places between exits at which the guest was preempted.
     pub counter: CounterWish,
-    /// The exit to begin at.
-    pub at: u64,
+    /// The moment to begin at; `None`: power-on.
+    pub at: Option<When>,
 }
 
 /// Why a debugger has the guest back.
@@ -88,6 +90,13 @@ impl Debugger {
         let (kvm, _) = open_kvm()?;
         let breakpoints = doctor::check_breakpoints(&kvm);
         let recording = Recording::at(&wish.recording);
+        let exit = match &wish.at {
+            None => 0,
+            Some(when) => match until_moment(&recording, &wish.instead, when)? {
+                Until::Exit(exit) => exit,
+                _ => travel(&recording, &wish.instead, &wish.counter, when)?.1,
+            },
+        };
         let mut replay = Replaying::begin(recording, &wish.instead, &wish.counter)?;
         let timeline = Kept::at_power_on(&mut replay)?;
         let mut debugger = Debugger {
@@ -97,7 +106,7 @@ impl Debugger {
             steps: Vec::new(),
             breakpoints,
         };
-        debugger.seek(wish.at, &mut || false)?;
+        debugger.seek(exit, &mut || false)?;
         Ok(debugger)
     }
 
