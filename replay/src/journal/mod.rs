@@ -32,7 +32,7 @@ pub use writer::JournalWriter;
 /// First bytes of every journal. The high bit and the line ends catch text-mode copies, as in PNG.
 pub const MAGIC: [u8; 8] = *b"\x89HSJ\r\n\x1a\n";
 /// The version this code writes, and the only one it reads.
-pub const VERSION: u32 = 7;
+pub const VERSION: u32 = 8;
 /// Why a journal cannot be opened, written, or followed.
 #[derive(Debug, Error)]
 pub enum JournalError {
