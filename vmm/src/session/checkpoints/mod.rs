@@ -23,14 +23,13 @@ use rustix::fs::{FlockOperation, Mode, OFlags, flock};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use thiserror::Error;
-use xxhash_rust::xxh3::xxh3_64;
 
 use super::make::random_number;
 use crate::output_file::Unfinished;
 use crate::regular_file::{self, Links};
 use format::{
     CORE_BYTES_MAX, Directory, FILE_HEAD_BYTES, GROUP_BYTES, GROUP_PAGES, HEAD_BYTES, Head,
-    file_head,
+    check_of, file_head,
 };
 use table::{PageName, PageTable};
 use unpacked::Unpacked;
@@ -120,7 +119,7 @@ impl CheckpointFile {
             limit,
             journal,
             end: FILE_HEAD_BYTES as u64,
-            check: xxh3_64(&head),
+            check: check_of(&head),
             heads: Vec::new(),
             kept: Vec::new(),
             groups: Vec::new(),
@@ -174,7 +173,7 @@ impl CheckpointFile {
         let directory_at = groups_at + head.groups_bytes;
         let mut packed = vec![0; head.directory_bytes as usize];
         self.file.read_exact_at(&mut packed, directory_at).ok()?;
-        if xxh3_64(&packed) != head.directory_check {
+        if check_of(&packed) != head.directory_check {
             return None;
         }
         let directory = Directory::unpack(&packed)?;
@@ -287,7 +286,7 @@ impl CheckpointFile {
         let kept = &self.kept[number];
         let mut packed = vec![0; kept.core_bytes as usize];
         self.file.read_exact_at(&mut packed, kept.core_at)?;
-        match xxh3_64(&packed) == kept.core_check {
+        match check_of(&packed) == kept.core_check {
             true => Ok(packed),
             false => Err(CheckpointError::Damaged("a state has another check")),
         }
@@ -410,7 +409,7 @@ impl CheckpointFile {
             for (group, place) in missing.drain(..count) {
                 let start = (place.at - first.at) as usize;
                 let packed = &packed[start..start + place.bytes as usize];
-                if xxh3_64(packed) != place.check {
+                if check_of(packed) != place.check {
                     return Err(CheckpointError::Damaged("pages have another check"));
                 }
                 self.unpacked.keep(group, packed)?;

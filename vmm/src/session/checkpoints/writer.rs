@@ -9,11 +9,10 @@ use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::thread::JoinHandle;
 
 use hindsight_replay::{CheckpointHead, PAGE_BYTES, PagePlace, is_zero};
-use xxhash_rust::xxh3::xxh3_64;
 use xxhash_rust::xxh64::xxh64;
 
 use super::CheckpointError;
-use super::format::{Directory, GROUP_BYTES, GROUP_PAGES, HEAD_BYTES, Head};
+use super::format::{Directory, GROUP_BYTES, GROUP_PAGES, HEAD_BYTES, Head, check_of};
 use super::table::{PageName, PageTable};
 
 /// zstd's fastest level but one.
@@ -161,7 +160,7 @@ impl Writer {
         self.added.push(Group {
             at: self.packed_at + self.packed.len() as u64,
             bytes: packed.len() as u32,
-            check: xxh3_64(&packed),
+            check: check_of(&packed),
         });
         self.groups += 1;
         self.packed.extend(packed);
@@ -227,8 +226,8 @@ impl Writer {
             groups_bytes: directory_at - groups_at,
             directory_bytes: directory.len() as u32,
             core_bytes: core.len() as u32,
-            directory_check: xxh3_64(&directory),
-            core_check: xxh3_64(core),
+            directory_check: check_of(&directory),
+            core_check: check_of(core),
         };
         let (bytes, check) = head.to_bytes(self.check);
         // Last: what a kill leaves before is nothing.
