@@ -21,7 +21,7 @@ use hindsight_vmm::failure::Failure;
 
 use commands::{
     bench, console, debug, diff, disk, doctor, fork, index, inspect, live, pcap, record, replay,
-    run,
+    run, verify,
 };
 use outcome::{EXIT_CODES, Outcome};
 use tell::{out, tell};
@@ -44,6 +44,8 @@ enum Command {
     Replay(replay::Options),
     /// Make any moment of a recording quick to reach.
     Index(index::Options),
+    /// Check a recording in stretches, side by side.
+    Verify(verify::Options),
     /// Go on from a moment of a recording as a running machine.
     Live(live::Options),
     /// Live several futures of one moment of a recording, each with its own chaos.
@@ -82,6 +84,7 @@ pub fn main() -> ExitCode {
         Command::Record(options) => record::main(&options),
         Command::Replay(options) => replay::main(&options),
         Command::Index(options) => index::main(&options),
+        Command::Verify(options) => verify::main(&options),
         Command::Live(options) => live::main(&options),
         Command::Fork(options) => fork::main(&options),
         Command::Inspect(options) => inspect::main(&options),

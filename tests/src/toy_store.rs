@@ -35,6 +35,13 @@ impl<C, S> ToyStore<C, S> {
         }
     }
 
+    /// Flips a bit of the first page at checkpoint `number`.
+    pub fn alter(&mut self, number: usize) {
+        let pages = &mut self.kept[number].1;
+        let page = pages.entry(PagePlace::in_memory(0));
+        page.or_insert([0; PAGE_BYTES])[77] ^= 4;
+    }
+
     fn strikes(&mut self, one_in: u64) -> bool {
         self.noise
             .as_mut()

@@ -10,7 +10,7 @@ use std::io::Cursor;
 use hindsight_replay::rng::Rng;
 use hindsight_replay::{
     Arrival, CheckpointHead, Checkpoints, Closed, Pace, Pause, Replayer, RunError, StateOf,
-    Stateful, Target, Timeline,
+    Stateful, Stretch, Target, Timeline,
 };
 use hindsight_tests::recorded::{Driver, Recorded, Toy};
 use hindsight_tests::sim::machine_of;
@@ -204,13 +204,13 @@ fn survives_damage<R: Recorded>(recorded: &R, seed: u64) {
 
 #[test]
 fn checkpoints_in_a_damaged_file_cost_time_and_nothing_else() {
-    for_seeds(10, |seed| {
+    for_seeds(50, |seed| {
         let toy = Toy::record(seed);
         if toy.exits() > 2 {
             survives_damage(&toy, seed);
         }
     });
-    for_seeds(50, |seed| survives_damage(&Driver::record(seed), seed));
+    for_seeds(200, |seed| survives_damage(&Driver::record(seed), seed));
 }
 
 #[test]
@@ -227,6 +227,69 @@ fn the_checkpoints_of_another_recording_are_none() {
     drop(file);
     assert!(open(&other).heads().is_empty());
     travel(&other, &straight(&other, 2), open(&other), 2);
+}
+
+/// Checks `recorded` stretch by stretch; then again with one checkpoint altered.
+fn is_checked_in_stretches<R: Recorded>(recorded: &R, seed: u64)
+where
+    CpuState<R>: std::fmt::Debug,
+{
+    let store: ToyStore<CpuState<R>, DisksState<R>> = ToyStore::new(None);
+    let straight = straight(recorded, seed);
+    let (_, mut store) = travel(recorded, &straight, store, seed);
+    let checkpoints = store.heads().len();
+    if checkpoints == 0 {
+        return;
+    }
+    let mut rng = Rng::new(seed, 44);
+    let altered = rng.below(checkpoints as u64) as usize;
+    for is_altered in [false, true] {
+        if is_altered {
+            store.alter(altered);
+        }
+        let make = || {
+            let machine = machine_of(recorded.header());
+            Ok::<_, Infallible>((machine, recorded.cpu(7), recorded.disks()))
+        };
+        let mut timeline: Timeline<_, _, Cursor<&[u8]>, _, _> =
+            Timeline::new(recorded.reader(), store.clone(), make);
+        let mut numbers: Vec<usize> = (0..=checkpoints).collect();
+        numbers.rotate_left(rng.below(checkpoints as u64) as usize);
+        for number in numbers {
+            let from = number.checked_sub(1);
+            let to = (number < checkpoints).then_some(number);
+            let checked = timeline.check_stretch(from, to, &mut ());
+            if is_altered && to == Some(altered) {
+                let Ok(Stretch::Elsewhere(parts)) = checked else {
+                    panic!("stretch {number}: {checked:?}");
+                };
+                assert!(
+                    parts.iter().all(|part| part.starts_with("memory at")),
+                    "{parts:?}"
+                );
+            } else if !is_altered || from != Some(altered) {
+                match checked.unwrap_or_else(|error| panic!("stretch {number}: {error}")) {
+                    Stretch::Equal if to.is_some() => {}
+                    Stretch::Ended(end) if to.is_none() => assert_eq!(end, *recorded.end()),
+                    other => panic!("stretch {number}: {other:?}"),
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_recording_is_checked_stretch_by_stretch_and_a_wrong_checkpoint_is_named_by_the_one_before_it()
+{
+    for_seeds(10, |seed| {
+        let toy = Toy::record(seed);
+        if toy.exits() > 2 {
+            is_checked_in_stretches(&toy, seed);
+        }
+    });
+    for_seeds(50, |seed| {
+        is_checked_in_stretches(&Driver::record(seed), seed)
+    });
 }
 
 #[test]

@@ -53,7 +53,8 @@ pub(crate) struct Options {
     recording: PathBuf,
     /// Begin at this moment, instead of where the recording begins.
     ///
-    /// An exit number, a guest time such as 12.5s, `crash`, or `console:TEXT`; +N or -N after it is N exits later or earlier.
+    /// An exit number, a guest time such as 12.5s, `crash`, or `console:TEXT`; +N or -N after it is N exits later or
+    /// earlier.
     #[arg(long, value_name = "MOMENT")]
     at: Option<When>,
     /// Start no gdb, but wait for one at a socket of this host: unix:PATH, or :PORT of 127.0.0.1.

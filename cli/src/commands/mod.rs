@@ -14,3 +14,4 @@ pub mod pcap;
 pub(crate) mod record;
 pub(crate) mod replay;
 pub(crate) mod run;
+pub(crate) mod verify;

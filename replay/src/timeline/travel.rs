@@ -95,14 +95,14 @@ enum Unusable<E: std::error::Error, K: std::error::Error> {
 }
 
 /// A machine, with what is lent to it.
-struct Parts<C, S> {
-    machine: Machine,
-    cpu: C,
-    disks: S,
+pub(super) struct Parts<C, S> {
+    pub(super) machine: Machine,
+    pub(super) cpu: C,
+    pub(super) disks: S,
     /// The checkpoint that its pages were last all equal to; without one they were all zeroes.
-    base: Option<usize>,
+    pub(super) base: Option<usize>,
     /// Those that may have changed since.
-    changed: BTreeSet<PagePlace>,
+    pub(super) changed: BTreeSet<PagePlace>,
     /// Whether it is at an exit, and the door with it. Else it can only be put somewhere.
     in_step: bool,
 }
@@ -113,7 +113,7 @@ where
     S: Storage + Stateful<Error = StorageError>,
 {
     /// Notes which pages have changed since they were noted last.
-    fn note_changes(&mut self) -> Result<(), StateError<<C as Cpu>::Error>> {
+    pub(super) fn note_changes(&mut self) -> Result<(), StateError<<C as Cpu>::Error>> {
         let memory = self.cpu.take_changed_pages().map_err(StateError::Cpu)?;
         let disks = (self.disks.take_changed_pages()).map_err(StateError::Storage)?;
         self.changed
@@ -145,22 +145,27 @@ where
         let core = self.machine.save_core(cpu, disks, door)?;
         self.note_changes()?;
         let head = self.here();
-        let (cpu, disks) = (&mut self.cpu, &mut self.disks);
-        let mut pages = self.changed.iter().map(|place| {
+        let (base, changed) = (self.base, std::mem::take(&mut self.changed));
+        let mut pages = changed.iter().map(|place| {
             let mut bytes = [0; PAGE_BYTES];
-            let read = match place.number() {
-                Ok(number) => cpu.read_page(number, &mut bytes).map_err(StateError::Cpu),
-                Err(number) => (disks.read_page(number, &mut bytes)).map_err(StateError::Storage),
-            };
-            read.map(|()| (*place, bytes))
+            self.read_page(*place, &mut bytes).map(|()| (*place, bytes))
         });
-        match store.append(head, &core, self.base, &mut pages)? {
-            Ok(number) => {
-                self.base = Some(number);
-                self.changed.clear();
-                Ok(Ok(()))
-            }
-            Err(error) => Ok(Err(error)),
+        let appended = store.append(head, &core, base, &mut pages);
+        match &appended {
+            Ok(Ok(number)) => self.base = Some(*number),
+            _ => self.changed = changed,
+        }
+        Ok(appended?.map(drop))
+    }
+
+    pub(super) fn read_page(
+        &mut self,
+        place: PagePlace,
+        into: &mut [u8; PAGE_BYTES],
+    ) -> Result<(), StateError<<C as Cpu>::Error>> {
+        match place.number() {
+            Ok(number) => self.cpu.read_page(number, into).map_err(StateError::Cpu),
+            Err(number) => (self.disks.read_page(number, into)).map_err(StateError::Storage),
         }
     }
 
@@ -307,8 +312,8 @@ where
         &mut self.store
     }
 
-    /// The machine with its vCPU, its disks and the door, for whoever goes on with them; `None` where nothing goes on: before
-    /// the first travel, and at the end.
+    /// The machine with its vCPU, its disks and the door, for whoever goes on with them; `None` where nothing goes on:
+    /// before the first travel, and at the end.
     pub fn into_parts(self) -> Option<(Machine, C, S, Replayer<R>)> {
         let parts = self.parts.filter(|parts| parts.in_step)?;
         Some((parts.machine, parts.cpu, parts.disks, self.door))
@@ -386,6 +391,41 @@ where
             self.make()?;
         }
         Ok(())
+    }
+
+    /// Puts it at a checkpoint, or without one at power-on. Why that cannot be done.
+    pub(super) fn begin_at(
+        &mut self,
+        from: Option<usize>,
+    ) -> Result<Result<(), String>, TravelError<<C as Cpu>::Error, F>> {
+        self.settle()?;
+        if from.is_none() || self.parts.is_none() {
+            self.make()?;
+        }
+        let Some(number) = from else {
+            return Ok(Ok(()));
+        };
+        let parts = self.parts.as_mut().expect("it was made");
+        let restored = parts.restore(&mut self.store, number);
+        let restored = restored.and_then(|place| {
+            self.door.go_to(&place).map_err(Unusable::Journal)?;
+            parts.in_step = true;
+            Ok(())
+        });
+        Ok(restored.map_err(|why| why.to_string()))
+    }
+
+    /// The machine, which was made, and the door that it is run with. It is out of step until it is put somewhere.
+    pub(super) fn parts_and_door(&mut self) -> (&mut Parts<C, S>, &mut Replayer<R>) {
+        let (parts, _, door) = self.parts_store_and_door();
+        (parts, door)
+    }
+
+    /// The same, and the store.
+    pub(super) fn parts_store_and_door(&mut self) -> (&mut Parts<C, S>, &mut K, &mut Replayer<R>) {
+        let parts = self.parts.as_mut().expect("it was made");
+        parts.in_step = false;
+        (parts, &mut self.store, &mut self.door)
     }
 
     fn complain(&mut self, number: usize, why: &dyn Display) {

@@ -87,7 +87,11 @@ fn anchor(name: &str) -> Option<Anchor> {
         "crash" => Some(Anchor::Crash),
         _ => match name.strip_suffix('s') {
             Some(time) => nanos(time).map(Anchor::Time),
-            None => name.parse().ok().map(|ExitNumber(exit)| Anchor::Exit(exit)),
+            None if name.starts_with(|first: char| first.is_ascii_digit()) => {
+                let exit = name.parse().ok();
+                exit.map(|ExitNumber(exit)| Anchor::Exit(exit))
+            }
+            None => None,
         },
     }
 }

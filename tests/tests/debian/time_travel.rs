@@ -71,6 +71,8 @@ fn a_recording_is_indexed_and_replays_from_any_moment_to_the_same_end() {
     let shown = debian.replay(&recording, &["--until", &before]).expect(0);
     assert!(!shown.text().contains("boot: alarm"));
 
+    in_stretches(&debian, &recording, dir.path());
+
     // A budget is kept to; damaged or deleted, it costs time and nothing else.
     let small = index(&debian, &recording, &["--budget", "20M"]);
     assert!(
@@ -97,4 +99,44 @@ fn a_recording_is_indexed_and_replays_from_any_moment_to_the_same_end() {
             .expect(2);
         assert!(ran.stderr.contains(said), "{moment}: {}", ran.stderr);
     }
+}
+
+/// Checks an indexed recording by several processes; then a copy whose journal is damaged in one place.
+fn in_stretches(debian: &Debian, recording: &Path, dir: &Path) {
+    let verify = |recording: &Path, more: &[&str], code: i32| {
+        let arguments = [&["verify", path(recording), "--json"], more].concat();
+        debian.run(&arguments).expect(code).json()
+    };
+    let verdicts = |all: &serde_json::Value| -> Vec<String> {
+        let stretches = all["stretches"].as_array().expect("there are some");
+        let verdicts = stretches.iter().map(|one| one["verdict"].as_str());
+        verdicts
+            .map(|one| one.expect("a text").to_string())
+            .collect()
+    };
+    let right = verify(recording, &["--jobs", "3"], 0);
+    assert_eq!(right["equal"], true);
+    assert_eq!(verdicts(&right), ["equal"; 3]);
+    let one = verify(recording, &["--stretch", "2/3"], 0);
+    assert!(
+        one["from_exit"].as_u64() > Some(0) && one["verdict"] == "equal",
+        "{one}"
+    );
+    assert_eq!(one["from_exit"], right["stretches"][1]["from_exit"]);
+
+    // A flipped bit ends what can be read of the journal; what comes after its frame can be read again.
+    let damaged = dir.join("damaged");
+    std::fs::create_dir(&damaged).expect("there is room");
+    for name in ["journal", "kernel", "initrd", "checkpoints"] {
+        std::fs::copy(recording.join(name), damaged.join(name)).expect("it can be copied");
+    }
+    let mut journal = std::fs::read(damaged.join("journal")).expect("it is there");
+    let middle = journal.len() / 2;
+    journal[middle] ^= 0x10;
+    std::fs::write(damaged.join("journal"), journal).expect("it can be written");
+    let wrong = verify(&damaged, &["--jobs", "3"], 3);
+    assert_eq!(wrong["equal"], false);
+    let wrong: Vec<_> = verdicts(&wrong);
+    let bad = wrong.iter().filter(|verdict| *verdict != "equal").count();
+    assert_eq!(bad, 1, "{wrong:?}");
 }

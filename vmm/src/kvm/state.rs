@@ -3,6 +3,8 @@
 //! The order in which KVM is given the parts back matters. System registers come first, twice: KVM flushes the TLB for a
 //! CR4 that differs in PGE, and not for a CR3 that is the same. General registers make KVM forget an exception,
 //! so events come last. What KVM is to take from the shared page (CR8, the wish for a window) goes there.
+//!
+//! Long, because what is taken, in which order it is put back, and what of it is digested has to agree.
 
 use hindsight_devices::Access;
 use hindsight_replay::{CpuDigest, PAGE_BYTES, Stateful, memory};

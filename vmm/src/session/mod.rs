@@ -21,6 +21,7 @@ mod replay;
 mod run;
 mod state_file;
 mod timeline;
+mod verify;
 
 use hindsight_replay::{Observer, OperatorConsole, Unit};
 
@@ -47,6 +48,8 @@ pub use run::{Ran, RunWish, run};
 pub use timeline::{
     HostPace, IndexWish, Indexed, Make, RecordingTimeline, SPACING, index_recording, open_timeline,
 };
+
+pub use verify::{Share, Verified, VerifyWish, verify};
 
 /// Whoever is in front of a session: hears what is worth saying, and shows the guest's console.
 pub trait Front {

@@ -3,8 +3,8 @@
 //!
 //! The file grows at its end, a checkpoint at a time, whose head is written last: what a kill leaves is a checkpoint less.
 //! Each head has a check that covers the heads before it, so that nothing of another file is taken for a part of
-//! this one; what is large has checks of its own, which are looked at as it is read. One process writes at a time, any number
-//! read.
+//! this one; what is large has checks of its own, which are looked at as it is read. One process writes at a time,
+//! any number read.
 
 mod format;
 mod table;

@@ -1,0 +1,147 @@
+//! Checks recordings by stretches, each by itself: between two checkpoints, by whoever has the time.
+
+use std::path::PathBuf;
+
+use hindsight_replay::{CheckpointHead, Closed, RunError, Stretch, TravelError};
+
+use super::open::RecordedPaths;
+use super::preemption_plan::CounterWish;
+use super::recording::Recording;
+use super::timeline::open_timeline;
+use super::{Front, Viewed};
+use crate::failure::Failure;
+
+/// One of a number of stretches of a recording that are about as long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Share {
+    /// Which, from 1.
+    pub number: u64,
+    /// Of how many.
+    pub of: u64,
+}
+
+impl Share {
+    /// All of it.
+    pub const WHOLE: Share = Share { number: 1, of: 1 };
+
+    /// From after which checkpoint to which: without a first one from power-on, without a last one to the end. `None`:
+    /// there are fewer checkpoints than that, and it has nothing of the recording.
+    fn ends(self, checkpoints: usize) -> Option<(Option<usize>, Option<usize>)> {
+        let between = checkpoints as u128 + 1;
+        let end = |number: u64| (between * u128::from(number) / u128::from(self.of)) as usize;
+        let (first, last) = (end(self.number - 1), end(self.number));
+        (first < last).then(|| {
+            (
+                first.checked_sub(1),
+                (last <= checkpoints).then(|| last - 1),
+            )
+        })
+    }
+}
+
+/// What is to be checked.
+#[derive(Clone, Debug)]
+pub struct VerifyWish {
+    /// The recording.
+    pub recording: PathBuf,
+    /// Files that take the place of its own.
+    pub instead: RecordedPaths,
+    /// The counter that finds the places between exits.
+    pub counter: CounterWish,
+    /// Which stretch.
+    pub share: Share,
+}
+
+/// A stretch that was checked.
+#[derive(Debug)]
+pub struct Verified {
+    /// From which exit; 0 is power-on.
+    pub from: u64,
+    /// To which; `None`: to the end.
+    pub to: Option<u64>,
+    /// What became of it; `None`: it has nothing of the recording.
+    pub stretch: Option<Stretch>,
+    /// How it diverged, if it did.
+    pub divergence: Option<String>,
+    /// The last exit that was replayed.
+    pub exits: u64,
+}
+
+/// Checks a stretch.
+///
+/// # Errors
+///
+/// Files that are not the recorded ones, or a host that will not do or failed on the way.
+pub fn verify(wish: &VerifyWish, front: &mut dyn Front) -> Result<Verified, Failure> {
+    let recording = Recording::at(&wish.recording);
+    let journal = recording.journal()?;
+    let console = journal.header().host.console;
+    let mut timeline = open_timeline(&recording, journal, &wish.instead, &wish.counter)?;
+    let heads: Vec<CheckpointHead> = timeline.store().heads().to_vec();
+    let Some((from, to)) = wish.share.ends(heads.len()) else {
+        return Ok(Verified {
+            from: 0,
+            to: Some(0),
+            stretch: None,
+            divergence: None,
+            exits: 0,
+        });
+    };
+    let exit_of = |number: usize| heads[number].exits;
+    let last_exit = to
+        .map(exit_of)
+        .or_else(|| super::replay::last_exit(&recording));
+    let mut view = front.view(Viewed {
+        console,
+        preemption: None,
+        hold: None,
+        last_exit,
+    })?;
+    let (stretch, divergence) = match timeline.check_stretch(from, to, &mut *view) {
+        Ok(stretch) => (Some(stretch), None),
+        Err(TravelError::Run(RunError::Closed(Closed::Diverged(divergence)))) => {
+            (None, Some(divergence.to_string()))
+        }
+        Err(error) => return Err(error.into()),
+    };
+    if let Some(complaint) = view.finish().complaint() {
+        front.notice(&complaint);
+    }
+    let exits = timeline
+        .parts()
+        .map_or(0, |(machine, _, _)| machine.at().exits);
+    Ok(Verified {
+        from: from.map_or(0, exit_of),
+        to: to.map(exit_of),
+        stretch,
+        divergence,
+        exits,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_follow_one_another_from_power_on_to_the_end() {
+        for checkpoints in 0..40 {
+            for of in 1..50 {
+                let shares = (1..=of).filter_map(|number| Share { number, of }.ends(checkpoints));
+                let shares: Vec<_> = shares.collect();
+                assert_eq!(shares.first().map(|share| share.0), Some(None));
+                assert_eq!(shares.last().map(|share| share.1), Some(None));
+                assert!(
+                    shares
+                        .windows(2)
+                        .all(|pair| pair[0].1 == pair[1].0 && pair[1].0.is_some())
+                );
+                assert!(
+                    shares
+                        .iter()
+                        .all(|(_, to)| to.is_none_or(|to| to < checkpoints))
+                );
+            }
+        }
+    }
+}
