@@ -2,11 +2,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::ops::ControlFlow;
 
 use hindsight_replay::rng::Rng;
 use hindsight_replay::{
-    CheckpointHead, Checkpoints, CoreState, PAGE_BYTES, PagePlace, PageSource, is_zero,
+    CheckpointHead, Checkpoints, CoreState, PAGE_BYTES, PagePlace, PageSink, PageSource,
 };
 
 type Pages = BTreeMap<PagePlace, [u8; PAGE_BYTES]>;
@@ -80,7 +79,6 @@ impl<C: Clone, S: Clone> Checkpoints<C, S> for ToyStore<C, S> {
             let (place, bytes) = page?;
             pages.insert(place, bytes);
         }
-        pages.retain(|_, bytes| !is_zero(bytes));
         self.full = self.strikes(40);
         if self.full && self.strikes(2) {
             return Ok(Err(broken()));
@@ -113,7 +111,7 @@ impl<C: Clone, S: Clone> Checkpoints<C, S> for ToyStore<C, S> {
         number: usize,
         base: Option<usize>,
         also: &BTreeSet<PagePlace>,
-        put: &mut dyn FnMut(PagePlace, &[u8; PAGE_BYTES]) -> ControlFlow<()>,
+        put: &mut PageSink<'_>,
     ) -> io::Result<()> {
         let none = Pages::new();
         let before = base.map_or(&none, |base| &self.kept[base].1);
@@ -123,13 +121,13 @@ impl<C: Clone, S: Clone> Checkpoints<C, S> for ToyStore<C, S> {
         let wanted: BTreeSet<_> = differ.chain(also).copied().collect();
         let given: Vec<_> = wanted
             .into_iter()
-            .map(|place| (place, *pages.get(&place).unwrap_or(&[0; PAGE_BYTES])))
+            .map(|place| (place, pages.get(&place).copied()))
             .collect();
         for (place, bytes) in given {
             if self.strikes(100) {
                 return Err(broken());
             }
-            if put(place, &bytes).is_break() {
+            if put(place, bytes.as_ref()).is_break() {
                 break;
             }
         }

@@ -109,8 +109,13 @@ impl Pages {
         pages
     }
 
+    /// What it holds; zeroes where there is nothing.
+    pub(crate) fn get(&self, place: PagePlace) -> &[u8; PAGE_BYTES] {
+        self.0.get(&place).map_or(&[0; PAGE_BYTES], |page| &*page.0)
+    }
+
     /// Takes those of one part, which are at `place(number)`.
-    pub(super) fn take<T: Stateful>(
+    pub(crate) fn take<T: Stateful>(
         &mut self,
         part: &mut T,
         place: fn(u64) -> PagePlace,

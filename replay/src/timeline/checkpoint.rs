@@ -19,6 +19,9 @@ pub struct CheckpointHead {
 /// Pages of a machine as they are, one after the other; an error ends them.
 pub type PageSource<'a, E> = dyn Iterator<Item = Result<(PagePlace, [u8; PAGE_BYTES]), E>> + 'a;
 
+/// Takes pages, for as long as it wants them. `None`: the page holds what it holds at power-on.
+pub type PageSink<'a> = dyn FnMut(PagePlace, Option<&[u8; PAGE_BYTES]>) -> ControlFlow<()> + 'a;
+
 /// A store of checkpoints of one recording, whose vCPUs have states `C` and whose disks `S`. What a page is called in it is
 /// its own affair. Whatever it cannot give back is only slower to come by.
 pub trait Checkpoints<C, S> {
@@ -32,7 +35,8 @@ pub trait Checkpoints<C, S> {
     fn is_open(&self) -> bool;
 
     /// Keeps a checkpoint, which is after all others: its number. `changed` are the pages that may not be what they were
-    /// at checkpoint `base`; without one, those that may not be all zeroes. It may go on keeping when this returns.
+    /// at checkpoint `base`; without one, those that may not be what they were at power-on. It may go on keeping when this
+    /// returns.
     ///
     /// The first error is of the pages, the other its own. After that one it takes no more.
     fn append<E>(
@@ -50,12 +54,12 @@ pub trait Checkpoints<C, S> {
     fn load(&mut self, number: usize) -> Result<CoreState<C, S>, Self::Error>;
 
     /// Gives what pages hold at one of them, for as long as that is wanted: those that do not hold that at checkpoint
-    /// `base`, or without one all that are not all zeroes; and those at `also`. In an order that suits it, each once.
+    /// `base`, or without one at power-on; and those at `also`. In an order that suits it, each once.
     fn pages(
         &mut self,
         number: usize,
         base: Option<usize>,
         also: &BTreeSet<PagePlace>,
-        put: &mut dyn FnMut(PagePlace, &[u8; PAGE_BYTES]) -> ControlFlow<()>,
+        put: &mut PageSink<'_>,
     ) -> Result<(), Self::Error>;
 }

@@ -12,7 +12,7 @@ mod stretch;
 mod travel;
 mod when;
 
-pub use checkpoint::{CheckpointHead, Checkpoints, PageSource};
+pub use checkpoint::{CheckpointHead, Checkpoints, PageSink, PageSource};
 pub use stretch::Stretch;
 pub use travel::{Arrival, Pace, Pause, Target, Timeline, TravelError};
 pub use when::{Anchor, NoMoment, When};

@@ -85,11 +85,11 @@ where
         parts.note_changes()?;
         let (base, changed) = (parts.base, parts.changed.clone());
         let (mut other, mut failed) = (None, None);
-        let mut look = |place: PagePlace, bytes: &[u8; PAGE_BYTES]| {
+        let mut look = |place: PagePlace, bytes: Option<&[u8; PAGE_BYTES]>| {
             let mut here = [0; PAGE_BYTES];
             if let Err(error) = parts.read_page(place, &mut here) {
                 failed = Some(error);
-            } else if here != *bytes {
+            } else if here != *bytes.unwrap_or_else(|| parts.at_power_on(place)) {
                 other = Some(place);
             } else {
                 return ControlFlow::Continue(());

@@ -14,7 +14,7 @@ use crate::door::{Closed, Replayer};
 use crate::journal::{JournalError, JournalReader, Tail};
 use crate::machine::{
     Cpu, DigestError, End, FullDigest, JournalPlace, Machine, Observer, PAGE_BYTES, PagePlace,
-    StateError, StateOf, Stateful,
+    Pages, StateError, StateOf, Stateful,
 };
 
 /// Where to go.
@@ -99,7 +99,9 @@ pub(super) struct Parts<C, S> {
     pub(super) machine: Machine,
     pub(super) cpu: C,
     pub(super) disks: S,
-    /// The checkpoint that its pages were last all equal to; without one they were all zeroes.
+    /// What its pages hold at power-on.
+    power_on: Pages,
+    /// The checkpoint that its pages were last all equal to; without one they were what they are at power-on.
     pub(super) base: Option<usize>,
     /// Those that may have changed since.
     pub(super) changed: BTreeSet<PagePlace>,
@@ -123,7 +125,7 @@ where
         Ok(())
     }
 
-    /// No checkpoint is known that its pages were equal to.
+    /// No checkpoint is known that its pages were equal to: each that may hold anything but zeroes may have changed.
     fn forget_base(&mut self) -> Result<(), StateError<<C as Cpu>::Error>> {
         self.base = None;
         let memory = self.cpu.pages().map_err(StateError::Cpu)?;
@@ -158,6 +160,11 @@ where
         Ok(appended?.map(drop))
     }
 
+    /// What a page holds at power-on.
+    pub(super) fn at_power_on(&self, place: PagePlace) -> &[u8; PAGE_BYTES] {
+        self.power_on.get(place)
+    }
+
     pub(super) fn read_page(
         &mut self,
         place: PagePlace,
@@ -182,11 +189,12 @@ where
         }
         let place = core.journal.clone().ok_or(Unusable::NoPlace)?;
         self.note_changes()?;
-        let (base, changed) = (self.base, &mut self.changed);
+        let (base, changed, power_on) = (self.base, &mut self.changed, &self.power_on);
         let put = |cpu: &mut C, disks: &mut S| {
             let (mut written, mut failed) = (Vec::new(), None);
-            let mut put = |place: PagePlace, bytes: &[u8; PAGE_BYTES]| {
+            let mut put = |place: PagePlace, bytes: Option<&[u8; PAGE_BYTES]>| {
                 written.push(place);
+                let bytes = bytes.unwrap_or_else(|| power_on.get(place));
                 let put = match place.number() {
                     Ok(number) if cpu.has_page(number) => {
                         cpu.write_page(number, bytes).map_err(StateError::Cpu)
@@ -296,10 +304,14 @@ where
         parts.machine.save(cpu, disks, &self.door)
     }
 
-    /// The digest of all that decides what happens next, where the machine is; `None` before the first travel.
-    pub fn digest(&mut self) -> Option<Result<FullDigest, DigestError<<C as Cpu>::Error>>> {
-        let parts = self.parts.as_mut()?;
-        Some(parts.machine.full_digest(&mut parts.cpu, &mut parts.disks))
+    /// The digest of all that decides what happens next, where the machine is.
+    pub fn digest(&mut self) -> Result<FullDigest, StateError<<C as Cpu>::Error>> {
+        let parts = self.parts.as_mut().ok_or(StateError::NotAtAnExit)?;
+        let digest = (parts.machine).full_digest(&mut parts.cpu, &mut parts.disks);
+        digest.map_err(|error| match error {
+            DigestError::Cpu(error) => StateError::Cpu(error),
+            DigestError::Storage(error) => StateError::Storage(error),
+        })
     }
 
     /// The door.
@@ -446,11 +458,17 @@ where
             machine,
             cpu,
             disks,
+            power_on: Pages::default(),
             base: None,
             changed: BTreeSet::new(),
             in_step: true,
         };
+        (parts.power_on)
+            .take(&mut parts.cpu, PagePlace::in_memory)
+            .map_err(StateError::Cpu)?;
+        // From here on.
         parts.note_changes()?;
+        parts.changed.clear();
         self.parts = Some(parts);
         Ok(())
     }

@@ -101,8 +101,5 @@ fn go_to(timeline: &mut RecordingTimeline, exit: u64) -> Arrival {
 }
 
 fn digest(timeline: &mut RecordingTimeline) -> FullDigest {
-    timeline
-        .digest()
-        .expect("it is somewhere")
-        .expect("it can be digested")
+    timeline.digest().expect("it can be digested")
 }

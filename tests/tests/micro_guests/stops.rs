@@ -3,6 +3,7 @@
 
 use std::sync::OnceLock;
 
+use hindsight_tests::skip::skip_stops;
 use hindsight_vmm::kvm::{Hit, Stops, WatchKind, Watchpoint};
 
 use super::states::{Replay, windows_are_sure};
@@ -25,7 +26,7 @@ fn ready() -> bool {
         return false;
     }
     if !breakpoints_work() {
-        skip("this KVM has no breakpoints in debug registers");
+        skip_stops("this KVM has no breakpoints in debug registers");
     }
     breakpoints_work()
 }
@@ -41,7 +42,7 @@ fn next_stop(replay: &mut Replay<'_>, recorded: &End) -> Option<Hit> {
 fn gives_up(result: &Result<End, RunError<KvmError>>) -> bool {
     let gives_up = matches!(result, Err(RunError::Cpu { .. })) && !windows_are_sure();
     if gives_up {
-        skip("this KVM does not get past a breakpoint");
+        skip_stops("this KVM does not get past a breakpoint");
     }
     gives_up
 }
@@ -275,7 +276,7 @@ fn a_watchpoint_stops_after_each_write_and_not_after_a_read() {
                 found += 1;
             }
             if found == 0 && !windows_are_sure() {
-                skip("this KVM has no watchpoints in debug registers");
+                skip_stops("this KVM has no watchpoints in debug registers");
                 return;
             }
             assert_eq!(found, hits, "{kind:?}");

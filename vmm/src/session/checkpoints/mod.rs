@@ -18,7 +18,9 @@ use std::ops::ControlFlow;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use hindsight_replay::{CheckpointHead, Checkpoints, CoreState, PAGE_BYTES, PagePlace, PageSource};
+use hindsight_replay::{
+    CheckpointHead, Checkpoints, CoreState, PAGE_BYTES, PagePlace, PageSink, PageSource,
+};
 use rustix::fs::{FlockOperation, Mode, OFlags, flock};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -185,7 +187,8 @@ impl CheckpointFile {
             group
         });
         let groups: Vec<_> = groups.collect();
-        let names = (self.groups.len() + groups.len()) as u64 * GROUP_PAGES;
+        let pages = (self.groups.len() + groups.len()) as u64 * GROUP_PAGES;
+        let names = PageName::FIRST.0 + pages - 1;
         let changes = directory.changes(self.limit.memory, names)?;
         if at != directory_at {
             return None;
@@ -316,7 +319,13 @@ impl CheckpointFile {
             writer.begin(None);
             let mut failed = Ok(());
             self.give(number, before, &BTreeSet::new(), &mut |place, bytes| {
-                failed = writer.page(&(place, *bytes));
+                failed = match bytes {
+                    Some(bytes) => writer.page(&(place, *bytes)),
+                    None => {
+                        writer.as_at_power_on(place);
+                        Ok(())
+                    }
+                };
                 match failed {
                     Ok(()) => ControlFlow::Continue(()),
                     Err(_) => ControlFlow::Break(()),
@@ -340,18 +349,19 @@ impl CheckpointFile {
         number: usize,
         base: Option<usize>,
         also: &BTreeSet<PagePlace>,
-        put: &mut dyn FnMut(PagePlace, &[u8; PAGE_BYTES]) -> ControlFlow<()>,
+        put: &mut PageSink<'_>,
     ) -> Result<(), CheckpointError> {
         let table = self.table(number);
         let mut wanted = self.table_at(base).changes_to(&table);
         wanted.extend(also.iter().map(|place| (*place, table.get(*place))));
-        // As they are in the file; zeroes first.
+        // As they are in the file; those that are in none first.
         wanted.sort_unstable_by_key(|(place, name)| (*name, *place));
         wanted.dedup();
-        let zeroes = wanted.partition_point(|(_, name)| *name == PageName::ZEROES);
-        let (zeroes, others) = wanted.split_at(zeroes);
-        for (place, _) in zeroes {
-            if put(*place, &[0; PAGE_BYTES]).is_break() {
+        let elsewhere = wanted.partition_point(|(_, name)| *name < PageName::FIRST);
+        let (elsewhere, others) = wanted.split_at(elsewhere);
+        for (place, name) in elsewhere {
+            let zeroes = (*name == PageName::ZEROES).then_some(&[0; PAGE_BYTES]);
+            if put(*place, zeroes).is_break() {
                 return Ok(());
             }
         }
@@ -376,7 +386,7 @@ impl CheckpointFile {
                 let pages = self.unpacked.get(group).unwrap_or_default();
                 let bytes = pages.as_chunks::<PAGE_BYTES>().0.get(page);
                 let bytes = bytes.ok_or(CheckpointError::Damaged("there is no such page"))?;
-                if put(*place, bytes).is_break() {
+                if put(*place, Some(bytes)).is_break() {
                     return Ok(());
                 }
             }
@@ -419,9 +429,9 @@ impl CheckpointFile {
     }
 }
 
-/// The group of a page that is not all zeroes, and its number there.
+/// The group of a page that is in the file, and its number there.
 fn group_of(name: PageName) -> (u64, usize) {
-    let number = name.0 - 1;
+    let number = name.0 - PageName::FIRST.0;
     (number / GROUP_PAGES, (number % GROUP_PAGES) as usize)
 }
 
@@ -494,7 +504,7 @@ where
         number: usize,
         base: Option<usize>,
         also: &BTreeSet<PagePlace>,
-        put: &mut dyn FnMut(PagePlace, &[u8; PAGE_BYTES]) -> ControlFlow<()>,
+        put: &mut PageSink<'_>,
     ) -> Result<(), CheckpointError> {
         self.give(number, base, also, put)
     }

@@ -9,8 +9,12 @@ use hindsight_replay::PagePlace;
 pub(super) struct PageName(pub(super) u64);
 
 impl PageName {
-    /// Of a page that holds only zeroes, and is in no store.
-    pub(super) const ZEROES: PageName = PageName(0);
+    /// Of a page that holds what it holds at power-on.
+    pub(super) const POWER_ON: PageName = PageName(0);
+    /// Of a page that holds only zeroes.
+    pub(super) const ZEROES: PageName = PageName(1);
+    /// The first of those that are in the file.
+    pub(super) const FIRST: PageName = PageName(2);
 }
 
 /// The names of what all pages of a machine hold.
@@ -18,7 +22,7 @@ impl PageName {
 pub(super) struct PageTable {
     /// By page number. Guest memory is dense.
     memory: Vec<PageName>,
-    /// By page number, without zeroes. Disks are not.
+    /// By page number, without those that are as at power-on. Disks are not dense.
     disks: BTreeMap<u64, PageName>,
 }
 
@@ -31,7 +35,7 @@ impl PageTable {
                 .and_then(|number| self.memory.get(number)),
             Err(number) => self.disks.get(&number),
         };
-        name.copied().unwrap_or(PageName::ZEROES)
+        name.copied().unwrap_or(PageName::POWER_ON)
     }
 
     /// Changes it. A table has room for each page of guest memory up to the highest that was named: the caller has
@@ -41,11 +45,11 @@ impl PageTable {
             Ok(number) => {
                 let number = usize::try_from(number).expect("there is such a page");
                 if number >= self.memory.len() {
-                    self.memory.resize(number + 1, PageName::ZEROES);
+                    self.memory.resize(number + 1, PageName::POWER_ON);
                 }
                 self.memory[number] = name;
             }
-            Err(number) if name == PageName::ZEROES => drop(self.disks.remove(&number)),
+            Err(number) if name == PageName::POWER_ON => drop(self.disks.remove(&number)),
             Err(number) => drop(self.disks.insert(number, name)),
         }
     }
@@ -61,7 +65,11 @@ impl PageTable {
             }
         }
         let mut disks: BTreeMap<u64, PageName> = BTreeMap::new();
-        disks.extend(self.disks.keys().map(|number| (*number, PageName::ZEROES)));
+        disks.extend(
+            self.disks
+                .keys()
+                .map(|number| (*number, PageName::POWER_ON)),
+        );
         disks.extend(&other.disks);
         for (number, name) in disks {
             let place = PagePlace::on_disks(number);
@@ -111,6 +119,6 @@ mod tests {
             made.set(place, name);
         }
         assert!(made.changes_to(&b).is_empty() && b.changes_to(&made).is_empty());
-        assert_eq!(b.get(memory(1 << 40)), PageName::ZEROES);
+        assert_eq!(b.get(memory(1 << 40)), PageName::POWER_ON);
     }
 }

@@ -130,12 +130,21 @@ impl Writer {
             true => PageName::ZEROES,
             false => self.name(bytes)?,
         };
-        match &mut self.table {
-            Some(table) => table.set(*place, name),
-            None if self.last.get(*place) == name => {}
-            None => self.changes.push((*place, name)),
-        }
+        self.is_called(*place, name);
         Ok(())
+    }
+
+    /// One of its pages holds what it holds at power-on.
+    pub(super) fn as_at_power_on(&mut self, place: PagePlace) {
+        self.is_called(place, PageName::POWER_ON);
+    }
+
+    fn is_called(&mut self, place: PagePlace, name: PageName) {
+        match &mut self.table {
+            Some(table) => table.set(place, name),
+            None if self.last.get(place) == name => {}
+            None => self.changes.push((place, name)),
+        }
     }
 
     fn name(&mut self, bytes: &[u8; PAGE_BYTES]) -> Result<PageName, CheckpointError> {
@@ -144,7 +153,7 @@ impl Writer {
             return Ok(*name);
         }
         let page = (self.pages.len() / PAGE_BYTES) as u64;
-        let name = PageName(1 + self.groups * GROUP_PAGES + page);
+        let name = PageName(PageName::FIRST.0 + self.groups * GROUP_PAGES + page);
         self.pages.extend(bytes);
         if self.pages.len() == GROUP_BYTES {
             self.pack()?;
