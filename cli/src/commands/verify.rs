@@ -264,7 +264,7 @@ fn check_all(options: &Options, jobs: u64) -> Result<Outcome, Failure> {
 }
 
 /// Exit codes, the one that says most of the recording last.
-const SEVERITY: [i32; 6] = [0, 3, 2, 4, 5, 1];
+const SEVERITY: [i32; 6] = [0, 2, 3, 4, 5, 1];
 const OUTCOMES: [Outcome; 6] = [
     Outcome::Good,
     Outcome::Different,
