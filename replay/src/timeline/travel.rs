@@ -118,10 +118,7 @@ where
     pub(super) fn note_changes(&mut self) -> Result<(), StateError<<C as Cpu>::Error>> {
         let memory = self.cpu.take_changed_pages().map_err(StateError::Cpu)?;
         let disks = (self.disks.take_changed_pages()).map_err(StateError::Storage)?;
-        self.changed
-            .extend(memory.into_iter().map(PagePlace::in_memory));
-        self.changed
-            .extend(disks.into_iter().map(PagePlace::on_disks));
+        self.may_have_changed(memory, disks);
         Ok(())
     }
 
@@ -130,11 +127,14 @@ where
         self.base = None;
         let memory = self.cpu.pages().map_err(StateError::Cpu)?;
         let disks = self.disks.pages().map_err(StateError::Storage)?;
-        self.changed
-            .extend(memory.into_iter().map(PagePlace::in_memory));
-        self.changed
-            .extend(disks.into_iter().map(PagePlace::on_disks));
+        self.may_have_changed(memory, disks);
         Ok(())
+    }
+
+    fn may_have_changed(&mut self, memory: Vec<u64>, disks: Vec<u64>) {
+        let memory = memory.into_iter().map(PagePlace::in_memory);
+        let disks = disks.into_iter().map(PagePlace::on_disks);
+        self.changed.extend(memory.chain(disks));
     }
 
     /// Makes a checkpoint in `store`.
@@ -231,14 +231,10 @@ where
         };
         self.in_step = false;
         let (cpu, disks) = (&mut self.cpu, &mut self.disks);
-        match self.machine.restore_core(&core, cpu, disks, put) {
-            Ok(()) => {
-                self.base = Some(number);
-                self.changed.clear();
-                Ok(place)
-            }
-            Err(error) => Err(error),
-        }
+        self.machine.restore_core(&core, cpu, disks, put)?;
+        self.base = Some(number);
+        self.changed.clear();
+        Ok(place)
     }
 
     /// Where it is.
@@ -357,7 +353,6 @@ where
         pace: &mut dyn Pace,
         observer: &mut dyn Observer,
     ) -> Result<Arrival, TravelError<<C as Cpu>::Error, F>> {
-        self.settle()?;
         self.come_near(target)?;
         self.run_to(target, pace, observer)
     }
@@ -371,38 +366,34 @@ where
             Target::End => true,
         };
         let here = self.parts.as_ref().filter(|parts| parts.in_step);
-        let here = here.map(Parts::here);
-        let here = here.filter(is_before);
-        let mut candidates: Vec<usize> = (0..self.store.heads().len())
-            .filter(|number| {
-                let head = self.store.heads()[*number];
-                is_before(&head) && here.is_none_or(|here| head.exits > here.exits)
-            })
-            .collect();
-        while let Some(number) = candidates.pop() {
-            if self.unusable.contains(&number) {
+        let here = here.map(Parts::here).filter(is_before);
+        let is_nearer = |head: &CheckpointHead| {
+            is_before(head) && here.is_none_or(|here| head.exits > here.exits)
+        };
+        // Whoever only goes on does not wait for what is being kept.
+        if self.store.heads().iter().any(is_nearer) {
+            self.settle()?;
+        }
+        for number in (0..self.store.heads().len()).rev() {
+            if !is_nearer(&self.store.heads()[number]) || self.unusable.contains(&number) {
                 continue;
             }
-            if self.parts.is_none() {
-                self.make()?;
-            }
-            let parts = self.parts.as_mut().expect("it was made");
-            let restored = parts.restore(&mut self.store, number);
-            let restored = restored.and_then(|place| {
-                self.door.go_to(&place).map_err(Unusable::Journal)?;
-                parts.in_step = true;
-                Ok(())
-            });
-            match restored {
+            match self.put_at(number)? {
                 Ok(()) => return Ok(()),
-                Err(why) => self.complain(number, &why),
+                Err(why) => {
+                    let exits = self.store.heads()[number].exits;
+                    self.complaints.push(format!(
+                        "the checkpoint at exit {exits} is of no use: {why}"
+                    ));
+                    self.unusable.insert(number);
+                }
             }
         }
         let stayed = self.parts.as_ref().is_some_and(|parts| parts.in_step);
-        if here.is_none() || !stayed {
-            self.make()?;
+        match here.is_some() && stayed {
+            true => Ok(()),
+            false => self.make(),
         }
-        Ok(())
     }
 
     /// Puts it at a checkpoint, or without one at power-on. Why that cannot be done.
@@ -411,20 +402,28 @@ where
         from: Option<usize>,
     ) -> Result<Result<(), String>, TravelError<<C as Cpu>::Error, F>> {
         self.settle()?;
-        if from.is_none() || self.parts.is_none() {
+        match from {
+            None => self.make().map(Ok),
+            Some(number) => self.put_at(number),
+        }
+    }
+
+    /// Puts it at a checkpoint that is kept. Why that cannot be done.
+    fn put_at(
+        &mut self,
+        number: usize,
+    ) -> Result<Result<(), String>, TravelError<<C as Cpu>::Error, F>> {
+        if self.parts.is_none() {
             self.make()?;
         }
-        let Some(number) = from else {
-            return Ok(Ok(()));
-        };
         let parts = self.parts.as_mut().expect("it was made");
         let restored = parts.restore(&mut self.store, number);
-        let restored = restored.and_then(|place| {
+        let put = restored.and_then(|place| {
             self.door.go_to(&place).map_err(Unusable::Journal)?;
             parts.in_step = true;
             Ok(())
         });
-        Ok(restored.map_err(|why| why.to_string()))
+        Ok(put.map_err(|why| why.to_string()))
     }
 
     /// The machine, which was made, and the door that it is run with. It is out of step until it is put somewhere.
@@ -438,14 +437,6 @@ where
         let parts = self.parts.as_mut().expect("it was made");
         parts.in_step = false;
         (parts, &mut self.store, &mut self.door)
-    }
-
-    fn complain(&mut self, number: usize, why: &dyn Display) {
-        self.unusable.insert(number);
-        let exits = self.store.heads()[number].exits;
-        self.complaints.push(format!(
-            "the checkpoint at exit {exits} is of no use: {why}"
-        ));
     }
 
     /// Makes a machine at power-on.
@@ -541,8 +532,8 @@ where
         Ok(())
     }
 
-    /// Waits for what is being kept.
-    fn settle(&mut self) -> Result<(), TravelError<<C as Cpu>::Error, F>> {
+    /// Waits until all checkpoints that were made are kept; what is not is among the complaints.
+    pub fn settle(&mut self) -> Result<(), TravelError<<C as Cpu>::Error, F>> {
         match self.store.settle() {
             Ok(()) => Ok(()),
             Err(error) => self.cannot_keep(&error),

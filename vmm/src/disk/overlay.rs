@@ -171,8 +171,7 @@ impl Disks {
         disk.overlay
             .write_all_at(data, start)
             .map_err(|source| overlay_failed(number, &source))?;
-        disk.written.insert(block);
-        disk.changed.insert(block);
+        disk.is_written(block);
         if disk.seen.insert(block) {
             self.note(number, start, data);
         }
@@ -191,14 +190,19 @@ impl Disks {
             self.fetch(number, last)?;
         }
         for block in first..=last {
-            self.disks[number].written.insert(block);
-            self.disks[number].changed.insert(block);
+            self.disks[number].is_written(block);
         }
         Ok(())
     }
 }
 
 impl Disk {
+    /// A block is the overlay's from here on, and is about to change.
+    fn is_written(&mut self, block: u64) {
+        self.written.insert(block);
+        self.changed.insert(block);
+    }
+
     /// Reads block `block` of the image.
     fn image_block<'a>(
         &self,

@@ -151,7 +151,7 @@ pub struct IndexWish {
 /// The checkpoints of a recording.
 #[derive(Debug)]
 pub struct Indexed {
-    /// How the replay compares that made them; `None` if there was nothing to be done.
+    /// How the replay compares that made them.
     pub verdict: Verdict,
     /// How many there are.
     pub checkpoints: usize,
@@ -206,6 +206,7 @@ pub fn index_recording(wish: &IndexWish, front: &mut dyn Front) -> Result<Indexe
             Err(error) => return Err(error.into()),
         }
     };
+    timeline.settle()?;
     if let Some(complaint) = view.finish().complaint() {
         front.notice(&complaint);
     }
