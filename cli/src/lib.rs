@@ -1,6 +1,7 @@
 //! The program: commands, output, exit codes. One file per command.
 #![warn(unreachable_pub)]
 
+mod children;
 pub mod commands;
 mod format;
 mod front;

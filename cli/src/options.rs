@@ -7,10 +7,60 @@ use clap::{Args, ValueEnum};
 use hindsight_devices::Nanos;
 use hindsight_replay::{Detail, OperatorConsole, Patience, Unit};
 use hindsight_vmm::failure::{Failure, Kind};
-use hindsight_vmm::session::{DiskWish, MachineWish, PreemptionWish, cmdline};
+use hindsight_vmm::session::{
+    CounterWish, DiskWish, MachineWish, PreemptionWish, RecordedPaths, cmdline,
+};
 use hindsight_vmm::world::net::{Network, Publish, is_tap_name, parse_publish};
 
 use crate::format::parse_size;
+
+/// Files that take the place of a recording's own.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct InsteadOptions {
+    /// Take the kernel from here instead of from the recording; it must be the same.
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
+    /// Take the initrd from here instead of from the recording; it must be the same.
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+    /// Take the image of a disk from here instead of from where it was; it must be the same.
+    ///
+    /// Once for each disk, in their order.
+    #[arg(long = "disk", value_name = "FILE")]
+    disks: Vec<PathBuf>,
+}
+
+impl InsteadOptions {
+    /// The same, for a session.
+    pub(crate) fn paths(&self) -> RecordedPaths {
+        RecordedPaths {
+            kernel: self.kernel.clone(),
+            initrd: self.initrd.clone(),
+            disks: self.disks.clone(),
+        }
+    }
+}
+
+/// The counter with which a replay finds places between exits.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct CounterOptions {
+    /// Force the raw event that is counted between exits; without it, the one known for this CPU.
+    #[arg(long, value_name = "EVENT")]
+    event: Option<String>,
+    /// Force how many branches short of a place the counter is set.
+    #[arg(long, value_name = "BRANCHES")]
+    margin: Option<u64>,
+}
+
+impl CounterOptions {
+    /// The same, for a session.
+    pub(crate) fn wish(&self) -> CounterWish {
+        CounterWish {
+            event: self.event.clone(),
+            margin: self.margin,
+        }
+    }
+}
 
 /// What a machine is made of.
 #[derive(Clone, Debug, Args)]

@@ -1,5 +1,7 @@
 //! What a script can tell from the exit code.
 
+use std::process::ExitStatus;
+
 use hindsight_vmm::failure::Kind;
 
 /// How a command ended.
@@ -17,6 +19,32 @@ pub enum Outcome {
     Unfit = 4,
     /// The host failed on the way: disk full, KVM error, network lost.
     HostFailed = 5,
+}
+
+impl Outcome {
+    /// All of them, the one that says most of a recording last.
+    pub(crate) const BY_WEIGHT: [Outcome; 6] = [
+        Outcome::Good,
+        Outcome::BadInput,
+        Outcome::CutShort,
+        Outcome::Unfit,
+        Outcome::HostFailed,
+        Outcome::Different,
+    ];
+
+    /// How another process of this program ended. One that was killed, or crashed, was failed by its host.
+    pub(crate) fn of(status: ExitStatus) -> Outcome {
+        let code = status.code();
+        let found = Outcome::BY_WEIGHT.into_iter();
+        let mut found = found.filter(|outcome| Some(*outcome as i32) == code);
+        found.next().unwrap_or(Outcome::HostFailed)
+    }
+
+    /// The one of these that says most of a recording.
+    pub(crate) fn weightiest(outcomes: impl Iterator<Item = Outcome>) -> Outcome {
+        let weight = |outcome: &Outcome| Outcome::BY_WEIGHT.iter().position(|one| one == outcome);
+        outcomes.max_by_key(weight).unwrap_or(Outcome::Good)
+    }
 }
 
 impl From<Kind> for Outcome {
@@ -39,3 +67,25 @@ Exit codes:
   3  the recording was cut short or is damaged; what there is replays equal
   4  this host cannot record (see `hindsight doctor`)
   5  the host failed on the way (disk full, KVM error, network lost)";
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::ExitStatusExt;
+
+    use super::*;
+
+    #[test]
+    fn a_process_that_crashed_is_never_taken_for_one_that_found_all_well() {
+        let of_code = |code: i32| Outcome::of(ExitStatus::from_raw(code << 8));
+        for outcome in Outcome::BY_WEIGHT {
+            assert_eq!(of_code(outcome as i32), outcome);
+        }
+        assert_eq!(of_code(101), Outcome::HostFailed);
+        assert_eq!(Outcome::of(ExitStatus::from_raw(9)), Outcome::HostFailed);
+        let worst = [Outcome::Good, of_code(101), Outcome::Good];
+        assert_eq!(Outcome::weightiest(worst.into_iter()), Outcome::HostFailed);
+        let worst = [Outcome::BadInput, Outcome::CutShort, Outcome::Good];
+        assert_eq!(Outcome::weightiest(worst.into_iter()), Outcome::CutShort);
+        assert_eq!(Outcome::weightiest([].into_iter()), Outcome::Good);
+    }
+}

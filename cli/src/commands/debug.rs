@@ -12,10 +12,11 @@ use clap::Args;
 use hindsight_replay::When;
 use hindsight_replay::foreign::shown_path;
 use hindsight_vmm::failure::{Failure, Kind};
-use hindsight_vmm::session::{CounterWish, DebugWish, Debugger, RecordedPaths};
+use hindsight_vmm::session::{DebugWish, Debugger};
 use nix::sys::signal::{SigSet, Signal};
 
 use crate::gdb::{Peer, serve};
+use crate::options::{CounterOptions, InsteadOptions};
 use crate::outcome::Outcome;
 use crate::tell::tell;
 
@@ -63,23 +64,10 @@ pub(crate) struct Options {
     /// Give gdb this file: the guest's kernel with symbols.
     #[arg(long, value_name = "FILE", conflicts_with = "listen")]
     vmlinux: Option<PathBuf>,
-    /// Take the kernel from here instead of from the recording; it must be the same.
-    #[arg(long, value_name = "FILE")]
-    kernel: Option<PathBuf>,
-    /// Take the initrd from here instead of from the recording; it must be the same.
-    #[arg(long, value_name = "FILE")]
-    initrd: Option<PathBuf>,
-    /// Take the image of a disk from here instead of from where it was; it must be the same.
-    ///
-    /// Once for each disk, in their order.
-    #[arg(long = "disk", value_name = "FILE")]
-    disks: Vec<PathBuf>,
-    /// Force the raw event that is counted between exits; without it, the one known for this CPU.
-    #[arg(long, value_name = "EVENT")]
-    event: Option<String>,
-    /// Force how many branches short of a place the counter is set.
-    #[arg(long, value_name = "BRANCHES")]
-    margin: Option<u64>,
+    #[command(flatten)]
+    instead: InsteadOptions,
+    #[command(flatten)]
+    counter: CounterOptions,
     /// More arguments for gdb.
     #[arg(last = true, conflicts_with = "listen")]
     gdb: Vec<OsString>,
@@ -109,15 +97,8 @@ impl FromStr for Listen {
 pub(crate) fn main(options: &Options) -> Result<Outcome, Failure> {
     let wish = DebugWish {
         recording: options.recording.clone(),
-        instead: RecordedPaths {
-            kernel: options.kernel.clone(),
-            initrd: options.initrd.clone(),
-            disks: options.disks.clone(),
-        },
-        counter: CounterWish {
-            event: options.event.clone(),
-            margin: options.margin,
-        },
+        instead: options.instead.paths(),
+        counter: options.counter.wish(),
         at: options.at.clone(),
     };
     let debugger = Debugger::open(&wish)?;

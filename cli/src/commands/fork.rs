@@ -5,9 +5,7 @@
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::process::{Command, Output};
 
 use clap::Args;
 use hindsight_devices::Nanos;
@@ -19,6 +17,7 @@ use hindsight_vmm::session::Recording;
 use serde::Serialize;
 use serde_json::Value;
 
+use crate::children;
 use crate::format::{seconds, thousands};
 use crate::options::parse_seconds;
 use crate::outcome::Outcome;
@@ -153,44 +152,23 @@ fn place(directory: &Path, seed: u64) -> PathBuf {
 
 /// Lives all of them, so many at a time, in the order of their seeds.
 fn live_all(options: &Options, directory: &Path) -> Result<Vec<Future>, Failure> {
-    let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get() as u64);
-    let jobs = options.jobs.unwrap_or(cpus).min(options.number);
-    let next = AtomicU64::new(0);
-    let done = Mutex::new(Vec::new());
-    let work = || -> std::io::Result<()> {
-        loop {
-            let number = next.fetch_add(1, Ordering::SeqCst);
-            if number >= options.number {
-                return Ok(());
-            }
-            let seed = options.seed.wrapping_add(number);
-            let lived = command(options, directory, seed)?.output()?;
-            let future = Future::of(options, seed, &lived);
-            if !options.json {
-                tell!("hindsight: {}", future.line());
-            }
-            let mut done = done.lock().expect("nobody panics with futures in hand");
-            done.push((number, future));
+    let jobs = options.jobs.unwrap_or_else(children::usual_jobs);
+    let lived = children::share_out(jobs, options.number, |number| {
+        let seed = options.seed.wrapping_add(number);
+        let lived = command(options, directory, seed)?.output()?;
+        let future = Future::of(options, seed, &lived);
+        if !options.json {
+            tell!("hindsight: {}", future.line());
         }
-    };
-    std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..jobs).map(|_| scope.spawn(work)).collect();
-        threads.into_iter().try_for_each(|thread| {
-            let worked = thread.join();
-            worked.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        })
-    })?;
-    let mut futures = done
-        .into_inner()
-        .expect("nobody panics with futures in hand");
-    futures.sort_by_key(|(number, _)| *number);
-    Ok(futures.into_iter().map(|(_, future)| future).collect())
+        Ok(future)
+    });
+    Ok(lived?)
 }
 
 /// The process of one.
 fn command(options: &Options, directory: &Path, seed: u64) -> std::io::Result<Command> {
-    let mut command = Command::new(std::env::current_exe()?);
-    command.arg("live").arg("--at").arg(&options.at);
+    let mut command = children::this_program("live")?;
+    command.arg("--at").arg(&options.at);
     command.arg(format!("--chaos={seed}"));
     command.args(["--quiet", "--json", "--panic-grace"]);
     command.arg(options.panic_grace.to_string());
@@ -203,10 +181,6 @@ fn command(options: &Options, directory: &Path, seed: u64) -> std::io::Result<Co
     }
     command.arg("--record").arg(place(directory, seed));
     command.arg("--").arg(&options.recording);
-    command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
     Ok(command)
 }
 
@@ -219,18 +193,7 @@ impl Future {
         let summary: Value = serde_json::from_str(first).unwrap_or_default();
         let text = |name: &str| summary[name].as_str().map(String::from);
         let exit_code = lived.status.code().unwrap_or(-1);
-        let failure = (exit_code != 0).then(|| {
-            let said = String::from_utf8_lossy(&lived.stderr);
-            let own = said
-                .lines()
-                .filter(|line| !line.starts_with("hindsight: live from"));
-            let said = own.collect::<Vec<_>>().join("\n");
-            let said = said.strip_prefix("hindsight: ").unwrap_or(&said);
-            match said {
-                "" => format!("its process ended by {}", lived.status),
-                said => said.into(),
-            }
-        });
+        let failure = (exit_code != 0).then(|| children::said(lived, Some("hindsight: live from")));
         Future {
             seed,
             recording: (options.record.as_ref()).map(|directory| place(directory, seed)),

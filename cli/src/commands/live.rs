@@ -8,16 +8,15 @@ use hindsight_devices::Nanos;
 use hindsight_replay::When;
 use hindsight_replay::foreign::shown_path;
 use hindsight_vmm::failure::Failure;
-use hindsight_vmm::session::{
-    CounterWish, LiveRecordingWish, LiveWish, Lived, RecordedPaths, live,
-};
+use hindsight_vmm::session::{LiveRecordingWish, LiveWish, Lived, live};
 use hindsight_vmm::world::Operator;
 use hindsight_vmm::world::net::{Publish, parse_publish};
 
 use crate::commands::run;
 use crate::front::{Terminal, notice};
 use crate::options::{
-    DetailOption, NetOption, Verify, network, parse_net, parse_seconds, parse_verify, patience,
+    CounterOptions, DetailOption, InsteadOptions, NetOption, Verify, network, parse_net,
+    parse_seconds, parse_verify, patience,
 };
 use crate::outcome::Outcome;
 use crate::summary::Summary;
@@ -83,23 +82,10 @@ pub(crate) struct Options {
     /// Stop the guest after this much of its time from the moment on, in seconds.
     #[arg(long = "for", value_name = "SECONDS", value_parser = parse_seconds)]
     for_ns: Option<Nanos>,
-    /// Take the kernel from here instead of from the recording; it must be the same.
-    #[arg(long, value_name = "FILE")]
-    kernel: Option<PathBuf>,
-    /// Take the initrd from here instead of from the recording; it must be the same.
-    #[arg(long, value_name = "FILE")]
-    initrd: Option<PathBuf>,
-    /// Take the image of a disk from here instead of from where it was; it must be the same.
-    ///
-    /// Once for each disk, in their order.
-    #[arg(long = "disk", value_name = "FILE")]
-    disks: Vec<PathBuf>,
-    /// Force the raw event that is counted between exits; without it, the one known for this CPU.
-    #[arg(long, value_name = "EVENT")]
-    event: Option<String>,
-    /// Force how many branches short of a place the counter is set.
-    #[arg(long, value_name = "BRANCHES")]
-    margin: Option<u64>,
+    #[command(flatten)]
+    instead: InsteadOptions,
+    #[command(flatten)]
+    counter: CounterOptions,
     /// Do not show the guest's console.
     #[arg(long, short)]
     quiet: bool,
@@ -117,11 +103,7 @@ impl Options {
         let panic_grace = self.panic_grace.or(default);
         Ok(LiveWish {
             recording: self.recording.clone(),
-            instead: RecordedPaths {
-                kernel: self.kernel.clone(),
-                initrd: self.initrd.clone(),
-                disks: self.disks.clone(),
-            },
+            instead: self.instead.paths(),
             at: self.at.clone(),
             from: self.from.clone(),
             record: self.record.as_ref().map(|output| LiveRecordingWish {
@@ -131,10 +113,7 @@ impl Options {
                 memory_every: self.verify.and_then(|verify| verify.every),
             }),
             network: network(&self.net, &self.publish)?,
-            counter: CounterWish {
-                event: self.event.clone(),
-                margin: self.margin,
-            },
+            counter: self.counter.wish(),
             patience: patience(self.patience),
             chaos: self.chaos,
             panic_grace_ns: panic_grace.map(|seconds| seconds.saturating_mul(1_000_000_000)),

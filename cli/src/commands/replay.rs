@@ -9,14 +9,13 @@ use hindsight_replay::When;
 use hindsight_replay::foreign::{shown_lines, shown_path};
 use hindsight_vmm::failure::{Failure, Kind};
 use hindsight_vmm::session::{
-    Beginning, CounterWish, RecordedPaths, RelogWish, ReplayWish, Replayed, SaveWish, Saved,
-    Verdict, replay,
+    Beginning, RelogWish, ReplayWish, Replayed, SaveWish, Saved, Verdict, replay,
 };
 use serde::Serialize;
 
 use crate::format::{bytes, parse_size, seconds, thousands};
 use crate::front::Terminal;
-use crate::options::{DetailOption, Verify, parse_verify};
+use crate::options::{CounterOptions, DetailOption, InsteadOptions, Verify, parse_verify};
 use crate::outcome::Outcome;
 use crate::summary::{Summary, not_compared};
 use crate::tell::{out, tell};
@@ -72,26 +71,13 @@ pub(crate) struct Options {
     /// equal; else both are kept.
     #[arg(long, requires = "written")]
     force: bool,
-    /// Take the kernel from here instead of from the recording; it must be the same.
-    #[arg(long, value_name = "FILE")]
-    kernel: Option<PathBuf>,
-    /// Take the initrd from here instead of from the recording; it must be the same.
-    #[arg(long, value_name = "FILE")]
-    initrd: Option<PathBuf>,
-    /// Take the image of a disk from here instead of from where it was; it must be the same.
-    ///
-    /// Once for each disk, in their order.
-    #[arg(long = "disk", value_name = "FILE")]
-    disks: Vec<PathBuf>,
+    #[command(flatten)]
+    instead: InsteadOptions,
     /// Refuse unless the recorded machine has this much RAM.
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     memory: Option<u64>,
-    /// Force the raw event that is counted between exits; without it, the one known for this CPU.
-    #[arg(long, value_name = "EVENT")]
-    event: Option<String>,
-    /// Force how many branches short of a place the counter is set.
-    #[arg(long, value_name = "BRANCHES")]
-    margin: Option<u64>,
+    #[command(flatten)]
+    counter: CounterOptions,
     /// Do not show the guest's console.
     #[arg(long, short)]
     quiet: bool,
@@ -109,17 +95,10 @@ pub(crate) fn main(options: &Options) -> Result<Outcome, Failure> {
     });
     let wish = ReplayWish {
         recording: options.recording.clone(),
-        instead: RecordedPaths {
-            kernel: options.kernel.clone(),
-            initrd: options.initrd.clone(),
-            disks: options.disks.clone(),
-        },
+        instead: options.instead.paths(),
         until: options.until.clone(),
         memory_every: options.verify.and_then(|verify| verify.every),
-        counter: CounterWish {
-            event: options.event.clone(),
-            margin: options.margin,
-        },
+        counter: options.counter.wish(),
         memory_bytes: options.memory,
         relog,
         from: options.from.clone(),

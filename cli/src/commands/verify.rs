@@ -1,20 +1,19 @@
 //! `hindsight verify`: checks a recording, in stretches and side by side.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::process::{Command, Output};
 use std::time::Instant;
 
 use clap::Args;
 use hindsight_replay::Stretch;
-use hindsight_replay::foreign::{shown, shown_lines};
+use hindsight_replay::foreign::shown_lines;
 use hindsight_vmm::failure::Failure;
 use hindsight_vmm::session::{
     CounterWish, RecordedPaths, Recording, Share, Verified, VerifyWish, verify,
 };
 use serde_json::{Value, json};
 
+use crate::children;
 use crate::format::{seconds, thousands};
 use crate::front::Terminal;
 use crate::outcome::Outcome;
@@ -67,8 +66,7 @@ pub(crate) fn main(options: &Options) -> Result<Outcome, Failure> {
     }
     // What there is to be refused is refused once.
     Recording::at(&options.recording).journal()?;
-    let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get() as u64);
-    let jobs = options.jobs.unwrap_or(cpus);
+    let jobs = options.jobs.unwrap_or_else(children::usual_jobs);
     match jobs {
         1 => check_one(options, Share::WHOLE),
         _ => check_all(options, jobs),
@@ -100,7 +98,7 @@ fn check_one(options: &Options, share: Share) -> Result<Outcome, Failure> {
         detail,
         from: verified.from,
         to: verified.to.unwrap_or(verified.exits),
-        outcome: outcome as i32,
+        outcome,
         host_ns,
     };
     match options.json {
@@ -141,8 +139,7 @@ struct Found {
     detail: String,
     from: u64,
     to: u64,
-    /// The exit code.
-    outcome: i32,
+    outcome: Outcome,
     host_ns: u64,
 }
 
@@ -155,7 +152,7 @@ impl Found {
             "detail": self.detail,
             "from_exit": self.from,
             "to_exit": self.to,
-            "exit_code": self.outcome,
+            "exit_code": self.outcome as i32,
             "host_ns": self.host_ns,
         })
     }
@@ -177,25 +174,19 @@ impl Found {
     }
 
     /// What a process says of its stretch, or why it does not.
-    fn of(share: Share, ran: &std::process::Output) -> Found {
+    fn of(share: Share, ran: &Output) -> Found {
         let text = String::from_utf8_lossy(&ran.stdout);
         let said: Value = serde_json::from_str(text.trim()).unwrap_or_default();
         let number = |name: &str| said[name].as_u64().unwrap_or_default();
-        let failed = || {
-            let said = String::from_utf8_lossy(&ran.stderr);
-            let said = said.trim().trim_start_matches("hindsight: ");
-            match said {
-                "" => format!("its process ended by {}", ran.status),
-                said => shown(said).to_string(),
-            }
-        };
         Found {
             share,
             verdict: said["verdict"].as_str().unwrap_or("failed").into(),
-            detail: said["detail"].as_str().map_or_else(failed, String::from),
+            detail: said["detail"]
+                .as_str()
+                .map_or_else(|| children::said(ran, None), String::from),
             from: number("from_exit"),
             to: number("to_exit"),
-            outcome: ran.status.code().unwrap_or(Outcome::HostFailed as i32),
+            outcome: Outcome::of(ran.status),
             host_ns: number("host_ns"),
         }
     }
@@ -204,42 +195,22 @@ impl Found {
 /// Checks all stretches, each in a process.
 fn check_all(options: &Options, jobs: u64) -> Result<Outcome, Failure> {
     let start = Instant::now();
-    let next = AtomicU64::new(1);
-    let found = Mutex::new(Vec::new());
-    let work = || -> std::io::Result<()> {
-        loop {
-            let number = next.fetch_add(1, Ordering::SeqCst);
-            if number > jobs {
-                return Ok(());
-            }
-            let share = Share { number, of: jobs };
-            let ran = command(options, share)?.output()?;
-            let one = Found::of(share, &ran);
-            if !options.json {
-                tell!("{}", one.line());
-            }
-            found
-                .lock()
-                .expect("nobody panics with it in hand")
-                .push(one);
+    let found = children::share_out(jobs, jobs, |number| {
+        let share = Share {
+            number: number + 1,
+            of: jobs,
+        };
+        let one = Found::of(share, &command(options, share)?.output()?);
+        if !options.json {
+            tell!("{}", one.line());
         }
-    };
-    std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..jobs).map(|_| scope.spawn(work)).collect();
-        threads.into_iter().try_for_each(|thread| {
-            let worked = thread.join();
-            worked.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        })
+        Ok(one)
     })?;
-    let mut found = found.into_inner().expect("nobody panics with it in hand");
-    found.sort_by_key(|one| one.share.number);
-    let worst = found.iter().map(|one| one.outcome);
-    let worst = worst.max_by_key(|code| SEVERITY.iter().position(|known| known == code));
-    let outcome = OUTCOMES
-        .into_iter()
-        .find(|outcome| Some(*outcome as i32) == worst);
-    let outcome = outcome.unwrap_or(Outcome::HostFailed);
-    let wrong = found.iter().filter(|one| one.outcome != 0).count();
+    let outcome = Outcome::weightiest(found.iter().map(|one| one.outcome));
+    let wrong = found
+        .iter()
+        .filter(|one| one.outcome != Outcome::Good)
+        .count();
     let host_ns = start.elapsed().as_nanos() as u64;
     if options.json {
         let stretches: Vec<Value> = found.iter().map(Found::json).collect();
@@ -263,29 +234,14 @@ fn check_all(options: &Options, jobs: u64) -> Result<Outcome, Failure> {
     Ok(outcome)
 }
 
-/// Exit codes, the one that says most of the recording last.
-const SEVERITY: [i32; 6] = [0, 2, 3, 4, 5, 1];
-const OUTCOMES: [Outcome; 6] = [
-    Outcome::Good,
-    Outcome::Different,
-    Outcome::BadInput,
-    Outcome::CutShort,
-    Outcome::Unfit,
-    Outcome::HostFailed,
-];
-
 fn command(options: &Options, share: Share) -> std::io::Result<Command> {
-    let mut command = Command::new(std::env::current_exe()?);
+    let mut command = children::this_program("verify")?;
     let Share { number, of } = share;
-    command.args(["verify", "--json", "--stretch", &format!("{number}/{of}")]);
+    command.args(["--json", "--stretch", &format!("{number}/{of}")]);
     for disk in &options.disks {
         command.arg("--disk").arg::<&Path>(disk);
     }
     command.arg("--").arg(&options.recording);
-    command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
     Ok(command)
 }
 

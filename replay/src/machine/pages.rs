@@ -45,13 +45,6 @@ impl PagePlace {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PageBytes(Box<[u8; PAGE_BYTES]>);
 
-impl PageBytes {
-    /// This content.
-    pub fn new(bytes: Box<[u8; PAGE_BYTES]>) -> PageBytes {
-        PageBytes(bytes)
-    }
-}
-
 impl std::ops::Deref for PageBytes {
     type Target = [u8; PAGE_BYTES];
 

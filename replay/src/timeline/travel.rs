@@ -310,11 +310,6 @@ where
         })
     }
 
-    /// The door.
-    pub fn door(&self) -> &Replayer<R> {
-        &self.door
-    }
-
     /// Where the checkpoints are kept.
     pub fn store(&mut self) -> &mut K {
         &mut self.store

@@ -35,7 +35,7 @@ pub use live::{LiveRecordingWish, LiveWish, Lived, live};
 pub use make::{
     LoadedKernel, MACHINE_CMDLINE, MachineError, build, cmdline, describe, host_facts, open_kvm,
 };
-pub use moments::{go_to_moment, travel, until_moment};
+pub use moments::{travel, until_moment};
 pub use open::{RecordedImages, RecordedPaths};
 pub use preemption_plan::{CounterWish, PreemptionError, PreemptionPlan, PreemptionWish};
 pub use record::{Left, RecordWish, Recorded, record};

@@ -1,9 +1,7 @@
 //! Finds the moments that a recording's user names.
 
-use std::path::Path;
-
 use hindsight_devices::{Nanos, Output};
-use hindsight_replay::{Anchor, Arrival, Exit, Guest, Observer, Pace, Target, Turn, When};
+use hindsight_replay::{Anchor, Arrival, Exit, Guest, Observer, Target, Turn, When};
 
 use super::open::RecordedPaths;
 use super::preemption_plan::CounterWish;
@@ -13,49 +11,44 @@ use super::timeline::{HostPace, RecordingTimeline, SPACING, open_timeline};
 use crate::failure::{Failure, Kind};
 use hindsight_replay::foreign::shown_path;
 
-/// Brings a recording to a moment. The observer sees what is run through on the way, some of it perhaps twice.
-///
-/// # Errors
-///
-/// There is no such moment in it, it diverges before, or the host failed.
-pub fn go_to_moment(
+/// Brings a recording to a moment.
+fn go_to_moment(
     timeline: &mut RecordingTimeline,
     when: &When,
-    recording: &Path,
-    pace: &mut dyn Pace,
-    observer: &mut dyn Observer,
+    recording: &Recording,
 ) -> Result<(), Failure> {
     let missing = |why: &str| {
-        let recording = shown_path(recording);
+        let recording = shown_path(recording.directory());
         Failure::new(
             Kind::BadInput,
             format!("{recording} has no moment {when}: {why}"),
         )
     };
-    let base = match &when.anchor {
-        Anchor::Exit(exit) => *exit,
-        Anchor::Time(time) => {
-            match go_on(timeline, Target::Time(*time), pace, observer)? {
-                Arrival::Reached => {}
-                _ => return Err(missing("it ends before")),
+    let base =
+        match &when.anchor {
+            Anchor::Exit(exit) => *exit,
+            Anchor::Time(time) => {
+                match go_on(timeline, Target::Time(*time))? {
+                    Arrival::Reached => {}
+                    _ => return Err(missing("it ends before")),
+                }
+                here(timeline)
             }
-            here(timeline)
-        }
-        Anchor::End => {
-            go_on(timeline, Target::End, pace, observer)?;
-            if when.offset == 0 {
-                return Ok(());
+            Anchor::End => {
+                go_on(timeline, Target::End)?;
+                if when.offset == 0 {
+                    return Ok(());
+                }
+                here(timeline)
             }
-            here(timeline)
-        }
-        Anchor::Crash => find(timeline, Search::crash(), pace, observer)?
-            .ok_or_else(|| missing("its guest does not panic"))?,
-        Anchor::Console(text) => find(timeline, Search::console(text), pace, observer)?
-            .ok_or_else(|| missing("no console says that"))?,
-    };
+            Anchor::Crash => find(timeline, Search::default())?
+                .ok_or_else(|| missing("its guest does not panic"))?,
+            Anchor::Console(text) => find(timeline, Search::console(text))?
+                .ok_or_else(|| missing("no console says that"))?,
+        };
     let exit = base.checked_add_signed(when.offset);
     let exit = exit.ok_or_else(|| missing("it would be before power-on"))?;
-    match go_on(timeline, Target::Exit(exit), pace, observer)? {
+    match go_on(timeline, Target::Exit(exit))? {
         Arrival::Reached => Ok(()),
         _ if here(timeline) == exit => Ok(()),
         _ => Err(missing(&format!("its last exit is {}", here(timeline)))),
@@ -66,7 +59,7 @@ pub fn go_to_moment(
 ///
 /// # Errors
 ///
-/// See [`go_to_moment`].
+/// There is no such moment in it, it diverges before, or the host failed.
 pub fn travel(
     recording: &Recording,
     instead: &RecordedPaths,
@@ -74,14 +67,7 @@ pub fn travel(
     when: &When,
 ) -> Result<(RecordingTimeline, u64), Failure> {
     let mut timeline = open_timeline(recording, recording.journal()?, instead, counter)?;
-    let mut pace = HostPace::new(SPACING);
-    go_to_moment(
-        &mut timeline,
-        when,
-        recording.directory(),
-        &mut pace,
-        &mut (),
-    )?;
+    go_to_moment(&mut timeline, when, recording)?;
     let exits = here(&mut timeline);
     Ok((timeline, exits))
 }
@@ -113,32 +99,16 @@ fn here(timeline: &mut RecordingTimeline) -> u64 {
     parts.map_or(0, |(machine, _, _)| machine.at().exits)
 }
 
-/// Goes there, however often it stops on the way.
-fn go_on(
-    timeline: &mut RecordingTimeline,
-    target: Target,
-    pace: &mut dyn Pace,
-    observer: &mut dyn Observer,
-) -> Result<Arrival, Failure> {
-    loop {
-        match timeline.go_to(target, pace, observer)? {
-            Arrival::Stopped => {}
-            arrival => return Ok(arrival),
-        }
-    }
+/// Goes there, and makes the checkpoints on the way that there are none of.
+fn go_on(timeline: &mut RecordingTimeline, target: Target) -> Result<Arrival, Failure> {
+    Ok(timeline.go_to(target, &mut HostPace::new(SPACING), &mut ())?)
 }
 
 /// The first exit at which something happens that is looked for from the start on.
-fn find(
-    timeline: &mut RecordingTimeline,
-    search: Search,
-    pace: &mut dyn Pace,
-    observer: &mut dyn Observer,
-) -> Result<Option<u64>, Failure> {
-    let mut both = (search, Borrowed(observer));
-    go_on(timeline, Target::Exit(0), pace, &mut ())?;
-    go_on(timeline, Target::End, pace, &mut both)?;
-    Ok(both.0.found)
+fn find(timeline: &mut RecordingTimeline, mut search: Search) -> Result<Option<u64>, Failure> {
+    go_on(timeline, Target::Exit(0))?;
+    timeline.go_to(Target::End, &mut HostPace::new(SPACING), &mut search)?;
+    Ok(search.found)
 }
 
 /// Looks for the first exit at which something happens.
@@ -152,10 +122,6 @@ struct Search {
 }
 
 impl Search {
-    fn crash() -> Search {
-        Search::default()
-    }
-
     fn console(text: &str) -> Search {
         Search {
             text: Some(text.as_bytes().to_vec()),
@@ -187,15 +153,6 @@ impl Observer for Search {
         // As much as may be the beginning of it.
         let surplus = written.len().saturating_sub(text.len() - 1);
         written.drain(..surplus);
-    }
-}
-
-/// Somebody else's observer.
-struct Borrowed<'a>(&'a mut dyn Observer);
-
-impl Observer for Borrowed<'_> {
-    fn output(&mut self, exits: u64, now: Nanos, output: &Output) {
-        self.0.output(exits, now, output);
     }
 }
 

@@ -167,7 +167,8 @@ pub fn replay(wish: &ReplayWish, front: &mut dyn Front) -> Result<Replayed, Fail
     });
     let plan = plan.transpose()?;
     if wish.relog.is_some() && (wish.from.is_some() || plan.is_some()) {
-        let message = "a relog is a recording of a whole replay: it goes with no state";
+        let message =
+            "a relog is a recording of a whole replay: it goes with no state and no moment";
         return Err(Failure::new(Kind::BadInput, message));
     }
     let mut target = match &wish.relog {
@@ -185,9 +186,9 @@ pub fn replay(wish: &ReplayWish, front: &mut dyn Front) -> Result<Replayed, Fail
         }) => Some(*exit),
         Some(when) => Some(travel(&recording, &wish.instead, &wish.counter, when)?.1),
     };
-    let images = RecordedImages::open(&recording, &header, &wish.instead)?;
     // A relog asks for digests of its own; a plain replay only for those that can be compared.
     let own_digests = wish.memory_every.filter(|_| wish.relog.is_some());
+    let mut images = None;
     let (mut machine, mut cpu, mut disks, mut replayer) = match &wish.from {
         Some(Beginning::Moment(when)) => {
             let (timeline, exits) = travel(&recording, &wish.instead, &wish.counter, when)?;
@@ -195,6 +196,8 @@ pub fn replay(wish: &ReplayWish, front: &mut dyn Front) -> Result<Replayed, Fail
             parts.ok_or_else(|| nothing_after(exits))?
         }
         beginning => {
+            let opened = RecordedImages::open(&recording, &header, &wish.instead)?;
+            let images = images.insert(opened);
             let (mut cpu, mut machine) = images.machine(&header, &wish.counter)?;
             let mut disks = images.fresh_disks()?;
             let replayer = match beginning {
@@ -231,7 +234,8 @@ pub fn replay(wish: &ReplayWish, front: &mut dyn Front) -> Result<Replayed, Fail
             (result, replayer)
         }
         Some((relog, target)) => {
-            target.write_machine(&images)?;
+            let images = images.as_ref();
+            target.write_machine(images.expect("a relog goes with no moment"))?;
             let header = Header {
                 detail: relog.detail,
                 ..header.clone()
