@@ -174,9 +174,8 @@ pub fn index_recording(wish: &IndexWish, front: &mut dyn Front) -> Result<Indexe
     let header = journal.header().clone();
     let path = recording.path(CHECKPOINTS);
     let mut timeline = open_timeline(&recording, journal, &wish.instead, &CounterWish::default())?;
-    if !timeline.store().is_open() {
-        return Err(Failure::new(Kind::BadInput, CheckpointError::InUse));
-    }
+    let kept = timeline.store().check_kept();
+    kept.map_err(|error| Failure::new(Kind::BadInput, error))?;
     let before = timeline.store().heads().len();
     let last = last_exit(&recording);
     let mut view = front.view(Viewed {

@@ -49,6 +49,9 @@ pub enum CheckpointError {
     /// Somebody else writes there.
     #[error("another process makes checkpoints of this recording; wait for it, or stop it")]
     InUse,
+    /// The recording's directory, or the file in it, cannot be written.
+    #[error("the recording cannot be written to; copy it to where it can")]
+    NotWritable,
     /// There was an error before.
     #[error("no more are kept after an error")]
     Closed,
@@ -67,10 +70,22 @@ const SPAN_BYTES_MAX: u64 = 4 << 20;
 /// How many groups of pages are unpacked before their pages are given.
 const GROUPS_AT_ONCE: usize = 128;
 
+/// Whether what is written stays.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    /// In the recording.
+    Kept,
+    /// Nothing is written, for somebody else does.
+    InUse,
+    /// It is gone with the program, or nothing is written: the recording's directory does not take it.
+    NotWritable,
+}
+
 /// The checkpoints of a recording.
 #[derive(Debug)]
 pub struct CheckpointFile {
     file: File,
+    place: Place,
     limit: PageLimit,
     journal: u64,
     /// Where those end that are kept, and the check of the last head.
@@ -103,21 +118,44 @@ impl CheckpointFile {
         let flags = flags | OFlags::NOFOLLOW | OFlags::NONBLOCK;
         let file = rustix::fs::open(path, flags, Mode::from_raw_mode(0o666)).map(File::from);
         let is_file = |file: &File| file.metadata().is_ok_and(|data| data.is_file());
-        if let Some(file) = file.ok().filter(is_file)
-            && flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok()
-        {
-            return CheckpointFile::read(file, journal, limit)?.open_writer();
+        let mut place = Place::NotWritable;
+        if let Some(file) = file.ok().filter(is_file) {
+            if flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok() {
+                return CheckpointFile::read(file, Place::Kept, journal, limit)?.open_writer();
+            }
+            place = Place::InUse;
         }
         match regular_file::open(path, Links::Refuse) {
-            Ok((file, _)) => CheckpointFile::read(file, journal, limit),
-            Err(_) => CheckpointFile::read(tempfile::tempfile()?, journal, limit)?.open_writer(),
+            Ok((file, _)) => CheckpointFile::read(file, place, journal, limit),
+            Err(_) => {
+                CheckpointFile::read(tempfile::tempfile()?, place, journal, limit)?.open_writer()
+            }
         }
     }
 
-    fn read(file: File, journal: u64, limit: PageLimit) -> Result<CheckpointFile, CheckpointError> {
+    /// Whether what is written to it stays in the recording.
+    ///
+    /// # Errors
+    ///
+    /// It does not, or nothing is: why.
+    pub fn check_kept(&self) -> Result<(), CheckpointError> {
+        match self.place {
+            Place::Kept => Ok(()),
+            Place::InUse => Err(CheckpointError::InUse),
+            Place::NotWritable => Err(CheckpointError::NotWritable),
+        }
+    }
+
+    fn read(
+        file: File,
+        place: Place,
+        journal: u64,
+        limit: PageLimit,
+    ) -> Result<CheckpointFile, CheckpointError> {
         let head = file_head(journal);
         let mut found = CheckpointFile {
             file,
+            place,
             limit,
             journal,
             end: FILE_HEAD_BYTES as u64,
@@ -312,7 +350,7 @@ impl CheckpointFile {
         if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
             return Err(CheckpointError::InUse);
         }
-        let mut thin = CheckpointFile::read(file, self.journal, self.limit)?;
+        let mut thin = CheckpointFile::read(file, self.place, self.journal, self.limit)?;
         let mut writer = thin.writer()?;
         let mut before = None;
         for number in (0..self.heads.len()).filter(|number| keep(*number)) {
@@ -507,5 +545,36 @@ where
         put: &mut PageSink<'_>,
     ) -> Result<(), CheckpointError> {
         self.give(number, base, also, put)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_does_not_stay_in_the_recording_is_said() {
+        let directory = tempfile::tempdir().unwrap();
+        let limit = PageLimit { memory: 1 };
+        let open =
+            |name: &str| CheckpointFile::open(&directory.path().join(name), 1, limit).unwrap();
+        let first = open("checkpoints");
+        first.check_kept().unwrap();
+        let second = open("checkpoints");
+        assert!(matches!(second.check_kept(), Err(CheckpointError::InUse)) && !second.is_open());
+        drop(first);
+        open("checkpoints").check_kept().unwrap();
+        // Neither a directory that is not there, nor what is no file, nor where a link leads to.
+        std::os::unix::fs::symlink("checkpoints", directory.path().join("link")).unwrap();
+        std::fs::create_dir(directory.path().join("directory")).unwrap();
+        for name in ["none/checkpoints", "directory", "link"] {
+            let elsewhere = open(name);
+            let kept = elsewhere.check_kept();
+            assert!(matches!(kept, Err(CheckpointError::NotWritable)), "{name}");
+            assert!(
+                elsewhere.is_open(),
+                "it is of use for as long as it is open"
+            );
+        }
     }
 }
