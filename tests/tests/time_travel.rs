@@ -9,8 +9,8 @@ use std::io::Cursor;
 
 use hindsight_replay::rng::Rng;
 use hindsight_replay::{
-    Arrival, CheckpointHead, Checkpoints, Closed, Pace, Pause, Replayer, RunError, StateOf,
-    Stateful, Stretch, Target, Timeline,
+    Arrival, CheckpointHead, Checkpoints, Closed, Guest, Observer, Pace, Pause, Replayer, RunError,
+    StateOf, Stateful, Stretch, Target, Timeline, Turn,
 };
 use hindsight_tests::recorded::{Driver, Recorded, Toy};
 use hindsight_tests::sim::machine_of;
@@ -42,7 +42,7 @@ impl Pace for Random {
     }
 }
 
-/// The states of a straight replay at some exits, and guest time at each.
+/// The states of a straight replay at some exits, guest time at each, and the exits that an observer sees.
 fn straight<R: Recorded>(recorded: &R, seed: u64) -> Straight<R> {
     let mut rng = Rng::new(seed, 40);
     let exits: Vec<u64> = (0..8).map(|_| recorded.place(&mut rng)).collect();
@@ -50,9 +50,10 @@ fn straight<R: Recorded>(recorded: &R, seed: u64) -> Straight<R> {
     let mut disks = recorded.disks();
     let mut door = Replayer::new(recorded.reader(), None, None);
     let (mut states, mut times) = (BTreeMap::new(), Vec::new());
+    let mut seen = Seen::default();
     for exit in 0..recorded.exits() {
         door.close_after(Some(exit));
-        let result = machine.run(&mut cpu, &mut disks, &mut door, &mut ());
+        let result = machine.run(&mut cpu, &mut disks, &mut door, &mut seen);
         assert!(matches!(result, Err(RunError::Closed(Closed::Reached(_)))));
         times.push(machine.now());
         if exits.contains(&exit) {
@@ -60,13 +61,22 @@ fn straight<R: Recorded>(recorded: &R, seed: u64) -> Straight<R> {
             states.insert(exit, state.expect("it is at an exit"));
         }
     }
-    Straight { states, times }
+    door.close_after(None);
+    let ended = machine.run(&mut cpu, &mut disks, &mut door, &mut seen);
+    assert_eq!(ended.expect("it ends"), *recorded.end());
+    let exits = seen.0;
+    Straight {
+        states,
+        times,
+        exits,
+    }
 }
 
-/// A straight replay's states at some exits, and its times.
+/// A straight replay's states at some exits, its times, and what an observer sees.
 struct Straight<R: Recorded> {
     states: BTreeMap<u64, State<R>>,
     times: Vec<u64>,
+    exits: Vec<u64>,
 }
 
 /// Travels about in `recorded`, and compares. Returns how often checkpoints were complained of, and the store.
@@ -100,7 +110,7 @@ fn travel<R: Recorded, K: Checkpoints<CpuState<R>, DisksState<R>> + std::fmt::De
             _ => (Target::Exit(exit), Some(exit)),
         };
         let arrival = loop {
-            let arrival = timeline.go_to(target, &mut pace, &mut ());
+            let arrival = timeline.go_to(target, &mut pace);
             match arrival.unwrap_or_else(|error| panic!("to {target:?}: {error}")) {
                 Arrival::Stopped => {}
                 arrival => break arrival,
@@ -125,6 +135,49 @@ fn travel<R: Recorded, K: Checkpoints<CpuState<R>, DisksState<R>> + std::fmt::De
     (complaints, timeline.into_store())
 }
 
+/// The exits that an observer has seen.
+#[derive(Default)]
+struct Seen(Vec<u64>);
+
+impl Observer for Seen {
+    fn turn(&mut self, exits: u64, _: &Turn, _: &mut dyn Guest) {
+        self.0.push(exits);
+    }
+}
+
+/// Looks on from a moment in `recorded` to its end, past the checkpoints of `store`, and compares with `all`.
+fn looks_on<R: Recorded, K: Checkpoints<CpuState<R>, DisksState<R>> + std::fmt::Debug>(
+    recorded: &R,
+    all: &[u64],
+    store: K,
+    seed: u64,
+) {
+    let make = || {
+        let machine = machine_of(recorded.header());
+        Ok::<_, Infallible>((machine, recorded.cpu(5), recorded.disks()))
+    };
+    let mut timeline: Timeline<_, _, Cursor<&[u8]>, _, _> =
+        Timeline::new(recorded.reader(), store, make);
+    let from = recorded.place(&mut Rng::new(seed, 45));
+    let arrival = timeline.go_to(Target::Exit(from), &mut Random(Rng::new(seed, 46)));
+    let reached = matches!(arrival, Ok(Arrival::Reached | Arrival::Stopped));
+    assert!(reached, "{arrival:?}");
+    let (machine, _, _) = timeline.parts().expect("it is somewhere");
+    let from = machine.at().exits;
+    let mut seen = Seen::default();
+    let mut pace = Random(Rng::new(seed, 47));
+    while !matches!(
+        timeline.run_to(Target::End, &mut pace, &mut seen),
+        Ok(Arrival::Ended(_))
+    ) {}
+    let expected: Vec<u64> = all.iter().copied().filter(|exit| *exit > from).collect();
+    assert!(
+        seen.0 == expected,
+        "from exit {from}: {seen:?}",
+        seen = seen.0
+    );
+}
+
 fn travels_right<R: Recorded>(recorded: &R, seed: u64)
 where
     CpuState<R>: std::fmt::Debug,
@@ -137,6 +190,7 @@ where
     let heads = store.heads();
     assert!(heads.is_sorted_by(|a, b| a.exits < b.exits));
     assert!(recorded.exits() < 200 || noise.is_some() || !heads.is_empty());
+    looks_on(recorded, &straight.exits, store, seed);
 }
 
 /// What a file has room for: more than any toy's memory.

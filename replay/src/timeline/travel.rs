@@ -341,19 +341,18 @@ where
         std::mem::take(&mut self.complaints)
     }
 
-    /// Brings the machine to `target`. The observer sees what it runs through on the way, wherever that begins.
+    /// Brings the machine to `target`.
     pub fn go_to(
         &mut self,
         target: Target,
         pace: &mut dyn Pace,
-        observer: &mut dyn Observer,
     ) -> Result<Arrival, TravelError<<C as Cpu>::Error, F>> {
         self.come_near(target)?;
-        self.run_to(target, pace, observer)
+        self.run_to(target, pace, &mut ())
     }
 
-    /// Brings it to the last place before `target` that can be had at once.
-    fn come_near(&mut self, target: Target) -> Result<(), TravelError<<C as Cpu>::Error, F>> {
+    /// Brings it to the last place before `target` that can be had at once: a checkpoint, where it is, or power-on.
+    pub fn come_near(&mut self, target: Target) -> Result<(), TravelError<<C as Cpu>::Error, F>> {
         let is_before = |head: &CheckpointHead| match target {
             Target::Exit(exit) => head.exits <= exit,
             // The first exit at this time may be before a checkpoint at the same one.
@@ -459,12 +458,17 @@ where
         Ok(())
     }
 
-    fn run_to(
+    /// Runs from where the machine is, or from power-on before the first travel, to `target`, which must not lie before.
+    /// No checkpoint on the way is jumped to: the observer sees all that happens.
+    pub fn run_to(
         &mut self,
         target: Target,
         pace: &mut dyn Pace,
         observer: &mut dyn Observer,
     ) -> Result<Arrival, TravelError<<C as Cpu>::Error, F>> {
+        if self.parts.as_ref().is_none_or(|parts| !parts.in_step) {
+            self.come_near(Target::Exit(0))?;
+        }
         let last = match target {
             Target::Exit(exit) => Some(exit),
             Target::Time(_) | Target::End => None,

@@ -96,7 +96,7 @@ fn open(recording: &str) -> RecordingTimeline {
 fn go_to(timeline: &mut RecordingTimeline, exit: u64) -> Arrival {
     // None is made on the way: what is measured is what there is.
     let mut pace = HostPace::new(1000 * SPACING);
-    let arrival = timeline.go_to(Target::Exit(exit), &mut pace, &mut ());
+    let arrival = timeline.go_to(Target::Exit(exit), &mut pace);
     arrival.unwrap_or_else(|error| panic!("to exit {exit}: {error}"))
 }
 

@@ -101,13 +101,13 @@ fn here(timeline: &mut RecordingTimeline) -> u64 {
 
 /// Goes there, and makes the checkpoints on the way that there are none of.
 fn go_on(timeline: &mut RecordingTimeline, target: Target) -> Result<Arrival, Failure> {
-    Ok(timeline.go_to(target, &mut HostPace::new(SPACING), &mut ())?)
+    Ok(timeline.go_to(target, &mut HostPace::new(SPACING))?)
 }
 
 /// The first exit at which something happens that is looked for from the start on.
 fn find(timeline: &mut RecordingTimeline, mut search: Search) -> Result<Option<u64>, Failure> {
     go_on(timeline, Target::Exit(0))?;
-    timeline.go_to(Target::End, &mut HostPace::new(SPACING), &mut search)?;
+    timeline.run_to(Target::End, &mut HostPace::new(SPACING), &mut search)?;
     Ok(search.found)
 }
 

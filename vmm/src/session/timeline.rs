@@ -194,7 +194,8 @@ pub fn index_recording(wish: &IndexWish, front: &mut dyn Front) -> Result<Indexe
             spacing *= 2;
         }
         let mut pace = HostPace::new(spacing).stopping();
-        match timeline.go_to(Target::End, &mut pace, &mut *view) {
+        timeline.come_near(Target::End)?;
+        match timeline.run_to(Target::End, &mut pace, &mut *view) {
             Ok(Arrival::Stopped) => {
                 spacing = paced(timeline.store(), wish, last, spacing);
             }
