@@ -8,11 +8,13 @@
 //! What checkpoints are kept in is somebody else's ([`Checkpoints`]); that may be damaged or gone, which costs time.
 
 mod checkpoint;
+mod notes;
 mod stretch;
 mod travel;
 mod when;
 
 pub use checkpoint::{CheckpointHead, Checkpoints, PageSink, PageSource};
+pub use notes::Notes;
 pub use stretch::Stretch;
 pub use travel::{Arrival, Pace, Pause, Target, Timeline, TravelError};
 pub use when::{Anchor, NoMoment, When};

@@ -9,6 +9,7 @@ use hindsight_devices::{Nanos, Storage, StorageError};
 use thiserror::Error;
 
 use super::checkpoint::{CheckpointHead, Checkpoints};
+use super::notes::{NoteTaker, Notes};
 use crate::RunError;
 use crate::door::{Closed, Replayer};
 use crate::journal::{JournalError, JournalReader, Tail};
@@ -46,8 +47,11 @@ pub enum Arrival {
 pub enum Pause {
     /// Nothing.
     GoOn,
-    /// Make a checkpoint, if the store has none so late.
-    Checkpoint,
+    /// Make a checkpoint, if the store has none so late. Its [`CheckpointHead::cost`] is this.
+    Checkpoint {
+        /// What it took to come here.
+        cost: u32,
+    },
     /// Stop there.
     Stop,
 }
@@ -142,17 +146,19 @@ where
         &mut self,
         store: &mut K,
         door: &Replayer<R>,
+        head: CheckpointHead,
+        notes: Option<&Notes>,
     ) -> Result<Result<(), K::Error>, StateError<<C as Cpu>::Error>> {
         let (cpu, disks) = (&mut self.cpu, &mut self.disks);
         let core = self.machine.save_core(cpu, disks, door)?;
         self.note_changes()?;
-        let head = self.here();
         let (base, changed) = (self.base, std::mem::take(&mut self.changed));
-        let mut pages = changed.iter().map(|place| {
-            let mut bytes = [0; PAGE_BYTES];
-            self.read_page(*place, &mut bytes).map(|()| (*place, bytes))
-        });
-        let appended = store.append(head, &core, base, &mut pages);
+        let mut places = changed.iter();
+        let mut pages = |into: &mut [u8; PAGE_BYTES]| {
+            let place = *places.next()?;
+            Some(self.read_page(place, into).map(|()| place))
+        };
+        let appended = store.append(head, &core, base, &mut pages, notes);
         match &appended {
             Ok(Ok(number)) => self.base = Some(*number),
             _ => self.changed = changed,
@@ -193,8 +199,13 @@ where
         let put = |cpu: &mut C, disks: &mut S| {
             let (mut written, mut failed) = (Vec::new(), None);
             let mut put = |place: PagePlace, bytes: Option<&[u8; PAGE_BYTES]>| {
+                let first = power_on.get(place);
+                let bytes = bytes.unwrap_or(first);
+                if base.is_none() && bytes == first && !changed.contains(&place) {
+                    // Nobody has touched it: it stays so.
+                    return ControlFlow::Continue(());
+                }
                 written.push(place);
-                let bytes = bytes.unwrap_or_else(|| power_on.get(place));
                 let put = match place.number() {
                     Ok(number) if cpu.has_page(number) => {
                         cpu.write_page(number, bytes).map_err(StateError::Cpu)
@@ -242,6 +253,7 @@ where
         CheckpointHead {
             exits: self.machine.at().exits,
             now: self.machine.now(),
+            cost: 0,
         }
     }
 }
@@ -252,6 +264,8 @@ pub struct Timeline<C, S, R: Read, K, M> {
     parts: Option<Parts<C, S>>,
     door: Replayer<R>,
     store: K,
+    /// What has happened since it was put somewhere, or made a checkpoint.
+    notes: NoteTaker,
     /// Checkpoints that did not serve.
     unusable: BTreeSet<usize>,
     complaints: Vec<String>,
@@ -282,6 +296,7 @@ where
             parts: None,
             door: Replayer::new(journal, None, None),
             store,
+            notes: NoteTaker::default(),
             unusable: BTreeSet::new(),
             complaints: Vec::new(),
         }
@@ -308,6 +323,11 @@ where
             DigestError::Cpu(error) => StateError::Cpu(error),
             DigestError::Storage(error) => StateError::Storage(error),
         })
+    }
+
+    /// What happened before a checkpoint and after the one before it, if its store knows.
+    pub fn notes(&mut self, number: usize) -> Option<Notes> {
+        self.store.notes(number)
     }
 
     /// Where the checkpoints are kept.
@@ -415,6 +435,7 @@ where
         let put = restored.and_then(|place| {
             self.door.go_to(&place).map_err(Unusable::Journal)?;
             parts.in_step = true;
+            self.notes.begin(parts.here().exits);
             Ok(())
         });
         Ok(put.map_err(|why| why.to_string()))
@@ -454,6 +475,7 @@ where
         // From here on.
         parts.note_changes()?;
         parts.changed.clear();
+        self.notes.begin(0);
         self.parts = Some(parts);
         Ok(())
     }
@@ -482,10 +504,9 @@ where
             let look = parts.machine.at().exits.saturating_add(pace.exits().max(1));
             let until = last.map_or(look, |last| last.min(look));
             self.door.close_after(Some(until));
-            let result =
-                parts
-                    .machine
-                    .run(&mut parts.cpu, &mut parts.disks, &mut self.door, observer);
+            let mut observers = (&mut self.notes, &mut *observer);
+            let (cpu, disks, door) = (&mut parts.cpu, &mut parts.disks, &mut self.door);
+            let result = parts.machine.run(cpu, disks, door, &mut observers);
             parts.in_step = matches!(result, Err(RunError::Closed(Closed::Reached(_))));
             match result {
                 Err(RunError::Closed(Closed::Reached(_))) => {}
@@ -507,7 +528,8 @@ where
             match pace.look(here) {
                 Pause::GoOn => {}
                 Pause::Stop => return Ok(Arrival::Stopped),
-                Pause::Checkpoint => {
+                Pause::Checkpoint { cost } => {
+                    let here = CheckpointHead { cost, ..here };
                     let last = self.store.heads().last();
                     if self.store.is_open() && last.is_none_or(|last| last.exits < here.exits) {
                         self.make_checkpoint(here)?;
@@ -523,11 +545,14 @@ where
         here: CheckpointHead,
     ) -> Result<(), TravelError<<C as Cpu>::Error, F>> {
         let parts = self.parts.as_mut().expect("it was made");
-        if let Err(error) = parts.save(&mut self.store, &self.door)? {
+        let before = self.store.heads().last().map_or(0, |last| last.exits);
+        let notes = self.notes.since(before);
+        if let Err(error) = parts.save(&mut self.store, &self.door, here, notes.as_ref())? {
             self.cannot_keep(&error)?;
             self.complaints
                 .push(format!("there is no checkpoint at exit {}", here.exits));
         }
+        self.notes.begin(here.exits);
         Ok(())
     }
 

@@ -104,15 +104,42 @@ fn go_on(timeline: &mut RecordingTimeline, target: Target) -> Result<Arrival, Fa
     Ok(timeline.go_to(target, &mut HostPace::new(SPACING))?)
 }
 
-/// The first exit at which something happens that is looked for from the start on.
-fn find(timeline: &mut RecordingTimeline, mut search: Search) -> Result<Option<u64>, Failure> {
-    go_on(timeline, Target::Exit(0))?;
-    timeline.run_to(Target::End, &mut HostPace::new(SPACING), &mut search)?;
+/// The first exit at which something happens that is looked for. What happened before a checkpoint may be noted beside it;
+/// what is found there is looked at, for a note is not compared with the recording.
+fn find(timeline: &mut RecordingTimeline, search: Search) -> Result<Option<u64>, Failure> {
+    let (mut noted, mut from) = (search.clone(), 0);
+    for number in 0..timeline.store().heads().len() {
+        let before = noted.clone();
+        let Some(notes) = timeline.notes(number) else {
+            break;
+        };
+        let panic = notes.tell(from, &mut noted);
+        noted.panicked(panic);
+        if let Some(found) = noted.found {
+            return match look_through(timeline, from, Target::Exit(found), before)? {
+                Some(seen) if seen == found => Ok(Some(found)),
+                _ => look_through(timeline, 0, Target::End, search),
+            };
+        }
+        from = timeline.store().heads()[number].exits;
+    }
+    look_through(timeline, from, Target::End, noted)
+}
+
+/// Goes to an exit and from there on, looking.
+fn look_through(
+    timeline: &mut RecordingTimeline,
+    from: u64,
+    to: Target,
+    mut search: Search,
+) -> Result<Option<u64>, Failure> {
+    go_on(timeline, Target::Exit(from))?;
+    timeline.run_to(to, &mut HostPace::new(SPACING), &mut search)?;
     Ok(search.found)
 }
 
 /// Looks for the first exit at which something happens.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Search {
     /// A text on a console; else a panic.
     text: Option<Vec<u8>>,
@@ -128,12 +155,19 @@ impl Search {
             ..Search::default()
         }
     }
+
+    /// The kernel panicked at an exit.
+    fn panicked(&mut self, exits: Option<u64>) {
+        if self.text.is_none() && self.found.is_none() {
+            self.found = exits;
+        }
+    }
 }
 
 impl Observer for Search {
     fn turn(&mut self, exits: u64, turn: &Turn, _guest: &mut dyn Guest) {
-        if self.text.is_none() && self.found.is_none() && matches!(turn.exit, Exit::Panic { .. }) {
-            self.found = Some(exits);
+        if matches!(turn.exit, Exit::Panic { .. }) {
+            self.panicked(Some(exits));
         }
     }
 
