@@ -35,7 +35,7 @@ use format::{
 };
 use table::{PageName, PageTable};
 use unpacked::Unpacked;
-use writer::{Appended, Background, Batch, Group, Kept, Rest, Writer};
+use writer::{Appended, Background, Group, Kept, Rest, Writer};
 
 /// Why checkpoints cannot be kept, or given back.
 #[derive(Debug, Error)]
@@ -549,9 +549,9 @@ where
         let mut sent = writer.begin(table);
         let mut more = true;
         while more && sent.is_ok() {
-            let (batch, is_full) = Batch::of(changed)?;
+            let mut batch = writer.empty();
+            more = batch.fill(changed)?;
             sent = writer.pages(batch);
-            more = is_full;
         }
         let core = postcard::to_stdvec(core).expect("plain values serialise");
         let notes = notes.map(|notes| postcard::to_stdvec(notes).expect("plain values serialise"));

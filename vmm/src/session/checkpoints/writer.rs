@@ -24,29 +24,29 @@ const HANDED_PAGES: usize = 64;
 /// And how many times that may wait, 128 MiB: a kernel that boots writes to many pages in a short time.
 const WAITING_MAX: usize = 512;
 
+/// So many batches that were written are kept to be filled again: to get their memory anew costs more than to fill it.
+const EMPTIES_MAX: usize = 64;
+
 /// Some pages, and where they are.
+#[derive(Default)]
 pub(super) struct Batch {
     places: Vec<PagePlace>,
     pages: Vec<[u8; PAGE_BYTES]>,
 }
 
 impl Batch {
-    /// As many as are handed over at a time, or the rest of them. Whether there may be more.
-    pub(super) fn of<E>(source: &mut PageSource<'_, E>) -> Result<(Batch, bool), E> {
-        let mut batch = Batch {
-            places: Vec::with_capacity(HANDED_PAGES),
-            pages: Vec::with_capacity(HANDED_PAGES),
-        };
-        while batch.places.len() < HANDED_PAGES {
-            // Read to where it stays: whoever replays waits for it.
-            batch.pages.push([0; PAGE_BYTES]);
-            let page = batch.pages.last_mut().expect("it was pushed");
+    /// Takes as many as are handed over at a time, or the rest of them. Whether there may be more.
+    pub(super) fn fill<E>(&mut self, source: &mut PageSource<'_, E>) -> Result<bool, E> {
+        self.places.clear();
+        self.pages.resize(HANDED_PAGES, [0; PAGE_BYTES]);
+        // Read to where it stays: whoever replays waits for it.
+        for page in &mut self.pages {
             match source(page) {
-                Some(place) => batch.places.push(place?),
-                None => return Ok((batch, false)),
+                Some(place) => self.places.push(place?),
+                None => return Ok(false),
             }
         }
-        Ok((batch, true))
+        Ok(true)
     }
 }
 
@@ -295,6 +295,7 @@ impl Writer {
 pub(super) struct Background {
     jobs: Option<SyncSender<Job>>,
     done: Receiver<Result<Appended, CheckpointError>>,
+    empties: Receiver<Batch>,
     thread: Option<JoinHandle<()>>,
     end: Arc<AtomicU64>,
 }
@@ -303,13 +304,15 @@ impl Background {
     pub(super) fn start(writer: Writer) -> Result<Background, CheckpointError> {
         let (jobs, wanted) = sync_channel(WAITING_MAX);
         let (report, done) = channel();
+        let (written, empties) = sync_channel(EMPTIES_MAX);
         let end = Arc::new(AtomicU64::new(writer.end()));
         let shared = Arc::clone(&end);
         let thread = std::thread::Builder::new().name("checkpoints".into());
-        let thread = thread.spawn(move || work(writer, &wanted, &report, &shared))?;
+        let thread = thread.spawn(move || work(writer, &wanted, &report, &written, &shared))?;
         Ok(Background {
             jobs: Some(jobs),
             done,
+            empties,
             thread: Some(thread),
             end,
         })
@@ -323,6 +326,11 @@ impl Background {
     fn send(&self, job: Job) -> Result<(), CheckpointError> {
         let jobs = self.jobs.as_ref().expect("it has not ended");
         jobs.send(job).map_err(|_| CheckpointError::Closed)
+    }
+
+    /// One that can be filled.
+    pub(super) fn empty(&self) -> Batch {
+        self.empties.try_recv().unwrap_or_default()
     }
 
     pub(super) fn begin(&self, table: Option<PageTable>) -> Result<(), CheckpointError> {
@@ -366,6 +374,7 @@ fn work(
     mut writer: Writer,
     wanted: &Receiver<Job>,
     report: &Sender<Result<Appended, CheckpointError>>,
+    empties: &SyncSender<Batch>,
     end: &AtomicU64,
 ) {
     let mut failed = false;
@@ -383,8 +392,10 @@ fn work(
                 Ok(None)
             }
             Job::Pages(pages) => {
-                let mut pages = pages.places.into_iter().zip(&pages.pages);
-                let written = pages.try_for_each(|(place, page)| writer.page(place, page));
+                let mut each = pages.places.iter().zip(&pages.pages);
+                let written = each.try_for_each(|(place, page)| writer.page(*place, page));
+                // There may be enough of them.
+                let _ = empties.try_send(pages);
                 written.map(|()| None)
             }
             Job::End(rest) => writer.finish(rest).map(Some),
