@@ -236,6 +236,7 @@ impl CheckpointFile {
             core_at: directory_at + u64::from(head.directory_bytes),
             core_bytes: head.core_bytes,
             core_check: head.core_check,
+            check,
         };
         let head = CheckpointHead {
             exits: head.exits,
@@ -255,6 +256,17 @@ impl CheckpointFile {
     /// Where its checkpoints are, by ascending exit.
     pub fn heads(&self) -> &[CheckpointHead] {
         &self.heads
+    }
+
+    /// A number that stands for the recording: the check of its journal's head.
+    pub fn recording(&self) -> u64 {
+        self.journal
+    }
+
+    /// A number that stands for one of the checkpoints that are kept, those before it, and the recording: the check of its
+    /// head.
+    pub fn check_at(&self, number: usize) -> u64 {
+        self.kept[number].check
     }
 
     /// Whether more may be written to it.

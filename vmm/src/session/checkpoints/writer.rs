@@ -42,6 +42,8 @@ pub(super) struct Kept {
     pub(super) core_at: u64,
     pub(super) core_bytes: u32,
     pub(super) core_check: u64,
+    /// Of its head, which covers all of it and all before it.
+    pub(super) check: u64,
 }
 
 /// What is to be done.
@@ -248,6 +250,7 @@ impl Writer {
             core_at,
             core_bytes: head.core_bytes,
             core_check: head.core_check,
+            check,
         };
         Ok((kept, added))
     }
