@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A recording is checked by the schedulers of docs/fleet.md: `fleet.sh parallel` (in scripts/test), `fleet.sh slurm` (in
-# scripts/soak --fleet), to be run where recordings replay. Its schedulers are in namespaces of their own: nothing of theirs
+# A recording is checked by the schedulers of docs/fleet.md: `fleet.sh parallel N` (in scripts/test), in N
+# stretches if it is right, and `fleet.sh slurm` (in scripts/soak --fleet), to be run where recordings replay. Its schedulers are in namespaces of their own: nothing of theirs
 # stays. A recording that is right is found right, one with a flipped bit is named by one stretch, and a stretch whose
 # host fails once is tried again.
 set -euo pipefail
@@ -137,7 +137,7 @@ with_slurm() {
 }
 
 case ${1-} in
-    parallel) with_parallel "${2-8}" ;;
+    parallel) with_parallel "$2" ;;
     slurm) with_slurm ;;
     *) fail "expected parallel or slurm" ;;
 esac
