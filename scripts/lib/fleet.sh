@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# A recording is checked by the schedulers of docs/fleet.md: `fleet.sh parallel N` (in scripts/test), in N
-# stretches if it is right, and `fleet.sh slurm` (in scripts/soak --fleet), to be run where recordings replay. Its schedulers are in namespaces of their own: nothing of theirs
-# stays. A recording that is right is found right, one with a flipped bit is named by one stretch, and a stretch whose
+# A recording is checked by the schedulers of docs/fleet.md: `fleet.sh parallel N` (in scripts/test), in N stretches if
+# it is right, and `fleet.sh slurm` (in scripts/soak --fleet), to be run where recordings replay. The schedulers are in
+# namespaces of their own: nothing of theirs stays. A recording that is right is found right, one with a flipped bit is named by one stretch, and a stretch whose
 # host fails once is tried again.
 set -euo pipefail
 scripts=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -38,8 +38,9 @@ exec "$HINDSIGHT_BIN" "$@"
 WRAPPER
 chmod +x bin/hindsight
 
-hindsight record -o right --kernel "$HINDSIGHT_KERNEL" --initrd "$HINDSIGHT_IMAGES/hello.cpio" >/dev/null 2>&1 </dev/null
-hindsight index right >/dev/null
+expect 0 hindsight record -o right --kernel "$HINDSIGHT_KERNEL" --initrd "$HINDSIGHT_IMAGES/hello.cpio" \
+    >console.log 2>record.log </dev/null
+expect 0 hindsight index right 2>index.log
 cp -r right damaged
 middle=$(($(stat -c %s damaged/journal) / 2))
 byte=$(od -An -t u1 -j "$middle" -N 1 damaged/journal)
