@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # A recording is checked by the schedulers of docs/fleet.md: `fleet.sh parallel N` (in scripts/test), in N stretches if
 # it is right, and `fleet.sh slurm` (in scripts/soak --fleet), to be run where recordings replay. The schedulers are in
-# namespaces of their own: nothing of theirs stays. A recording that is right is found right, one with a flipped bit is named by one stretch, and a stretch whose
-# host fails once is tried again.
+# namespaces of their own: nothing of theirs stays. A recording that is right is found right, one with a flipped bit is
+# named by one stretch, and a stretch whose host fails once is tried again.
 set -euo pipefail
 scripts=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 if [ -z "${HINDSIGHT_FLEET-}" ]; then
