@@ -10,6 +10,7 @@ mod options;
 mod outcome;
 mod output;
 mod screen;
+mod stretches;
 mod summary;
 mod tell;
 mod watching;

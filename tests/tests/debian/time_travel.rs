@@ -124,6 +124,24 @@ fn in_stretches(debian: &Debian, recording: &Path, dir: &Path) {
     );
     assert_eq!(one["from_exit"], right["stretches"][1]["from_exit"]);
 
+    // What others found is put together, whatever the order; one that is missing is no verdict.
+    let file = dir.join("verdicts");
+    let mut lines: Vec<String> = Vec::new();
+    for verdict in right["stretches"].as_array().expect("there are some") {
+        lines.insert(0, verdict.to_string());
+    }
+    let collect = |lines: &[String], code: i32| {
+        std::fs::write(&file, lines.join("\n")).expect("there is room");
+        verify(recording, &["--collect", path(&file)], code)
+    };
+    assert_eq!(collect(&lines, 0)["stretches"], right["stretches"]);
+    assert_eq!(verdicts(&collect(&lines[1..], 5))[2], "missing");
+    // Neither are verdicts between other checkpoints.
+    let lines = lines.join("\n");
+    let check = right["stretches"][1]["from_checkpoint"].as_str();
+    let other = lines.replacen(check.expect("a text"), "0123456789abcdef", 1);
+    assert!(collect(&[other], 2)["gap"].is_string());
+
     // A flipped bit ends what can be read of the journal; what comes after its frame can be read again.
     let damaged = dir.join("damaged");
     std::fs::create_dir(&damaged).expect("there is room");

@@ -49,7 +49,7 @@ pub use timeline::{
     HostPace, IndexWish, Indexed, Make, RecordingTimeline, SPACING, index_recording, open_timeline,
 };
 
-pub use verify::{Share, Verified, VerifyWish, verify};
+pub use verify::{Share, StretchPlace, Verified, VerifyWish, verify};
 
 /// Whoever is in front of a session: hears what is worth saying, and shows the guest's console.
 pub trait Front {

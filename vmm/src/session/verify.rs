@@ -61,11 +61,7 @@ fn costs(heads: &[CheckpointHead], exits: Option<u64>) -> Vec<u64> {
             (cost + u64::from(head.cost), count + 1)
         });
     let exits_each = (last / heads.len().max(1) as u64).max(1);
-    let cost_each = if known > 0 {
-        (cost / known).max(1)
-    } else {
-        1000
-    };
+    let cost_each = cost.checked_div(known).unwrap_or(1000).max(1);
     let mut before = 0;
     let costs = ends.map(|(exits, cost)| {
         let passed = exits - std::mem::replace(&mut before, exits);
@@ -104,6 +100,19 @@ pub struct Verified {
     pub divergence: Option<String>,
     /// The last exit that was replayed.
     pub exits: u64,
+    /// Of which recording it is, and between which checkpoints.
+    pub place: StretchPlace,
+}
+
+/// What verdicts of several machines are put together by: checks that are in the file of the checkpoints.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StretchPlace {
+    /// The check of the journal's head: it stands for the recording.
+    pub recording: u64,
+    /// The check of the checkpoint at which the stretch begins; `None`: at power-on.
+    pub from: Option<u64>,
+    /// That of the checkpoint at which it ends; `None`: where the recording does.
+    pub to: Option<u64>,
 }
 
 /// Checks a stretch.
@@ -125,9 +134,20 @@ pub fn verify(wish: &VerifyWish, front: &mut dyn Front) -> Result<Verified, Fail
             stretch: None,
             divergence: None,
             exits: 0,
+            place: StretchPlace {
+                recording: timeline.store().recording(),
+                ..StretchPlace::default()
+            },
         });
     };
     let exit_of = |number: usize| heads[number].exits;
+    let store = &*timeline.store();
+    let check_of = |number: usize| store.check_at(number);
+    let place = StretchPlace {
+        recording: store.recording(),
+        from: from.map(check_of),
+        to: to.map(check_of),
+    };
     let last_exit = to
         .map(exit_of)
         .or_else(|| super::replay::last_exit(&recording));
@@ -156,6 +176,7 @@ pub fn verify(wish: &VerifyWish, front: &mut dyn Front) -> Result<Verified, Fail
         stretch,
         divergence,
         exits,
+        place,
     })
 }
 

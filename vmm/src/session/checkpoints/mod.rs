@@ -8,13 +8,13 @@
 
 mod format;
 mod table;
+mod thin;
 mod unpacked;
 mod writer;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
-use std::ops::ControlFlow;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -27,7 +27,6 @@ use serde::de::DeserializeOwned;
 use thiserror::Error;
 
 use super::make::random_number;
-use crate::output_file::Unfinished;
 use crate::regular_file::{self, Links};
 use format::{
     CORE_BYTES_MAX, Directory, FILE_HEAD_BYTES, GROUP_BYTES, GROUP_PAGES, HEAD_BYTES, Head,
@@ -239,6 +238,7 @@ impl CheckpointFile {
             core_bytes: head.core_bytes,
             core_check: head.core_check,
             notes: directory.notes,
+            check,
         };
         let head = CheckpointHead {
             exits: head.exits,
@@ -259,6 +259,17 @@ impl CheckpointFile {
     /// Where its checkpoints are, by ascending exit.
     pub fn heads(&self) -> &[CheckpointHead] {
         &self.heads
+    }
+
+    /// A number that stands for the recording: the check of its journal's head.
+    pub fn recording(&self) -> u64 {
+        self.journal
+    }
+
+    /// A number that stands for one of the checkpoints that are kept, those before it, and the recording: the check of its
+    /// head.
+    pub fn check_at(&self, number: usize) -> u64 {
+        self.kept[number].check
     }
 
     /// Whether more may be written to it.
@@ -339,22 +350,6 @@ impl CheckpointFile {
         is_possible.then(|| postcard::from_bytes(bytes).ok())?
     }
 
-    /// The same since another one, or since power-on.
-    fn notes_between(&self, before: Option<usize>, number: usize) -> Option<Notes> {
-        let exits = |number: Option<usize>| number.map_or(0, |number| self.heads[number].exits);
-        let first = before.map_or(0, |before| before + 1);
-        let all = (first..=number).map(|number| {
-            let begin = exits(number.checked_sub(1)) - exits(before);
-            self.notes_at(number).map(|notes| (begin, notes))
-        });
-        let all = all.collect::<Option<Vec<_>>>()?;
-        Some(
-            (all.into_iter()).fold(Notes::default(), |before, (begin, notes)| {
-                before.followed_by(begin, notes)
-            }),
-        )
-    }
-
     /// The state of a checkpoint as it is in the file.
     fn packed_core(&self, number: usize) -> Result<Vec<u8>, CheckpointError> {
         let kept = &self.kept[number];
@@ -364,62 +359,6 @@ impl CheckpointFile {
             true => Ok(packed),
             false => Err(CheckpointError::Damaged("a state has another check")),
         }
-    }
-
-    /// The same recording's checkpoints of which `keep` says that they stay, in a file that takes the place of the one at
-    /// `path`. This one is as it was, for whoever has it open.
-    ///
-    /// # Errors
-    ///
-    /// It cannot be read, or there is no room for the other.
-    pub fn thinned(
-        &mut self,
-        path: &Path,
-        keep: impl Fn(usize) -> bool,
-    ) -> Result<CheckpointFile, CheckpointError> {
-        self.settle()?;
-        let unfinished = Unfinished::beside(path, 0o666)?;
-        let file = unfinished.file().try_clone()?;
-        if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
-            return Err(CheckpointError::InUse);
-        }
-        let mut thin = CheckpointFile::read(file, self.place, self.journal, self.limit)?;
-        let mut writer = thin.writer()?;
-        let mut before = None;
-        for number in (0..self.heads.len()).filter(|number| keep(*number)) {
-            writer.begin(None);
-            let mut failed = Ok(());
-            self.give(number, before, &BTreeSet::new(), &mut |place, bytes| {
-                failed = match bytes {
-                    Some(bytes) => writer.page(place, bytes),
-                    None => {
-                        writer.as_at_power_on(place);
-                        Ok(())
-                    }
-                };
-                match failed {
-                    Ok(()) => ControlFlow::Continue(()),
-                    Err(_) => ControlFlow::Break(()),
-                }
-            })?;
-            failed?;
-            let core = self.packed_core(number)?;
-            let notes = self.notes_between(before, number);
-            let notes =
-                notes.map(|notes| postcard::to_stdvec(&notes).expect("plain values serialise"));
-            let rest = Rest {
-                head: self.heads[number],
-                core,
-                notes: notes.unwrap_or_default(),
-            };
-            thin.heads.push(rest.head);
-            thin.keep(writer.finish_packed(rest)?);
-            before = Some(number);
-        }
-        unfinished.put(path, true)?;
-        thin.end = writer.end();
-        thin.writer = Some(Background::start(writer)?);
-        Ok(thin)
     }
 
     /// See [`Checkpoints::pages`].

@@ -67,6 +67,8 @@ pub(super) struct Kept {
     pub(super) core_check: u64,
     /// See [`Directory::notes`].
     pub(super) notes: Vec<u8>,
+    /// Of its head, which covers all of it and all before it.
+    pub(super) check: u64,
 }
 
 /// A checkpoint but for its pages.
@@ -285,6 +287,7 @@ impl Writer {
             core_bytes: head.core_bytes,
             core_check: head.core_check,
             notes,
+            check,
         };
         Ok((kept, added))
     }
