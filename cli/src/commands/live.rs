@@ -30,7 +30,8 @@ input and output as for `record`, with the same keys and signals, and guest time
 guest's own clock goes on from then too: it is not told today's date.
 
 With --record NEW, NEW is a whole recording, from power-on on: what the old one says up to the moment, and from there
-on what happened here. It needs nothing of the old one's directory. SIGUSR1 ends it and leaves its guest running.
+on what happened here. It needs nothing of the old one's directory, and has its marks up to the moment.
+SIGUSR1 ends it and leaves its guest running.
 
 If the moment is not in the recording, or the replay differs before it, nothing is written.
 

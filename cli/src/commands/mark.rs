@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use hindsight_replay::When;
 use hindsight_vmm::failure::Failure;
-use hindsight_vmm::session::{Mark, Recording, add_mark, complete_at, remove_mark};
+use hindsight_vmm::session::{Mark, Recording, add_mark, complete_at, mark_now, remove_mark};
 use serde_json::json;
 
 use crate::format::{seconds, thousands};
@@ -16,15 +16,19 @@ use crate::tell::{out, tell};
 /// Options of `mark`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-A mark is at the last exit that was complete when it was made. Marks are in the file `marks` in the recording's
-directory. Nothing else depends on that file: it may be edited or deleted. `hindsight marks` lists them.")]
+Without --at and --remove this marks the present moment of a recording that is being made, by `record` or by `live
+--record`. There Ctrl-^ at its terminal and SIGUSR2 do so too. A mark is at the last exit that was complete when it
+was made. Its name is a moment wherever a command takes one.
+
+Marks are in the file `marks` in the recording's directory. Nothing else depends on that file: it may be edited or
+deleted. `hindsight marks` lists them.")]
 pub(crate) struct Options {
     /// The recording.
     recording: PathBuf,
     /// The name: a letter or _, then letters, digits, and any of -_. ; without it, mark-1 and so on.
     name: Option<String>,
     /// The moment of a finished recording.
-    #[arg(long, value_name = "MOMENT", required_unless_present = "remove")]
+    #[arg(long, value_name = "MOMENT")]
     at: Option<When>,
     /// Remove the mark of this name instead.
     #[arg(long, value_name = "NAME", conflicts_with_all = ["name", "at"])]
@@ -40,8 +44,8 @@ pub(crate) fn main(options: &Options) -> Result<Outcome, Failure> {
     let recording = Recording::at(&options.recording);
     let (mark, what) = match (&options.remove, &options.at) {
         (Some(name), _) => (remove_mark(&recording, name)?, "removed"),
-        (None, at) => {
-            let at = at.as_ref().expect("clap asks for it");
+        (None, None) => (mark_now(&recording, options.name.as_deref())?, "is"),
+        (None, Some(at)) => {
             let at = complete_at(&recording, &options.instead.paths(), at)?;
             (add_mark(&recording, options.name.as_deref(), at)?, "is")
         }

@@ -16,6 +16,7 @@ use hindsight_replay::{
 };
 
 use super::make::random_number;
+use super::marking::Marking;
 use super::marks::{carry_over, no_marks};
 use super::moments::until_moment;
 use super::new_recording::NewRecording;
@@ -432,7 +433,9 @@ impl Session<'_> {
         operator.may_leave();
         let door = Session::door(wish, (world, link), from, unit, chaos)?;
         let mut recorder = recorder.map_inner(|_| door);
+        let marking = Marking::begin(target.recording(), &operator)?;
         let result = stage.run(&mut recorder);
+        marking.end(stage.machine.complete());
         let exits = stage.machine.at().exits;
         let closed = close(
             recorder,

@@ -247,11 +247,11 @@ impl Marks {
     }
 }
 
-fn line_of(mark: &Mark) -> String {
+pub(super) fn line_of(mark: &Mark) -> String {
     serde_json::to_string(mark).expect("plain values serialise") + "\n"
 }
 
-fn mark_of(line: &str) -> Result<Mark, String> {
+pub(super) fn mark_of(line: &str) -> Result<Mark, String> {
     let mark: Mark = serde_json::from_str(line).map_err(|error| error.to_string())?;
     match is_mark_name(&mark.name) {
         true => Ok(mark),

@@ -11,6 +11,7 @@ pub mod index;
 mod kernel_cache;
 mod live;
 mod make;
+mod marking;
 mod marks;
 mod moments;
 mod new_recording;
@@ -36,6 +37,7 @@ pub use live::{LiveRecordingWish, LiveWish, Lived, live};
 pub use make::{
     LoadedKernel, MACHINE_CMDLINE, MachineError, build, cmdline, describe, host_facts, open_kvm,
 };
+pub use marking::mark_now;
 pub use marks::{MadeBy, Mark, MarkError, Marks, add_mark, remove_mark};
 pub use moments::{complete_at, travel, until_moment};
 pub use open::{RecordedImages, RecordedPaths};
