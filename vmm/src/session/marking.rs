@@ -31,7 +31,7 @@ const SOCKET: &str = "control";
 const LINE_BYTES_MAX: usize = 4096;
 /// Whoever has connected says what it wants for so long.
 const ASK_WAIT: Duration = Duration::from_secs(1);
-/// And is told what became of it after so long at most. A guest comes back within a second, unless its recorder is stopped.
+/// And is told what became of it after so long at most. A guest comes back at once, unless its recorder is stopped.
 const HEAR_WAIT: Duration = Duration::from_secs(10);
 /// Begins an answer that is no mark.
 const SORRY: &str = "error ";
