@@ -140,12 +140,14 @@ impl Scenario {
         let mut machine = machine_of(&header);
         let mut trace = Trace::default();
         let result = machine.run(&mut cpu, &mut NoDisks, &mut recorder, &mut trace);
+        let passed = recorder.into_inner().into_world().into_passed();
         let exits = machine.at().exits;
         let memory = cpu.memory().to_vec();
         (
             result,
             Recording {
                 journal,
+                passed,
                 end: None,
                 exits,
                 trace,
@@ -160,6 +162,8 @@ impl Scenario {
 pub struct Recording {
     /// The file.
     pub journal: Vec<u8>,
+    /// The exits of which the world has heard that all of them is done.
+    pub passed: Vec<Complete>,
     /// How the run ended, if it did.
     pub end: Option<End>,
     /// Exits counted.

@@ -30,7 +30,8 @@ input and output as for `record`, with the same keys and signals, and guest time
 guest's own clock goes on from then too: it is not told today's date.
 
 With --record NEW, NEW is a whole recording, from power-on on: what the old one says up to the moment, and from there
-on what happened here. It needs nothing of the old one's directory. SIGUSR1 ends it and leaves its guest running.
+on what happened here. It needs nothing of the old one's directory, and has its marks up to the moment.
+SIGUSR1 ends it and leaves its guest running.
 
 If the moment is not in the recording, or the replay differs before it, nothing is written.
 
@@ -40,7 +41,7 @@ Examples:
 pub(crate) struct Options {
     /// The recording.
     recording: PathBuf,
-    /// The moment: an exit number, a guest time such as 12.5s, `crash`, or `console:TEXT`.
+    /// The moment: an exit number, a guest time such as 12.5s, `crash`, `console:TEXT`, or a mark.
     #[arg(long, value_name = "MOMENT")]
     at: When,
     /// Replay from a saved state at or before the moment instead of from the start.

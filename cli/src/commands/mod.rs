@@ -10,6 +10,8 @@ pub(crate) mod fork;
 pub(crate) mod index;
 pub mod inspect;
 pub(crate) mod live;
+pub(crate) mod mark;
+pub(crate) mod marks;
 pub mod pcap;
 pub(crate) mod record;
 pub(crate) mod replay;

@@ -11,6 +11,8 @@ pub mod index;
 mod kernel_cache;
 mod live;
 mod make;
+mod marking;
+mod marks;
 mod moments;
 mod new_recording;
 mod open;
@@ -35,7 +37,9 @@ pub use live::{LiveRecordingWish, LiveWish, Lived, live};
 pub use make::{
     LoadedKernel, MACHINE_CMDLINE, MachineError, build, cmdline, describe, host_facts, open_kvm,
 };
-pub use moments::{travel, until_moment};
+pub use marking::mark_now;
+pub use marks::{MadeBy, Mark, MarkError, Marks, add_mark, remove_mark};
+pub use moments::{complete_at, travel, until_moment};
 pub use open::{RecordedImages, RecordedPaths};
 pub use preemption_plan::{CounterWish, PreemptionError, PreemptionPlan, PreemptionWish};
 pub use record::{Left, RecordWish, Recorded, record};

@@ -13,6 +13,7 @@ use kvm_ioctls::Kvm;
 
 use super::images::{Images, MachineWish};
 use super::make::{host_facts, open_kvm, random_bytes, random_number};
+use super::marking::Marking;
 use super::new_recording::NewRecording;
 use super::preemption_plan::{CounterWish, PreemptionPlan, PreemptionWish};
 use super::recording::Recording;
@@ -209,7 +210,9 @@ impl Session<'_> {
         let mut recorder = Recorder::create(live, journal, &self.header)
             .map_err(|error| Failure::new(Kind::HostFailed, error))?;
         self.recording.begin()?;
+        let marking = Marking::begin(self.recording.recording(), &self.operator)?;
         let result = machine.run(&mut cpu, &mut disks, &mut recorder, &mut *view);
+        marking.end(machine.complete());
         let exits = machine.at().exits;
         let recording = self.recording.recording();
         let ran = close(recorder, result, recording, exits, view, self.front)?;
