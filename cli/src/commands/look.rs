@@ -3,9 +3,14 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use hindsight_kernel::view::ViewError;
 use hindsight_replay::When;
+use hindsight_replay::foreign::shown_lines;
 use hindsight_vmm::failure::Failure;
 use hindsight_vmm::session::{KernelAt, RecordedPaths, Recording};
+
+use crate::format::{seconds, thousands};
+use crate::tell::tell;
 
 /// Which recording, and when.
 #[derive(Debug, Args)]
@@ -34,4 +39,15 @@ impl Look {
         };
         KernelAt::open(&Recording::at(&self.recording), &instead, &self.at)
     }
+}
+
+/// The kernel has not come so far, or its memory is broken from the beginning.
+pub(crate) fn nothing(what: &str, at: &KernelAt, why: &ViewError) -> Failure {
+    let (exit, now) = (thousands(at.exits), seconds(at.now));
+    Failure::from(why.clone()).about(format!("there are no {what} at exit {exit}, {now}"))
+}
+
+/// Says what keeps the rest from being shown.
+pub(crate) fn may_be_more(why: &ViewError) {
+    tell!("hindsight: there may be more: {}", shown_lines(why));
 }

@@ -4,15 +4,13 @@ use std::io::BufWriter;
 
 use clap::Args;
 use hindsight_kernel::view::{Listing, Memory, State, Task, View};
-use hindsight_replay::foreign::{shown, shown_lines};
+use hindsight_replay::foreign::shown;
 use hindsight_vmm::failure::Failure;
 use serde_json::{Value, json};
 
-use super::look::Look;
-use crate::format::seconds;
+use super::look::{Look, may_be_more, nothing};
 use crate::outcome::Outcome;
 use crate::output::Output;
-use crate::tell::tell;
 
 /// Options of `ps`.
 #[derive(Debug, Args)]
@@ -35,6 +33,9 @@ pub(crate) struct Options {
     threads: bool,
 }
 
+/// When there are more bytes of arguments than this, those of the tasks that follow are not shown.
+const ARGUMENTS_BYTES: usize = 32 << 20;
+
 /// A task with what it runs.
 struct Shown {
     task: Task,
@@ -49,8 +50,7 @@ pub(crate) fn main(options: &Options) -> Result<Outcome, Failure> {
         (current, tasks(view, memory, options.threads))
     });
     if let (true, Some(why)) = (found.items.is_empty(), &found.broken) {
-        let place = format!("exit {}, {}", at.exits, seconds(at.now));
-        return Err(Failure::from(why.clone()).about(format!("there are no processes at {place}")));
+        return Err(nothing("processes", &at, why));
     }
     let mut out = Output::new(BufWriter::new(std::io::stdout()));
     if options.look.json {
@@ -70,7 +70,7 @@ pub(crate) fn main(options: &Options) -> Result<Outcome, Failure> {
             out.write(line(shown, options.threads).as_bytes());
         }
         if let Some(why) = &found.broken {
-            tell!("hindsight: there may be more: {}", shown_lines(why));
+            may_be_more(why);
         }
     }
     out.finish()?;
@@ -80,10 +80,19 @@ pub(crate) fn main(options: &Options) -> Result<Outcome, Failure> {
 fn tasks(view: &View, memory: &mut dyn Memory, threads: bool) -> Listing<Shown> {
     let Listing { items, broken } = view.tasks(memory);
     let wanted = (items.into_iter()).filter(|task| threads || task.is_process());
-    let mut shown = |task: Task| Shown {
-        executable: view.executable(memory, &task).ok().flatten(),
-        arguments: view.arguments(memory, &task).unwrap_or_default(),
-        task,
+    let mut room = ARGUMENTS_BYTES;
+    let mut shown = |task: Task| {
+        let arguments = match room {
+            0 => Vec::new(),
+            _ => view.arguments(memory, &task).unwrap_or_default(),
+        };
+        let bytes = arguments.iter().map(|argument| argument.len() + 1);
+        room = room.saturating_sub(bytes.sum());
+        Shown {
+            executable: view.executable(memory, &task).ok().flatten(),
+            arguments,
+            task,
+        }
     };
     Listing {
         items: wanted.map(&mut shown).collect(),

@@ -160,6 +160,21 @@ impl<'a> Btf<'a> {
         })
     }
 
+    /// Offset and size, in bits, of a structure's own bit field.
+    pub(crate) fn bit_field(&self, of: Type, name: &str) -> Option<(u32, u32)> {
+        let head = self.head(self.plain(of)?)?;
+        if !matches!(head.kind, STRUCT | UNION) || !head.has_bit_fields {
+            return None;
+        }
+        let members = head.rest.get(..head.count * MEMBER_BYTES)?;
+        let mut members = members.chunks_exact(MEMBER_BYTES);
+        let bits = members.find_map(|member| {
+            let is_it = self.is_named(u32_at(member, 0)?, name);
+            is_it.then_some(u32_at(member, 8)?)
+        })?;
+        Some((bits & 0x00ff_ffff, bits >> 24)).filter(|(_, count)| *count > 0)
+    }
+
     /// A member of a member and so on: `path` has dots between their names.
     pub(crate) fn path(&self, of: Type, path: &str) -> Option<Member> {
         let start = Member { offset: 0, of };

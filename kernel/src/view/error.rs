@@ -32,6 +32,14 @@ pub enum ViewError {
         /// Where that would be.
         address: u64,
     },
+    /// A value that cannot be there.
+    #[error("the kernel's {what} is {value:#x}, which it cannot be")]
+    Strange {
+        /// What has it.
+        what: &'static str,
+        /// The value.
+        value: u64,
+    },
     /// A list that does not end.
     #[error("the kernel's {what} lead in a circle, at {address:#x}")]
     Circle {

@@ -1,4 +1,5 @@
-//! A running kernel, or a dead one, as its own memory tells of it: which tasks there are, and what they run.
+//! A running kernel, or a dead one, as its own memory tells of it: which tasks there are, what they run and have mapped,
+//! and what it has said.
 //!
 //! Where things are comes from the kernel's own types and symbols, never from offsets that somebody has written down: one
 //! that lacks something says what it lacks. What is read is whatever the guest has there. A list may lead in a circle, a
@@ -7,6 +8,8 @@
 //! Nothing here knows how memory is got at; that is what [`Memory`] is for.
 
 mod error;
+mod log;
+mod maps;
 mod memory;
 mod paths;
 mod programs;
@@ -14,16 +17,20 @@ mod tasks;
 mod types;
 
 pub use error::{Listing, ViewError};
+pub use log::Message;
+pub use maps::Mapping;
 pub use memory::Memory;
 pub use tasks::{State, Task};
 
 use crate::image::Elf;
 use crate::symbols::Symbols;
 use crate::symbols::btf::Btf;
+use log::Log;
+use maps::Maps;
 use paths::Paths;
 use programs::Programs;
 use tasks::Tasks;
-use types::Types;
+use types::{Lookup, Types, variable};
 
 /// Where a kernel has what, as far as it is known.
 #[derive(Clone, Debug)]
@@ -32,6 +39,8 @@ pub struct View {
     tasks: Tasks,
     programs: Result<Programs, ViewError>,
     paths: Result<Paths, ViewError>,
+    maps: Result<Maps, ViewError>,
+    log: Result<Log, ViewError>,
 }
 
 impl View {
@@ -43,15 +52,17 @@ impl View {
     pub fn new(elf: &Elf<'_>) -> Result<View, ViewError> {
         let symbols = Symbols::find(elf.file()).ok_or(ViewError::NoSymbols)?;
         let btf = Btf::of_kernel(elf, &symbols).ok_or(ViewError::NoTypes)?;
-        let types = Types(btf);
-        let page_table = symbols.lookup("init_top_pgt");
+        View::of(&Types(btf), &|name| symbols.lookup(name))
+    }
+
+    fn of(types: &Types<'_>, lookup: Lookup<'_>) -> Result<View, ViewError> {
         Ok(View {
-            page_table: page_table.ok_or_else(|| ViewError::Lacks {
-                what: "init_top_pgt".into(),
-            })?,
-            tasks: Tasks::find(&types, &symbols)?,
-            programs: Programs::find(&types),
-            paths: Paths::find(&types),
+            page_table: variable(lookup, "init_top_pgt")?,
+            tasks: Tasks::find(types, lookup)?,
+            programs: Programs::find(types),
+            paths: Paths::find(types),
+            maps: Maps::find(types, lookup),
+            log: Log::find(types, lookup),
         })
     }
 
@@ -80,7 +91,7 @@ impl View {
     ///
     /// This kernel does not say so, or its memory is broken.
     pub fn page_table_of(&self, memory: &mut dyn Memory, task: &Task) -> Result<u64, ViewError> {
-        self.programs()?.page_table(memory, task)
+        of_kernel(&self.programs)?.page_table(memory, task)
     }
 
     /// The path of the file that a task executes; `None` for one without, such as a thread of the kernel's.
@@ -93,9 +104,9 @@ impl View {
         memory: &mut dyn Memory,
         task: &Task,
     ) -> Result<Option<String>, ViewError> {
-        match self.programs()?.file(memory, task)? {
+        match of_kernel(&self.programs)?.file(memory, task)? {
             0 => Ok(None),
-            file => self.paths()?.of_file(memory, file).map(Some),
+            file => of_kernel(&self.paths)?.of_file(memory, file).map(Some),
         }
     }
 
@@ -105,7 +116,7 @@ impl View {
     ///
     /// This kernel does not say so, or its memory is broken.
     pub fn auxv(&self, memory: &mut dyn Memory, task: &Task) -> Result<Vec<u8>, ViewError> {
-        self.programs()?.auxv(memory, task)
+        of_kernel(&self.programs)?.auxv(memory, task)
     }
 
     /// A program's arguments, with its own name first, as they are now; those that are not in memory are missing.
@@ -118,14 +129,39 @@ impl View {
         memory: &mut dyn Memory,
         task: &Task,
     ) -> Result<Vec<String>, ViewError> {
-        self.programs()?.arguments(memory, task)
+        of_kernel(&self.programs)?.arguments(memory, task)
     }
 
-    fn programs(&self) -> Result<&Programs, ViewError> {
-        self.programs.as_ref().map_err(Clone::clone)
+    /// What a task has mapped, in ascending order; nothing for a thread of the kernel's.
+    ///
+    /// # Errors
+    ///
+    /// This kernel does not say so, or its memory is broken.
+    pub fn maps(
+        &self,
+        memory: &mut dyn Memory,
+        task: &Task,
+    ) -> Result<Listing<Mapping>, ViewError> {
+        match task.mm {
+            0 => Ok(Listing::default()),
+            mm => of_kernel(&self.maps)?.of(memory, mm, of_kernel(&self.paths)?),
+        }
     }
 
-    fn paths(&self) -> Result<&Paths, ViewError> {
-        self.paths.as_ref().map_err(Clone::clone)
+    /// What the kernel has said, from the oldest message on that it still has.
+    ///
+    /// # Errors
+    ///
+    /// This kernel does not say so (its buffer is another before 5.10), or its memory is broken.
+    pub fn log(&self, memory: &mut dyn Memory) -> Result<Listing<Message>, ViewError> {
+        of_kernel(&self.log)?.messages(memory)
     }
 }
+
+/// What is known of a kernel, or what it lacks.
+fn of_kernel<T>(part: &Result<T, ViewError>) -> Result<&T, ViewError> {
+    part.as_ref().map_err(Clone::clone)
+}
+
+#[cfg(test)]
+mod tests;

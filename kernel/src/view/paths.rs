@@ -6,8 +6,8 @@ use super::types::{Field, Types};
 
 /// A path is no longer (PATH_MAX of include/uapi/linux/limits.h).
 const PATH_BYTES: usize = 4096;
-/// So it has no more parts, each of which has a slash and a letter.
-const PARTS: usize = PATH_BYTES / 2;
+/// It has no more parts and mounts: a path of more is longer, or made to keep us busy.
+const PARTS: usize = 256;
 /// A name is no longer (NAME_MAX of the same file).
 const NAME_BYTES: u64 = 255;
 

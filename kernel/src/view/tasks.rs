@@ -2,11 +2,10 @@
 
 use super::error::{Listing, ViewError};
 use super::memory::{Left, Memory, text};
-use super::types::{Field, Types};
-use crate::symbols::Symbols;
+use super::types::{Field, Lookup, Types, variable};
 
 /// More tasks than this are not shown.
-const TASKS: usize = 1 << 16;
+const TASKS: usize = 1 << 14;
 /// A name is no longer (TASK_COMM_LEN).
 const NAME_BYTES: u32 = 16;
 /// Niceness 0, as `static_prio` counts (DEFAULT_PRIO, include/linux/sched/prio.h).
@@ -152,22 +151,17 @@ pub(super) struct Tasks {
 }
 
 impl Tasks {
-    pub(super) fn find(types: &Types<'_>, symbols: &Symbols<'_>) -> Result<Tasks, ViewError> {
-        let symbol = |name: &str| {
-            symbols.lookup(name).ok_or_else(|| ViewError::Lacks {
-                what: name.to_string(),
-            })
-        };
+    pub(super) fn find(types: &Types<'_>, lookup: Lookup<'_>) -> Result<Tasks, ViewError> {
         let field = |name| types.field(name);
         // From 6.2 to 6.14 it is one of several variables in a structure.
-        let current = match symbols.lookup("current_task") {
+        let current = match lookup("current_task") {
             Some(address) => address,
-            None => field("pcpu_hot.current_task")?.of(symbol("pcpu_hot")?),
+            None => field("pcpu_hot.current_task")?.of(variable(lookup, "pcpu_hot")?),
         };
         Ok(Tasks {
-            first: symbol("init_task")?,
+            first: variable(lookup, "init_task")?,
             current,
-            per_cpu_offset: symbols.lookup("__per_cpu_offset"),
+            per_cpu_offset: lookup("__per_cpu_offset"),
             // Before 5.14 it has 64 bits.
             state: types.either(&["task_struct.__state", "task_struct.state"])?,
             exit_state: field("task_struct.exit_state")?,

@@ -26,6 +26,25 @@ impl Field {
     }
 }
 
+/// A bit field of one of the kernel's structures.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Bits {
+    /// The structure and the member.
+    pub name: &'static str,
+    /// From the beginning of the structure, in bits.
+    pub shift: u32,
+    /// How many bits it has.
+    pub count: u32,
+}
+
+/// Where the kernel's variables are, by their names.
+pub(super) type Lookup<'a> = &'a dyn Fn(&str) -> Option<u64>;
+
+/// The address of a variable that there must be.
+pub(super) fn variable(lookup: Lookup<'_>, name: &str) -> Result<u64, ViewError> {
+    lookup(name).ok_or_else(|| ViewError::Lacks { what: name.into() })
+}
+
 /// The types of a kernel.
 #[derive(Debug)]
 pub(super) struct Types<'a>(pub Btf<'a>);
@@ -50,6 +69,31 @@ impl Types<'_> {
             })
         });
         found.ok_or_else(lacks)
+    }
+
+    /// The size of a structure, in bytes.
+    pub(super) fn bytes(&self, structure: &str) -> Result<u32, ViewError> {
+        let found = self.0.structure(structure);
+        let bytes = found.and_then(|of| self.0.bytes(of));
+        bytes.ok_or_else(|| ViewError::Lacks {
+            what: structure.into(),
+        })
+    }
+
+    /// A constant of an enumeration.
+    pub(super) fn constant(&self, enumeration: &str, name: &str) -> Result<u32, ViewError> {
+        let found = self.0.constant(enumeration, name);
+        found.ok_or_else(|| ViewError::Lacks { what: name.into() })
+    }
+
+    /// A bit field, by the names of its structure and itself.
+    pub(super) fn bits(&self, name: &'static str) -> Result<Bits, ViewError> {
+        let found = name.split_once('.').and_then(|(structure, member)| {
+            let of = self.0.structure(structure)?;
+            let (shift, count) = self.0.bit_field(of, member)?;
+            Some(Bits { name, shift, count })
+        });
+        found.ok_or_else(|| ViewError::Lacks { what: name.into() })
     }
 
     fn member(&self, name: &str) -> Option<Member> {
