@@ -90,7 +90,7 @@ impl Log {
                 what: field.name,
                 value,
             };
-            (value <= most).then_some(1 << value).ok_or(strange)
+            (value <= most).then(|| 1 << value).ok_or(strange)
         };
         let count: u64 = bits(memory, self.count_bits, LINES_BITS)?;
         let text_bytes = bits(memory, self.text_bits, TEXT_BITS)?;

@@ -100,7 +100,7 @@ impl State {
     }
 
     /// By the two words that a task has: `task_state_index` of include/linux/sched.h.
-    fn of(state: u64, exit_state: u64) -> State {
+    pub(super) fn of(state: u64, exit_state: u64) -> State {
         let both = state | exit_state;
         if state == UNINTERRUPTIBLE | NO_LOAD {
             return State::Idle;
