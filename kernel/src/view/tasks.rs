@@ -13,10 +13,10 @@ const NICE_ZERO: i64 = 120;
 
 /// PF_KTHREAD of include/linux/sched.h, which is in no kernel's types; the same since 2.6.27.
 const KERNEL_THREAD: u64 = 0x0020_0000;
-/// TASK_UNINTERRUPTIBLE, TASK_NOLOAD and TASK_RTLOCK_WAIT of the same file, as they are since 4.14.
-const UNINTERRUPTIBLE: u64 = 0x2;
-const NO_LOAD: u64 = 0x400;
-const RT_LOCK_WAIT: u64 = 0x1000;
+/// TASK_IDLE of the same file, which is TASK_UNINTERRUPTIBLE and TASK_NOLOAD, as they are since 4.14.
+const IDLE: u64 = 0x402;
+/// TASK_RTLOCK_WAIT (5.15) and TASK_FROZEN (6.1): told as uninterruptible.
+const LOCKED_OR_FROZEN: u64 = 0x1000 | 0x8000;
 
 /// A process, one of its threads, or a thread of the kernel's.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -102,12 +102,14 @@ impl State {
     /// By the two words that a task has: `task_state_index` of include/linux/sched.h.
     pub(super) fn of(state: u64, exit_state: u64) -> State {
         let both = state | exit_state;
-        if state == UNINTERRUPTIBLE | NO_LOAD {
+        if state & LOCKED_OR_FROZEN != 0 {
+            return State::DiskSleep;
+        }
+        if state & IDLE == IDLE {
             return State::Idle;
         }
         // The highest of the bits that are told of decides.
         match (both & 0x7f).checked_ilog2() {
-            None if both & RT_LOCK_WAIT != 0 => State::DiskSleep,
             None => State::Running,
             Some(0) => State::Sleeping,
             Some(1) => State::DiskSleep,

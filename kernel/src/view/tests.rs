@@ -103,11 +103,13 @@ fn processes_are_listed_with_their_threads_after_them() {
 fn the_letters_of_states_are_those_of_proc() {
     // fs/proc/array.c, task_state_array; include/linux/sched.h, TASK_REPORT.
     let letter = |state, exit| State::of(state, exit).letter();
-    let found: String = [0, 1, 2, 4, 8, 0x40, 0x402, 0x102, 0x1000, 0x8002]
-        .map(|state| letter(state, 0))
-        .iter()
-        .collect();
-    assert_eq!(found, "RSDTtPIDDD");
+    let found: String = [
+        0, 1, 2, 4, 8, 0x40, 0x402, 0x2402, 0x102, 0x2001, 0x1000, 0x8000,
+    ]
+    .map(|state| letter(state, 0))
+    .iter()
+    .collect();
+    assert_eq!(found, "RSDTtPIIDSDD");
     assert_eq!((letter(0x80, 0x10), letter(0x80, 0x20)), ('X', 'Z'));
 }
 
@@ -515,6 +517,13 @@ fn a_kernel_that_lacks_something_says_what() {
     let task = &tasks.items[0];
     assert_eq!(view.auxv(&mut toy, task), Err(lacks("mm_struct.pgd")));
     assert_eq!(view.log(&mut toy), Err(lacks("printk_info")));
+}
+
+#[test]
+fn a_kernel_that_does_not_describe_itself_is_refused() {
+    let file = crate::testing::tiny_elf(&[0x90; 64]);
+    let elf = Elf::parse(&file).unwrap();
+    assert_eq!(View::new(&elf).unwrap_err(), ViewError::NoSymbols);
 }
 
 /// Any memory: most of what is read there leads to somewhere in it, some to nowhere.
