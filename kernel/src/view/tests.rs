@@ -410,7 +410,7 @@ fn mappings_are_read_from_a_tree() {
 
     // A node that is its own child, and one of a kind that there is not.
     let round = NODES + 0x300;
-    let strange = NODES + 0x400 | 7 << 3;
+    let strange = (NODES + 0x400) | (7 << 3);
     let round = node(
         &mut toy,
         round,
@@ -546,7 +546,7 @@ impl Memory for Any {
                 0 => 0,
                 1 => mixed,
                 2 => mixed & 0xff,
-                _ => 0xffff_8880_0000_0000 | mixed % self.words << 3,
+                _ => 0xffff_8880_0000_0000 | ((mixed % self.words) << 3),
             };
             *place = word.to_le_bytes()[(at & 7) as usize];
         }
