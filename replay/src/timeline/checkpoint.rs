@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 
 use hindsight_devices::Nanos;
 
-use crate::machine::{CoreState, PAGE_BYTES, PagePlace};
+use crate::machine::{CoreState, Machine, PAGE_BYTES, PagePlace};
 
 /// Where a checkpoint is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,6 +14,16 @@ pub struct CheckpointHead {
     pub exits: u64,
     /// Guest time there.
     pub now: Nanos,
+}
+
+impl CheckpointHead {
+    /// Of a checkpoint of the machine as it is.
+    pub fn of(machine: &Machine) -> CheckpointHead {
+        CheckpointHead {
+            exits: machine.at().exits,
+            now: machine.now(),
+        }
+    }
 }
 
 /// Pages of a machine as they are, one after the other; an error ends them.

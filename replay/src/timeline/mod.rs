@@ -7,11 +7,13 @@
 //!
 //! What checkpoints are kept in is somebody else's ([`Checkpoints`]); that may be damaged or gone, which costs time.
 
+mod changes;
 mod checkpoint;
 mod stretch;
 mod travel;
 mod when;
 
+pub use changes::Changes;
 pub use checkpoint::{CheckpointHead, Checkpoints, PageSink, PageSource};
 pub use stretch::Stretch;
 pub use travel::{Arrival, Pace, Pause, Target, Timeline, TravelError};

@@ -31,7 +31,7 @@ use crate::world::{Hold, Shown};
 pub use checkpoints::{CheckpointError, CheckpointFile, PageLimit};
 pub use debug::{DebugWish, Debugger, Interrupted, Stopped};
 pub use images::{DiskWish, MachineWish};
-pub use live::{LiveRecordingWish, LiveWish, Lived, live};
+pub use live::{LiveRecordingWish, LiveWish, Lived, keep_moment, live};
 pub use make::{
     LoadedKernel, MACHINE_CMDLINE, MachineError, build, cmdline, describe, host_facts, open_kvm,
 };
