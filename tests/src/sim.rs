@@ -130,7 +130,25 @@ impl Scenario {
         &self,
         detail: Detail,
         world: SimWorld,
+        cpu: ToyCpu,
+    ) -> (Result<End, RunError<Broken>>, Recording) {
+        self.record_by(detail, world, cpu, |machine, cpu, recorder, trace| {
+            machine.run(cpu, &mut NoDisks, recorder, trace)
+        })
+    }
+
+    /// The same by whoever runs the machine.
+    pub fn record_by(
+        &self,
+        detail: Detail,
+        world: SimWorld,
         mut cpu: ToyCpu,
+        run: impl FnOnce(
+            &mut Machine,
+            &mut ToyCpu,
+            &mut Recorder<Live<SimWorld>, &mut Vec<u8>>,
+            &mut Trace,
+        ) -> Result<End, RunError<Broken>>,
     ) -> (Result<End, RunError<Broken>>, Recording) {
         let mut journal = Vec::new();
         let live = self.live(world);
@@ -139,7 +157,7 @@ impl Scenario {
             Recorder::create(live, &mut journal, &header).expect("a Vec takes everything");
         let mut machine = machine_of(&header);
         let mut trace = Trace::default();
-        let result = machine.run(&mut cpu, &mut NoDisks, &mut recorder, &mut trace);
+        let result = run(&mut machine, &mut cpu, &mut recorder, &mut trace);
         let exits = machine.at().exits;
         let memory = cpu.memory().to_vec();
         (

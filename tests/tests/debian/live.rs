@@ -211,7 +211,10 @@ fn a_guest_that_is_live_again_answers_what_is_typed_then_and_its_clock_goes_on()
         let command =
             debian.command(&[&["live", path(&recording), "--at", &moment], more].concat());
         let mut typing = Typing::at(command);
-        typing.read_until("input: 1 ONE");
+        // The second one begins at a checkpoint of the first, and shows what is after that.
+        if !more.is_empty() {
+            typing.read_until("input: 1 ONE");
+        }
         typing.type_in("two\n");
         typing.read_until("input: 2 TWO");
         typing.type_in("quit\n");

@@ -4,6 +4,7 @@
 //! Nothing here prints, ends the process or reads options. What is worth saying while a session runs goes to its
 //! [`Front`], what ends it is a [`Failure`].
 
+mod checkpointing;
 mod checkpoints;
 mod debug;
 mod images;
