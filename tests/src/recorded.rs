@@ -5,15 +5,15 @@ use std::io::Cursor;
 use hindsight_devices::{Nanos, NoDisks, Storage, StorageError};
 use hindsight_replay::rng::{Rng, mix};
 use hindsight_replay::{
-    Changes, Checkpoints, Closed, Cpu, Detail, End, Exit, Header, JournalReader, Live, Machine,
-    Recorder, RunError, Stateful, Turn,
+    Changes, Checkpoints, Closed, Cpu, Detail, End, Exit, Header, JournalReader, Machine, RunError,
+    Stateful, Turn,
 };
 
 use crate::busy_world;
-use crate::sim::{Recording, Scenario, Trace};
+use crate::sim::{Recording, RunEnd, Scenario, SimRecorder, Trace};
 use crate::sim_world::SimWorld;
 use crate::toy_counter::ToyCounter;
-use crate::toy_cpu::{Broken, ToyCpu};
+use crate::toy_cpu::ToyCpu;
 use crate::toy_disks::ToyDisks;
 use crate::toy_driver::ToyDriver;
 
@@ -90,12 +90,7 @@ impl Toy {
 
     fn record_by(
         seed: u64,
-        run: impl FnOnce(
-            &mut Machine,
-            &mut ToyCpu,
-            &mut Recorder<Live<SimWorld>, &mut Vec<u8>>,
-            &mut Trace,
-        ) -> Result<End, RunError<Broken>>,
+        run: impl FnOnce(&mut Machine, &mut ToyCpu, &mut SimRecorder<'_>, &mut Trace) -> RunEnd,
     ) -> Toy {
         let mut scenario = Scenario::new(seed);
         // A quarter of them with a counter, since those take the longest, and half of these with trouble.

@@ -1,4 +1,6 @@
 //! One seed, one machine: recorded, replayed, and told apart.
+//!
+//! Long, because whatever a run can show has to be collected, cut and compared in the same way.
 
 use std::collections::BTreeMap;
 
@@ -126,12 +128,7 @@ impl Scenario {
     }
 
     /// Records `cpu` in `world`, which need not be its own.
-    pub fn record_with(
-        &self,
-        detail: Detail,
-        world: SimWorld,
-        cpu: ToyCpu,
-    ) -> (Result<End, RunError<Broken>>, Recording) {
+    pub fn record_with(&self, detail: Detail, world: SimWorld, cpu: ToyCpu) -> (RunEnd, Recording) {
         self.record_by(detail, world, cpu, |machine, cpu, recorder, trace| {
             machine.run(cpu, &mut NoDisks, recorder, trace)
         })
@@ -143,13 +140,8 @@ impl Scenario {
         detail: Detail,
         world: SimWorld,
         mut cpu: ToyCpu,
-        run: impl FnOnce(
-            &mut Machine,
-            &mut ToyCpu,
-            &mut Recorder<Live<SimWorld>, &mut Vec<u8>>,
-            &mut Trace,
-        ) -> Result<End, RunError<Broken>>,
-    ) -> (Result<End, RunError<Broken>>, Recording) {
+        run: impl FnOnce(&mut Machine, &mut ToyCpu, &mut SimRecorder<'_>, &mut Trace) -> RunEnd,
+    ) -> (RunEnd, Recording) {
         let mut journal = Vec::new();
         let live = self.live(world);
         let header = self.header(detail);
@@ -172,6 +164,11 @@ impl Scenario {
         )
     }
 }
+
+/// What records a toy.
+pub type SimRecorder<'a> = Recorder<Live<SimWorld>, &'a mut Vec<u8>>;
+/// How a toy's run ended.
+pub type RunEnd = Result<End, RunError<Broken>>;
 
 /// What a recording left behind.
 #[derive(Clone, Debug)]

@@ -27,9 +27,9 @@ use crate::tell::{out, tell};
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Each future is a `hindsight live --chaos=SEED` of its own, from the same moment, without input and without a network.
-The way to the moment is replayed once, and there is a checkpoint there then, at which each begins. A future parts from another where their journals
-first differ: that is soon, for guest time alone differs from run to run. Each one is recorded, and its recording
-replays; those in the directory of --record stay.
+The way to the moment is replayed once, and there is a checkpoint there then, at which each begins. A future parts
+from another where their journals first differ: that is soon, for guest time alone differs from run to run. Each one
+is recorded, and its recording replays; those in the directory of --record stay.
 
 Exit code 0: each came to an end, whatever that is.
 

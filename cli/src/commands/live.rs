@@ -24,10 +24,11 @@ use crate::summary::Summary;
 /// Options of `live`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-The recording is replayed, and checked as it runs, from the last checkpoint before the moment, or from power-on if there
-is none (see `index`). Of the past the console shows what is replayed; what comes after that is new. From the moment on the machine has live devices: the console is standard
-input and output as for `record`, with the same keys and signals, and guest time goes on from what it was. The
-guest's own clock goes on from then too: it is not told today's date.
+The recording is replayed, and checked as it runs, from the last checkpoint before the moment, or from power-on if
+there is none (see `index`). Of the past the console shows what is replayed; what comes after that is new. From the
+moment on the machine has live devices: the console is standard input and output as for `record`, with the same keys
+and signals, and guest time goes on from what it was. The guest's own clock goes on from then too: it is not told
+today's date.
 
 With --record NEW, NEW is a whole recording, from power-on on: what the old one says up to the moment, and from there
 on what happened here. It needs nothing of the old one's directory. SIGUSR1 ends it and leaves its guest running.

@@ -278,4 +278,65 @@ fn a_recorder_that_is_told_to_leaves_its_guest_running_and_a_recording_that_repl
     assert!(verdict.contains("replay equal: asked to stop"), "{verdict}");
     let console = replayed.text();
     assert!(console.contains("input: 1 ONE") && !console.contains("input: 2"));
+
+    // Its guest had not ended, so it has a future.
+    let new = dir.path().join("new");
+    let options = [
+        "live",
+        path(&recording),
+        "--at",
+        "end",
+        "--record",
+        path(&new),
+    ];
+    let mut typing = Typing::at(debian.command(&options));
+    typing.type_in("three\nquit\n");
+    let (shown, ran) = typing.end();
+    ran.expect(0);
+    assert!(shown.contains("input: 2 THREE"), "{shown}");
+    let replayed = debian.replay(&new, &[]).expect(0);
+    let console = replayed.text();
+    assert!(console.contains("input: 1 ONE") && console.contains("input: 2 THREE"));
+    assert!(
+        replayed.stderr.contains("replay equal"),
+        "{}",
+        replayed.stderr
+    );
+}
+
+#[test]
+#[ignore = "needs a KVM that can record"]
+fn a_recorder_that_makes_checkpoints_is_killed_and_they_serve_and_are_right() {
+    let (debian, dir) = (Debian::from_env(), scratch());
+    let recording = dir.path().join("r");
+    let every = ["--checkpoint-every", "1"];
+    let mut typing = Typing::at(debian.recording(&recording, "input", &every));
+    typing.read_until("input: ready");
+    typing.child.kill().expect("it can be killed");
+    let (_, ran) = typing.end();
+    assert_eq!(ran.code, -1);
+    // Each is what a replay comes to.
+    let told = debian.run(&["verify", path(&recording), "--json"]);
+    assert!(told.code == 3 || told.code == 0, "{told:?}");
+    let exits = debian.inspect(&recording, &["--json"]).expect(0).json();
+    let file = std::fs::metadata(recording.join("checkpoints")).expect("it is there");
+    assert!(file.len() > 1 << 20, "{} bytes: {exits}", file.len());
+    let new = dir.path().join("new");
+    let options = [
+        "live",
+        path(&recording),
+        "--at",
+        "end",
+        "--for",
+        "3",
+        "--record",
+        path(&new),
+    ];
+    let started = Instant::now();
+    debian.run(&options).expect(0);
+    println!(
+        "live at the end, and for 3 s, after {:?}",
+        started.elapsed()
+    );
+    debian.replay(&new, &["--quiet"]).expect(0);
 }
