@@ -2,12 +2,15 @@
 
 use std::io::Cursor;
 
-use hindsight_devices::{NoDisks, Storage, StorageError};
+use hindsight_devices::{Nanos, NoDisks, Storage, StorageError};
 use hindsight_replay::rng::{Rng, mix};
-use hindsight_replay::{Cpu, Detail, End, Exit, Header, JournalReader, Stateful, Turn};
+use hindsight_replay::{
+    Changes, Checkpoints, Closed, Cpu, Detail, End, Exit, Header, JournalReader, Machine, RunError,
+    Stateful, Turn,
+};
 
 use crate::busy_world;
-use crate::sim::{Recording, Scenario};
+use crate::sim::{Recording, RunEnd, Scenario, SimRecorder, Trace};
 use crate::sim_world::SimWorld;
 use crate::toy_counter::ToyCounter;
 use crate::toy_cpu::ToyCpu;
@@ -58,6 +61,37 @@ impl Toy {
 
     /// Records it.
     pub fn record(seed: u64) -> Toy {
+        Toy::record_by(seed, |machine, cpu, recorder, trace| {
+            machine.run(cpu, &mut NoDisks, recorder, trace)
+        })
+    }
+
+    /// Records it, and makes checkpoints in `store` meanwhile, which are as far apart as `spacing` says.
+    pub fn record_keeping<K>(seed: u64, store: &mut K, mut spacing: impl FnMut() -> Nanos) -> Toy
+    where
+        K: Checkpoints<<ToyCpu as Stateful>::State, ()>,
+    {
+        Toy::record_by(seed, |machine, cpu, recorder, trace| {
+            recorder.tell_places();
+            let changes = Changes::from_power_on(cpu, &mut NoDisks);
+            let mut changes = changes.expect("nothing is under way");
+            loop {
+                recorder.close_at_time(Some(machine.now() + spacing()));
+                match machine.run(cpu, &mut NoDisks, recorder, trace) {
+                    Err(RunError::Closed(Closed::Reached(_))) => {}
+                    result => return result,
+                }
+                recorder.close_frame().expect("a Vec takes everything");
+                let kept = changes.keep((machine, cpu, &mut NoDisks), recorder, store, 0, None);
+                kept.expect("it is at an exit").expect("there is room");
+            }
+        })
+    }
+
+    fn record_by(
+        seed: u64,
+        run: impl FnOnce(&mut Machine, &mut ToyCpu, &mut SimRecorder<'_>, &mut Trace) -> RunEnd,
+    ) -> Toy {
         let mut scenario = Scenario::new(seed);
         // A quarter of them with a counter, since those take the longest, and half of these with trouble.
         let counts = seed.is_multiple_of(4);
@@ -72,25 +106,22 @@ impl Toy {
             0 => Detail::Full,
             _ => Detail::Default,
         };
-        let header = scenario.header(detail);
-        let recording = match counts {
-            false => scenario.record(detail, mix(seed)),
-            true => {
-                let world = SimWorld::new(seed, scenario.pace_ns);
-                let cpu = counting(ToyCpu::new(seed, mix(seed)), mix(seed));
-                let (result, recording) = scenario.record_with(detail, world, cpu);
-                Recording {
-                    end: Some(result.expect("it is recorded")),
-                    ..recording
-                }
-            }
+        let world = SimWorld::new(seed, scenario.pace_ns);
+        let cpu = ToyCpu::new(seed, mix(seed));
+        let cpu = match counts {
+            true => counting(cpu, mix(seed)),
+            false => cpu,
         };
+        let (result, recording) = scenario.record_by(detail, world, cpu, run);
         Toy {
             seed,
             counts,
             distrusted: false,
-            header,
-            recording,
+            header: scenario.header(detail),
+            recording: Recording {
+                end: Some(result.expect("it is recorded")),
+                ..recording
+            },
         }
     }
 }

@@ -1,4 +1,6 @@
 //! One seed, one machine: recorded, replayed, and told apart.
+//!
+//! Long, because whatever a run can show has to be collected, cut and compared in the same way.
 
 use std::collections::BTreeMap;
 
@@ -126,12 +128,20 @@ impl Scenario {
     }
 
     /// Records `cpu` in `world`, which need not be its own.
-    pub fn record_with(
+    pub fn record_with(&self, detail: Detail, world: SimWorld, cpu: ToyCpu) -> (RunEnd, Recording) {
+        self.record_by(detail, world, cpu, |machine, cpu, recorder, trace| {
+            machine.run(cpu, &mut NoDisks, recorder, trace)
+        })
+    }
+
+    /// The same by whoever runs the machine.
+    pub fn record_by(
         &self,
         detail: Detail,
         world: SimWorld,
         mut cpu: ToyCpu,
-    ) -> (Result<End, RunError<Broken>>, Recording) {
+        run: impl FnOnce(&mut Machine, &mut ToyCpu, &mut SimRecorder<'_>, &mut Trace) -> RunEnd,
+    ) -> (RunEnd, Recording) {
         let mut journal = Vec::new();
         let live = self.live(world);
         let header = self.header(detail);
@@ -139,7 +149,7 @@ impl Scenario {
             Recorder::create(live, &mut journal, &header).expect("a Vec takes everything");
         let mut machine = machine_of(&header);
         let mut trace = Trace::default();
-        let result = machine.run(&mut cpu, &mut NoDisks, &mut recorder, &mut trace);
+        let result = run(&mut machine, &mut cpu, &mut recorder, &mut trace);
         let passed = recorder.into_inner().into_world().into_passed();
         let exits = machine.at().exits;
         let memory = cpu.memory().to_vec();
@@ -156,6 +166,11 @@ impl Scenario {
         )
     }
 }
+
+/// What records a toy.
+pub type SimRecorder<'a> = Recorder<Live<SimWorld>, &'a mut Vec<u8>>;
+/// How a toy's run ended.
+pub type RunEnd = Result<End, RunError<Broken>>;
 
 /// What a recording left behind.
 #[derive(Clone, Debug)]

@@ -4,13 +4,15 @@
 
 use std::cell::Cell;
 use std::collections::BTreeSet;
+use std::convert::Infallible;
 use std::io::Cursor;
 
 use hindsight_devices::{Input, Nanos, NoDisks};
 use hindsight_replay::rng::{Rng, mix};
 use hindsight_replay::{
-    Closed, Detail, End, Ending, Event, Header, JournalReader, Machine, MachineState, Record,
-    Recorder, Replayer, RunError, StateOf,
+    Arrival, CheckpointHead, Checkpoints, Closed, Detail, End, Ending, Event, Header,
+    JournalReader, Machine, MachineState, Outside, Pace, Pause, Record, Recorder, Replayer,
+    RunError, StateOf, Stateful, Target, Timeline,
 };
 use hindsight_tests::sim::{
     Recording, Scenario, Trace, Unchecked, Verdict, machine_of, records_of, replay,
@@ -18,6 +20,7 @@ use hindsight_tests::sim::{
 use hindsight_tests::sim_world::SimWorld;
 use hindsight_tests::toy_counter::ToyCounter;
 use hindsight_tests::toy_cpu::{Broken, ToyCpu};
+use hindsight_tests::toy_store::ToyStore;
 
 type State = StateOf<ToyCpu, NoDisks>;
 type Door<'a> = Recorder<Replayer<Cursor<&'a [u8]>>, Vec<u8>>;
@@ -98,35 +101,87 @@ struct Lived {
     now: Nanos,
 }
 
-/// Goes on from `exit` of the recording of `seed` in the world of `future`, replaying from `state` or from the start.
-fn live(
+/// Goes on from `exit` of the recording of `seed` in the world of `future`, recorded from power-on on.
+fn live(recording: &Recording, seed: u64, (exit, future): (u64, u64), header: &Header) -> Lived {
+    let old = reader(&recording.journal);
+    let mut machine = machine_of(old.header());
+    let mut cpu = cpu(seed, mix(future ^ 0x22));
+    let replayer = Replayer::new(old, None, None);
+    let mut recorder =
+        Recorder::create(replayer, Vec::new(), header).expect("a Vec takes everything");
+    let mut trace = Trace::default();
+    reach(&mut machine, &mut cpu, &mut recorder, &mut trace, exit);
+    go_on((machine, cpu), recorder, trace, (seed, exit, future))
+}
+
+/// Makes checkpoints at random.
+struct AtRandom(Rng);
+
+impl Pace for AtRandom {
+    fn exits(&self) -> u64 {
+        4
+    }
+
+    fn look(&mut self, _: CheckpointHead) -> Pause {
+        match self.0.one_in(4) {
+            true => Pause::Checkpoint { cost: 0 },
+            false => Pause::GoOn,
+        }
+    }
+}
+
+/// The same by the timeline, as the program does it: from a checkpoint in `store`, or from `state`; what was before is
+/// copied from the old recording.
+fn live_by_timeline(
     recording: &Recording,
     seed: u64,
     (exit, future): (u64, u64),
     state: Option<&State>,
+    store: &mut ToyStore<<ToyCpu as Stateful>::State, ()>,
     header: &Header,
 ) -> Lived {
     let old = reader(&recording.journal);
-    let mut machine = machine_of(old.header());
-    let mut cpu = cpu(seed, mix(future ^ 0x22));
-    let place = state.map(|state| state.core.journal.clone().expect("a replay has a place"));
-    if let Some(state) = state {
-        let restored = machine.restore(state, &mut cpu, &mut NoDisks);
-        restored.expect("it is of this machine");
-    }
-    let replayer = match &place {
-        None => Replayer::new(old, None, None),
-        Some(place) => Replayer::at(old, place).expect("it is of this journal"),
+    let machine = machine_of(old.header());
+    let mut machine = Some(machine);
+    let make = || {
+        let machine = machine.take().expect("one is enough");
+        Ok::<_, Infallible>((machine, cpu(seed, mix(future ^ 0x22)), NoDisks))
     };
+    let mut timeline = Timeline::new(old, store.clone(), make);
+    if let Some(state) = state {
+        timeline.put(state).expect("it is of this recording");
+    }
+    let mut pace = AtRandom(Rng::new(future, 43));
+    let arrival = timeline.go_to(Target::Exit(exit), &mut pace);
+    assert!(matches!(arrival, Ok(Arrival::Reached)), "{arrival:?}");
+    if future.is_multiple_of(2) {
+        timeline.keep_here().expect("there is room");
+        assert!(
+            timeline
+                .store()
+                .heads()
+                .iter()
+                .any(|head| head.exits >= exit)
+        );
+    }
+    *store = timeline.store().clone();
+    let (machine, cpu, _, replayer) = timeline.into_parts().expect("it goes on from there");
+    let place = replayer.place().expect("a replay has a place");
     let mut recorder =
         Recorder::create(replayer, Vec::new(), header).expect("a Vec takes everything");
-    if let Some(place) = &place {
-        let mut old = reader(&recording.journal);
-        let copied = recorder.copy(&mut old, place, machine.complete());
-        copied.expect("it is of this journal");
-    }
-    let mut trace = Trace::beginning_after(machine.at().exits);
-    reach(&mut machine, &mut cpu, &mut recorder, &mut trace, exit);
+    let copied = recorder.copy(&mut reader(&recording.journal), &place, machine.complete());
+    copied.expect("it is of this journal");
+    let trace = Trace::beginning_after(exit);
+    go_on((machine, cpu), recorder, trace, (seed, exit, future))
+}
+
+/// What `recorder` is around is live from here on.
+fn go_on(
+    (mut machine, mut cpu): (Machine, ToyCpu),
+    recorder: Door<'_>,
+    mut trace: Trace,
+    (seed, exit, future): (u64, u64, u64),
+) -> Lived {
     let now = machine.now();
     let scenario = scenario(seed);
     let mut world = SimWorld::new(future, scenario.pace_ns);
@@ -149,6 +204,40 @@ fn before(records: &[Record], exit: u64) -> Vec<&Record> {
     before.collect()
 }
 
+/// Futures of `exit` by the timeline, each of which begins with the records that a straight one begins with.
+fn agrees_by_the_timeline(
+    recording: &Recording,
+    seed: u64,
+    exit: u64,
+    straight: &[Record],
+    header: &Header,
+) {
+    if header.detail == Detail::Full && reader(&recording.journal).header().detail != Detail::Full {
+        return;
+    }
+    let mut rng = Rng::new(seed, 44);
+    let state = state(recording, seed, rng.below(exit + 1));
+    // The second one has the checkpoints of the first.
+    let mut store = ToyStore::new(None);
+    for number in 0..3 {
+        let future = mix(seed ^ number);
+        let state = Some(&state).filter(|_| number == 2);
+        let lived = live_by_timeline(recording, seed, (exit, future), state, &mut store, header);
+        let records = records_of(&lived.journal);
+        assert_eq!(before(&records, exit), before(straight, exit));
+        let replayed = replay(&lived.journal, cpu(seed, mix(seed ^ 0x55)), None);
+        match &replayed.verdict {
+            Verdict::Equal(end) => assert_eq!(*end, lived.end),
+            other => panic!("expected an equal replay, found {other:?}"),
+        }
+        assert_eq!(replayed.trace.after(exit).turns, lived.trace.turns);
+        assert_eq!(
+            replayed.trace.through(exit).turns,
+            recording.trace.through(exit).turns
+        );
+    }
+}
+
 #[test]
 fn a_machine_live_from_any_exit_makes_a_recording_that_replays_equal_and_begins_as_the_old_one() {
     let (went_on, others) = (Cell::new(0_u32), Cell::new(0_u32));
@@ -165,7 +254,7 @@ fn a_machine_live_from_any_exit_makes_a_recording_that_replays_equal_and_begins_
             true => detail,
             false => Detail::Default,
         });
-        let lived = live(&recording, seed, (exit, future), None, &header);
+        let lived = live(&recording, seed, (exit, future), &header);
 
         let replayed = replay(&lived.journal, cpu(seed, mix(seed ^ 0x44)), None);
         match &replayed.verdict {
@@ -188,18 +277,7 @@ fn a_machine_live_from_any_exit_makes_a_recording_that_replays_equal_and_begins_
         }
         others.set(others.get() + u32::from(lived.trace != recording.trace));
 
-        // From a state before it, the same is written down of what was.
-        let from = state(&recording, seed, rng.below(exit + 1));
-        let shorter = live(&recording, seed, (exit, future), Some(&from), &header);
-        let also = records_of(&shorter.journal);
-        assert_eq!(before(&also, exit), before(&new, exit));
-        let replayed = replay(&shorter.journal, cpu(seed, mix(seed ^ 0x55)), None);
-        match &replayed.verdict {
-            Verdict::Equal(end) => assert_eq!(*end, shorter.end),
-            other => panic!("expected an equal replay, found {other:?}"),
-        }
-        let from = from.core.progress.at().exits;
-        assert_eq!(replayed.trace.after(from).turns, shorter.trace.turns);
+        agrees_by_the_timeline(&recording, seed, exit, &new, &header);
     });
     let (went_on, others) = (went_on.get(), others.get());
     println!("{went_on} went on, {others} otherwise than it was");

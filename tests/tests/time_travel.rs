@@ -403,3 +403,50 @@ fn a_machine_that_travels_is_everywhere_what_a_straight_replay_is() {
 fn a_machine_with_disks_that_travels_is_everywhere_what_a_straight_replay_is() {
     for_seeds(10, |seed| travels_right(&Driver::record(seed), seed));
 }
+
+/// A recording with checkpoints of its recorder's, and the same without.
+fn is_recorded_with_checkpoints(seed: u64) -> usize {
+    let mut rng = Rng::new(seed, 48);
+    let mut store: ToyStore<CpuState<Toy>, DisksState<Toy>> = ToyStore::new(None);
+    // From one at each exit to hardly any.
+    let span = 1 << rng.below(28);
+    let toy = Toy::record_keeping(seed, &mut store, || rng.below(span));
+    let plain = Toy::record(seed);
+    let records = |toy: &Toy| hindsight_tests::sim::records_of(toy.journal());
+    assert!(
+        records(&toy) == records(&plain) && toy.end() == plain.end(),
+        "whoever looks on changes nothing"
+    );
+    let checkpoints = store.heads().len();
+    let make = || {
+        let machine = machine_of(toy.header());
+        Ok::<_, Infallible>((machine, toy.cpu(9), toy.disks()))
+    };
+    let mut timeline: Timeline<_, _, Cursor<&[u8]>, _, _> =
+        Timeline::new(toy.reader(), store.clone(), make);
+    for number in 0..=checkpoints {
+        let (from, to) = (
+            number.checked_sub(1),
+            (number < checkpoints).then_some(number),
+        );
+        match timeline.check_stretch(from, to, &mut ()) {
+            Ok(Stretch::Equal) if to.is_some() => {}
+            Ok(Stretch::Ended(end)) if to.is_none() => assert_eq!(end, *toy.end()),
+            other => panic!("stretch {number} of {checkpoints}: {other:?}"),
+        }
+    }
+    if toy.exits() > 2 {
+        let (complaints, _) = travel(&toy, &straight(&toy, seed), store, seed);
+        assert_eq!(complaints, 0);
+    }
+    checkpoints
+}
+
+#[test]
+fn a_recorder_makes_the_checkpoints_that_a_replay_makes_and_the_recording_is_the_same() {
+    let made = std::cell::Cell::new(0);
+    for_seeds(10, |seed| {
+        made.set(made.get() + is_recorded_with_checkpoints(seed));
+    });
+    assert!(made.get() > 0, "none was made");
+}

@@ -13,7 +13,7 @@ use hindsight_replay::When;
 use hindsight_replay::foreign::{shown, shown_path};
 use hindsight_replay::{JournalError, JournalReader};
 use hindsight_vmm::failure::{Failure, Kind};
-use hindsight_vmm::session::Recording;
+use hindsight_vmm::session::{Recording, keep_moment};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -26,10 +26,10 @@ use crate::tell::{out, tell};
 /// Options of `fork`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Each future is a `hindsight live --chaos=SEED` of its own, from the same moment, without input and without a network;
-so each first replays its way to the moment, which --from shortens. A future parts from another where their journals
-first differ: that is soon, for guest time alone differs from run to run. Each one is recorded, and its recording
-replays; those in the directory of --record stay.
+Each future is a `hindsight live --chaos=SEED` of its own, from the same moment, without input and without a network.
+The way to the moment is replayed once, and there is a checkpoint there then, at which each begins. A future parts
+from another where their journals first differ: that is soon, for guest time alone differs from run to run. Each one
+is recorded, and its recording replays; those in the directory of --record stay.
 
 Exit code 0: each came to an end, whatever that is.
 
@@ -38,9 +38,9 @@ Example:
 pub(crate) struct Options {
     /// The recording.
     recording: PathBuf,
-    /// The moment: an exit number, or a guest time such as 12.5s.
-    #[arg(long, value_name = "MOMENT", value_parser = moment)]
-    at: String,
+    /// The moment: an exit number, a guest time such as 12.5s, `crash`, `end`, or `console:TEXT`; see `live`.
+    #[arg(long, value_name = "MOMENT")]
+    at: When,
     /// How many futures to live.
     #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=FUTURES_MAX))]
     number: u64,
@@ -58,9 +58,6 @@ pub(crate) struct Options {
     /// Stop each after this much of its time from the moment on, in seconds.
     #[arg(long = "for", value_name = "SECONDS", value_parser = parse_seconds)]
     for_ns: Option<Nanos>,
-    /// Replay from a saved state at or before the moment instead of from the start.
-    #[arg(long, value_name = "FILE")]
-    from: Option<PathBuf>,
     /// Stop one that has not reset itself SECONDS of its time after a kernel panic.
     #[arg(long, value_name = "SECONDS", default_value_t = 5)]
     panic_grace: u64,
@@ -71,14 +68,6 @@ pub(crate) struct Options {
 
 /// Each is compared with each.
 const FUTURES_MAX: u64 = 1000;
-
-/// A moment is handed on as it was given.
-fn moment(text: &str) -> Result<String, String> {
-    let moment: Result<When, _> = text.parse();
-    moment
-        .map(|_| text.into())
-        .map_err(|error| error.to_string())
-}
 
 /// What became of one future.
 #[derive(Clone, Debug, Serialize)]
@@ -102,8 +91,8 @@ struct Future {
 }
 
 pub(crate) fn main(options: &Options) -> Result<Outcome, Failure> {
-    // What there is to be refused is refused once.
-    Recording::at(&options.recording).journal()?;
+    // What there is to be refused is refused once, and so is the way there gone.
+    let exit = keep_moment(&Recording::at(&options.recording), &options.at)?;
     let (directory, _temporary) = match &options.record {
         Some(directory) => {
             std::fs::create_dir_all(directory)?;
@@ -116,7 +105,7 @@ pub(crate) fn main(options: &Options) -> Result<Outcome, Failure> {
             (temporary.path().to_path_buf(), Some(temporary))
         }
     };
-    let mut futures = live_all(options, &directory)?;
+    let mut futures = live_all(options, exit, &directory)?;
     let places: Vec<PathBuf> = futures
         .iter()
         .map(|future| place(&directory, future.seed))
@@ -126,7 +115,7 @@ pub(crate) fn main(options: &Options) -> Result<Outcome, Failure> {
             future.parted_at = parted_at(&places, at)?;
         }
     }
-    tell_all(options, &futures);
+    tell_all(options, exit, &futures);
     match futures.iter().find(|future| future.exit_code != 0) {
         None => Ok(Outcome::Good),
         Some(failed) => {
@@ -151,11 +140,11 @@ fn place(directory: &Path, seed: u64) -> PathBuf {
 }
 
 /// Lives all of them, so many at a time, in the order of their seeds.
-fn live_all(options: &Options, directory: &Path) -> Result<Vec<Future>, Failure> {
+fn live_all(options: &Options, exit: u64, directory: &Path) -> Result<Vec<Future>, Failure> {
     let jobs = options.jobs.unwrap_or_else(children::usual_jobs);
     let lived = children::share_out(jobs, options.number, |number| {
         let seed = options.seed.wrapping_add(number);
-        let lived = command(options, directory, seed)?.output()?;
+        let lived = command(options, exit, directory, seed)?.output()?;
         let future = Future::of(options, seed, &lived);
         if !options.json {
             tell!("hindsight: {}", future.line());
@@ -166,18 +155,15 @@ fn live_all(options: &Options, directory: &Path) -> Result<Vec<Future>, Failure>
 }
 
 /// The process of one.
-fn command(options: &Options, directory: &Path, seed: u64) -> std::io::Result<Command> {
+fn command(options: &Options, exit: u64, directory: &Path, seed: u64) -> std::io::Result<Command> {
     let mut command = children::this_program("live")?;
-    command.arg("--at").arg(&options.at);
+    command.arg("--at").arg(exit.to_string());
     command.arg(format!("--chaos={seed}"));
     command.args(["--quiet", "--json", "--panic-grace"]);
     command.arg(options.panic_grace.to_string());
     if let Some(ns) = options.for_ns {
         let (whole, part) = (ns / 1_000_000_000, ns % 1_000_000_000);
         command.arg("--for").arg(format!("{whole}.{part:09}"));
-    }
-    if let Some(from) = &options.from {
-        command.arg("--from").arg(from);
     }
     command.arg("--record").arg(place(directory, seed));
     command.arg("--").arg(&options.recording);
@@ -265,11 +251,11 @@ fn first_difference(
     }
 }
 
-fn tell_all(options: &Options, futures: &[Future]) {
+fn tell_all(options: &Options, exit: u64, futures: &[Future]) {
     if options.json {
         let value = serde_json::json!({
             "recording": options.recording,
-            "at": options.at,
+            "at": exit,
             "futures": futures,
         });
         out!("{value}");
@@ -292,10 +278,10 @@ fn tell_all(options: &Options, futures: &[Future]) {
         None => String::new(),
     };
     out!(
-        "{} futures of {} from {}: {panicked} panicked, {failed} failed{kept}",
+        "{} futures of {} from exit {}: {panicked} panicked, {failed} failed{kept}",
         thousands(futures.len() as u64),
         shown_path(&options.recording),
-        shown(&options.at),
+        thousands(exit),
     );
 }
 

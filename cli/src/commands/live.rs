@@ -24,10 +24,11 @@ use crate::summary::Summary;
 /// Options of `live`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-The recording is replayed, and checked as it runs, up to the moment; its console goes to standard output on the
-way, and what comes after that is new. From the moment on the machine has live devices: the console is standard
-input and output as for `record`, with the same keys and signals, and guest time goes on from what it was. The
-guest's own clock goes on from then too: it is not told today's date.
+The recording is replayed, and checked as it runs, from the last checkpoint before the moment, or from power-on if
+there is none (see `index`). Of the past the console shows what is replayed; what comes after that is new. From the
+moment on the machine has live devices: the console is standard input and output as for `record`, with the same keys
+and signals, and guest time goes on from what it was. The guest's own clock goes on from then too: it is not told
+today's date.
 
 With --record NEW, NEW is a whole recording, from power-on on: what the old one says up to the moment, and from there
 on what happened here. It needs nothing of the old one's directory, and has its marks up to the moment.
@@ -41,10 +42,12 @@ Examples:
 pub(crate) struct Options {
     /// The recording.
     recording: PathBuf,
-    /// The moment: an exit number, a guest time such as 12.5s, `crash`, `console:TEXT`, or a mark.
+    /// The moment: an exit number, a guest time such as 12.5s, `crash`, `end`, `console:TEXT`, or a mark.
+    ///
+    /// `end` is the last exit of a recording that was closed or cut short before its guest ended.
     #[arg(long, value_name = "MOMENT")]
     at: When,
-    /// Replay from a saved state at or before the moment instead of from the start.
+    /// Replay from a saved state at or before the moment instead of from a checkpoint.
     #[arg(long, value_name = "FILE")]
     from: Option<PathBuf>,
     /// Record the machine to this directory; it is made if it is not there.
@@ -52,10 +55,10 @@ pub(crate) struct Options {
     record: Option<PathBuf>,
     /// How much the new journal says; without it, as much as the old one.
     ///
-    /// With --from it can be no more than that.
+    /// It can be no more than that.
     #[arg(long, value_enum, requires = "record")]
     detail: Option<DetailOption>,
-    /// Also record a digest of memory and of all else that the machine has, every N exits: memory=N.
+    /// From the moment on, also record a digest of memory and of all else that the machine has, every N exits: memory=N.
     #[arg(long, value_name = "memory=N", value_parser = parse_verify, requires = "record")]
     verify: Option<Verify>,
     /// Replace the recording that is in NEW, once the new one is closed.

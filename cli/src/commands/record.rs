@@ -12,7 +12,9 @@ use hindsight_vmm::world::Operator;
 
 use crate::commands::run;
 use crate::front::{Terminal, notice};
-use crate::options::{DetailOption, MachineOptions, PreemptOption, Verify, parse_verify, patience};
+use crate::options::{
+    DetailOption, MachineOptions, PreemptOption, Verify, parse_seconds, parse_verify, patience,
+};
 use crate::outcome::Outcome;
 use crate::summary::Summary;
 
@@ -67,6 +69,12 @@ pub(crate) struct Options {
     /// Perturb when timers land and how long time slices are, from SEED or a random one.
     #[arg(long, value_name = "SEED", num_args = 0..=1, require_equals = true)]
     chaos: Option<Option<u64>>,
+    /// Make a checkpoint each SECONDS of guest time, while the guest runs.
+    ///
+    /// So any moment of the recording is quick to reach at once. It costs time while recording, more for a guest that
+    /// writes much memory; `index` makes them afterwards.
+    #[arg(long, value_name = "SECONDS", value_parser = parse_interval)]
+    checkpoint_every: Option<Nanos>,
     /// Record again and again until the guest panics or triple faults, and keep only that.
     ///
     /// It gives up after RUNS, if given; then, as when it is stopped, nothing is kept, and what --force replaced
@@ -103,6 +111,14 @@ impl Options {
     }
 }
 
+/// Time that is more than nothing.
+fn parse_interval(text: &str) -> Result<Nanos, String> {
+    match parse_seconds(text)? {
+        0 => Err("it must be more than 0".into()),
+        ns => Ok(ns),
+    }
+}
+
 pub(crate) fn main(options: &Options) -> Result<Outcome, Failure> {
     let start = Instant::now();
     // Before there is another thread.
@@ -121,6 +137,7 @@ pub(crate) fn main(options: &Options) -> Result<Outcome, Failure> {
         patience: patience(options.patience),
         chaos: options.chaos,
         panic_grace_ns: options.panic_grace_ns(),
+        checkpoint_every_ns: options.checkpoint_every,
         hunt: options.until_crash,
     };
     let mut terminal = Terminal {

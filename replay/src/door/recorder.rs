@@ -9,8 +9,9 @@ use std::io::{Read, Write};
 use hindsight_devices::{FirstReads, Input, Nanos, Room};
 
 use super::closed::Closed;
+use super::replayer::HISTORY;
 use crate::journal::{
-    Detail, Event, Header, IndexEntry, JournalError, JournalReader, JournalWriter,
+    Detail, Event, Header, IndexEntry, JournalError, JournalReader, JournalWriter, RecordPlace,
 };
 use crate::machine::{
     Complete, Digest, End, FullDigest, Horizon, JournalPlace, LeftOpen, Moment, Outside, Position,
@@ -32,6 +33,12 @@ pub struct Recorder<O: Outside<Closed = Closed>, W: Write> {
     pending: Vec<Event>,
     /// The exit of the last turn.
     complete: Complete,
+    /// The turn of that exit is over, and nothing has happened since.
+    at_exit: bool,
+    /// Close at the first exit at this guest time or later.
+    until_time: Option<Nanos>,
+    /// What a replay has counted and remembers by now, if anybody wants to know.
+    replayed: Option<JournalPlace>,
 }
 
 impl<O: Outside<Closed = Closed>, W: Write> Recorder<O, W> {
@@ -45,12 +52,20 @@ impl<O: Outside<Closed = Closed>, W: Write> Recorder<O, W> {
             counts: [0; Event::KINDS],
             pending: Vec::new(),
             complete: Complete::default(),
+            at_exit: false,
+            until_time: None,
+            replayed: None,
         })
     }
 
     /// Bytes of journal written so far.
     pub fn journal_bytes(&self) -> u64 {
         self.journal.bytes()
+    }
+
+    /// The check of the journal's head.
+    pub fn head_check(&self) -> u64 {
+        self.journal.head_check()
     }
 
     /// The frames written so far.
@@ -94,6 +109,9 @@ impl<O: Outside<Closed = Closed>, W: Write> Recorder<O, W> {
             counts,
             pending,
             complete,
+            at_exit,
+            until_time,
+            replayed,
         } = self;
         Recorder {
             inner: exchange(inner),
@@ -102,7 +120,29 @@ impl<O: Outside<Closed = Closed>, W: Write> Recorder<O, W> {
             counts,
             pending,
             complete,
+            at_exit,
+            until_time,
+            replayed,
         }
+    }
+
+    /// From here on, which is power-on, it can tell where a replay is in its journal that has come as far: see
+    /// [`Outside::place`].
+    pub fn tell_places(&mut self) {
+        assert_eq!(self.complete, Complete::default(), "nothing has happened");
+        self.replayed = Some(JournalPlace::default());
+    }
+
+    /// Closes after the first exit at guest time `time` or later, if given, and no longer where it closed before.
+    pub fn close_at_time(&mut self, time: Option<Nanos>) {
+        self.until_time = time;
+    }
+
+    /// Closes the frame, where the turn of an exit is over: what was said is in the sink.
+    pub fn close_frame(&mut self) -> Result<(), JournalError> {
+        assert!(self.pending.is_empty(), "a frame ends between two turns");
+        let Complete { exits, now } = self.complete;
+        self.journal.close_frame(exits, now)
     }
 
     /// Begins with what another journal of the same machine says up to `place`, which the inner door goes on from;
@@ -223,9 +263,21 @@ impl<O: Outside<Closed = Closed>, W: Write> Outside for Recorder<O, W> {
         if self.detail == Detail::Full {
             self.append(exits, Event::Turn(Box::new(*turn)))?;
         }
-        if exits.is_multiple_of(WITNESS_EVERY) {
+        let is_witness = exits.is_multiple_of(WITNESS_EVERY);
+        if is_witness {
             let check = digest.check();
             self.append(exits, Event::Witness { check })?;
+        }
+        self.at_exit = true;
+        if let Some(replayed) = &mut self.replayed {
+            replayed.history.push((exits, *turn));
+            if replayed.history.len() > HISTORY {
+                replayed.history.remove(0);
+            }
+            replayed.witnesses_checked += u64::from(is_witness);
+            if is_witness || self.detail == Detail::Full {
+                replayed.equal_through = exits;
+            }
         }
         Ok(())
     }
@@ -253,10 +305,17 @@ impl<O: Outside<Closed = Closed>, W: Write> Outside for Recorder<O, W> {
     fn state(&mut self, exits: u64, digest: FullDigest) -> Result<(), Closed> {
         self.inner.state(exits, digest)?;
         self.append(exits, Event::State { digest })?;
+        if let Some(replayed) = &mut self.replayed {
+            replayed.states_checked += 1;
+        }
         Ok(())
     }
 
     fn horizon(&mut self, position: &Position) -> Result<Horizon, Closed> {
+        let at_exit = std::mem::take(&mut self.at_exit);
+        if at_exit && self.until_time.is_some_and(|time| position.now >= time) {
+            return Err(Closed::Reached(position.exits));
+        }
         self.inner.horizon(position)
     }
 
@@ -274,6 +333,21 @@ impl<O: Outside<Closed = Closed>, W: Write> Outside for Recorder<O, W> {
         self.append(exits, Event::End(Box::new(end.clone())))?;
         self.journal.close_frame(exits, end.now)?;
         Ok(())
+    }
+
+    /// Of a replay of what it writes; known where a frame was just closed.
+    fn place(&self) -> Option<JournalPlace> {
+        let RecordPlace {
+            frame_before,
+            records,
+            check,
+        } = self.journal.place()?;
+        self.replayed.clone().map(|replayed| JournalPlace {
+            frame_before,
+            records,
+            check,
+            ..replayed
+        })
     }
 
     fn abandon(&mut self, complete: Complete) -> Result<(), Closed> {

@@ -19,7 +19,7 @@ use crate::machine::{
 };
 
 /// How many turns a divergence report shows.
-const HISTORY: usize = 8;
+pub(super) const HISTORY: usize = 8;
 /// No replay counts so far.
 const COUNT_MAX: u64 = 1 << 62;
 

@@ -9,6 +9,7 @@ use super::event::{Event, Record};
 use super::frame::{FrameHead, IndexEntry};
 use super::header::Header;
 use super::limits::{FRAME_RAW_GOAL, FRAME_RAW_MAX, HEADER_MAX, Rules};
+use super::reader::RecordPlace;
 use super::{JournalError, MAGIC, VERSION, head_check};
 
 /// A frame that spans more guest time than this is closed at the next turn.
@@ -22,6 +23,7 @@ const ZSTD_LEVEL: i32 = 3;
 #[derive(Debug)]
 pub struct JournalWriter<W: Write> {
     sink: W,
+    head_check: u64,
     seed: u64,
     sequence: u32,
     raw: Vec<u8>,
@@ -32,6 +34,8 @@ pub struct JournalWriter<W: Write> {
     last_close_ns: Nanos,
     offset: u64,
     index: Vec<IndexEntry>,
+    /// How many records the open frame has, and the one before it.
+    records: [u64; 2],
 }
 
 impl<W: Write> JournalWriter<W> {
@@ -59,6 +63,7 @@ impl<W: Write> JournalWriter<W> {
             .map_err(JournalError::Write)?;
         Ok(JournalWriter {
             sink,
+            head_check: seed,
             seed,
             sequence: 0,
             raw: Vec::new(),
@@ -68,6 +73,7 @@ impl<W: Write> JournalWriter<W> {
             last_close_ns: 0,
             offset: bytes.len() as u64,
             index: Vec::new(),
+            records: [0; 2],
         })
     }
 
@@ -85,6 +91,7 @@ impl<W: Write> JournalWriter<W> {
         let record = Record { exits, event };
         let before = (self.raw.len(), self.codec.clone(), self.rules);
         self.raw = self.codec.encode(std::mem::take(&mut self.raw), &record);
+        self.records[0] += 1;
         let Some(rules) = &mut self.rules else {
             return Ok(());
         };
@@ -94,6 +101,7 @@ impl<W: Write> JournalWriter<W> {
             Err(what) => what,
         };
         self.raw.truncate(before.0);
+        self.records[0] -= 1;
         (self.codec, self.rules) = (before.1, before.2);
         Err(JournalError::Refused(refused))
     }
@@ -162,7 +170,24 @@ impl<W: Write> JournalWriter<W> {
         self.first = through;
         self.codec = Codec::new(through);
         self.raw.clear();
+        self.records = [0, self.records[0]];
         Ok(())
+    }
+
+    /// The check of the head.
+    pub fn head_check(&self) -> u64 {
+        self.head_check
+    }
+
+    /// Where the last record lies, if it is in a closed frame: as [`super::JournalReader::place`] says it that has just
+    /// read it.
+    pub fn place(&self) -> Option<RecordPlace> {
+        let before = self.index.len().checked_sub(2);
+        self.raw.is_empty().then(|| RecordPlace {
+            frame_before: before.map(|before| self.index[before].offset),
+            records: self.records[1],
+            check: self.seed,
+        })
     }
 
     /// The sink; what is not in a closed frame is lost.

@@ -6,7 +6,7 @@ use std::ops::ControlFlow;
 use hindsight_devices::Nanos;
 
 use super::notes::Notes;
-use crate::machine::{CoreState, PAGE_BYTES, PagePlace};
+use crate::machine::{CoreState, Machine, PAGE_BYTES, PagePlace};
 
 /// Where a checkpoint is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,6 +17,17 @@ pub struct CheckpointHead {
     pub now: Nanos,
     /// What it took to come there from the one before, by whoever set the pace; 0 if that is not known.
     pub cost: u32,
+}
+
+impl CheckpointHead {
+    /// Of a checkpoint of the machine as it is.
+    pub fn of(machine: &Machine) -> CheckpointHead {
+        CheckpointHead {
+            exits: machine.at().exits,
+            now: machine.now(),
+            cost: 0,
+        }
+    }
 }
 
 /// Pages of a machine as they are, one after the other: reads the next one, and says where it is. An error ends them.

@@ -7,14 +7,16 @@
 //!
 //! What checkpoints are kept in is somebody else's ([`Checkpoints`]); that may be damaged or gone, which costs time.
 
+mod changes;
 mod checkpoint;
 mod notes;
 mod stretch;
 mod travel;
 mod when;
 
+pub use changes::Changes;
 pub use checkpoint::{CheckpointHead, Checkpoints, PageSink, PageSource};
-pub use notes::Notes;
+pub use notes::{NoteTaker, Notes};
 pub use stretch::Stretch;
 pub use travel::{Arrival, Pace, Pause, Target, Timeline, TravelError};
 pub use when::{Anchor, NoMoment, When, is_mark_name};

@@ -61,7 +61,7 @@ impl Notes {
 
 /// Takes notes.
 #[derive(Debug, Default)]
-pub(super) struct NoteTaker {
+pub struct NoteTaker {
     /// After which exit they begin.
     from: u64,
     /// The exit of what was said last.
@@ -73,7 +73,7 @@ pub(super) struct NoteTaker {
 
 impl NoteTaker {
     /// Begins anew after exit `from`.
-    pub(super) fn begin(&mut self, from: u64) {
+    pub fn begin(&mut self, from: u64) {
         *self = NoteTaker {
             from,
             last: from,
@@ -82,7 +82,7 @@ impl NoteTaker {
     }
 
     /// What was seen after exit `from`, if that is known.
-    pub(super) fn since(&self, from: u64) -> Option<Notes> {
+    pub fn since(&self, from: u64) -> Option<Notes> {
         (self.from == from && self.size <= SAID_MAX).then(|| self.notes.clone())
     }
 }

@@ -83,7 +83,7 @@ where
             }
         }
         parts.note_changes()?;
-        let (base, changed) = (parts.base, parts.changed.clone());
+        let (base, changed) = (parts.changes.base, parts.changes.pages.clone());
         let (mut other, mut failed) = (None, None);
         let mut look = |place: PagePlace, bytes: Option<&[u8; PAGE_BYTES]>| {
             let mut here = [0; PAGE_BYTES];

@@ -8,6 +8,7 @@ use std::ops::ControlFlow;
 use hindsight_devices::{Nanos, Storage, StorageError};
 use thiserror::Error;
 
+use super::changes::{Changes, read_page};
 use super::checkpoint::{CheckpointHead, Checkpoints};
 use super::notes::{NoteTaker, Notes};
 use crate::RunError;
@@ -105,10 +106,7 @@ pub(super) struct Parts<C, S> {
     pub(super) disks: S,
     /// What its pages hold at power-on.
     power_on: Pages,
-    /// The checkpoint that its pages were last all equal to; without one they were what they are at power-on.
-    pub(super) base: Option<usize>,
-    /// Those that may have changed since.
-    pub(super) changed: BTreeSet<PagePlace>,
+    pub(super) changes: Changes,
     /// Whether it is at an exit, and the door with it. Else it can only be put somewhere.
     in_step: bool,
 }
@@ -120,25 +118,12 @@ where
 {
     /// Notes which pages have changed since they were noted last.
     pub(super) fn note_changes(&mut self) -> Result<(), StateError<<C as Cpu>::Error>> {
-        let memory = self.cpu.take_changed_pages().map_err(StateError::Cpu)?;
-        let disks = (self.disks.take_changed_pages()).map_err(StateError::Storage)?;
-        self.may_have_changed(memory, disks);
-        Ok(())
+        self.changes.note(&mut self.cpu, &mut self.disks)
     }
 
-    /// No checkpoint is known that its pages were equal to: each that may hold anything but zeroes may have changed.
+    /// No checkpoint is known that its pages were equal to.
     fn forget_base(&mut self) -> Result<(), StateError<<C as Cpu>::Error>> {
-        self.base = None;
-        let memory = self.cpu.pages().map_err(StateError::Cpu)?;
-        let disks = self.disks.pages().map_err(StateError::Storage)?;
-        self.may_have_changed(memory, disks);
-        Ok(())
-    }
-
-    fn may_have_changed(&mut self, memory: Vec<u64>, disks: Vec<u64>) {
-        let memory = memory.into_iter().map(PagePlace::in_memory);
-        let disks = disks.into_iter().map(PagePlace::on_disks);
-        self.changed.extend(memory.chain(disks));
+        self.changes.forget_base(&mut self.cpu, &mut self.disks)
     }
 
     /// Makes a checkpoint in `store`.
@@ -149,21 +134,8 @@ where
         head: CheckpointHead,
         notes: Option<&Notes>,
     ) -> Result<Result<(), K::Error>, StateError<<C as Cpu>::Error>> {
-        let (cpu, disks) = (&mut self.cpu, &mut self.disks);
-        let core = self.machine.save_core(cpu, disks, door)?;
-        self.note_changes()?;
-        let (base, changed) = (self.base, std::mem::take(&mut self.changed));
-        let mut places = changed.iter();
-        let mut pages = |into: &mut [u8; PAGE_BYTES]| {
-            let place = *places.next()?;
-            Some(self.read_page(place, into).map(|()| place))
-        };
-        let appended = store.append(head, &core, base, &mut pages, notes);
-        match &appended {
-            Ok(Ok(number)) => self.base = Some(*number),
-            _ => self.changed = changed,
-        }
-        Ok(appended?.map(drop))
+        let machine = (&self.machine, &mut self.cpu, &mut self.disks);
+        self.changes.keep(machine, door, store, head.cost, notes)
     }
 
     /// What a page holds at power-on.
@@ -176,10 +148,7 @@ where
         place: PagePlace,
         into: &mut [u8; PAGE_BYTES],
     ) -> Result<(), StateError<<C as Cpu>::Error>> {
-        match place.number() {
-            Ok(number) => self.cpu.read_page(number, into).map_err(StateError::Cpu),
-            Err(number) => (self.disks.read_page(number, into)).map_err(StateError::Storage),
-        }
+        read_page(&mut self.cpu, &mut self.disks, place, into)
     }
 
     /// Makes the machine what it was at a checkpoint of `store`.
@@ -195,13 +164,14 @@ where
         }
         let place = core.journal.clone().ok_or(Unusable::NoPlace)?;
         self.note_changes()?;
-        let (base, changed, power_on) = (self.base, &mut self.changed, &self.power_on);
+        let (changes, power_on) = (&mut self.changes, &self.power_on);
         let put = |cpu: &mut C, disks: &mut S| {
             let (mut written, mut failed) = (Vec::new(), None);
             let mut put = |place: PagePlace, bytes: Option<&[u8; PAGE_BYTES]>| {
                 let first = power_on.get(place);
                 let bytes = bytes.unwrap_or(first);
-                if base.is_none() && bytes == first && !changed.contains(&place) {
+                let is_new = changes.base.is_none() && !changes.pages.contains(&place);
+                if is_new && bytes == first {
                     // Nobody has touched it: it stays so.
                     return ControlFlow::Continue(());
                 }
@@ -225,14 +195,14 @@ where
                     ControlFlow::Continue,
                 )
             };
-            let given = store.pages(number, base, changed, &mut put);
+            let given = store.pages(number, changes.base, &changes.pages, &mut put);
             let done = match failed {
                 Some(error) => Err(Unusable::State(error)),
                 None => given.map_err(Unusable::Store),
             };
             if let Err(error) = done {
                 // Neither what they were nor what they were to be.
-                changed.extend(written);
+                changes.pages.extend(written);
                 return Err(error);
             }
             // These were our own, and what they hold is known.
@@ -243,18 +213,16 @@ where
         self.in_step = false;
         let (cpu, disks) = (&mut self.cpu, &mut self.disks);
         self.machine.restore_core(&core, cpu, disks, put)?;
-        self.base = Some(number);
-        self.changed.clear();
+        self.changes = Changes {
+            base: Some(number),
+            pages: BTreeSet::new(),
+        };
         Ok(place)
     }
 
     /// Where it is.
     fn here(&self) -> CheckpointHead {
-        CheckpointHead {
-            exits: self.machine.at().exits,
-            now: self.machine.now(),
-            cost: 0,
-        }
+        CheckpointHead::of(&self.machine)
     }
 }
 
@@ -465,18 +433,43 @@ where
             cpu,
             disks,
             power_on: Pages::default(),
-            base: None,
-            changed: BTreeSet::new(),
+            changes: Changes::default(),
             in_step: true,
         };
         (parts.power_on)
             .take(&mut parts.cpu, PagePlace::in_memory)
             .map_err(StateError::Cpu)?;
-        // From here on.
-        parts.note_changes()?;
-        parts.changed.clear();
+        parts.changes = Changes::from_power_on(&mut parts.cpu, &mut parts.disks)?;
         self.notes.begin(0);
         self.parts = Some(parts);
+        Ok(())
+    }
+
+    /// Makes a checkpoint where the machine is, if the store has none so late; then all that were made are kept.
+    pub fn keep_here(&mut self) -> Result<(), TravelError<<C as Cpu>::Error, F>> {
+        if let Some(parts) = self.parts.as_ref().filter(|parts| parts.in_step) {
+            self.make_checkpoint(parts.here())?;
+        }
+        self.settle()
+    }
+
+    /// Puts the machine where `state` was taken, which is of this recording.
+    pub fn put(&mut self, state: &StateOf<C, S>) -> Result<(), TravelError<<C as Cpu>::Error, F>> {
+        if self.parts.is_none() {
+            self.make()?;
+        }
+        let parts = self.parts.as_mut().expect("it was made");
+        parts.in_step = false;
+        let place = state.core.journal.as_ref().ok_or_else(|| {
+            let what = "this state says nothing of where it is in a recording";
+            StateError::Damaged(what.into())
+        })?;
+        let (cpu, disks) = (&mut parts.cpu, &mut parts.disks);
+        parts.machine.restore(state, cpu, disks)?;
+        parts.forget_base()?;
+        self.door.go_to(place)?;
+        parts.in_step = true;
+        self.notes.begin(parts.here().exits);
         Ok(())
     }
 
@@ -529,21 +522,22 @@ where
                 Pause::GoOn => {}
                 Pause::Stop => return Ok(Arrival::Stopped),
                 Pause::Checkpoint { cost } => {
-                    let here = CheckpointHead { cost, ..here };
-                    let last = self.store.heads().last();
-                    if self.store.is_open() && last.is_none_or(|last| last.exits < here.exits) {
-                        self.make_checkpoint(here)?;
-                    }
+                    self.make_checkpoint(CheckpointHead { cost, ..here })?;
                     pace.made(here);
                 }
             }
         }
     }
 
+    /// If the store has none so late, and takes more.
     fn make_checkpoint(
         &mut self,
         here: CheckpointHead,
     ) -> Result<(), TravelError<<C as Cpu>::Error, F>> {
+        let last = self.store.heads().last();
+        if !self.store.is_open() || last.is_some_and(|last| last.exits >= here.exits) {
+            return Ok(());
+        }
         let parts = self.parts.as_mut().expect("it was made");
         let before = self.store.heads().last().map_or(0, |last| last.exits);
         let notes = self.notes.since(before);

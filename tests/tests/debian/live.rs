@@ -74,7 +74,7 @@ fn a_machine_that_is_live_again_ends_by_itself_and_its_recording_stands_alone() 
     for (number, more) in [
         (1, &[][..]),
         (2, &["--from", path(&state)]),
-        (3, &["--chaos=5", "--detail", "full"]),
+        (3, &["--chaos=5", "--verify", "memory=5000"]),
     ] {
         let exit = (exits * number / 4).to_string();
         let new = dir.path().join(format!("new-{number}"));
@@ -114,8 +114,10 @@ fn a_machine_that_is_live_again_ends_by_itself_and_its_recording_stands_alone() 
 fn what_cannot_be_gone_on_from_leaves_nothing(debian: &Debian, recording: &Path, dir: &Path) {
     let none = dir.join("none");
     for (more, code, said) in [
-        (&["--at", "99999999"][..], 2, "before it comes to that"),
-        (&["--at", "9999s"], 2, "before it comes to that"),
+        (&["--at", "99999999"][..], 2, "its last exit is"),
+        (&["--at", "9999s"], 2, "it ends before"),
+        (&["--at", "end"], 2, "the guest itself ended there"),
+        (&["--at", "1", "--detail", "full"], 2, "make one that does"),
         (&["--at", "100", "--net", "user"], 2, "has no network card"),
         (
             &["--at", "1", "--from", path(&dir.join("state"))],
@@ -146,7 +148,7 @@ fn what_cannot_be_gone_on_from_leaves_nothing(debian: &Debian, recording: &Path,
     let late = (at.expect("there is an interrupt") + 1).to_string();
     let options = ["--quiet", "--at", &late, "--record", path(&none)];
     let refused = live(debian, &damaged, &options).expect(1);
-    let said = "did not come to that moment, and nothing was written";
+    let said = "; nothing was written";
     assert!(refused.stderr.contains(said), "{}", refused.stderr);
     assert!(!none.exists());
 }
@@ -186,7 +188,7 @@ fn several_futures_are_lived_and_compared(debian: &Debian, recording: &Path, dir
     }
     let short = ["fork", path(recording), "--at", "99999999", "-n", "1"];
     let refused = debian.run(&short).expect(2);
-    assert!(refused.stderr.contains("before it comes"), "{refused:?}");
+    assert!(refused.stderr.contains("its last exit is"), "{refused:?}");
 }
 
 #[test]
@@ -209,7 +211,10 @@ fn a_guest_that_is_live_again_answers_what_is_typed_then_and_its_clock_goes_on()
         let command =
             debian.command(&[&["live", path(&recording), "--at", &moment], more].concat());
         let mut typing = Typing::at(command);
-        typing.read_until("input: 1 ONE");
+        // The second one begins at a checkpoint of the first, and shows what is after that.
+        if !more.is_empty() {
+            typing.read_until("input: 1 ONE");
+        }
         typing.type_in("two\n");
         typing.read_until("input: 2 TWO");
         typing.type_in("quit\n");
@@ -273,4 +278,65 @@ fn a_recorder_that_is_told_to_leaves_its_guest_running_and_a_recording_that_repl
     assert!(verdict.contains("replay equal: asked to stop"), "{verdict}");
     let console = replayed.text();
     assert!(console.contains("input: 1 ONE") && !console.contains("input: 2"));
+
+    // Its guest had not ended, so it has a future.
+    let new = dir.path().join("new");
+    let options = [
+        "live",
+        path(&recording),
+        "--at",
+        "end",
+        "--record",
+        path(&new),
+    ];
+    let mut typing = Typing::at(debian.command(&options));
+    typing.type_in("three\nquit\n");
+    let (shown, ran) = typing.end();
+    ran.expect(0);
+    assert!(shown.contains("input: 2 THREE"), "{shown}");
+    let replayed = debian.replay(&new, &[]).expect(0);
+    let console = replayed.text();
+    assert!(console.contains("input: 1 ONE") && console.contains("input: 2 THREE"));
+    assert!(
+        replayed.stderr.contains("replay equal"),
+        "{}",
+        replayed.stderr
+    );
+}
+
+#[test]
+#[ignore = "needs a KVM that can record"]
+fn a_recorder_that_makes_checkpoints_is_killed_and_they_serve_and_are_right() {
+    let (debian, dir) = (Debian::from_env(), scratch());
+    let recording = dir.path().join("r");
+    let every = ["--checkpoint-every", "1"];
+    let mut typing = Typing::at(debian.recording(&recording, "input", &every));
+    typing.read_until("input: ready");
+    typing.child.kill().expect("it can be killed");
+    let (_, ran) = typing.end();
+    assert_eq!(ran.code, -1);
+    // Each is what a replay comes to.
+    let told = debian.run(&["verify", path(&recording), "--json"]);
+    assert!(told.code == 3 || told.code == 0, "{told:?}");
+    let exits = debian.inspect(&recording, &["--json"]).expect(0).json();
+    let file = std::fs::metadata(recording.join("checkpoints")).expect("it is there");
+    assert!(file.len() > 1 << 20, "{} bytes: {exits}", file.len());
+    let new = dir.path().join("new");
+    let options = [
+        "live",
+        path(&recording),
+        "--at",
+        "end",
+        "--for",
+        "3",
+        "--record",
+        path(&new),
+    ];
+    let started = Instant::now();
+    debian.run(&options).expect(0);
+    println!(
+        "live at the end, and for 3 s, after {:?}",
+        started.elapsed()
+    );
+    debian.replay(&new, &["--quiet"]).expect(0);
 }

@@ -109,6 +109,15 @@ impl KvmCpu {
         &self.vm.memory
     }
 
+    /// Nobody will ask which pages have changed: what noting that costs ends.
+    ///
+    /// # Errors
+    ///
+    /// KVM refuses.
+    pub fn forget_changed_pages(&mut self) -> Result<(), KvmError> {
+        self.vm.forget_changed_pages()
+    }
+
     pub(super) fn fd(&self) -> &VcpuFd {
         &self.vcpu.fd
     }

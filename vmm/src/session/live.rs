@@ -1,41 +1,40 @@
 //! Goes on from a moment of a recording as a running machine, which may be recorded in its turn.
 //!
-//! Up to the moment the machine has the door of a replay, from there on that of a live world: the loop is the same,
-//! and so is the machine. A recorder, if there is one, stays where it is while the door in it is exchanged.
+//! The machine comes to the moment as to any: from power-on, from a checkpoint, or from a state in a file. There its door
+//! is exchanged, of a replay for that of a live world: the loop is the same, and so is the machine. What a new
+//! recording says of the time before is copied from the old one.
 
-use std::fs::File;
-use std::io::{Read, Seek};
+use std::cell::RefCell;
 use std::path::PathBuf;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use hindsight_devices::Nanos;
 use hindsight_replay::foreign::shown_path;
 use hindsight_replay::{
-    Chaos, Closed, Complete, Detail, End, Header, Host, JournalPlace, JournalReader, Live, Machine,
-    Outside, Patience, Recorder, Replayer, RunError, Unit, When,
+    Anchor, Arrival, Chaos, CheckpointHead, Complete, Detail, End, Ending, Header, Host, Live,
+    Machine, Observer, Outside, Pace, Patience, Pause, Recorder, Target, Unit, When,
 };
 
 use super::make::random_number;
 use super::marking::Marking;
 use super::marks::{carry_over, no_marks};
-use super::moments::until_moment;
+use super::moments::{go_on, go_to_moment, here};
 use super::new_recording::NewRecording;
-use super::open::{RecordedImages, RecordedPaths};
+use super::open::{Here, RecordedImages, RecordedPaths};
 use super::preemption_plan::CounterWish;
 use super::record::{Left, close, notice_left};
 use super::recording::Recording;
-use super::replay::{Until, begin_at, place_of, refuse_same_place};
+use super::replay::refuse_same_place;
 use super::run::Ran;
 use super::state_file;
+use super::timeline::{
+    HostPace, OnTheWay, RecordingTimeline, SPACING, leave, open_timeline, timeline_of,
+};
 use super::{Front, View, Viewed};
-use crate::disk::Disks;
 use crate::failure::{Failure, Kind};
-use crate::kvm::{KvmCpu, KvmError};
 use crate::world::net::{Link, Network};
 use crate::world::{HostWorld, Operator, RawTerminal, Shown};
-
-/// So many exits are replayed at a time on the way to the moment; then whoever wants an end is heard.
-const STRETCH_EXITS: u64 = 10_000;
 
 /// From where a machine is to go on, and how.
 #[derive(Clone, Debug)]
@@ -46,7 +45,7 @@ pub struct LiveWish {
     pub instead: RecordedPaths,
     /// The moment from which the machine is live.
     pub at: When,
-    /// The file with a state at or before that moment, from which to replay instead of from the start.
+    /// The file with a state at or before that moment, from which to replay instead of from a checkpoint.
     pub from: Option<PathBuf>,
     /// Where it is recorded.
     pub record: Option<LiveRecordingWish>,
@@ -73,7 +72,7 @@ pub struct LiveRecordingWish {
     pub force: bool,
     /// How much its journal says; `None`: as much as that of the recording that it goes on from.
     pub detail: Option<Detail>,
-    /// Exits from one digest of all of memory to the next.
+    /// Exits from one digest of all of memory to the next, from the moment on.
     pub memory_every: Option<u64>,
 }
 
@@ -112,10 +111,7 @@ pub fn live(
     let recording = Recording::at(&wish.recording);
     let journal = recording.journal()?;
     let header = journal.header().clone();
-    if wish.network.is_some() && header.machine.devices.net.is_none() {
-        let message = "the recorded machine has no network card; --net none is all there is for it";
-        return Err(Failure::new(Kind::BadInput, message));
-    }
+    refuse(wish, &header)?;
     let target = match &wish.record {
         None => None,
         Some(record) => {
@@ -124,25 +120,32 @@ pub fn live(
             Some((record, target))
         }
     };
-    let at = until_moment(&recording, &wish.instead, &wish.at)?;
     let chaos = match wish.chaos {
         Some(None) => Some(random_number()? % 1_000_000),
         given => given.flatten(),
     };
-    let images = RecordedImages::open(&recording, &header, &wish.instead)?;
-    let mut here = images.machine_here(&header, &wish.counter)?;
-    for warning in here.warnings.iter().filter(|_| target.is_some()) {
+    let images = Rc::new(RecordedImages::open(&recording, &header, &wish.instead)?);
+    let host = Rc::new(RefCell::new(None));
+    let make = {
+        let (images, host) = (Rc::clone(&images), Rc::clone(&host));
+        let (header, counter) = (header.clone(), wish.counter.clone());
+        move || {
+            let here = images.machine_here(&header, &counter)?;
+            let Here { cpu, machine, .. } = here;
+            *host.borrow_mut() = Some((here.host, here.warnings));
+            Ok((machine, cpu, images.fresh_disks()?))
+        }
+    };
+    let mut timeline = timeline_of(&recording, journal, Box::new(make))?;
+    match &wish.from {
+        None => timeline.come_near(Target::Exit(0))?,
+        Some(path) => begin_at_state(&mut timeline, path, &header, &wish.at)?,
+    }
+    let made = host.take();
+    let (host, warnings) = made.expect("the timeline has made a machine");
+    for warning in warnings.iter().filter(|_| target.is_some()) {
         front.notice(warning);
     }
-    let mut disks = images.fresh_disks()?;
-    let mut state = None;
-    if let Some(path) = &wish.from {
-        let saved = state_file::read(path, &header)?;
-        here.machine.restore(&saved, &mut here.cpu, &mut disks)?;
-        state = Some(place_of(saved)?);
-    }
-    let digests = target.as_ref().and_then(|(record, _)| record.memory_every);
-    let replayer = begin(journal, &here.machine, state.as_ref(), at, digests)?;
 
     let raw = RawTerminal::enter();
     let console = header.host.console;
@@ -150,46 +153,163 @@ pub fn live(
     // the network meanwhile waits at the other end of the link.
     let link = wish.network.clone().map(Link::open).transpose()?;
     let world = HostWorld::start(Arc::clone(&operator), None, console)?.rest();
-    let view = front.view(Viewed {
+    let mut view = front.view(Viewed {
         console,
         preemption: header.machine.preemption,
         hold: Some(world.hold()),
         last_exit: None,
     })?;
+    let mut pace = Interruptible {
+        pace: HostPace::new(SPACING),
+        operator: &operator,
+    };
+    let came = come_to(&mut timeline, &wish.at, &recording, &mut pace, &mut *view);
+    came.map_err(|failure| match &target {
+        None => failure,
+        Some(_) => Failure::new(failure.kind(), format!("{failure}; nothing was written")),
+    })?;
+    timeline.settle()?;
+    for complaint in timeline.take_complaints() {
+        front.notice(&complaint);
+    }
+    let stage = leave(timeline)?.expect("it has come to where it can go on");
     let session = Session {
         wish,
-        at,
         operator,
         world,
         link,
         chaos,
-        stage: Stage {
-            machine: here.machine,
-            cpu: here.cpu,
-            disks,
-            view,
-        },
+        stage,
+        view,
         unit: header.machine.preemption,
         raw,
     };
     let Some((record, target)) = target else {
         drop(images);
-        return session.live(replayer, front);
+        return session.live(front);
     };
     target.write_machine(&images)?;
     drop(images);
     let header = Header {
         detail: record.detail.unwrap_or(header.detail),
-        host: facts(here.host, &header.host, chaos),
+        host: facts(host, &header.host, chaos),
         ..header
     };
-    let mut recorder = Recorder::create(replayer, target.create_journal()?, &header)
-        .map_err(|error| Failure::new(Kind::HostFailed, error))?;
-    if let Some(place) = state {
-        let complete = session.stage.machine.complete();
-        recorder.copy(&mut recording.journal()?, &place, complete)?;
+    session.live_recorded(&recording, &header, record, target, front)
+}
+
+/// Brings the machine of a recording to a moment, with the checkpoints that there are, and one there: whoever comes to it
+/// next has no way to go. Says at which exit that is, from which the recording can be gone on from.
+///
+/// # Errors
+///
+/// As for [`live`].
+pub fn keep_moment(recording: &Recording, when: &When) -> Result<u64, Failure> {
+    let (instead, counter) = (RecordedPaths::default(), CounterWish::default());
+    let mut timeline = open_timeline(recording, recording.journal()?, &instead, &counter)?;
+    let mut pace = HostPace::new(SPACING);
+    come_to(&mut timeline, when, recording, &mut pace, &mut ())?;
+    timeline.keep_here()?;
+    Ok(here(&mut timeline))
+}
+
+/// What can be refused before anything is made.
+fn refuse(wish: &LiveWish, header: &Header) -> Result<(), Failure> {
+    if wish.network.is_some() && header.machine.devices.net.is_none() {
+        let message = "the recorded machine has no network card; --net none is all there is for it";
+        return Err(Failure::new(Kind::BadInput, message));
     }
-    session.live_recorded(recorder, record, target, front)
+    let detail = wish.record.as_ref().and_then(|record| record.detail);
+    if detail == Some(Detail::Full) && header.detail != Detail::Full {
+        let message = "the recording does not have every exit up to the moment, so a new one cannot; make one that does: \
+                       hindsight replay --detail full --relog";
+        return Err(Failure::new(Kind::BadInput, message));
+    }
+    Ok(())
+}
+
+/// Begins at the state in the file at `path`.
+fn begin_at_state(
+    timeline: &mut RecordingTimeline,
+    path: &std::path::Path,
+    header: &Header,
+    at: &When,
+) -> Result<(), Failure> {
+    timeline.put(&state_file::read(path, header)?)?;
+    let (machine, _, _) = timeline.parts().expect("it was put there");
+    let (exits, now) = (machine.at().exits, machine.now());
+    let is_late = match (&at.anchor, at.offset) {
+        (Anchor::Exit(exit), offset) => exit
+            .checked_add_signed(offset)
+            .is_some_and(|exit| exit < exits),
+        (Anchor::Time(time), 0) => *time < now,
+        _ => false,
+    };
+    if is_late {
+        let message = format!(
+            "the machine is to be live from {at} on, and the state is of exit {exits}, {now} ns of guest time; take an \
+             earlier state"
+        );
+        return Err(Failure::new(Kind::BadInput, message));
+    }
+    Ok(())
+}
+
+/// Brings the machine to a moment that it can go on from. At the end of a recording whose guest had not ended, that is the
+/// last exit before it was closed, or cut short.
+fn come_to(
+    timeline: &mut RecordingTimeline,
+    when: &When,
+    recording: &Recording,
+    pace: &mut dyn Pace,
+    observer: &mut dyn Observer,
+) -> Result<(), Failure> {
+    let end = match go_to_moment(timeline, when, recording, pace, observer)? {
+        Arrival::Ended(end) => Some(end),
+        Arrival::CutShort(_) => None,
+        Arrival::Reached | Arrival::Stopped => return Ok(()),
+    };
+    let exits = here(timeline);
+    let before = exits.saturating_sub(1);
+    if let Some(end) = &end
+        && !matches!(end.ending, Ending::Stopped | Ending::StoppedRunning)
+    {
+        let message = format!(
+            "the guest itself ended there, at exit {exits}: {end}; exit {before} is the last that it can go on from"
+        );
+        return Err(Failure::new(Kind::BadInput, message));
+    }
+    // The wish to stop came with the last exit; what was cut short may lack a part of its last one.
+    for exit in [exits, before] {
+        if let Arrival::Reached = go_on(timeline, Target::Exit(exit), pace, &mut ())? {
+            return Ok(());
+        }
+    }
+    let message = format!("nothing can go on from exit {before}, the last one of the recording");
+    Err(Failure::new(Kind::BadInput, message))
+}
+
+/// Makes checkpoints on the way, and stops when the operator wants that.
+struct Interruptible<'a> {
+    pace: HostPace,
+    operator: &'a Operator,
+}
+
+impl Pace for Interruptible<'_> {
+    fn exits(&self) -> u64 {
+        self.pace.exits()
+    }
+
+    fn look(&mut self, here: CheckpointHead) -> Pause {
+        match self.operator.stop_asked() {
+            Some(_) => Pause::Stop,
+            None => self.pace.look(here),
+        }
+    }
+
+    fn made(&mut self, here: CheckpointHead) {
+        self.pace.made(here);
+    }
 }
 
 /// What a recording says of the host that goes on with one of another host: its own facts, and what either of them
@@ -207,132 +327,15 @@ fn facts(here: Host, recorded: &Host, chaos: Option<u64>) -> Host {
     }
 }
 
-/// The door to the journal from where `machine` is: at power-on, or where a state was taken that is at this place.
-fn begin<R: Read + Seek>(
-    journal: JournalReader<R>,
-    machine: &Machine,
-    state: Option<&JournalPlace>,
-    at: Until,
-    digests: Option<u64>,
-) -> Result<Replayer<R>, Failure> {
-    let until = match at {
-        Until::Exit(exit) => Some(exit),
-        Until::End | Until::Time(_) => None,
-    };
-    let mut replayer = match state {
-        None => Replayer::new(journal, until, digests),
-        Some(place) => begin_at(journal, place, machine.at().exits, until)?,
-    };
-    let Until::Time(time) = at else {
-        return Ok(replayer);
-    };
-    if machine.now() > time {
-        let message = format!(
-            "the machine is to be live from {time} ns of guest time, and the state is of {} ns; take an earlier state",
-            machine.now()
-        );
-        return Err(Failure::new(Kind::BadInput, message));
-    }
-    replayer.close_at_time(Some(time));
-    Ok(replayer)
-}
-
-/// A machine with all that it is run on, but for its door.
-struct Stage {
-    machine: Machine,
-    cpu: KvmCpu,
-    disks: Disks,
-    view: Box<dyn View>,
-}
-
-impl Stage {
-    fn run<O>(&mut self, door: &mut O) -> Result<End, RunError<KvmError>>
-    where
-        O: Outside<Closed = Closed>,
-    {
-        let Stage {
-            machine,
-            cpu,
-            disks,
-            view,
-        } = self;
-        machine.run(cpu, disks, door, &mut **view)
-    }
-
-    /// Replays up to the moment `at`, by a door that `close_after` closes after an exit.
-    fn reach<O: Outside<Closed = Closed>>(
-        &mut self,
-        door: &mut O,
-        at: Until,
-        operator: &Operator,
-        close_after: impl Fn(&mut O, u64),
-    ) -> Result<(), Failure> {
-        loop {
-            let exits = self.machine.at().exits;
-            let is_there = match at {
-                Until::End => false,
-                Until::Exit(exit) => exits >= exit,
-                Until::Time(time) => self.machine.now() >= time,
-            };
-            if is_there {
-                return Ok(());
-            }
-            if operator.stop_asked().is_some() {
-                let message = format!(
-                    "stopped at exit {exits}, on the way to the moment; nothing was written"
-                );
-                return Err(Failure::new(Kind::Different, message));
-            }
-            let stretch = exits.saturating_add(STRETCH_EXITS);
-            close_after(
-                door,
-                match at {
-                    Until::Exit(exit) => exit.min(stretch),
-                    _ => stretch,
-                },
-            );
-            match self.run(door) {
-                Err(RunError::Closed(Closed::Reached(_))) => {}
-                other => return Err(self.missed(other)),
-            }
-        }
-    }
-
-    /// Why the moment was not reached.
-    fn missed(&self, result: Result<End, RunError<KvmError>>) -> Failure {
-        let (exits, now) = (self.machine.at().exits, self.machine.now());
-        match result {
-            Ok(end) => Failure::new(
-                Kind::BadInput,
-                format!(
-                    "the recording ends at exit {exits}, {:.3} s of guest time ({end}), before it comes to that \
-                     moment; exit {} is the last that it can go on from. Nothing was written",
-                    now as f64 / 1e9,
-                    exits.saturating_sub(1)
-                ),
-            ),
-            Err(RunError::Closed(Closed::CutShort(tail))) => Failure::new(
-                Kind::BadInput,
-                format!("the recording does not come to that moment: {tail}. Nothing was written"),
-            ),
-            Err(RunError::Closed(Closed::Diverged(divergence))) => Failure::new(
-                Kind::Different,
-                format!("{divergence}\nso it did not come to that moment, and nothing was written"),
-            ),
-            Err(error) => error.into(),
-        }
-    }
-}
-
-/// A machine on its way to a moment, and the world that waits for it there.
+/// A machine that has come to its moment, and the world that waits for it there.
 struct Session<'a> {
     wish: &'a LiveWish,
-    at: Until,
     operator: Arc<Operator>,
     world: HostWorld,
     link: Option<Link>,
     chaos: Option<u64>,
-    stage: Stage,
+    stage: OnTheWay,
+    view: Box<dyn View>,
     unit: Option<Unit>,
     raw: Option<RawTerminal>,
 }
@@ -361,31 +364,25 @@ impl Session<'_> {
     }
 
     /// Without a recording.
-    fn live<R: Read>(
-        self,
-        mut replayer: Replayer<R>,
-        front: &mut dyn Front,
-    ) -> Result<Lived, Failure> {
+    fn live(self, front: &mut dyn Front) -> Result<Lived, Failure> {
         let Session {
             wish,
-            at,
-            operator,
             world,
             link,
             chaos,
-            mut stage,
+            stage: (mut machine, mut cpu, mut disks, _),
+            mut view,
             unit,
             raw,
+            ..
         } = self;
-        let close_after = |door: &mut Replayer<R>, exits| door.close_after(Some(exits));
-        stage.reach(&mut replayer, at, &operator, close_after)?;
-        let from = stage.machine.complete();
+        let from = machine.complete();
         notice_live(from, front);
         let mut door = Session::door(wish, (world, link), from, unit, chaos)?;
-        let result = stage.run(&mut door);
-        let shown = stage.view.finish();
+        let result = machine.run(&mut cpu, &mut disks, &mut door, &mut *view);
+        let shown = view.finish();
         drop(raw);
-        let ran = Ran::of(stage.machine, result, shown, door)?;
+        let ran = Ran::of(machine, result, shown, door)?;
         Ok(Lived {
             machine: ran.machine,
             end: ran.end,
@@ -398,30 +395,32 @@ impl Session<'_> {
         })
     }
 
-    /// Into `target`.
-    fn live_recorded<R: Read>(
+    /// Into `target`, after what `recording` says up to there.
+    fn live_recorded(
         self,
-        mut recorder: Recorder<Replayer<R>, File>,
+        recording: &Recording,
+        header: &Header,
         record: &LiveRecordingWish,
         mut target: NewRecording,
         front: &mut dyn Front,
     ) -> Result<Lived, Failure> {
         let Session {
             wish,
-            at,
             operator,
             world,
             link,
             chaos,
-            mut stage,
+            stage: (mut machine, mut cpu, mut disks, replayer),
+            mut view,
             unit,
             raw,
         } = self;
-        let close_after =
-            |door: &mut Recorder<Replayer<R>, File>, exits| door.inner().close_after(Some(exits));
-        stage.reach(&mut recorder, at, &operator, close_after)?;
+        let from = machine.complete();
+        let place = replayer.place().expect("a replay has a place");
+        let mut recorder = Recorder::create(replayer, target.create_journal()?, header)
+            .map_err(|error| Failure::new(Kind::HostFailed, error))?;
+        recorder.copy(&mut recording.journal()?, &place, from)?;
         target.begin()?;
-        let from = stage.machine.complete();
         if let Err(error) = carry_over(
             &Recording::at(&wish.recording),
             target.recording(),
@@ -431,20 +430,14 @@ impl Session<'_> {
         }
         notice_live(from, front);
         operator.may_leave();
+        // Last of all: guest time goes on from here.
         let door = Session::door(wish, (world, link), from, unit, chaos)?;
         let mut recorder = recorder.map_inner(|_| door);
         let marking = Marking::begin(target.recording(), &operator)?;
-        let result = stage.run(&mut recorder);
-        marking.end(stage.machine.complete());
-        let exits = stage.machine.at().exits;
-        let closed = close(
-            recorder,
-            result,
-            target.recording(),
-            exits,
-            stage.view,
-            front,
-        );
+        let result = machine.run(&mut cpu, &mut disks, &mut recorder, &mut *view);
+        marking.end(machine.complete());
+        let exits = machine.at().exits;
+        let closed = close(recorder, result, target.recording(), exits, view, front);
         let closed = match closed {
             Ok(closed) => closed,
             Err(failure) => {
@@ -458,10 +451,9 @@ impl Session<'_> {
             }
         };
         target.finish()?;
-        let machine = stage.machine;
         let left = closed.view.map(|view| {
             notice_left(&record.output, &machine, front);
-            Left::new(stage.cpu, stage.disks, closed.door, view, raw)
+            Left::new(cpu, disks, closed.door, view, raw)
         });
         Ok(Lived {
             machine,

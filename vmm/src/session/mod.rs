@@ -4,6 +4,7 @@
 //! Nothing here prints, ends the process or reads options. What is worth saying while a session runs goes to its
 //! [`Front`], what ends it is a [`Failure`].
 
+mod checkpointing;
 mod checkpoints;
 mod debug;
 mod images;
@@ -34,7 +35,7 @@ use crate::world::{Hold, Shown};
 pub use checkpoints::{CheckpointError, CheckpointFile, PageLimit};
 pub use debug::{DebugWish, Debugger, Interrupted, Stopped};
 pub use images::{DiskWish, MachineWish};
-pub use live::{LiveRecordingWish, LiveWish, Lived, live};
+pub use live::{LiveRecordingWish, LiveWish, Lived, keep_moment, live};
 pub use make::{
     LoadedKernel, MACHINE_CMDLINE, MachineError, build, cmdline, describe, host_facts, open_kvm,
 };

@@ -1,7 +1,9 @@
 //! Finds the moments that a recording's user names.
 
 use hindsight_devices::{Nanos, Output};
-use hindsight_replay::{Anchor, Arrival, Complete, Exit, Guest, Observer, Target, Turn, When};
+use hindsight_replay::{
+    Anchor, Arrival, Complete, Exit, Guest, Observer, Pace, Target, Turn, When,
+};
 
 use super::marks::unmarked;
 use super::open::RecordedPaths;
@@ -12,12 +14,19 @@ use super::timeline::{HostPace, RecordingTimeline, SPACING, open_timeline};
 use crate::failure::{Failure, Kind};
 use hindsight_replay::foreign::shown_path;
 
-/// Brings a recording to a moment.
-fn go_to_moment(
+/// Brings a recording to a moment. `observer` sees what happens on the last way there, from the checkpoint that it begins
+/// at.
+///
+/// # Errors
+///
+/// There is no such moment in it, it diverges before, `pace` wants to stop, or the host failed.
+pub(super) fn go_to_moment(
     timeline: &mut RecordingTimeline,
     when: &When,
     recording: &Recording,
-) -> Result<(), Failure> {
+    pace: &mut dyn Pace,
+    observer: &mut dyn Observer,
+) -> Result<Arrival, Failure> {
     let when = &unmarked(recording, when)?;
     let missing = |why: &str| {
         let recording = shown_path(recording.directory());
@@ -26,35 +35,39 @@ fn go_to_moment(
             format!("{recording} has no moment {when}: {why}"),
         )
     };
-    let base =
-        match &when.anchor {
-            Anchor::Exit(exit) => *exit,
-            Anchor::Time(time) => {
-                match go_on(timeline, Target::Time(*time))? {
-                    Arrival::Reached => {}
-                    _ => return Err(missing("it ends before")),
+    let target = match (&when.anchor, when.offset) {
+        (Anchor::Time(time), 0) => Target::Time(*time),
+        (Anchor::End, 0) => Target::End,
+        (anchor, offset) => {
+            let base = match anchor {
+                Anchor::Exit(exit) => *exit,
+                Anchor::Time(time) => {
+                    match go_on(timeline, Target::Time(*time), pace, &mut ())? {
+                        Arrival::Reached => {}
+                        _ => return Err(missing("it ends before")),
+                    }
+                    here(timeline)
                 }
-                here(timeline)
-            }
-            Anchor::End => {
-                go_on(timeline, Target::End)?;
-                if when.offset == 0 {
-                    return Ok(());
+                Anchor::End => {
+                    go_on(timeline, Target::End, pace, &mut ())?;
+                    here(timeline)
                 }
-                here(timeline)
-            }
-            Anchor::Crash => find(timeline, Search::default())?
-                .ok_or_else(|| missing("its guest does not panic"))?,
-            Anchor::Console(text) => find(timeline, Search::console(text))?
-                .ok_or_else(|| missing("no console says that"))?,
-            Anchor::Mark(_) => unreachable!("it is an exit by now"),
-        };
-    let exit = base.checked_add_signed(when.offset);
-    let exit = exit.ok_or_else(|| missing("it would be before power-on"))?;
-    match go_on(timeline, Target::Exit(exit))? {
-        Arrival::Reached => Ok(()),
-        _ if here(timeline) == exit => Ok(()),
-        _ => Err(missing(&format!("its last exit is {}", here(timeline)))),
+                Anchor::Crash => find(timeline, pace, Search::default())?
+                    .ok_or_else(|| missing("its guest does not panic"))?,
+                Anchor::Console(text) => find(timeline, pace, Search::console(text))?
+                    .ok_or_else(|| missing("no console says that"))?,
+                Anchor::Mark(_) => unreachable!("it is an exit by now"),
+            };
+            let exit = base.checked_add_signed(offset);
+            Target::Exit(exit.ok_or_else(|| missing("it would be before power-on"))?)
+        }
+    };
+    let arrival = go_on(timeline, target, pace, observer)?;
+    match (&arrival, target) {
+        (Arrival::Reached, _) | (_, Target::End) => Ok(arrival),
+        (_, Target::Exit(exit)) if here(timeline) == exit => Ok(arrival),
+        (_, Target::Exit(_)) => Err(missing(&format!("its last exit is {}", here(timeline)))),
+        (_, Target::Time(_)) => Err(missing("it ends before")),
     }
 }
 
@@ -70,7 +83,8 @@ pub fn travel(
     when: &When,
 ) -> Result<(RecordingTimeline, u64), Failure> {
     let mut timeline = open_timeline(recording, recording.journal()?, instead, counter)?;
-    go_to_moment(&mut timeline, when, recording)?;
+    let mut pace = HostPace::new(SPACING);
+    go_to_moment(&mut timeline, when, recording, &mut pace, &mut ())?;
     let exits = here(&mut timeline);
     Ok((timeline, exits))
 }
@@ -113,19 +127,46 @@ pub fn until_moment(
 }
 
 /// Where it has come to.
-fn here(timeline: &mut RecordingTimeline) -> u64 {
+pub(super) fn here(timeline: &mut RecordingTimeline) -> u64 {
     let parts = timeline.parts();
     parts.map_or(0, |(machine, _, _)| machine.at().exits)
 }
 
 /// Goes there, and makes the checkpoints on the way that there are none of.
-fn go_on(timeline: &mut RecordingTimeline, target: Target) -> Result<Arrival, Failure> {
-    Ok(timeline.go_to(target, &mut HostPace::new(SPACING))?)
+pub(super) fn go_on(
+    timeline: &mut RecordingTimeline,
+    target: Target,
+    pace: &mut dyn Pace,
+    observer: &mut dyn Observer,
+) -> Result<Arrival, Failure> {
+    timeline.come_near(target)?;
+    run_on(timeline, target, pace, observer)
+}
+
+/// The same from where it is: the observer sees all that happens up to there.
+fn run_on(
+    timeline: &mut RecordingTimeline,
+    target: Target,
+    pace: &mut dyn Pace,
+    observer: &mut dyn Observer,
+) -> Result<Arrival, Failure> {
+    match timeline.run_to(target, pace, observer)? {
+        Arrival::Stopped => {
+            let exits = here(timeline);
+            let message = format!("stopped at exit {exits}, on the way to the moment");
+            Err(Failure::new(Kind::Different, message))
+        }
+        arrival => Ok(arrival),
+    }
 }
 
 /// The first exit at which something happens that is looked for. What happened before a checkpoint may be noted beside it;
 /// what is found there is looked at, for a note is not compared with the recording.
-fn find(timeline: &mut RecordingTimeline, search: Search) -> Result<Option<u64>, Failure> {
+fn find(
+    timeline: &mut RecordingTimeline,
+    pace: &mut dyn Pace,
+    search: Search,
+) -> Result<Option<u64>, Failure> {
     let (mut noted, mut from) = (search.clone(), 0);
     for number in 0..timeline.store().heads().len() {
         let before = noted.clone();
@@ -135,25 +176,26 @@ fn find(timeline: &mut RecordingTimeline, search: Search) -> Result<Option<u64>,
         let panic = notes.tell(from, &mut noted);
         noted.panicked(panic);
         if let Some(found) = noted.found {
-            return match look_through(timeline, from, Target::Exit(found), before)? {
+            return match look_through(timeline, pace, from, Target::Exit(found), before)? {
                 Some(seen) if seen == found => Ok(Some(found)),
-                _ => look_through(timeline, 0, Target::End, search),
+                _ => look_through(timeline, pace, 0, Target::End, search),
             };
         }
         from = timeline.store().heads()[number].exits;
     }
-    look_through(timeline, from, Target::End, noted)
+    look_through(timeline, pace, from, Target::End, noted)
 }
 
 /// Goes to an exit and from there on, looking.
 fn look_through(
     timeline: &mut RecordingTimeline,
+    pace: &mut dyn Pace,
     from: u64,
     to: Target,
     mut search: Search,
 ) -> Result<Option<u64>, Failure> {
-    go_on(timeline, Target::Exit(from))?;
-    timeline.run_to(to, &mut HostPace::new(SPACING), &mut search)?;
+    go_on(timeline, Target::Exit(from), pace, &mut ())?;
+    run_on(timeline, to, pace, &mut search)?;
     Ok(search.found)
 }
 

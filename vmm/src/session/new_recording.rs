@@ -112,7 +112,7 @@ impl NewRecording {
     }
 
     /// Where it is written to now.
-    fn place(&self) -> &Recording {
+    pub(super) fn place(&self) -> &Recording {
         self.draft.as_ref().unwrap_or(&self.recording)
     }
 

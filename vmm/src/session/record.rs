@@ -11,6 +11,7 @@ use hindsight_replay::{
 };
 use kvm_ioctls::Kvm;
 
+use super::checkpointing::Checkpointing;
 use super::images::{Images, MachineWish};
 use super::make::{host_facts, open_kvm, random_bytes, random_number};
 use super::marking::Marking;
@@ -18,6 +19,7 @@ use super::new_recording::NewRecording;
 use super::preemption_plan::{CounterWish, PreemptionPlan, PreemptionWish};
 use super::recording::Recording;
 use super::run::Ran;
+use super::timeline::open_checkpoints;
 use super::{Front, View, Viewed};
 use crate::disk::Disks;
 use crate::failure::{Failure, Kind};
@@ -49,6 +51,8 @@ pub struct RecordWish {
     pub chaos: Option<Option<u64>>,
     /// How long a guest that has panicked may run on.
     pub panic_grace_ns: Nanos,
+    /// How much guest time there is from one checkpoint to the next, if they are made while it is recorded.
+    pub checkpoint_every_ns: Option<Nanos>,
     /// Whether to go on until the guest crashes: for at most this number of runs, or without a limit.
     pub hunt: Option<Option<u64>>,
 }
@@ -209,9 +213,27 @@ impl Session<'_> {
         let journal = self.recording.create_journal()?;
         let mut recorder = Recorder::create(live, journal, &self.header)
             .map_err(|error| Failure::new(Kind::HostFailed, error))?;
+        let checkpointing = match wish.checkpoint_every_ns {
+            None => None,
+            Some(every_ns) => {
+                recorder.tell_places();
+                let check = recorder.head_check();
+                let store = open_checkpoints(self.recording.place(), &self.header, check)?;
+                store
+                    .check_kept()
+                    .map_err(|error| Failure::new(Kind::HostFailed, error))?;
+                Some(Checkpointing::begin(every_ns, store, &mut cpu, &mut disks)?)
+            }
+        };
         self.recording.begin()?;
         let marking = Marking::begin(self.recording.recording(), &self.operator)?;
-        let result = machine.run(&mut cpu, &mut disks, &mut recorder, &mut *view);
+        let result = match checkpointing {
+            None => machine.run(&mut cpu, &mut disks, &mut recorder, &mut *view),
+            Some(checkpointing) => {
+                let parts = (&mut machine, &mut cpu, &mut disks);
+                checkpointing.run(parts, &mut recorder, &mut *view, self.front)?
+            }
+        };
         marking.end(machine.complete());
         let exits = machine.at().exits;
         let recording = self.recording.recording();

@@ -18,6 +18,7 @@ use super::preemption_plan::CounterWish;
 use super::record::no_index;
 use super::recording::Recording;
 use super::state_file::{self, State};
+use super::timeline::leave;
 use super::{Front, Viewed};
 use crate::disk::Disks;
 use crate::failure::{Failure, Kind};
@@ -195,8 +196,7 @@ pub fn replay(wish: &ReplayWish, front: &mut dyn Front) -> Result<Replayed, Fail
     let (mut machine, mut cpu, mut disks, mut replayer) = match &wish.from {
         Some(Beginning::Moment(when)) => {
             let (timeline, exits) = travel(&recording, &wish.instead, &wish.counter, when)?;
-            let parts = timeline.into_parts();
-            parts.ok_or_else(|| nothing_after(exits))?
+            leave(timeline)?.ok_or_else(|| nothing_after(exits))?
         }
         beginning => {
             let opened = RecordedImages::open(&recording, &header, &wish.instead)?;
@@ -207,7 +207,7 @@ pub fn replay(wish: &ReplayWish, front: &mut dyn Front) -> Result<Replayed, Fail
                 Some(Beginning::State(path)) => {
                     let state = state_file::read(path, &header)?;
                     machine.restore(&state, &mut cpu, &mut disks)?;
-                    begin_at(journal, &place_of(state)?, machine.at().exits, None)?
+                    begin_at(journal, &place_of(state)?)?
                 }
                 _ => Replayer::new(journal, None, own_digests),
             };
@@ -306,7 +306,7 @@ fn nothing_after(exits: u64) -> Failure {
 }
 
 /// Where a state is in its recording's journal.
-pub(super) fn place_of(state: State) -> Result<JournalPlace, Failure> {
+fn place_of(state: State) -> Result<JournalPlace, Failure> {
     let message = "this state says nothing of where it is in a recording";
     state
         .core
@@ -314,23 +314,15 @@ pub(super) fn place_of(state: State) -> Result<JournalPlace, Failure> {
         .ok_or_else(|| Failure::new(Kind::BadInput, message))
 }
 
-/// The door to what the journal holds after `place`, which is at exit `exits`.
-pub(super) fn begin_at<R: Read + Seek>(
+/// The door to what the journal holds after `place`.
+fn begin_at<R: Read + Seek>(
     journal: JournalReader<R>,
     place: &JournalPlace,
-    exits: u64,
-    until: Option<u64>,
 ) -> Result<Replayer<R>, Failure> {
-    let bad = |message: String| Failure::new(Kind::BadInput, message);
-    if let Some(until) = until.filter(|until| *until < exits) {
-        return Err(bad(format!(
-            "the replay is to stop after exit {until}, and goes on from exit {exits}; take an earlier state"
-        )));
-    }
-    let mut replayer = Replayer::at(journal, place)
-        .map_err(|error| bad(format!("this is no state of this recording: {error}")))?;
-    replayer.close_after(until);
-    Ok(replayer)
+    Replayer::at(journal, place).map_err(|error| {
+        let message = format!("this is no state of this recording: {error}");
+        Failure::new(Kind::BadInput, message)
+    })
 }
 
 /// Saves the state of a replay that has come to where it was to stop; nothing of one that has not.

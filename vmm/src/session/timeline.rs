@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use hindsight_replay::{
-    Arrival, CheckpointHead, Header, JournalReader, Machine, PAGE_BYTES, Pace, Pause, StateError,
-    Target, Timeline, TravelError,
+    Arrival, CheckpointHead, Closed, Header, JournalReader, Machine, PAGE_BYTES, Pace, Pause,
+    Replayer, RunError, StateError, Target, Timeline, TravelError,
 };
 
 use super::checkpoints::{CheckpointError, CheckpointFile, PageLimit};
@@ -100,16 +100,45 @@ pub fn open_timeline(
 ) -> Result<RecordingTimeline, Failure> {
     let header = journal.header().clone();
     let images = RecordedImages::open(recording, &header, instead)?;
-    let limit = page_limit(&header);
-    let store = CheckpointFile::open(&recording.path(CHECKPOINTS), journal.start().check, limit)
-        .map_err(|error| no_room(&error))?;
     let counter = counter.clone();
     let make = move || {
         let (cpu, machine) = images.machine(&header, &counter)?;
         Ok((machine, cpu, images.fresh_disks()?))
     };
-    Ok(Timeline::new(journal, store, Box::new(make)))
+    timeline_of(recording, journal, Box::new(make))
 }
+
+/// The same of a recording whose machine somebody makes.
+pub(super) fn timeline_of(
+    recording: &Recording,
+    journal: JournalReader<BufReader<File>>,
+    make: Make,
+) -> Result<RecordingTimeline, Failure> {
+    let store = open_checkpoints(recording, journal.header(), journal.start().check)?;
+    Ok(Timeline::new(journal, store, make))
+}
+
+/// The checkpoints of a recording whose journal has this head, with this check.
+pub(super) fn open_checkpoints(
+    recording: &Recording,
+    header: &Header,
+    check: u64,
+) -> Result<CheckpointFile, Failure> {
+    let file = CheckpointFile::open(&recording.path(CHECKPOINTS), check, page_limit(header));
+    file.map_err(|error| no_room(&error))
+}
+
+/// What goes on from where a recording has come to, with nobody who notes what it writes any more. `None`: nothing does.
+pub(super) fn leave(timeline: RecordingTimeline) -> Result<Option<OnTheWay>, Failure> {
+    let Some((machine, mut cpu, disks, door)) = timeline.into_parts() else {
+        return Ok(None);
+    };
+    cpu.forget_changed_pages()?;
+    Ok(Some((machine, cpu, disks, door)))
+}
+
+/// A machine with its vCPU, its disks, and the door that it is replayed through.
+pub(super) type OnTheWay = (Machine, KvmCpu, Disks, Replayer<BufReader<File>>);
 
 fn no_room(error: &CheckpointError) -> Failure {
     let message = format!("there is no room for checkpoints: {error}");
@@ -132,6 +161,9 @@ impl From<TravelError<KvmError, Failure>> for Failure {
     fn from(error: TravelError<KvmError, Failure>) -> Failure {
         match error {
             TravelError::Make(failure) => failure,
+            TravelError::Run(RunError::Closed(Closed::Diverged(divergence))) => {
+                Failure::new(Kind::Different, divergence)
+            }
             TravelError::Run(error) => error.into(),
             TravelError::State(error) => StateError::into(error),
             TravelError::Journal(error) => Failure::new(Kind::BadInput, error),
