@@ -260,14 +260,16 @@ impl KvmCpu {
         for (gpa, byte) in &taken {
             self.take_out(*gpa, HLT, *byte);
         }
-        match entered? {
-            Some(KVM_EXIT_HLT) if self.is_stop(&taken)? => {
-                if let Some(diversion) = diversion {
-                    self.sort_protection_fault(diversion, frame, &taken)?;
-                }
-                Ok(Entered::AtStop)
-            }
-            reason => Ok(Entered::Exit(reason)),
+        let reason = entered?;
+        let is_stop = reason == Some(KVM_EXIT_HLT) && self.is_stop(&taken)?;
+        // A kick or a breakpoint in a register may come first.
+        let is_program_stop = match diversion {
+            Some(diversion) => self.sort_protection_fault(diversion, frame, &taken)?,
+            None => false,
+        };
+        match is_stop || is_program_stop && reason.is_some() {
+            true => Ok(Entered::AtStop),
+            false => Ok(Entered::Exit(reason)),
         }
     }
 
@@ -348,20 +350,22 @@ impl KvmCpu {
         })
     }
 
-    /// The guest is at a stop. If that is the kernel's entry for #GP, and it came there by the exception: a program that
-    /// came to a stop of ours is put back before it; a frame of the guest's own is moved to where it belongs.
+    /// If the guest is at the kernel's entry for #GP, and has just come there by the exception: a program that came to a stop
+    /// of ours is put back before it, and that is told; a frame of the guest's own is moved to where it belongs.
     fn sort_protection_fault(
         &mut self,
         diversion: &Diversion,
         frame: [u64; FRAME_WORDS],
         taken: &BTreeMap<u64, u8>,
-    ) -> Result<(), KvmError> {
+    ) -> Result<bool, KvmError> {
         let at = self.rip();
+        if self.page().registers().0[6] != diversion.rsp {
+            return Ok(false);
+        }
         let here = self.view()?.translate(at);
         let [error, rip, cs, rflags, rsp, ss] = frame;
-        let registers = self.page().registers();
-        if here != Some(diversion.entry.gpa) || registers.0[6] != diversion.rsp {
-            return Ok(());
+        if here != Some(diversion.entry.gpa) {
+            return Ok(false);
         }
         let mut sregs = self.sregs()?;
         if error == 0 && cs & 3 == 3 {
@@ -374,17 +378,18 @@ impl KvmCpu {
             {
                 (sregs.cs, sregs.ss) = (code, stack);
                 self.fd().set_sregs(&sregs).named("KVM_SET_SREGS")?;
-                return self.put_at(|registers| {
+                self.put_at(|registers| {
                     (registers.rip, registers.rsp) = (rip, rsp);
                     // The fault has set it.
                     registers.rflags = rflags & !RFLAGS_RF;
-                });
+                })?;
+                return Ok(true);
             }
         }
         if diversion.gate.is_none() {
             // It belongs where it was.
             self.write_frame(diversion.rsp, frame)?;
-            return Ok(());
+            return Ok(false);
         }
         let top = match cs & 3 {
             0 => Some(rsp),
@@ -397,7 +402,8 @@ impl KvmCpu {
         let at = top.map(|top| (top & !15).wrapping_sub(FRAME_BYTES));
         match at {
             Some(at) if self.write_frame(at, frame)? => {
-                self.put_at(|registers| registers.rsp = at)
+                self.page().change_registers(|registers| registers.rsp = at);
+                Ok(false)
             }
             _ => Err(KvmError::Stopped {
                 rip,
