@@ -7,6 +7,11 @@ use std::path::Path;
 use hindsight_tests::debian::{Debian, Ran};
 use tempfile::TempDir;
 
+#[path = "counted/breakpoints.rs"]
+mod many_breakpoints;
+
+mod breakpoints;
+
 fn scratch() -> TempDir {
     tempfile::tempdir().expect("a temporary directory can be made")
 }

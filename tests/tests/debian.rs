@@ -11,6 +11,9 @@ use hindsight_tests::debian::{Debian, Ran, copy};
 use hindsight_tests::measure::Load;
 use tempfile::TempDir;
 
+mod breakpoints;
+#[path = "debian/debugging.rs"]
+mod debugging;
 #[path = "debian/disks.rs"]
 mod disks;
 #[path = "debian/ends.rs"]

@@ -47,7 +47,8 @@ end
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Without --listen gdb is started. In it, `seek EXIT` goes to an exit, and reverse-stepi, reverse-continue and the like go
-back. Registers and memory cannot be written, and stops are as many as the guest's CPU has debug registers, four at most.
+back. Registers and memory cannot be written, and watchpoints are as many as the guest's CPU has debug registers, four at
+most.
 docs/time-travel.md says what works on which hosts.")]
 pub(crate) struct Options {
     /// The recording.

@@ -22,7 +22,7 @@ use gdbstub::target::{Target, TargetError, TargetResult};
 use hindsight_replay::ExitNumber;
 use hindsight_replay::foreign::shown_lines;
 use hindsight_vmm::failure::Failure;
-use hindsight_vmm::kvm::{Hit, Stops, WatchKind, Watchpoint};
+use hindsight_vmm::kvm::{Hit, StopCounts, Stops, WatchKind, Watchpoint};
 use hindsight_vmm::session::{Debugger, Interrupted, Stopped};
 
 use super::arch::{Guest64, Registers};
@@ -32,8 +32,8 @@ use crate::tell::tell;
 /// EPERM, EFAULT.
 const NOT_PERMITTED: u8 = 1;
 const BAD_ADDRESS: u8 = 14;
-/// gdb asks for no more breakpoints than there can be debug registers, but a peer may.
-const STOPS_MAX: usize = 64;
+/// So many breakpoints there may be: each takes time at each exit.
+const BREAKPOINTS_MAX: usize = 4096;
 
 /// What gdb wants the guest to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +46,7 @@ enum Wanted {
 
 const HELP: &str = "\
 monitor when          tells where the guest is: the last exit, and guest time there
+monitor stops         tells where the breakpoints are: in debug registers, in memory, or nowhere yet
 monitor seek EXIT     goes to an exit of the recording
 monitor help          this
 After `monitor seek` gdb still shows what it knew: `maintenance flush register-cache`. With the gdb that hindsight \
@@ -131,31 +132,35 @@ impl Guest {
             Stopped::Hit(Hit::NoRoom { wanted, free }) => {
                 tell!(
                     "hindsight: {wanted} debug registers are needed here, and {free} of the guest's are free: it uses \
-                     the others itself. Delete breakpoints or watchpoints"
+                     the others itself. Delete watchpoints"
                 );
                 Reason::Signal(Signal::SIGTRAP)
             }
         }
     }
 
-    /// Whether one more stop fits.
-    fn has_room(&self) -> bool {
-        // A recording whose guest was preempted needs one to find the places.
-        let (wanted, free) = (self.stops.count() + 1, self.debugger.registers_for_stops());
+    /// Whether one more watchpoint fits.
+    fn has_register(&self) -> bool {
+        let (wanted, free) = (
+            self.stops.data.len() + 1,
+            self.debugger.free_debug_registers(),
+        );
         if wanted > free {
             tell!(
-                "hindsight: there are debug registers for {free} breakpoints and watchpoints here, and not for {wanted}"
+                "hindsight: there are debug registers for {free} watchpoints here, and not for {wanted}"
             );
         }
-        wanted <= free && wanted <= STOPS_MAX
+        wanted <= free
     }
 
     fn add(&mut self, address: u64) -> bool {
         if self.stops.execution.contains(&address) {
             return true;
         }
-        let fits = self.has_room();
-        if fits {
+        let fits = self.stops.execution.len() < BREAKPOINTS_MAX;
+        if !fits {
+            tell!("hindsight: there are {BREAKPOINTS_MAX} breakpoints, and there may be no more");
+        } else {
             self.stops.execution.push(address);
         }
         fits
@@ -174,6 +179,26 @@ impl Guest {
             }
             Ok(_) => self.tell_where(out),
             Err(failure) => outputln!(out, "{}", shown_lines(&failure)),
+        }
+    }
+
+    fn tell_stops(&self, out: &mut ConsoleOutput<'_>) {
+        let StopCounts {
+            in_registers,
+            in_memory,
+            nowhere,
+            written_over,
+        } = self.debugger.stop_counts();
+        outputln!(
+            out,
+            "as the guest ran last, with those that steps and places need: {in_registers} in debug registers, \
+             {in_memory} in memory, {nowhere} nowhere (not mapped there)"
+        );
+        if written_over > 0 {
+            outputln!(
+                out,
+                "the guest has written over {written_over} of those in memory"
+            );
         }
     }
 
@@ -346,7 +371,7 @@ impl HwWatchpoint for Guest {
         if self.stops.data.contains(&watchpoint) {
             return Ok(true);
         }
-        let fits = self.has_room();
+        let fits = self.has_register();
         if fits {
             self.stops.data.push(watchpoint);
         }
@@ -378,6 +403,7 @@ impl MonitorCmd for Guest {
         let words: Vec<&str> = command.split_whitespace().collect();
         match words[..] {
             ["when"] => self.tell_where(&mut out),
+            ["stops"] => self.tell_stops(&mut out),
             ["seek", exit] => match exit.parse::<ExitNumber>() {
                 Ok(exit) => self.seek(exit.0, &mut out),
                 Err(_) => outputln!(out, "an exit is a number: monitor seek 1000"),

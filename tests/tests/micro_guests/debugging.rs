@@ -31,7 +31,11 @@ fn ran_in_each_world(guest: &Guest) -> Vec<Ran> {
 }
 
 /// Has `vector` lead to `entry`, an address below 4 GiB, by way of RAX and RCX.
-fn set_gate(a: &mut CodeAssembler, vector: u8, entry: CodeLabel) -> Result<(), IcedError> {
+pub(super) fn set_gate(
+    a: &mut CodeAssembler,
+    vector: u8,
+    entry: CodeLabel,
+) -> Result<(), IcedError> {
     let at = IDT + 16 * u64::from(vector);
     let present_interrupt = u64::from(KERNEL_CS) << 16 | 0x8e00 << 32;
     a.lea(rax, ptr(entry))?;

@@ -3,6 +3,7 @@
 
 use std::sync::OnceLock;
 
+use hindsight_guest_images::layout::{STACK3, TASK, TSS, USER_CS, USER_SS};
 use hindsight_tests::skip::skip_stops;
 use hindsight_vmm::kvm::{Hit, Stops, WatchKind, Watchpoint};
 
@@ -19,6 +20,31 @@ const REPLAYS_MAX: usize = 12;
 fn breakpoints_work() -> bool {
     static WORK: OnceLock<bool> = OnceLock::new();
     *WORK.get_or_init(|| in_time(|kvm| hindsight_vmm::doctor::check_breakpoints(kvm)[0]))
+}
+
+/// Where a debugger's stops are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stopping {
+    InRegisters,
+    InMemory,
+}
+
+impl Stopping {
+    /// The recorded guest, to be stopped like this.
+    fn replay<'a>(self, kvm: &Kvm, guest: &Guest, journal: &'a [u8]) -> Replay<'a> {
+        let mut replay = Replay::new(kvm, guest, journal);
+        if self == Stopping::InMemory {
+            replay.cpu.use_no_debug_registers();
+        }
+        replay
+    }
+
+    /// Those that can be had here.
+    fn all() -> Vec<Stopping> {
+        let registers = ready().then_some(Stopping::InRegisters);
+        let memory = kvm().map(|_| Stopping::InMemory);
+        registers.into_iter().chain(memory).collect()
+    }
 }
 
 fn ready() -> bool {
@@ -79,9 +105,15 @@ fn rip(replay: &mut Replay<'_>) -> u64 {
 pub(super) fn are_unseen(guest: &Guest, recorded: &Ran) {
     // A guest whose writes of debug registers are not trapped is none that a debugger can share them with.
     const MOV_TO_DR: [u8; 2] = [0x0f, 0x23];
-    if guest.code.windows(2).any(|two| two == MOV_TO_DR) || !ready() {
+    if guest.code.windows(2).any(|two| two == MOV_TO_DR) {
         return;
     }
+    for stopping in Stopping::all() {
+        are_unseen_so(guest, recorded, stopping);
+    }
+}
+
+fn are_unseen_so(guest: &Guest, recorded: &Ran, stopping: Stopping) {
     let (guest, journal) = (guest.clone(), recorded.journal.clone());
     let end = recorded.end().clone();
     in_time(move |kvm| {
@@ -89,11 +121,14 @@ pub(super) fn are_unseen(guest: &Guest, recorded: &Ran) {
         assert_eq!(next_stop(&mut straight, &end), None);
         let (trace, memory) = (straight.trace.clone(), straight.memory());
         let same = |replay: &Replay<'_>, how: &str| {
-            assert!(replay.trace == trace, "{how}: another trace");
-            assert!(replay.memory() == memory, "{how}: other memory");
+            assert!(replay.trace == trace, "{stopping:?} {how}: another trace");
+            assert!(
+                replay.memory() == memory,
+                "{stopping:?} {how}: other memory"
+            );
         };
         // Step by step, as far as that goes.
-        let mut replay = Replay::new(kvm, &guest, &journal);
+        let mut replay = stopping.replay(kvm, &guest, &journal);
         let mut places = Vec::new();
         loop {
             if places.len() < STEPS_MAX {
@@ -114,10 +149,14 @@ pub(super) fn are_unseen(guest: &Guest, recorded: &Ran) {
         // With breakpoints where the steps led, some of them at a time, and data watched.
         places.sort_unstable();
         places.dedup();
-        let chunks = places.chunks(3);
+        let at_once = match stopping {
+            Stopping::InRegisters => 3,
+            Stopping::InMemory => places.len().max(1),
+        };
+        let chunks = places.chunks(at_once);
         let every = chunks.len().div_ceil(REPLAYS_MAX).max(1);
         for some in chunks.step_by(every) {
-            let mut replay = Replay::new(kvm, &guest, &journal);
+            let mut replay = stopping.replay(kvm, &guest, &journal);
             let stops = Stops {
                 execution: some.to_vec(),
                 ..Stops::default()
@@ -165,81 +204,83 @@ fn recorded(kvm: &Kvm, guest: &Guest) -> Ran {
 
 #[test]
 fn a_step_leads_from_each_instruction_to_the_next_one_of_the_guests() {
-    if !ready() {
-        return;
+    for stopping in Stopping::all() {
+        in_time(move |kvm| each_step_leads_to_the_next(kvm, stopping));
     }
-    in_time(|kvm| {
-        let guest = Guest::new(|a| {
-            let (mut function, mut over) = (a.create_label(), a.create_label());
-            a.mov(ecx, 2)?;
-            a.jmp(over)?;
-            a.set_label(&mut function)?;
-            a.inc(ebx)?;
-            a.ret()?;
-            a.set_label(&mut over)?;
-            a.call(function)?;
-            out(a, NOBODY, 1)?;
-            a.dec(ecx)?;
-            a.jnz(over)?;
-            a.lea(rax, ptr(function))?;
-            a.call(rax)
-        });
-        let ran = recorded(kvm, &guest);
-        let mut replay = Replay::new(kvm, &guest, &ran.journal);
-        let mut lengths = Vec::new();
-        let mut at = CODE;
-        loop {
-            step(&mut replay);
-            if next_stop(&mut replay, ran.end()).is_none() {
-                break;
-            }
-            let next = rip(&mut replay);
-            lengths.push(next.wrapping_sub(at) as i64);
-            at = next;
-        }
-        // mov, jmp; twice call, inc, ret, mov, out, dec, jnz; lea, call, inc, ret, cli.
-        let round = [-3, 2, 6, 2, 2, 2];
-        let expected = [&[5, 5][..], &round, &[-11], &round, &[2, 7, -23, 2, 23, 1]].concat();
-        assert_eq!(lengths, expected);
+}
+
+fn each_step_leads_to_the_next(kvm: &Kvm, stopping: Stopping) {
+    let guest = Guest::new(|a| {
+        let (mut function, mut over) = (a.create_label(), a.create_label());
+        a.mov(ecx, 2)?;
+        a.jmp(over)?;
+        a.set_label(&mut function)?;
+        a.inc(ebx)?;
+        a.ret()?;
+        a.set_label(&mut over)?;
+        a.call(function)?;
+        out(a, NOBODY, 1)?;
+        a.dec(ecx)?;
+        a.jnz(over)?;
+        a.lea(rax, ptr(function))?;
+        a.call(rax)
     });
+    let ran = recorded(kvm, &guest);
+    let mut replay = stopping.replay(kvm, &guest, &ran.journal);
+    let mut lengths = Vec::new();
+    let mut at = CODE;
+    loop {
+        step(&mut replay);
+        if next_stop(&mut replay, ran.end()).is_none() {
+            break;
+        }
+        let next = rip(&mut replay);
+        lengths.push(next.wrapping_sub(at) as i64);
+        at = next;
+    }
+    // mov, jmp; twice call, inc, ret, mov, out, dec, jnz; lea, call, inc, ret, cli.
+    let round = [-3, 2, 6, 2, 2, 2];
+    let expected = [&[5, 5][..], &round, &[-11], &round, &[2, 7, -23, 2, 23, 1]].concat();
+    assert_eq!(lengths, expected, "{stopping:?}");
 }
 
 #[test]
 fn a_place_is_found_again_by_how_often_it_was_come_to_since_the_exit() {
-    if !ready() {
-        return;
+    for stopping in Stopping::all() {
+        in_time(move |kvm| is_found_again(kvm, stopping));
     }
-    in_time(|kvm| {
-        let guest = Guest::new(|a| {
-            out(a, NOBODY, 1)?;
-            a.mov(ecx, 50)?;
-            let mut again = a.create_label();
-            a.set_label(&mut again)?;
-            a.inc(rbx)?;
-            a.loop_(again)?;
-            out(a, NOBODY, 2)
-        });
-        let ran = recorded(kvm, &guest);
-        let inc = CODE + 9;
-        for number in [1, 2, 17, 50] {
-            let mut replay = Replay::new(kvm, &guest, &ran.journal);
-            replay.run_to(1);
-            let stops = Stops {
-                arrival: Some((inc, number)),
-                ..Stops::default()
-            };
-            replay.cpu.stop_at(stops).expect("KVM takes it");
-            let hit = next_stop(&mut replay, ran.end());
-            assert_eq!(hit, Some(Hit::Arrival(inc)));
-            let registers = hindsight_replay::Cpu::registers(&mut replay.cpu);
-            assert_eq!(registers.0[RBX], number - 1);
-            // And by counting, on the way elsewhere.
-            let mut replay = Replay::new(kvm, &guest, &ran.journal);
-            replay.run_to(1);
-            replay.cpu.count_arrivals(Some(inc)).expect("KVM takes it");
-            assert_eq!(next_stop(&mut replay, ran.end()), None);
-        }
+}
+
+fn is_found_again(kvm: &Kvm, stopping: Stopping) {
+    let guest = Guest::new(|a| {
+        out(a, NOBODY, 1)?;
+        a.mov(ecx, 50)?;
+        let mut again = a.create_label();
+        a.set_label(&mut again)?;
+        a.inc(rbx)?;
+        a.loop_(again)?;
+        out(a, NOBODY, 2)
     });
+    let ran = recorded(kvm, &guest);
+    let inc = CODE + 9;
+    for number in [1, 2, 17, 50] {
+        let mut replay = stopping.replay(kvm, &guest, &ran.journal);
+        replay.run_to(1);
+        let stops = Stops {
+            arrival: Some((inc, number)),
+            ..Stops::default()
+        };
+        replay.cpu.stop_at(stops).expect("KVM takes it");
+        let hit = next_stop(&mut replay, ran.end());
+        assert_eq!(hit, Some(Hit::Arrival(inc)));
+        let registers = hindsight_replay::Cpu::registers(&mut replay.cpu);
+        assert_eq!(registers.0[RBX], number - 1);
+        // And by counting, on the way elsewhere.
+        let mut replay = stopping.replay(kvm, &guest, &ran.journal);
+        replay.run_to(1);
+        replay.cpu.count_arrivals(Some(inc)).expect("KVM takes it");
+        assert_eq!(next_stop(&mut replay, ran.end()), None);
+    }
 }
 
 #[test]
@@ -283,4 +324,65 @@ fn a_watchpoint_stops_after_each_write_and_not_after_a_read() {
             assert!(replay.memory() == ran.memory);
         }
     });
+}
+
+#[test]
+fn a_program_is_stopped_by_bytes_in_memory_and_its_own_protection_faults_are_where_they_belong() {
+    if let Err(why) = in_time(hindsight_vmm::doctor::check_recorder) {
+        skip(&why);
+        return;
+    }
+    const MACHINE_CHECK: u64 = 18;
+    const ITS_STACK: u64 = 0x4_d008;
+    let guest = Guest::new(|a| {
+        let (mut program, mut again) = (a.create_label(), a.create_label());
+        let (mut refused, mut back) = (a.create_label(), a.create_label());
+        let mut start = a.create_label();
+        a.jmp(start)?;
+        // It faults once for each CLI, which is skipped.
+        a.set_label(&mut refused)?;
+        a.pop(r8)?;
+        a.inc(qword_ptr(rsp))?;
+        a.inc(ebx)?;
+        a.iretq()?;
+        a.set_label(&mut program)?;
+        a.mov(ecx, 3)?;
+        a.set_label(&mut again)?;
+        a.cli()?;
+        a.push(rcx)?;
+        a.pop(rdx)?;
+        a.loop_(again)?;
+        a.ud2()?;
+        a.set_label(&mut start)?;
+        a.lidt(ptr(IDT_POINTER))?;
+        debugging::set_gate(a, 13, refused)?;
+        debugging::set_gate(a, 6, back)?;
+        a.mov(rcx, IDT + 16 * MACHINE_CHECK)?;
+        a.mov(byte_ptr(rcx + 4), 1)?;
+        a.mov(rcx, TSS)?;
+        a.mov(rax, ITS_STACK)?;
+        a.mov(qword_ptr(rcx + 36), rax)?;
+        a.mov(eax, u32::from(TASK))?;
+        a.ltr(ax)?;
+        a.xor(ebx, ebx)?;
+        // One in ring 0, from a stack that is not aligned: of an address that is not canonical.
+        a.mov(rsp, STACK0 - 8)?;
+        a.mov(rsi, 1u64 << 63)?;
+        a.lodsb()?;
+        for word in [USER_SS.into(), STACK3 - 8, 2, USER_CS.into()] {
+            a.mov(rax, word)?;
+            a.push(rax)?;
+        }
+        a.lea(rax, ptr(program))?;
+        a.push(rax)?;
+        a.iretq()?;
+        a.set_label(&mut back)?;
+        out(a, NOBODY, 1)
+    });
+    let ran = in_time({
+        let guest = guest.clone();
+        move |kvm| recorded(kvm, &guest)
+    });
+    assert_eq!(ran.registers()[RBX], 4, "LODSB and each CLI faulted");
+    are_unseen_so(&guest, &ran, Stopping::InMemory);
 }

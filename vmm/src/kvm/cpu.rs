@@ -20,6 +20,7 @@ use vmm_sys_util::ioctl_iow_nr;
 use super::debugger::Debugger;
 use super::error::{KvmError, Named};
 use super::guest_text::GuestView;
+use super::inserted::Inserted;
 use super::memory::GuestMemory;
 use super::modules::LoadingModule;
 use super::page_walk::Paging;
@@ -63,6 +64,8 @@ pub struct KvmCpu {
     pub(super) preemption: Preemption,
     /// Where it is stopped for a debugger.
     pub(super) debugger: Debugger,
+    /// What is known of stops in memory.
+    pub(super) inserted: Inserted,
 }
 
 impl KvmCpu {
@@ -84,6 +87,7 @@ impl KvmCpu {
             counts: VcpuCounts::default(),
             preemption: Preemption::default(),
             debugger: Debugger::default(),
+            inserted: Inserted::default(),
         })
     }
 

@@ -1,7 +1,8 @@
 //! Stopping the vCPU for a debugger: breakpoints, watchpoints and steps between two exits, of which the guest knows
 //! nothing.
 //!
-//! All of it is debug registers, in those that neither the guest nor the way to a place needs (see [`super::debug`]).
+//! All of it is debug registers, in those that neither the guest nor the way to a place needs (see [`super::debug`]), and
+//! what has no room there is in memory while the guest runs (see [`super::inserted`]); only data is watched by registers alone.
 //! **A step** is no single-step of KVM's, which sets RFLAGS.TF: instructions leak that or drop it, and an exception
 //! pushes it to the guest's stack. It is breakpoints at all places to which the instruction may lead, found by decoding
 //! it (`step.rs`). What the way goes through meanwhile is left as it is: an exit in the middle of a step is an exit of
@@ -81,6 +82,8 @@ pub struct Stops {
     pub arrival: Option<(u64, u64)>,
     /// After one instruction, which [`KvmCpu::begin_step`] has looked at.
     pub step: Option<Step>,
+    /// None of them is to be in memory: some may be in the middle of an instruction.
+    pub in_registers: bool,
 }
 
 impl Stops {
@@ -92,27 +95,17 @@ impl Stops {
             && self.step.is_none()
     }
 
-    /// How many registers they need.
-    pub fn count(&self) -> usize {
-        self.addresses().len() + self.data.len()
-    }
-
     fn is_before(&self, address: u64) -> bool {
         let steps_to = |step: &Step| step.targets.contains(&address);
         self.execution.contains(&address) || self.step.as_ref().is_some_and(steps_to)
     }
 
-    /// The addresses before whose instructions the vCPU must come back.
+    /// The addresses before whose instructions the vCPU must come back; those that must be exact come first.
     fn addresses(&self) -> Vec<u64> {
         let steps = self.step.iter().flat_map(|step| &step.targets);
         let arrival = self.arrival.iter().map(|(address, _)| address);
-        let mut all = Vec::new();
-        for address in self.execution.iter().chain(steps).chain(arrival) {
-            if !all.contains(address) {
-                all.push(*address);
-            }
-        }
-        all
+        let all = arrival.chain(steps).chain(&self.execution);
+        all.copied().collect()
     }
 }
 
@@ -216,15 +209,23 @@ impl Debugger {
         &self.stops.data
     }
 
+    /// Whether no stop is to be in memory.
+    pub(super) fn in_registers(&self) -> bool {
+        self.stops.in_registers
+    }
+
     /// The addresses at which it must come back.
     pub(super) fn addresses(&self) -> Vec<u64> {
-        let mut all = self.stops.addresses();
-        if let Some((address, _)) = self.counted
-            && !all.contains(&address)
-        {
-            all.push(address);
-        }
-        all
+        let counted = self.counted.iter().map(|(address, _)| *address);
+        counted.chain(self.stops.addresses()).collect()
+    }
+
+    /// Whether one of them is this.
+    fn looks_at(&self, rip: u64) -> bool {
+        let is_rip = |place: &(u64, u64)| place.0 == rip;
+        self.counted.as_ref().is_some_and(is_rip)
+            || self.stops.arrival.as_ref().is_some_and(is_rip)
+            || self.stops.is_before(rip)
     }
 }
 
@@ -282,7 +283,15 @@ impl KvmCpu {
 
     /// How many debug registers there are for a debugger: those that the guest has not enabled.
     pub fn free_debug_registers(&self) -> usize {
-        self.vcpu.breakpoints.free_count()
+        match self.vcpu.no_debug_registers {
+            true => 0,
+            false => self.vcpu.breakpoints.free_count(),
+        }
+    }
+
+    /// Stops shall use no debug registers: this host's do not stop the guest.
+    pub fn use_no_debug_registers(&mut self) {
+        self.vcpu.no_debug_registers = true;
     }
 
     /// A step of the instruction that it is about to execute, or of what comes before that.
@@ -307,7 +316,7 @@ impl KvmCpu {
         let debugger = &self.debugger;
         // What is executed again after a fault was come to before.
         let comes = debugger.passed != Some(rip) && registers.rflags() & RFLAGS_RF == 0;
-        let looks = comes && debugger.addresses().contains(&rip);
+        let looks = comes && debugger.looks_at(rip);
         let stepping = debugger.stops.step.is_some();
         let seen = debugger.seen.is_some();
         if !(looks || stepping || seen) {
@@ -353,10 +362,13 @@ impl KvmCpu {
         Ok(hit.is_some())
     }
 
-    /// Whether there are debug registers for all stops, beside `others`. If not, the vCPU is stopped.
+    /// Whether there are debug registers for what must be in some, where the guest is to come back at so many addresses. If
+    /// not, the vCPU is stopped.
     pub(super) fn has_room(&mut self, addresses: usize) -> bool {
-        let wanted = addresses + self.debugger.stops.data.len();
-        let free = self.vcpu.breakpoints.free_count();
+        let stops = &self.debugger.stops;
+        let addresses = if stops.in_registers { addresses } else { 0 };
+        let wanted = addresses + stops.data.len();
+        let free = self.free_debug_registers();
         if wanted > free {
             self.debugger.hit = Some(Hit::NoRoom { wanted, free });
         }
@@ -382,7 +394,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_takes_one_register_however_often_it_is_wanted() {
+    fn what_must_be_exact_comes_first() {
         let stops = Stops {
             execution: vec![1, 2],
             arrival: Some((2, 7)),
@@ -393,7 +405,7 @@ mod tests {
             }),
             ..Stops::default()
         };
-        assert_eq!(stops.addresses(), [1, 2, 3]);
-        assert_eq!(stops.count(), 3);
+        assert_eq!(stops.addresses(), [2, 1, 3, 1, 2]);
+        assert!(stops.is_before(3) && !stops.is_before(4));
     }
 }

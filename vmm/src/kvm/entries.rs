@@ -75,6 +75,11 @@ impl EntryState {
         self.kernel_entries
     }
 
+    /// The kernel's own entry for system calls, if a stub is in front of it.
+    pub(super) fn system_call(&self) -> Option<u64> {
+        self.kernel_entries[LSTAR_STUB]
+    }
+
     /// How many stubs are installed.
     pub(super) fn count(&self) -> u32 {
         self.kernel_entries.iter().flatten().count() as u32

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 use hindsight_devices::Ram;
 use hindsight_replay::{MemoryDigest, PAGE_BYTES};
@@ -134,6 +134,16 @@ impl GuestMemory {
             std::ptr::copy_nonoverlapping(source, buffer.as_mut_ptr(), buffer.len());
         }
         true
+    }
+
+    /// Puts a byte in the place of another, and gives that one; `None` if it is no RAM. For what is put back before
+    /// anybody looks: nobody is told that the page was written.
+    pub(super) fn exchange(&self, gpa: u64, byte: u8) -> Option<u8> {
+        let offset = self.offset(gpa, 1)?;
+        // SAFETY: `offset` checked the place against the mapping, which lives as long as `self`. Whoever may look at it
+        // meanwhile, through a copy of `ram`, makes no reference to it either.
+        let place = unsafe { AtomicU8::from_ptr(self.base.as_ptr().add(offset)) };
+        Some(place.swap(byte, Ordering::Relaxed))
     }
 
     /// Whether a page of RAM holds only zeroes.

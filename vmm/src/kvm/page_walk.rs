@@ -21,10 +21,15 @@ const EFER_LMA: u64 = 1 << 10;
 
 /// An entry says that there is something.
 const PRESENT: u64 = 1;
+/// Programs may use what it leads to.
+const USER: u64 = 1 << 2;
 /// An entry of a higher level is a page, and not a table.
 const LARGE: u64 = 1 << 7;
 /// The address in an entry of 64 bits, whatever flags are beside it.
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+
+/// The least page, in bytes.
+const SMALL: u64 = 1 << 12;
 
 /// The form of the tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,8 +89,13 @@ impl Paging {
     /// The guest-physical address of a virtual one; `None` where nothing is mapped. `read` fills a buffer
     /// from guest-physical memory, and says whether it is all RAM.
     pub fn translate(self, gva: u64, read: &dyn Fn(u64, &mut [u8]) -> bool) -> Option<u64> {
+        self.page(gva, read).and_then(|page| page.translate(gva))
+    }
+
+    /// The page that a virtual address is on; `None` where nothing is mapped. `read` is as for [`Paging::translate`].
+    pub fn page(self, gva: u64, read: &dyn Fn(u64, &mut [u8]) -> bool) -> Option<Page> {
         match self.form {
-            Form::Flat => Some(gva),
+            Form::Flat => Some(Page::around(gva, gva, SMALL, false)),
             Form::Legacy { large } => {
                 let gva = u32::try_from(gva).ok()?;
                 legacy(self.root, gva, large, read)
@@ -94,15 +104,55 @@ impl Paging {
                 let gva = u64::from(u32::try_from(gva).ok()?);
                 let top = (self.root & 0xffff_ffe0) + 8 * (gva >> 30);
                 let entry = entry64(top, read)?;
-                descend(entry & ADDRESS, gva, 2, read)
+                // The entries at the top say nothing of programs (Intel SDM vol. 3, 4.4.1).
+                descend(entry & ADDRESS, gva, 2, true, read)
             }
             Form::Long { levels } => {
                 let unused = 64 - (12 + 9 * levels);
                 let canonical = (gva.cast_signed() << unused >> unused).cast_unsigned() == gva;
                 canonical.then_some(())?;
-                descend(self.root & ADDRESS, gva, levels, read)
+                descend(self.root & ADDRESS, gva, levels, true, read)
             }
         }
+    }
+
+    /// The same, of the tables that Linux keeps for its kernel beside those that it gives a program, where it isolates the
+    /// two: 4 KiB before them (Linux, arch/x86/entry/calling.h, `PTI_USER_PGTABLE_BIT`).
+    pub(super) fn of_kernel(self) -> Paging {
+        const PTI_USER_TABLES: u64 = 1 << 12;
+        let root = self.root & !PTI_USER_TABLES;
+        Paging { root, ..self }
+    }
+}
+
+/// A page, or as much of it as its smaller neighbours would have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Page {
+    /// Where it begins.
+    gva: u64,
+    gpa: u64,
+    bytes: u64,
+    /// Whether programs may use it.
+    pub for_programs: bool,
+}
+
+impl Page {
+    /// The page of this length around an address, which is mapped like that.
+    fn around(gva: u64, gpa: u64, bytes: u64, for_programs: bool) -> Page {
+        let start = |address: u64| address & !(bytes - 1);
+        let (gva, gpa) = (start(gva), start(gpa));
+        Page {
+            gva,
+            gpa,
+            bytes,
+            for_programs,
+        }
+    }
+
+    /// The guest-physical address of a virtual one that is on it.
+    pub fn translate(&self, gva: u64) -> Option<u64> {
+        let inside = gva.checked_sub(self.gva)?;
+        (inside < self.bytes).then(|| self.gpa + inside)
     }
 }
 
@@ -118,23 +168,24 @@ fn descend(
     mut table: u64,
     gva: u64,
     levels: u32,
+    mut for_programs: bool,
     read: &dyn Fn(u64, &mut [u8]) -> bool,
-) -> Option<u64> {
+) -> Option<Page> {
     for level in (0..levels).rev() {
         let shift = 12 + 9 * level;
         let entry = entry64(table + 8 * (gva >> shift & 0x1ff), read)?;
+        for_programs &= entry & USER != 0;
         // Pages of 2 MiB and 1 GiB; the bit means nothing, or is reserved, further up.
         let is_page = level == 0 || (entry & LARGE != 0 && level <= 2);
         if is_page {
-            let inside = (1 << shift) - 1;
-            return Some(entry & ADDRESS & !inside | gva & inside);
+            return Some(Page::around(gva, entry & ADDRESS, 1 << shift, for_programs));
         }
         table = entry & ADDRESS;
     }
     None
 }
 
-fn legacy(root: u64, gva: u32, large: bool, read: &dyn Fn(u64, &mut [u8]) -> bool) -> Option<u64> {
+fn legacy(root: u64, gva: u32, large: bool, read: &dyn Fn(u64, &mut [u8]) -> bool) -> Option<Page> {
     let entry = |at: u64| {
         let mut bytes = [0; 4];
         let entry = read(at, &mut bytes).then(|| u32::from_le_bytes(bytes))?;
@@ -144,11 +195,12 @@ fn legacy(root: u64, gva: u32, large: bool, read: &dyn Fn(u64, &mut [u8]) -> boo
     let upper = entry((root & 0xffff_f000) + 4 * (gva >> 22))?;
     if large && upper & LARGE != 0 {
         // Bits 20 to 13 are bits 39 to 32 of the address (PSE-36).
-        let high = (upper >> 13 & 0xff) << 32;
-        return Some(high | upper & 0xffc0_0000 | gva & 0x003f_ffff);
+        let gpa = (upper >> 13 & 0xff) << 32 | upper & 0xffc0_0000;
+        return Some(Page::around(gva, gpa, 1 << 22, upper & USER != 0));
     }
     let lower = entry((upper & 0xffff_f000) + 4 * (gva >> 12 & 0x3ff))?;
-    Some(lower & 0xffff_f000 | gva & 0xfff)
+    let for_programs = upper & lower & USER != 0;
+    Some(Page::around(gva, lower & 0xffff_f000, SMALL, for_programs))
 }
 
 #[cfg(test)]

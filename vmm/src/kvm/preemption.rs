@@ -2,7 +2,9 @@
 //!
 //! The breakpoints are debug registers that KVM sets for us while the guest runs
 //! (`KVM_GUESTDBG_USE_HW_BP`), beside those that the guest has enabled (see [`super::debug`]); the guest
-//! never sees a trap flag of ours.
+//! never sees a trap flag of ours. Those for which there is no register are in memory (see [`super::inserted`]).
+
+use std::collections::BTreeSet;
 
 use hindsight_replay::{Ahead, Back, Exit, Horizon, Lander, Place, Registers, Unit, Walk, WalkEnd};
 use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic};
@@ -16,6 +18,7 @@ use super::debug::DebugExit;
 use super::entries::EntryStop;
 use super::error::{KvmError, Named};
 use super::guest_text::INSTRUCTION_MAX;
+use super::inserted::Entered;
 use crate::perf::HostCounter;
 
 /// RFLAGS.RF: the next instruction runs past its breakpoint (Intel SDM vol. 3, 17.3.1.1).
@@ -175,12 +178,7 @@ impl KvmCpu {
 
     /// Where it stops for the way to a place and for a debugger; `None` if there are too few registers.
     fn all_stops(&mut self, stops: &[u64]) -> Option<Vec<u64>> {
-        let mut all = stops.to_vec();
-        for address in self.debugger.addresses() {
-            if !all.contains(&address) {
-                all.push(address);
-            }
-        }
+        let all = each_once(stops.iter().copied().chain(self.debugger.addresses()));
         self.has_room(all.len()).then_some(all)
     }
 
@@ -223,23 +221,42 @@ impl KvmCpu {
     }
 
     /// How an instruction with a breakpoint is passed for a debugger: by stops where it leads, and none on it. RF would be
-    /// seen in the registers of an exit, if it makes one. The way to a place comes first, and what room is left the other
-    /// stops have. `None` where the instruction may lead to itself: then it is passed by RF after all.
-    fn hop(&mut self, way: &[u64], all: &[u64]) -> Result<Option<Vec<u64>>, KvmError> {
+    /// seen in the registers of an exit, if it makes one.
+    fn hop(&mut self, way: &[u64], all: &[u64]) -> Result<Pass, KvmError> {
         let start = self.rip();
         let targets = self.step_targets()?;
-        if targets.contains(&start) || targets.is_empty() {
-            return Ok(None);
+        if targets.is_empty() {
+            return Ok(Pass::Blindly);
         }
-        let mut hop: Vec<u64> = Vec::new();
-        for stop in way.iter().chain(&targets).chain(all) {
-            if *stop != start && !hop.contains(stop) {
-                hop.push(*stop);
-            }
+        if targets.contains(&start) {
+            return Ok(Pass::ToItself);
         }
-        let room = self.vcpu.breakpoints.free_count();
-        hop.truncate(room.saturating_sub(self.debugger.watchpoints().len()));
-        Ok(Some(hop))
+        let sure = way.iter().chain(&targets).copied();
+        let mut hop = each_once(sure.filter(|stop| *stop != start));
+        let sure = hop.len();
+        hop = each_once(hop.into_iter().chain(all.iter().copied()));
+        hop.retain(|stop| *stop != start);
+        if self.debugger.in_registers() {
+            let room = self.free_debug_registers();
+            let room = room.saturating_sub(self.debugger.watchpoints().len());
+            hop.truncate(sure.max(room));
+        }
+        Ok(Pass::Hop(hop))
+    }
+
+    /// Passes an instruction that leads to itself and has a stop in memory: by a step of KVM's, for the stop would have to be
+    /// back as it comes to it again. It is a branch, which does nothing with the flag that the step sets. Returns KVM's
+    /// reason if that is another.
+    fn step_over(&mut self) -> Result<Option<u32>, KvmError> {
+        let wants_window = self.page().wants_window();
+        let reason = self.step()?;
+        self.page().request_window(wants_window);
+        if reason != KVM_EXIT_DEBUG {
+            return Ok(Some(reason));
+        }
+        self.vcpu.unfinished = false;
+        self.sort_step()?;
+        Ok(None)
     }
 
     /// The same, of an instruction that was passed and is an exit: it leaves the flag clear, whoever finishes it.
@@ -296,18 +313,39 @@ impl KvmCpu {
             return Ok(Some(WalkEnd::Back(Back::Stopped)));
         };
         let start = self.page().registers();
-        let passes = all.contains(&start.rip());
-        let hop = match passes && debugged {
+        let (mut registers, memory) = self.divide(&all);
+        let mut memory = self.in_memory(&memory)?;
+        let in_memory = memory.are_here();
+        let passes = in_memory || registers.contains(&start.rip());
+        let pass = match passes && debugged {
             true => self.hop(stops, &all)?,
-            false => None,
+            false => Pass::Blindly,
         };
-        self.set_stops(hop.as_ref().unwrap_or(&all))?;
-        let passed = passes && hop.is_none() && self.pass_stop()?;
-        let reason = self.enter()?;
+        let hops = matches!(pass, Pass::Hop(_));
+        if let Pass::Hop(hop) = &pass {
+            let others;
+            (registers, others) = self.divide(hop);
+            memory = self.in_memory(&others)?;
+        }
+        memory.leave_out_here();
+        self.set_stops(&registers)?;
+        let passed = passes && !hops && self.pass_stop()?;
+        let entered = match pass {
+            Pass::ToItself if in_memory => match self.step_over()? {
+                None => Entered::AtStop,
+                reason => Entered::Exit(reason),
+            },
+            _ => self.enter_with(&memory)?,
+        };
+        let Entered::Exit(reason) = entered else {
+            self.debugger.got_on();
+            let is_ours = stops.contains(&KvmCpu::rip(self));
+            return Ok(is_ours.then_some(WalkEnd::AtStop));
+        };
         let stays = match reason {
-            None | Some(KVM_EXIT_IRQ_WINDOW_OPEN) if hop.is_some() => self.rip() == start.rip(),
+            None | Some(KVM_EXIT_IRQ_WINDOW_OPEN) if hops => self.rip() == start.rip(),
             None | Some(KVM_EXIT_IRQ_WINDOW_OPEN) => passed && self.unpass_stop(start.rip())?,
-            Some(KVM_EXIT_DEBUG) if debugged && passes && hop.is_none() => {
+            Some(KVM_EXIT_DEBUG) if debugged && passes && !hops => {
                 if self.is_where_it_was(&start) && (passed || self.event_is_under_way()?) {
                     return Err(KvmError::Stopped {
                         rip: start.rip(),
@@ -363,6 +401,12 @@ impl KvmCpu {
     }
 }
 
+/// The same, each but once, in their order.
+fn each_once(addresses: impl Iterator<Item = u64>) -> Vec<u64> {
+    let mut seen = BTreeSet::new();
+    addresses.filter(|address| seen.insert(*address)).collect()
+}
+
 impl Walk for KvmCpu {
     type Error = KvmError;
 
@@ -371,7 +415,7 @@ impl Walk for KvmCpu {
     }
 
     fn stops_max(&mut self) -> Result<usize, KvmError> {
-        Ok(self.vcpu.breakpoints.free_count())
+        Ok(self.free_debug_registers())
     }
 
     fn is_there(&mut self) -> Result<bool, KvmError> {
@@ -422,6 +466,17 @@ impl Walk for KvmCpu {
         }
         Ok(Ahead::Unclear)
     }
+}
+
+/// How an instruction with a breakpoint is passed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Pass {
+    /// By stops at these addresses.
+    Hop(Vec<u64>),
+    /// It leads to itself.
+    ToItself,
+    /// It is not known where it leads.
+    Blindly,
 }
 
 /// Whether an exit is only a place at which the vCPU was stopped, before an instruction.

@@ -155,7 +155,7 @@ impl KvmCpu {
     }
 
     /// Runs one instruction with interrupts held back.
-    fn step(&mut self) -> Result<u32, KvmError> {
+    pub(super) fn step(&mut self) -> Result<u32, KvmError> {
         self.page().request_window(false);
         let step = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP | KVM_GUESTDBG_BLOCKIRQ;
         self.debug(step, kvm_guest_debug_arch::default())?;

@@ -1,9 +1,9 @@
 //! Where one instruction of the guest's may lead.
 //!
 //! It is decoded; what it would load is read where it would read it: a return address from the stack, a target from
-//! memory, the kernel's entries from MSRs and from the IDT. Faults lead to gates of the IDT, of which there are more than
-//! there are debug registers: those that the instruction is likely to take come first. One that takes another is stepped
-//! over as if it were a call: the step ends where the instruction has been executed after all.
+//! memory, the kernel's entries from MSRs and from the IDT. Faults lead to gates of the IDT: those that the instruction may
+//! take. One that takes another is stepped over as if it were a call: the step ends where the instruction has been executed
+//! after all.
 
 use iced_x86::{Code, FlowControl, Instruction, Mnemonic, OpKind, Register};
 use kvm_bindings::{Msrs, kvm_msr_entry};
@@ -11,7 +11,6 @@ use kvm_bindings::{Msrs, kvm_msr_entry};
 use super::cpu::KvmCpu;
 use super::error::{KvmError, Named};
 use super::msr::{LSTAR, SYSENTER};
-use super::preemption::Preemption;
 
 /// #DE, #UD, #NM, #GP, #PF.
 const DIVIDE: u8 = 0;
@@ -51,7 +50,7 @@ impl KvmCpu {
     }
 
     /// Where the vCPU may be after its present instruction, or before its next if something comes before that. The
-    /// likeliest come first, and there are no more than debug registers.
+    /// likeliest come first.
     pub(super) fn step_targets(&mut self) -> Result<Vec<u64>, KvmError> {
         if let Some(entry) = self.entry_under_way()? {
             return Ok(vec![entry]);
@@ -76,11 +75,6 @@ impl KvmCpu {
             seen.push(*target);
             is_new
         });
-        // One register may be needed to count how often a place is come to, and one for the way to where the guest was
-        // preempted. A branch leads to two places.
-        let led = usize::from(matches!(self.preemption, Preemption::Branches(_)));
-        let room = self.vcpu.breakpoints.free_count().saturating_sub(1 + led);
-        targets.truncate(room.max(2));
         Ok(targets)
     }
 
@@ -134,7 +128,7 @@ impl KvmCpu {
     }
 
     /// An MSR that KVM keeps for the guest.
-    fn msr(&self, index: u32) -> Result<u64, KvmError> {
+    pub(super) fn msr(&self, index: u32) -> Result<u64, KvmError> {
         let entry = kvm_msr_entry {
             index,
             ..Default::default()

@@ -21,6 +21,8 @@ pub(super) struct Vcpu {
     pub(super) traps: TrapState,
     /// The guest's breakpoints.
     pub(super) breakpoints: Breakpoints,
+    /// Breakpoints in debug registers do not stop it.
+    pub(super) no_debug_registers: bool,
     /// Whether its accesses to debug registers are KVM's to do.
     pub(super) watched: bool,
     /// Where breakpoints are set, for us and not for the guest.
@@ -45,6 +47,7 @@ impl Vcpu {
             fd,
             traps: TrapState::default(),
             breakpoints: Breakpoints::default(),
+            no_debug_registers: false,
             watched: false,
             stops: Vec::new(),
             watches: false,

@@ -30,7 +30,7 @@ use super::recording::Recording;
 use super::replay::Until;
 use crate::doctor;
 use crate::failure::{Failure, Kind};
-use crate::kvm::{GuestRegisters, Hit, Stops};
+use crate::kvm::{GuestRegisters, Hit, StopCounts, Stops};
 
 /// So many exits pass from one look at whether somebody wants it stopped to the next.
 const LOOK_EVERY: u64 = 64;
@@ -76,8 +76,8 @@ pub struct Debugger {
     legs: Vec<Leg>,
     /// Where the last steps began, oldest first.
     steps: Vec<Place>,
-    /// Whether breakpoints work here, in ring 0 and in ring 3.
-    breakpoints: [bool; 2],
+    /// Whether debug registers stop guests here, in each ring.
+    has_registers: bool,
 }
 
 impl Debugger {
@@ -88,7 +88,7 @@ impl Debugger {
     /// A recording or a host that will not do, or a host that failed on the way.
     pub fn open(wish: &DebugWish) -> Result<Debugger, Failure> {
         let (kvm, _) = open_kvm()?;
-        let breakpoints = doctor::check_breakpoints(&kvm);
+        let has_registers = doctor::check_breakpoints(&kvm) == [true; 2];
         let recording = Recording::at(&wish.recording);
         let exit = match &wish.at {
             None => 0,
@@ -98,13 +98,16 @@ impl Debugger {
             },
         };
         let mut replay = Replaying::begin(recording, &wish.instead, &wish.counter)?;
+        if !has_registers {
+            replay.use_no_debug_registers();
+        }
         let timeline = Kept::at_power_on(&mut replay)?;
         let mut debugger = Debugger {
             replay,
             timeline,
             legs: Vec::new(),
             steps: Vec::new(),
-            breakpoints,
+            has_registers,
         };
         debugger.seek(exit, &mut || false)?;
         Ok(debugger)
@@ -112,15 +115,11 @@ impl Debugger {
 
     /// What cannot be done here for want of debug registers, if that is anything: a sentence.
     pub fn lacks(&self) -> Option<&'static str> {
-        match self.breakpoints {
-            [true, true] => None,
-            [true, false] => Some(
-                "guests of this host have no debug registers in ring 3: breakpoints and steps in programs do not stop \
-                 there",
-            ),
-            _ => Some(
-                "guests of this host have no debug registers: only exits can be gone to (monitor seek EXIT), and \
-                 nothing between them",
+        match self.has_registers {
+            true => None,
+            false => Some(
+                "guests of this host have no debug registers: there are breakpoints and steps, by bytes in guest memory, \
+                 and no watchpoints",
             ),
         }
     }
@@ -145,15 +144,14 @@ impl Debugger {
         self.replay.ended()
     }
 
-    /// How many debug registers there are for breakpoints and watchpoints here.
+    /// How many debug registers there are here: for watchpoints, and for breakpoints what is left of them.
     pub fn free_debug_registers(&self) -> usize {
         self.replay.free_debug_registers()
     }
 
-    /// How many of them are left where the guest is led to a place, too.
-    pub fn registers_for_stops(&self) -> usize {
-        let led = usize::from(self.replay.is_led());
-        self.free_debug_registers().saturating_sub(led)
+    /// Where the breakpoints were as the guest ran on last.
+    pub fn stop_counts(&self) -> StopCounts {
+        self.replay.stop_counts()
     }
 
     /// Whether it is known where the guest is. After an error it may not be: then [`Debugger::seek`] an exit.
@@ -196,7 +194,6 @@ impl Debugger {
         stops: &Stops,
         interrupted: Interrupted<'_>,
     ) -> Result<Stopped, Failure> {
-        self.refuse_without_registers(stops)?;
         self.steps.clear();
         self.forward(stops, None, interrupted)
     }
@@ -206,9 +203,8 @@ impl Debugger {
     ///
     /// # Errors
     ///
-    /// This host's guests have no debug registers; the replay diverged, or the host failed.
+    /// The replay diverged, or the host failed.
     pub fn step(&mut self, interrupted: Interrupted<'_>) -> Result<Stopped, Failure> {
-        self.refuse_steps()?;
         if self.replay.ended().is_some() {
             return self.forward(&Stops::default(), None, interrupted);
         }
@@ -237,7 +233,6 @@ impl Debugger {
         stops: &Stops,
         interrupted: Interrupted<'_>,
     ) -> Result<Stopped, Failure> {
-        self.refuse_without_registers(stops)?;
         self.steps.clear();
         let name = self.name()?;
         let mut bound = name;
@@ -277,10 +272,8 @@ impl Debugger {
     ///
     /// # Errors
     ///
-    /// This host's guests have no debug registers; the replay diverged, or the host failed; the instruction was not
-    /// found.
+    /// The replay diverged, or the host failed; the instruction was not found.
     pub fn reverse_step(&mut self, interrupted: Interrupted<'_>) -> Result<Stopped, Failure> {
-        self.refuse_steps()?;
         if let Some(place) = self.steps.pop() {
             self.go_to(&place)?;
             return Ok(Stopped::Hit(Hit::Step));
@@ -300,24 +293,6 @@ enum Passed {
 }
 
 impl Debugger {
-    fn refuse_steps(&self) -> Result<(), Failure> {
-        match self.breakpoints[0] {
-            true => Ok(()),
-            false => Err(self.cannot()),
-        }
-    }
-
-    fn refuse_without_registers(&self, stops: &Stops) -> Result<(), Failure> {
-        match stops.is_empty() || self.breakpoints[0] {
-            true => Ok(()),
-            false => Err(self.cannot()),
-        }
-    }
-
-    fn cannot(&self) -> Failure {
-        Failure::new(Kind::Unfit, self.lacks().unwrap_or_default())
-    }
-
     fn place(&self) -> Place {
         Place {
             exit: self.exit(),

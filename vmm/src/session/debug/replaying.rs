@@ -3,11 +3,11 @@
 use std::fs::File;
 use std::io::BufReader;
 
-use hindsight_replay::{Closed, Cpu, Machine, Registers, Replayer, RunError, Unit};
+use hindsight_replay::{Closed, Cpu, Machine, Registers, Replayer, RunError};
 
 use crate::disk::Disks;
 use crate::failure::{Failure, Kind};
-use crate::kvm::{GuestRegisters, Hit, KvmCpu, Step, Stops};
+use crate::kvm::{GuestRegisters, Hit, KvmCpu, Step, StopCounts, Stops};
 use crate::session::open::{RecordedImages, RecordedPaths};
 use crate::session::preemption_plan::CounterWish;
 use crate::session::recording::Recording;
@@ -68,11 +68,6 @@ impl Replaying {
     /// Guest time there, in nanoseconds.
     pub(super) fn now(&self) -> u64 {
         self.machine.now()
-    }
-
-    /// Whether the guest is led to places between exits, by a debug register.
-    pub(super) fn is_led(&self) -> bool {
-        self.door.journal().header().machine.preemption == Some(Unit::Branches)
     }
 
     /// Whether nothing of the guest has run since the last exit, and the recording goes on.
@@ -166,6 +161,16 @@ impl Replaying {
 
     pub(super) fn free_debug_registers(&self) -> usize {
         self.cpu.free_debug_registers()
+    }
+
+    /// Debug registers do not stop the guest.
+    pub(super) fn use_no_debug_registers(&mut self) {
+        self.cpu.use_no_debug_registers();
+    }
+
+    /// Where its stops were as it ran on last.
+    pub(super) fn stop_counts(&self) -> StopCounts {
+        self.cpu.stop_counts()
     }
 
     /// The general registers, with the last exit's instruction finished.
