@@ -10,6 +10,7 @@ mod options;
 mod outcome;
 mod output;
 mod screen;
+mod stretches;
 mod summary;
 mod tell;
 mod watching;
@@ -21,8 +22,8 @@ use hindsight_replay::foreign::shown_lines;
 use hindsight_vmm::failure::Failure;
 
 use commands::{
-    bench, console, debug, diff, disk, doctor, fork, index, inspect, live, pcap, record, replay,
-    run, verify,
+    bench, console, debug, diff, disk, dmesg, doctor, fork, index, inspect, live, maps, mark,
+    marks, pcap, ps, record, replay, run, verify,
 };
 use outcome::{EXIT_CODES, Outcome};
 use tell::{out, tell};
@@ -45,6 +46,10 @@ enum Command {
     Replay(replay::Options),
     /// Make any moment of a recording quick to reach.
     Index(index::Options),
+    /// Give a moment of a recording a name.
+    Mark(mark::Options),
+    /// List the moments of a recording that have names.
+    Marks(marks::Options),
     /// Check a recording in stretches, side by side.
     Verify(verify::Options),
     /// Go on from a moment of a recording as a running machine.
@@ -59,6 +64,12 @@ enum Command {
     Pcap(pcap::Options),
     /// Write a machine's disk as it was at some moment, or list what the guest had changed on it.
     Disk(disk::Options),
+    /// Show the processes that a machine had at some moment.
+    Ps(ps::Options),
+    /// Show what a process had mapped at some moment.
+    Maps(maps::Options),
+    /// Show what the kernel had said by some moment.
+    Dmesg(dmesg::Options),
     /// Drive a replay with gdb, forwards and backwards.
     Debug(debug::Options),
     /// Show the first difference between two recordings, and what led up to it.
@@ -85,6 +96,8 @@ pub fn main() -> ExitCode {
         Command::Record(options) => record::main(&options),
         Command::Replay(options) => replay::main(&options),
         Command::Index(options) => index::main(&options),
+        Command::Mark(options) => mark::main(&options),
+        Command::Marks(options) => marks::main(&options),
         Command::Verify(options) => verify::main(&options),
         Command::Live(options) => live::main(&options),
         Command::Fork(options) => fork::main(&options),
@@ -92,6 +105,9 @@ pub fn main() -> ExitCode {
         Command::Console(options) => console::main(&options),
         Command::Pcap(options) => pcap::main(&options),
         Command::Disk(options) => disk::main(&options),
+        Command::Ps(options) => ps::main(&options),
+        Command::Maps(options) => maps::main(&options),
+        Command::Dmesg(options) => dmesg::main(&options),
         Command::Debug(options) => debug::main(&options),
         Command::Diff(options) => diff::main(&options),
         Command::Doctor(options) => doctor::main(&options),

@@ -34,10 +34,14 @@ impl Outcome {
 
     /// How another process of this program ended. One that was killed, or crashed, was failed by its host.
     pub(crate) fn of(status: ExitStatus) -> Outcome {
-        let code = status.code();
-        let found = Outcome::BY_WEIGHT.into_iter();
-        let mut found = found.filter(|outcome| Some(*outcome as i32) == code);
-        found.next().unwrap_or(Outcome::HostFailed)
+        let known = status.code().and_then(Outcome::of_code);
+        known.unwrap_or(Outcome::HostFailed)
+    }
+
+    /// What an exit code of this program says; `None`: it has no such code.
+    pub(crate) fn of_code(code: i32) -> Option<Outcome> {
+        let mut all = Outcome::BY_WEIGHT.into_iter();
+        all.find(|outcome| *outcome as i32 == code)
     }
 
     /// The one of these that says most of a recording.

@@ -177,7 +177,9 @@ fn a_head_that_contradicts_itself_is_refused_by_every_command() {
         journal.extend(body);
         std::fs::write(&file, &journal).expect("it can be written");
         let (file, out) = (path(&file), dir.path().join("out"));
-        let commands: [&[&str]; 12] = [
+        let commands: [&[&str]; 14] = [
+            &["marks", file],
+            &["mark", file, "--at", "1"],
             &["inspect", file],
             &["inspect", "--events", file],
             &["inspect", "--io", "--json", file],

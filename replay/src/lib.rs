@@ -40,8 +40,8 @@ pub use machine::{
 };
 
 pub use timeline::{
-    Anchor, Arrival, Changes, CheckpointHead, Checkpoints, NoMoment, Pace, PageSink, PageSource,
-    Pause, Stretch, Target, Timeline, TravelError, When,
+    Anchor, Arrival, Changes, CheckpointHead, Checkpoints, NoMoment, Notes, Pace, PageSink,
+    PageSource, Pause, Stretch, Target, Timeline, TravelError, When, is_mark_name,
 };
 
 /// Why a machine came to its end other than by the run's own ending.

@@ -18,6 +18,9 @@ packages_disks=(e2fsprogs fdisk)
 packages_network=(passt iproute2 tshark)
 # What replays are debugged with.
 packages_debugger=(gdb)
+# What recordings are checked on many machines with.
+packages_parallel=(parallel)
+packages_slurm=(slurm-wlm munge)
 
 # missing_packages NAME...: prints those of the names that are not installed, one per line.
 missing_packages() {

@@ -150,12 +150,14 @@ impl Scenario {
         let mut machine = machine_of(&header);
         let mut trace = Trace::default();
         let result = run(&mut machine, &mut cpu, &mut recorder, &mut trace);
+        let passed = recorder.into_inner().into_world().into_passed();
         let exits = machine.at().exits;
         let memory = cpu.memory().to_vec();
         (
             result,
             Recording {
                 journal,
+                passed,
                 end: None,
                 exits,
                 trace,
@@ -175,6 +177,8 @@ pub type RunEnd = Result<End, RunError<Broken>>;
 pub struct Recording {
     /// The file.
     pub journal: Vec<u8>,
+    /// The exits of which the world has heard that all of them is done.
+    pub passed: Vec<Complete>,
     /// How the run ended, if it did.
     pub end: Option<End>,
     /// Exits counted.

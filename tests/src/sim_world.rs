@@ -1,7 +1,7 @@
 //! A world made of a seed: host time, typed bytes, the wall clock, and an operator who stops it.
 
 use hindsight_devices::{Input, Nanos, Room};
-use hindsight_replay::World;
+use hindsight_replay::{Complete, World};
 
 use hindsight_replay::rng::Rng;
 
@@ -25,6 +25,8 @@ pub struct SimWorld {
     stopped: bool,
     kicks: u64,
     patience: u64,
+    /// The exits that it has heard of.
+    passed: Vec<Complete>,
 }
 
 impl SimWorld {
@@ -52,7 +54,13 @@ impl SimWorld {
             stopped: false,
             kicks: 0,
             patience,
+            passed: Vec::new(),
         }
+    }
+
+    /// The exits of which it has heard that all of them is done, each as often as it has.
+    pub fn into_passed(self) -> Vec<Complete> {
+        self.passed
     }
 
     /// The same world, for a machine that was switched on `now` ns ago, and was told the wall-clock time then.
@@ -138,6 +146,10 @@ impl World for SimWorld {
                 true
             }
         }
+    }
+
+    fn pass(&mut self, complete: Complete) {
+        self.passed.push(complete);
     }
 
     fn alarm(&mut self, _at: Option<Nanos>) {}

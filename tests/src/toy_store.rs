@@ -5,7 +5,7 @@ use std::io;
 
 use hindsight_replay::rng::Rng;
 use hindsight_replay::{
-    CheckpointHead, Checkpoints, CoreState, PAGE_BYTES, PagePlace, PageSink, PageSource,
+    CheckpointHead, Checkpoints, CoreState, Notes, PAGE_BYTES, PagePlace, PageSink, PageSource,
 };
 
 type Pages = BTreeMap<PagePlace, [u8; PAGE_BYTES]>;
@@ -15,6 +15,7 @@ type Pages = BTreeMap<PagePlace, [u8; PAGE_BYTES]>;
 pub struct ToyStore<C, S> {
     heads: Vec<CheckpointHead>,
     kept: Vec<(CoreState<C, S>, Pages)>,
+    notes: Vec<Option<Notes>>,
     /// Nothing more is kept.
     full: bool,
     /// What was handed over last is to be lost.
@@ -28,6 +29,7 @@ impl<C, S> ToyStore<C, S> {
         ToyStore {
             heads: Vec::new(),
             kept: Vec::new(),
+            notes: Vec::new(),
             full: false,
             late: false,
             noise: noise.map(|noise| Rng::new(noise, 31)),
@@ -69,15 +71,16 @@ impl<C: Clone, S: Clone> Checkpoints<C, S> for ToyStore<C, S> {
         core: &CoreState<C, S>,
         base: Option<usize>,
         changed: &mut PageSource<'_, E>,
+        notes: Option<&Notes>,
     ) -> Result<io::Result<usize>, E> {
         assert!(self.heads.last().is_none_or(|last| last.exits < head.exits));
         if self.full {
             return Ok(Err(broken()));
         }
         let mut pages = base.map_or_else(Pages::new, |base| self.kept[base].1.clone());
-        for page in changed {
-            let (place, bytes) = page?;
-            pages.insert(place, bytes);
+        let mut bytes = [0; PAGE_BYTES];
+        while let Some(place) = changed(&mut bytes) {
+            pages.insert(place?, bytes);
         }
         self.full = self.strikes(40);
         if self.full && self.strikes(2) {
@@ -86,6 +89,7 @@ impl<C: Clone, S: Clone> Checkpoints<C, S> for ToyStore<C, S> {
         self.late = self.full;
         self.heads.push(head);
         self.kept.push((core.clone(), pages));
+        self.notes.push(notes.cloned());
         Ok(Ok(self.heads.len() - 1))
     }
 
@@ -94,9 +98,14 @@ impl<C: Clone, S: Clone> Checkpoints<C, S> for ToyStore<C, S> {
             // It comes out late that the last one could not be kept.
             self.heads.pop();
             self.kept.pop();
+            self.notes.pop();
             return Err(broken());
         }
         Ok(())
+    }
+
+    fn notes(&mut self, number: usize) -> Option<Notes> {
+        self.notes[number].clone()
     }
 
     fn load(&mut self, number: usize) -> io::Result<CoreState<C, S>> {

@@ -17,6 +17,8 @@ mod disks;
 mod ends;
 #[path = "debian/live.rs"]
 mod live;
+#[path = "debian/marks.rs"]
+mod marks;
 #[path = "debian/modules.rs"]
 mod modules;
 #[path = "debian/network.rs"]

@@ -3,6 +3,7 @@
 //! `HINDSIGHT_SIM_SEEDS` and `HINDSIGHT_SIM_SEED` work as in `simulation.rs`.
 
 use std::cell::Cell;
+use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::io::Cursor;
 
@@ -123,7 +124,7 @@ impl Pace for AtRandom {
 
     fn look(&mut self, _: CheckpointHead) -> Pause {
         match self.0.one_in(4) {
-            true => Pause::Checkpoint,
+            true => Pause::Checkpoint { cost: 0 },
             false => Pause::GoOn,
         }
     }
@@ -281,6 +282,32 @@ fn a_machine_live_from_any_exit_makes_a_recording_that_replays_equal_and_begins_
     let (went_on, others) = (went_on.get(), others.get());
     println!("{went_on} went on, {others} otherwise than it was");
     assert!(went_on == 0 || others > 0, "a future is not the past");
+}
+
+/// A mark is at the last of these when somebody asks for it.
+#[test]
+fn a_world_hears_of_each_exit_where_a_replay_can_stop() {
+    for_seeds(8, |seed| {
+        let recording = record(seed, Detail::Default);
+        let passed = &recording.passed;
+        let exits: BTreeSet<u64> = passed.iter().map(|at| at.exits).collect();
+        let all_but_the_last = (0..recording.exits).all(|exit| exits.contains(&exit));
+        assert!(all_but_the_last, "seed {seed}: {exits:?}");
+        assert!(passed.is_sorted_by_key(|at| at.exits), "seed {seed}");
+        for at in passed.iter().filter(|at| at.exits > 0) {
+            let turn = &recording.trace.turns[at.exits as usize - 1];
+            assert_eq!(at.now, turn.now, "seed {seed}, exit {}", at.exits);
+        }
+        let mut rng = Rng::new(seed, 12);
+        let at = passed[rng.below(passed.len() as u64) as usize];
+        let reader = reader(&recording.journal);
+        let mut machine = machine_of(reader.header());
+        let mut cpu = cpu(seed, mix(seed ^ 0x33));
+        let mut door = Replayer::new(reader, Some(at.exits), None);
+        let reached = machine.run(&mut cpu, &mut NoDisks, &mut door, &mut ());
+        assert!(matches!(reached, Err(RunError::Closed(Closed::Reached(_)))));
+        assert_eq!(machine.complete(), at, "seed {seed}");
+    });
 }
 
 #[test]

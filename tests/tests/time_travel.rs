@@ -7,10 +7,11 @@ use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::io::Cursor;
 
+use hindsight_devices::{Nanos, Output};
 use hindsight_replay::rng::Rng;
 use hindsight_replay::{
-    Arrival, CheckpointHead, Checkpoints, Closed, Guest, Observer, Pace, Pause, Replayer, RunError,
-    StateOf, Stateful, Stretch, Target, Timeline, Turn,
+    Arrival, CheckpointHead, Checkpoints, Closed, Exit, Guest, Observer, Pace, Pause, Replayer,
+    RunError, StateOf, Stateful, Stretch, Target, Timeline, Turn,
 };
 use hindsight_tests::recorded::{Driver, Recorded, Toy};
 use hindsight_tests::sim::machine_of;
@@ -35,7 +36,7 @@ impl Pace for Random {
 
     fn look(&mut self, _: CheckpointHead) -> Pause {
         match self.0.below(8) {
-            0 | 1 => Pause::Checkpoint,
+            0 | 1 => Pause::Checkpoint { cost: 1 },
             2 if self.0.one_in(8) => Pause::Stop,
             _ => Pause::GoOn,
         }
@@ -64,11 +65,10 @@ fn straight<R: Recorded>(recorded: &R, seed: u64) -> Straight<R> {
     door.close_after(None);
     let ended = machine.run(&mut cpu, &mut disks, &mut door, &mut seen);
     assert_eq!(ended.expect("it ends"), *recorded.end());
-    let exits = seen.0;
     Straight {
         states,
         times,
-        exits,
+        seen,
     }
 }
 
@@ -76,7 +76,7 @@ fn straight<R: Recorded>(recorded: &R, seed: u64) -> Straight<R> {
 struct Straight<R: Recorded> {
     states: BTreeMap<u64, State<R>>,
     times: Vec<u64>,
-    exits: Vec<u64>,
+    seen: Seen,
 }
 
 /// Travels about in `recorded`, and compares. Returns how often checkpoints were complained of, and the store.
@@ -135,14 +135,53 @@ fn travel<R: Recorded, K: Checkpoints<CpuState<R>, DisksState<R>> + std::fmt::De
     (complaints, timeline.into_store())
 }
 
-/// The exits that an observer has seen.
+/// What an observer has seen.
 #[derive(Default)]
-struct Seen(Vec<u64>);
+struct Seen {
+    exits: Vec<u64>,
+    panics: Vec<u64>,
+    /// What it has read on consoles, and at which exit.
+    said: Vec<(u64, Output)>,
+}
 
 impl Observer for Seen {
-    fn turn(&mut self, exits: u64, _: &Turn, _: &mut dyn Guest) {
-        self.0.push(exits);
+    fn turn(&mut self, exits: u64, turn: &Turn, _: &mut dyn Guest) {
+        self.exits.push(exits);
+        if matches!(turn.exit, Exit::Panic { .. }) {
+            self.panics.push(exits);
+        }
     }
+
+    fn output(&mut self, exits: u64, _: Nanos, output: &Output) {
+        if !matches!(output, Output::Frame(_)) {
+            self.said.push((exits, output.clone()));
+        }
+    }
+}
+
+/// Compares what is noted beside checkpoints with what was seen. How many have notes.
+fn notes_are_right<C, S, K: Checkpoints<C, S>>(store: &mut K, seen: &Seen) -> usize {
+    let heads = store.heads().to_vec();
+    let (mut from, mut noted) = (0, 0);
+    for (number, head) in heads.iter().enumerate() {
+        if let Some(notes) = store.notes(number) {
+            let mut told = Seen::default();
+            let mut panics = seen.panics.iter().copied();
+            let panic = panics.find(|at| *at > from).filter(|at| *at <= head.exits);
+            assert_eq!(notes.tell(from, &mut told), panic);
+            let between = seen
+                .said
+                .iter()
+                .filter(|(at, _)| *at > from && *at <= head.exits);
+            // What is said at power-on belongs to the first.
+            let first = seen.said.iter().filter(|(at, _)| from == 0 && *at == 0);
+            let expected: Vec<_> = first.chain(between).cloned().collect();
+            assert!(told.said == expected, "{from} to {}", head.exits);
+            noted += 1;
+        }
+        from = head.exits;
+    }
+    noted
 }
 
 /// Looks on from a moment in `recorded` to its end, past the checkpoints of `store`, and compares with `all`.
@@ -172,9 +211,9 @@ fn looks_on<R: Recorded, K: Checkpoints<CpuState<R>, DisksState<R>> + std::fmt::
     ) {}
     let expected: Vec<u64> = all.iter().copied().filter(|exit| *exit > from).collect();
     assert!(
-        seen.0 == expected,
+        seen.exits == expected,
         "from exit {from}: {seen:?}",
-        seen = seen.0
+        seen = seen.exits
     );
 }
 
@@ -185,12 +224,14 @@ where
     let straight = straight(recorded, seed);
     let noise = seed.is_multiple_of(3).then_some(seed);
     let store: ToyStore<CpuState<R>, DisksState<R>> = ToyStore::new(noise);
-    let (complaints, store) = travel(recorded, &straight, store, seed);
+    let (complaints, mut store) = travel(recorded, &straight, store, seed);
     assert!(noise.is_some() || complaints == 0);
-    let heads = store.heads();
+    let heads = store.heads().to_vec();
     assert!(heads.is_sorted_by(|a, b| a.exits < b.exits));
     assert!(recorded.exits() < 200 || noise.is_some() || !heads.is_empty());
-    looks_on(recorded, &straight.exits, store, seed);
+    let noted = notes_are_right(&mut store, &straight.seen);
+    assert!(noise.is_some() || heads.is_empty() || noted > 0);
+    looks_on(recorded, &straight.seen.exits, store, seed);
 }
 
 /// What a file has room for: more than any toy's memory.
@@ -236,7 +277,9 @@ fn survives_damage<R: Recorded>(recorded: &R, seed: u64) {
     assert_eq!(complaints, 0);
     if rng.one_in(4) {
         let thin = again.thinned(&path, |number| number % 2 == 0);
-        let thin = thin.expect("there is room");
+        let mut thin = thin.expect("there is room");
+        let is_noted = notes_are_right::<CpuState<R>, DisksState<R>, _>(&mut thin, &straight.seen);
+        assert_eq!(is_noted == 0, thin.heads().is_empty());
         assert_eq!(thin.heads().len(), again.heads().len().div_ceil(2));
         let (complaints, _) = travel(recorded, &straight, thin, seed + 3);
         assert_eq!(complaints, 0);

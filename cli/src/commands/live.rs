@@ -31,7 +31,8 @@ and signals, and guest time goes on from what it was. The guest's own clock goes
 today's date.
 
 With --record NEW, NEW is a whole recording, from power-on on: what the old one says up to the moment, and from there
-on what happened here. It needs nothing of the old one's directory. SIGUSR1 ends it and leaves its guest running.
+on what happened here. It needs nothing of the old one's directory, and has its marks up to the moment.
+SIGUSR1 ends it and leaves its guest running.
 
 If the moment is not in the recording, or the replay differs before it, nothing is written.
 
@@ -41,7 +42,7 @@ Examples:
 pub(crate) struct Options {
     /// The recording.
     recording: PathBuf,
-    /// The moment: an exit number, a guest time such as 12.5s, `crash`, `end`, or `console:TEXT`.
+    /// The moment: an exit number, a guest time such as 12.5s, `crash`, `end`, `console:TEXT`, or a mark.
     ///
     /// `end` is the last exit of a recording that was closed or cut short before its guest ended.
     #[arg(long, value_name = "MOMENT")]

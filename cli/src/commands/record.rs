@@ -21,10 +21,12 @@ use crate::summary::Summary;
 /// Options of `record`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-The guest's console is standard input and output; at a terminal, Ctrl-] ends the recording.
+The guest's console is standard input and output; at a terminal, Ctrl-] ends the recording, and Ctrl-^ marks the
+present moment of it (`hindsight mark --help`). The guest gets neither key.
 Ctrl-C elsewhere (SIGINT, SIGTERM, SIGHUP) closes it cleanly too; SIGPWR presses the guest's power button,
 and a guest that turns itself off ends its recording. SIGUSR1 ends the recording at the guest's next exit and
-leaves the guest running, unrecorded; there is a summary of each then. Summaries go to standard error.
+leaves the guest running, unrecorded; there is a summary of each then. SIGUSR2 marks the present moment, as does
+`hindsight mark DIR` from another shell. Summaries go to standard error.
 
 DIR gets the journal, which grows while the guest runs, a copy of the kernel and of the initrd, and
 links to the images of disks. If anything fails before the guest runs, DIR is left as it was. One

@@ -1,22 +1,23 @@
 //! `hindsight verify`: checks a recording, in stretches and side by side.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::Command;
 use std::time::Instant;
 
 use clap::Args;
 use hindsight_replay::Stretch;
-use hindsight_replay::foreign::shown_lines;
-use hindsight_vmm::failure::Failure;
+use hindsight_replay::foreign::{shown, shown_path};
+use hindsight_vmm::failure::{Failure, Kind};
 use hindsight_vmm::session::{
     CounterWish, RecordedPaths, Recording, Share, Verified, VerifyWish, verify,
 };
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::children;
-use crate::format::{seconds, thousands};
+use crate::format::seconds;
 use crate::front::Terminal;
 use crate::outcome::Outcome;
+use crate::stretches::{self, STRETCHES_MAX, StretchVerdict};
 use crate::tell::{out, tell};
 
 /// Options of `verify`.
@@ -28,7 +29,9 @@ indexed (`hindsight index`) is checked by as many processes, or machines, as the
 one stretch.
 
 With --stretch the exit code says what to do: 0, it is right; 1, it is not; 2, it cannot be checked as it is (index the
-recording again); 4 and 5, this host cannot do it, or failed: try again, perhaps elsewhere.")]
+recording again); 3, the journal is damaged or cut short there; 4 and 5, this host cannot do it, or failed: try again,
+perhaps elsewhere. With --collect it is that of the stretch which says most: 1 before 5, 4, 3 and 2; one that no file
+tells of counts as 5.")]
 pub(crate) struct Options {
     /// The recording.
     recording: PathBuf,
@@ -38,6 +41,9 @@ pub(crate) struct Options {
     /// Check stretch I of N, and nothing else.
     #[arg(long, value_name = "I/N", value_parser = parse_share)]
     stretch: Option<Share>,
+    /// Check nothing, but put together what --stretch --json printed on other machines; each FILE has one or several.
+    #[arg(long, value_name = "FILE", num_args = 1.., conflicts_with_all = ["jobs", "stretch", "disks"])]
+    collect: Vec<PathBuf>,
     /// Take the image of a disk from here instead of from where it was; it must be the same.
     ///
     /// Once for each disk, in their order.
@@ -53,7 +59,7 @@ fn parse_share(text: &str) -> Result<Share, String> {
     let (number, of) = text.split_once('/').ok_or_else(bad)?;
     let (number, of) = (number.parse(), of.parse());
     match (number, of) {
-        (Ok(number), Ok(of)) if (1..=of).contains(&number) && of <= 1 << 20 => {
+        (Ok(number), Ok(of)) if (1..=of).contains(&number) && of <= STRETCHES_MAX => {
             Ok(Share { number, of })
         }
         _ => Err(bad()),
@@ -61,6 +67,9 @@ fn parse_share(text: &str) -> Result<Share, String> {
 }
 
 pub(crate) fn main(options: &Options) -> Result<Outcome, Failure> {
+    if !options.collect.is_empty() {
+        return collect(options);
+    }
     if let Some(share) = options.stretch {
         return check_one(options, share);
     }
@@ -89,21 +98,25 @@ fn check_one(options: &Options, share: Share) -> Result<Outcome, Failure> {
         quiet: true,
         real_time: false,
     };
-    let verified = verify(&wish, &mut terminal)?;
-    let (verdict, detail, outcome) = judge(&verified);
-    let host_ns = start.elapsed().as_nanos() as u64;
-    let found = Found {
-        share,
-        verdict: verdict.into(),
-        detail,
-        from: verified.from,
-        to: verified.to.unwrap_or(verified.exits),
-        outcome,
-        host_ns,
+    let verified = match verify(&wish, &mut terminal) {
+        Ok(verified) => verified,
+        Err(failure) => {
+            if options.json {
+                let (why, outcome) = (failure.to_string(), Outcome::from(failure.kind()));
+                let verdict = StretchVerdict::without(share, "failed", why, outcome);
+                out!("{}", json!(verdict));
+            }
+            return Err(failure);
+        }
     };
+    let judged = judge(&verified);
+    let outcome = judged.2;
+    let exits = (verified.from, verified.to.unwrap_or(verified.exits));
+    let host_ns = start.elapsed().as_nanos() as u64;
+    let verdict = StretchVerdict::new(share, verified.place, exits, judged, host_ns);
     match options.json {
-        true => out!("{}", found.json()),
-        false => tell!("{}", found.line()),
+        true => out!("{}", json!(verdict)),
+        false => tell!("{}", verdict.line()),
     }
     Ok(outcome)
 }
@@ -131,107 +144,77 @@ fn judge(verified: &Verified) -> (&'static str, String, Outcome) {
     }
 }
 
-/// What came of a stretch.
-#[derive(Clone, Debug)]
-struct Found {
-    share: Share,
-    verdict: String,
-    detail: String,
-    from: u64,
-    to: u64,
-    outcome: Outcome,
-    host_ns: u64,
-}
-
-impl Found {
-    fn json(&self) -> Value {
-        json!({
-            "stretch": self.share.number,
-            "of": self.share.of,
-            "verdict": self.verdict,
-            "detail": self.detail,
-            "from_exit": self.from,
-            "to_exit": self.to,
-            "exit_code": self.outcome as i32,
-            "host_ns": self.host_ns,
-        })
-    }
-
-    fn line(&self) -> String {
-        let detail = match &*self.detail {
-            "" => String::new(),
-            detail => format!(": {}", shown_lines(detail)),
-        };
-        format!(
-            "stretch {} of {}, exits {} to {}: {} in {}{detail}",
-            self.share.number,
-            self.share.of,
-            thousands(self.from),
-            thousands(self.to),
-            self.verdict,
-            seconds(self.host_ns)
-        )
-    }
-
-    /// What a process says of its stretch, or why it does not.
-    fn of(share: Share, ran: &Output) -> Found {
-        let text = String::from_utf8_lossy(&ran.stdout);
-        let said: Value = serde_json::from_str(text.trim()).unwrap_or_default();
-        let number = |name: &str| said[name].as_u64().unwrap_or_default();
-        Found {
-            share,
-            verdict: said["verdict"].as_str().unwrap_or("failed").into(),
-            detail: said["detail"]
-                .as_str()
-                .map_or_else(|| children::said(ran, None), String::from),
-            from: number("from_exit"),
-            to: number("to_exit"),
-            outcome: Outcome::of(ran.status),
-            host_ns: number("host_ns"),
-        }
-    }
-}
-
 /// Checks all stretches, each in a process.
 fn check_all(options: &Options, jobs: u64) -> Result<Outcome, Failure> {
     let start = Instant::now();
-    let found = children::share_out(jobs, jobs, |number| {
+    let all = children::share_out(jobs, jobs, |number| {
         let share = Share {
             number: number + 1,
             of: jobs,
         };
-        let one = Found::of(share, &command(options, share)?.output()?);
+        let one = StretchVerdict::of_process(share, &command(options, share)?.output()?);
         if !options.json {
             tell!("{}", one.line());
         }
         Ok(one)
     })?;
-    let outcome = Outcome::weightiest(found.iter().map(|one| one.outcome));
-    let wrong = found
-        .iter()
-        .filter(|one| one.outcome != Outcome::Good)
-        .count();
     let host_ns = start.elapsed().as_nanos() as u64;
-    if options.json {
-        let stretches: Vec<Value> = found.iter().map(Found::json).collect();
-        let equal = outcome == Outcome::Good;
+    Ok(tell_of_all(&all, host_ns, options.json))
+}
+
+/// Puts together what others found.
+fn collect(options: &Options) -> Result<Outcome, Failure> {
+    let journal = Recording::at(&options.recording).journal()?;
+    let recording = stretches::check_text(journal.start().check);
+    let mut verdicts = Vec::new();
+    for file in &options.collect {
+        match stretches::read(file) {
+            Ok(more) => verdicts.extend(more),
+            // Its stretch is missing, unless another file has it.
+            Err(why) => tell!("{}: {}", shown_path(file), shown(&why)),
+        }
+    }
+    let all = stretches::put_together(verdicts, &recording)
+        .map_err(|why| Failure::new(Kind::BadInput, why))?;
+    if all.is_empty() {
+        let why = "none of these files has a verdict on a stretch; check the stretches again";
+        return Err(Failure::new(Kind::HostFailed, why));
+    }
+    if !options.json {
+        for one in all.iter().filter(|one| one.outcome() != Outcome::Good) {
+            tell!("{}", one.line());
+        }
+    }
+    let host_ns = all.iter().map(StretchVerdict::host_ns);
+    let host_ns = host_ns.fold(0, u64::saturating_add);
+    Ok(tell_of_all(&all, host_ns, options.json))
+}
+
+/// Says what the stretches of a recording, which are all there are, come to.
+fn tell_of_all(all: &[StretchVerdict], host_ns: u64, as_json: bool) -> Outcome {
+    let gap = stretches::check_joined(all).err();
+    let joined = gap.as_ref().map_or(Outcome::Good, |_| Outcome::BadInput);
+    let outcomes = all.iter().map(StretchVerdict::outcome);
+    let wrong = outcomes.clone().filter(|one| *one != Outcome::Good).count();
+    let outcome = Outcome::weightiest(outcomes.chain([joined]));
+    let equal = outcome == Outcome::Good;
+    if as_json {
         out!(
             "{}",
-            json!({"equal": equal, "stretches": stretches, "host_ns": host_ns})
+            json!({"equal": equal, "stretches": all, "gap": gap, "host_ns": host_ns})
         );
-    } else if wrong == 0 {
-        tell!(
-            "all {} stretches equal, in {}",
-            found.len(),
-            seconds(host_ns)
-        );
-    } else {
-        tell!(
-            "{wrong} of {} stretches are not equal, or were not checked",
-            found.len()
-        );
+        return outcome;
     }
-    Ok(outcome)
+    if let Some(gap) = &gap {
+        tell!("{gap}");
+    }
+    if equal {
+        tell!("all {} stretches equal, in {}", all.len(), seconds(host_ns));
+    } else if wrong > 0 {
+        let of = all.len();
+        tell!("{wrong} of {of} stretches are not equal, or were not checked");
+    }
+    outcome
 }
 
 fn command(options: &Options, share: Share) -> std::io::Result<Command> {

@@ -253,6 +253,10 @@ impl<W: World> Outside for Live<W> {
     }
 
     fn horizon(&mut self, position: &Position) -> Result<Horizon, Closed> {
+        self.world.pass(Complete {
+            exits: position.exits,
+            now: position.now,
+        });
         if self.overdue.is_some() {
             let again_at = self.world.now().saturating_add(RETRY_NS);
             self.world.alarm(Some(again_at));

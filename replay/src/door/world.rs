@@ -2,6 +2,8 @@
 
 use hindsight_devices::{Input, Nanos, Room};
 
+use crate::machine::Complete;
+
 /// What the live world offers.
 pub trait World {
     /// Nanoseconds since the machine was switched on. Never runs backwards.
@@ -11,6 +13,8 @@ pub trait World {
     /// Sleeps until `until`, or less if an input comes that `room` has a place for. `false` if
     /// neither can ever happen.
     fn sleep(&mut self, until: Option<Nanos>, room: &Room) -> bool;
+    /// All that belongs to this exit is done. More than once if the guest comes back without an exit.
+    fn pass(&mut self, _complete: Complete) {}
     /// A frame that the machine sends.
     fn send(&mut self, _frame: &[u8]) {}
     /// The operator asked to stop, the guest has not exited since, and patience is at an end.

@@ -31,6 +31,41 @@ pub trait Observer {
 /// Sees nothing.
 impl Observer for () {}
 
+/// Lent, it sees what it would see.
+impl<A: Observer + ?Sized> Observer for &mut A {
+    fn output(&mut self, exits: u64, now: Nanos, output: &Output) {
+        (**self).output(exits, now, output);
+    }
+
+    fn input(&mut self, exits: u64, now: Nanos, input: &Input) {
+        (**self).input(exits, now, input);
+    }
+
+    fn posted(&mut self, exits: u64, bytes: &[u8]) {
+        (**self).posted(exits, bytes);
+    }
+
+    fn turn(&mut self, exits: u64, turn: &Turn, guest: &mut dyn Guest) {
+        (**self).turn(exits, turn, guest);
+    }
+
+    fn interrupt(&mut self, at: &Moment, vector: u8, now: Nanos) {
+        (**self).interrupt(at, vector, now);
+    }
+
+    fn left_open(&mut self, exits: u64, what: LeftOpen) {
+        (**self).left_open(exits, what);
+    }
+
+    fn state(&mut self, exits: u64, digest: FullDigest) {
+        (**self).state(exits, digest);
+    }
+
+    fn kicked(&mut self, exits: u64) {
+        (**self).kicked(exits);
+    }
+}
+
 /// Both see the same, the first one first.
 impl<A: Observer, B: Observer> Observer for (A, B) {
     fn output(&mut self, exits: u64, now: Nanos, output: &Output) {

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use hindsight_devices::{Storage, StorageError};
 
 use super::checkpoint::{CheckpointHead, Checkpoints};
+use super::notes::Notes;
 use crate::machine::{Cpu, Machine, Outside, PAGE_BYTES, PagePlace, StateError, Stateful};
 
 /// The pages of a machine that may not be what they were at a checkpoint.
@@ -70,12 +71,14 @@ impl Changes {
     }
 
     /// Keeps a checkpoint of the machine in `store`: its state, as it is behind this door, with the pages that have
-    /// changed since the one before.
+    /// changed since the one before. `notes` are kept beside it.
     pub fn keep<C, S, O, K>(
         &mut self,
         (machine, cpu, disks): (&Machine, &mut C, &mut S),
         door: &O,
         store: &mut K,
+        head: CheckpointHead,
+        notes: Option<&Notes>,
     ) -> Result<Result<(), K::Error>, StateError<<C as Cpu>::Error>>
     where
         C: Cpu + Stateful<Error = <C as Cpu>::Error>,
@@ -86,11 +89,12 @@ impl Changes {
         let core = machine.save_core(cpu, disks, door)?;
         self.note(cpu, disks)?;
         let pages = std::mem::take(&mut self.pages);
-        let mut changed = pages.iter().map(|place| {
-            let mut bytes = [0; PAGE_BYTES];
-            read_page(cpu, disks, *place, &mut bytes).map(|()| (*place, bytes))
-        });
-        let appended = store.append(CheckpointHead::of(machine), &core, self.base, &mut changed);
+        let mut places = pages.iter();
+        let mut changed = |into: &mut [u8; PAGE_BYTES]| {
+            let place = *places.next()?;
+            Some(read_page(cpu, disks, place, into).map(|()| place))
+        };
+        let appended = store.append(head, &core, self.base, &mut changed, notes);
         match &appended {
             Ok(Ok(number)) => self.base = Some(*number),
             _ => self.pages = pages,

@@ -9,12 +9,14 @@
 
 mod changes;
 mod checkpoint;
+mod notes;
 mod stretch;
 mod travel;
 mod when;
 
 pub use changes::Changes;
 pub use checkpoint::{CheckpointHead, Checkpoints, PageSink, PageSource};
+pub use notes::Notes;
 pub use stretch::Stretch;
 pub use travel::{Arrival, Pace, Pause, Target, Timeline, TravelError};
-pub use when::{Anchor, NoMoment, When};
+pub use when::{Anchor, NoMoment, When, is_mark_name};

@@ -10,6 +10,7 @@ use thiserror::Error;
 
 use super::changes::{Changes, read_page};
 use super::checkpoint::{CheckpointHead, Checkpoints};
+use super::notes::{NoteTaker, Notes};
 use crate::RunError;
 use crate::door::{Closed, Replayer};
 use crate::journal::{JournalError, JournalReader, Tail};
@@ -47,8 +48,11 @@ pub enum Arrival {
 pub enum Pause {
     /// Nothing.
     GoOn,
-    /// Make a checkpoint, if the store has none so late.
-    Checkpoint,
+    /// Make a checkpoint, if the store has none so late. Its [`CheckpointHead::cost`] is this.
+    Checkpoint {
+        /// What it took to come here.
+        cost: u32,
+    },
     /// Stop there.
     Stop,
 }
@@ -127,9 +131,11 @@ where
         &mut self,
         store: &mut K,
         door: &Replayer<R>,
+        head: CheckpointHead,
+        notes: Option<&Notes>,
     ) -> Result<Result<(), K::Error>, StateError<<C as Cpu>::Error>> {
         let machine = (&self.machine, &mut self.cpu, &mut self.disks);
-        self.changes.keep(machine, door, store)
+        self.changes.keep(machine, door, store, head, notes)
     }
 
     /// What a page holds at power-on.
@@ -158,12 +164,18 @@ where
         }
         let place = core.journal.clone().ok_or(Unusable::NoPlace)?;
         self.note_changes()?;
-        let (changes, power_on) = (&mut self.changes, &self.power_on);
+        let (Changes { base, pages }, power_on) = (&mut self.changes, &self.power_on);
+        let base = *base;
         let put = |cpu: &mut C, disks: &mut S| {
             let (mut written, mut failed) = (Vec::new(), None);
             let mut put = |place: PagePlace, bytes: Option<&[u8; PAGE_BYTES]>| {
+                let first = power_on.get(place);
+                let bytes = bytes.unwrap_or(first);
+                if base.is_none() && bytes == first && !pages.contains(&place) {
+                    // Nobody has touched it: it stays so.
+                    return ControlFlow::Continue(());
+                }
                 written.push(place);
-                let bytes = bytes.unwrap_or_else(|| power_on.get(place));
                 let put = match place.number() {
                     Ok(number) if cpu.has_page(number) => {
                         cpu.write_page(number, bytes).map_err(StateError::Cpu)
@@ -183,14 +195,14 @@ where
                     ControlFlow::Continue,
                 )
             };
-            let given = store.pages(number, changes.base, &changes.pages, &mut put);
+            let given = store.pages(number, base, pages, &mut put);
             let done = match failed {
                 Some(error) => Err(Unusable::State(error)),
                 None => given.map_err(Unusable::Store),
             };
             if let Err(error) = done {
                 // Neither what they were nor what they were to be.
-                changes.pages.extend(written);
+                pages.extend(written);
                 return Err(error);
             }
             // These were our own, and what they hold is known.
@@ -220,6 +232,8 @@ pub struct Timeline<C, S, R: Read, K, M> {
     parts: Option<Parts<C, S>>,
     door: Replayer<R>,
     store: K,
+    /// What has happened since it was put somewhere, or made a checkpoint.
+    notes: NoteTaker,
     /// Checkpoints that did not serve.
     unusable: BTreeSet<usize>,
     complaints: Vec<String>,
@@ -250,6 +264,7 @@ where
             parts: None,
             door: Replayer::new(journal, None, None),
             store,
+            notes: NoteTaker::default(),
             unusable: BTreeSet::new(),
             complaints: Vec::new(),
         }
@@ -276,6 +291,11 @@ where
             DigestError::Cpu(error) => StateError::Cpu(error),
             DigestError::Storage(error) => StateError::Storage(error),
         })
+    }
+
+    /// What happened before a checkpoint and after the one before it, if its store knows.
+    pub fn notes(&mut self, number: usize) -> Option<Notes> {
+        self.store.notes(number)
     }
 
     /// Where the checkpoints are kept.
@@ -383,6 +403,7 @@ where
         let put = restored.and_then(|place| {
             self.door.go_to(&place).map_err(Unusable::Journal)?;
             parts.in_step = true;
+            self.notes.begin(parts.here().exits);
             Ok(())
         });
         Ok(put.map_err(|why| why.to_string()))
@@ -419,6 +440,7 @@ where
             .take(&mut parts.cpu, PagePlace::in_memory)
             .map_err(StateError::Cpu)?;
         parts.changes = Changes::from_power_on(&mut parts.cpu, &mut parts.disks)?;
+        self.notes.begin(0);
         self.parts = Some(parts);
         Ok(())
     }
@@ -474,10 +496,9 @@ where
             let look = parts.machine.at().exits.saturating_add(pace.exits().max(1));
             let until = last.map_or(look, |last| last.min(look));
             self.door.close_after(Some(until));
-            let result =
-                parts
-                    .machine
-                    .run(&mut parts.cpu, &mut parts.disks, &mut self.door, observer);
+            let mut observers = (&mut self.notes, &mut *observer);
+            let (cpu, disks, door) = (&mut parts.cpu, &mut parts.disks, &mut self.door);
+            let result = parts.machine.run(cpu, disks, door, &mut observers);
             parts.in_step = matches!(result, Err(RunError::Closed(Closed::Reached(_))));
             match result {
                 Err(RunError::Closed(Closed::Reached(_))) => {}
@@ -499,7 +520,8 @@ where
             match pace.look(here) {
                 Pause::GoOn => {}
                 Pause::Stop => return Ok(Arrival::Stopped),
-                Pause::Checkpoint => {
+                Pause::Checkpoint { cost } => {
+                    let here = CheckpointHead { cost, ..here };
                     self.make_checkpoint(here)?;
                     pace.made(here);
                 }
@@ -517,11 +539,14 @@ where
             return Ok(());
         }
         let parts = self.parts.as_mut().expect("it was made");
-        if let Err(error) = parts.save(&mut self.store, &self.door)? {
+        let before = self.store.heads().last().map_or(0, |last| last.exits);
+        let notes = self.notes.since(before);
+        if let Err(error) = parts.save(&mut self.store, &self.door, here, notes.as_ref())? {
             self.cannot_keep(&error)?;
             self.complaints
                 .push(format!("there is no checkpoint at exit {}", here.exits));
         }
+        self.notes.begin(here.exits);
         Ok(())
     }
 

@@ -9,6 +9,7 @@ use std::sync::OnceLock;
 
 use hindsight_kernel::rewrite::rewritten::{self, Changes, Rewritten};
 use hindsight_kernel::rewrite::{caves, modules};
+use hindsight_kernel::view::View;
 use hindsight_kernel::{Elf, Kernel, Modules, QuickPlan, RewriteTargets, find_sites, unpack};
 use hindsight_vmm::boot::{self, BootParameters, GuestRam, OutOfRam};
 
@@ -177,6 +178,8 @@ fn load_file(file: &[u8]) -> Option<Loaded> {
     let kernel = unpack(file).ok()?;
     limit(LOOKING_BYTES + LOOKING_BYTES_PER_BYTE * kernel.elf.len());
     let elf = Elf::parse(&kernel.elf).ok()?;
+    // What is known of its memory is refused or found as well, whatever its types say.
+    let _ = View::new(&elf);
     let modules = modules::find(&elf);
     let found = find_sites(&elf, modules.loads()).ok()?;
     let places: Vec<u64> = found.sites.sites.iter().map(|site| site.address).collect();

@@ -6,6 +6,7 @@ pub mod cpuid;
 mod deadline;
 mod debug;
 mod debugger;
+mod dirty_log;
 mod entries;
 mod entry_stub;
 mod error;

@@ -2,13 +2,14 @@
 
 use hindsight_kernel::rewrite::{alternatives, caves};
 use hindsight_kernel::{Elf, EntryCaves, ModuleLayout, Modules, QuickClock, Rewritten, Sites};
-use hindsight_replay::{PAGE_BYTES, memory, set_bits};
+use hindsight_replay::{PAGE_BYTES, memory};
 use kvm_bindings::{
     KVM_CAP_EXCEPTION_PAYLOAD, KVM_CAP_PMU_CAPABILITY, KVM_MEM_LOG_DIRTY_PAGES,
     KVM_PMU_CAP_DISABLE, kvm_enable_cap, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, VmFd};
 
+use super::dirty_log::DirtyLog;
 use super::entries::EntryState;
 use super::error::{KvmError, Named};
 use super::memory::GuestMemory;
@@ -67,6 +68,7 @@ pub(super) struct Vm {
     // The order of the fields is the order of their end: the VM is gone before the memory is.
     pub(super) fd: VmFd,
     pub(super) memory: GuestMemory,
+    dirty_log: DirtyLog,
     /// KVM notes which pages the guest writes.
     logs_changes: bool,
     pub(super) text: KernelText,
@@ -89,10 +91,12 @@ impl Vm {
         tell_exceptions_apart(kvm, &fd)?;
         hide_counters(kvm, &fd)?;
         let posted = Posted::new(kvm, &fd)?;
+        let dirty_log = DirtyLog::new(kvm, &fd)?;
         let vm = Vm {
             fd,
             posted,
             memory,
+            dirty_log,
             logs_changes: false,
             text: KernelText::default(),
             entries: EntryState::default(),
@@ -120,8 +124,8 @@ impl Vm {
         Ok(())
     }
 
-    /// The numbers of the pages of RAM that were written since this was asked last: by the guest, which KVM notes from the
-    /// first time on (before, each page that the host has given it may be one), and by devices and by us, which
+    /// The numbers of the pages of RAM that may have been written since this was asked last: by the guest, which KVM notes
+    /// from the first time on (before, each page that the host has given it may be one), and by devices and by us, which
     /// [`GuestMemory`] notes.
     pub(super) fn take_changed_pages(&mut self) -> Result<Vec<u64>, KvmError> {
         let mut changed = memory::take_written(self.memory.ram());
@@ -134,10 +138,9 @@ impl Vm {
             return Ok(changed);
         }
         for (slot, region) in (0..).zip(self.memory.regions()) {
-            let log = self.fd.get_dirty_log(slot, region.bytes as usize);
-            let log = log.named("KVM_GET_DIRTY_LOG")?;
+            let written = self.dirty_log.take(&self.fd, slot, region.bytes)?;
             let first = region.gpa / PAGE_BYTES as u64;
-            changed.extend(set_bits(&log).map(|page| first + page));
+            changed.extend(written.into_iter().map(|page| first + page));
         }
         Ok(changed)
     }

@@ -6,7 +6,9 @@
 use std::fs::File;
 
 use hindsight_devices::Nanos;
-use hindsight_replay::{Changes, Closed, End, JournalError, Machine, Observer, Recorder, RunError};
+use hindsight_replay::{
+    Changes, CheckpointHead, Closed, End, JournalError, Machine, Observer, Recorder, RunError,
+};
 
 use super::Front;
 use super::checkpoints::CheckpointFile;
@@ -56,8 +58,10 @@ impl Checkpointing {
                 result => break result,
             }
             recorder.close_frame().map_err(broken)?;
+            // What its cost is to a replay, only a replay knows.
+            let head = CheckpointHead::of(machine);
             let here = (&*machine, &mut *cpu, &mut *disks);
-            failed = self.changes.keep(here, recorder, &mut self.store)?;
+            failed = (self.changes).keep(here, recorder, &mut self.store, head, None)?;
             if failed.is_err() {
                 cpu.forget_changed_pages()?;
             }

@@ -17,6 +17,8 @@ use hindsight_replay::{
 };
 
 use super::make::random_number;
+use super::marking::Marking;
+use super::marks::{carry_over, no_marks};
 use super::moments::{go_on, go_to_moment, here};
 use super::new_recording::NewRecording;
 use super::open::{Here, RecordedImages, RecordedPaths};
@@ -419,12 +421,17 @@ impl Session<'_> {
             .map_err(|error| Failure::new(Kind::HostFailed, error))?;
         recorder.copy(&mut recording.journal()?, &place, from)?;
         target.begin()?;
+        if let Err(error) = carry_over(recording, target.recording(), from.exits) {
+            front.notice(&no_marks(&error));
+        }
         notice_live(from, front);
         operator.may_leave();
         // Last of all: guest time goes on from here.
         let door = Session::door(wish, (world, link), from, unit, chaos)?;
         let mut recorder = recorder.map_inner(|_| door);
+        let marking = Marking::begin(target.recording(), &operator)?;
         let result = machine.run(&mut cpu, &mut disks, &mut recorder, &mut *view);
+        marking.end(machine.complete());
         let exits = machine.at().exits;
         let closed = close(recorder, result, target.recording(), exits, view, front);
         let closed = match closed {

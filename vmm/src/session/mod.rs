@@ -12,6 +12,8 @@ pub mod index;
 mod kernel_cache;
 mod live;
 mod make;
+mod marking;
+mod marks;
 mod moments;
 mod new_recording;
 mod open;
@@ -23,6 +25,7 @@ mod run;
 mod state_file;
 mod timeline;
 mod verify;
+mod view;
 
 use hindsight_replay::{Observer, OperatorConsole, Unit};
 
@@ -36,7 +39,9 @@ pub use live::{LiveRecordingWish, LiveWish, Lived, keep_moment, live};
 pub use make::{
     LoadedKernel, MACHINE_CMDLINE, MachineError, build, cmdline, describe, host_facts, open_kvm,
 };
-pub use moments::{travel, until_moment};
+pub use marking::mark_now;
+pub use marks::{MadeBy, Mark, MarkError, Marks, add_mark, remove_mark};
+pub use moments::{complete_at, travel, until_moment};
 pub use open::{RecordedImages, RecordedPaths};
 pub use preemption_plan::{CounterWish, PreemptionError, PreemptionPlan, PreemptionWish};
 pub use record::{Left, RecordWish, Recorded, record};
@@ -50,7 +55,8 @@ pub use timeline::{
     HostPace, IndexWish, Indexed, Make, RecordingTimeline, SPACING, index_recording, open_timeline,
 };
 
-pub use verify::{Share, Verified, VerifyWish, verify};
+pub use verify::{Share, StretchPlace, Verified, VerifyWish, verify};
+pub use view::{KernelAt, KernelMemory, KernelView};
 
 /// Whoever is in front of a session: hears what is worth saying, and shows the guest's console.
 pub trait Front {

@@ -1,8 +1,11 @@
 //! Finds the moments that a recording's user names.
 
 use hindsight_devices::{Nanos, Output};
-use hindsight_replay::{Anchor, Arrival, Exit, Guest, Observer, Pace, Target, Turn, When};
+use hindsight_replay::{
+    Anchor, Arrival, Complete, Exit, Guest, Observer, Pace, Target, Turn, When,
+};
 
+use super::marks::unmarked;
 use super::open::RecordedPaths;
 use super::preemption_plan::CounterWish;
 use super::recording::Recording;
@@ -24,6 +27,7 @@ pub(super) fn go_to_moment(
     pace: &mut dyn Pace,
     observer: &mut dyn Observer,
 ) -> Result<Arrival, Failure> {
+    let when = &unmarked(recording, when)?;
     let missing = |why: &str| {
         let recording = shown_path(recording.directory());
         Failure::new(
@@ -52,6 +56,7 @@ pub(super) fn go_to_moment(
                     .ok_or_else(|| missing("its guest does not panic"))?,
                 Anchor::Console(text) => find(timeline, pace, Search::console(text))?
                     .ok_or_else(|| missing("no console says that"))?,
+                Anchor::Mark(_) => unreachable!("it is an exit by now"),
             };
             let exit = base.checked_add_signed(offset);
             Target::Exit(exit.ok_or_else(|| missing("it would be before power-on"))?)
@@ -84,6 +89,21 @@ pub fn travel(
     Ok((timeline, exits))
 }
 
+/// The exit that a moment is, with guest time there.
+///
+/// # Errors
+///
+/// As of [`travel`].
+pub fn complete_at(
+    recording: &Recording,
+    instead: &RecordedPaths,
+    when: &When,
+) -> Result<Complete, Failure> {
+    let (mut timeline, _) = travel(recording, instead, &CounterWish::default(), when)?;
+    let parts = timeline.parts();
+    Ok(parts.map_or_else(Complete::default, |(machine, _, _)| machine.complete()))
+}
+
 /// Up to where a recording is to be replayed that is replayed from its start.
 ///
 /// # Errors
@@ -94,13 +114,14 @@ pub fn until_moment(
     instead: &RecordedPaths,
     when: &When,
 ) -> Result<Until, Failure> {
+    let when = unmarked(recording, when)?;
     match (&when.anchor, when.offset) {
         (Anchor::Exit(exit), 0) => Ok(Until::Exit(*exit)),
         (Anchor::Time(time), 0) => Ok(Until::Time(*time)),
         (Anchor::End, 0) => Ok(Until::End),
         _ => {
             let counter = CounterWish::default();
-            travel(recording, instead, &counter, when).map(|(_, exits)| Until::Exit(exits))
+            travel(recording, instead, &counter, &when).map(|(_, exits)| Until::Exit(exits))
         }
     }
 }
@@ -139,19 +160,47 @@ fn run_on(
     }
 }
 
-/// The first exit at which something happens that is looked for from the start on.
+/// The first exit at which something happens that is looked for. What happened before a checkpoint may be noted beside it;
+/// what is found there is looked at, for a note is not compared with the recording.
 fn find(
     timeline: &mut RecordingTimeline,
     pace: &mut dyn Pace,
+    search: Search,
+) -> Result<Option<u64>, Failure> {
+    let (mut noted, mut from) = (search.clone(), 0);
+    for number in 0..timeline.store().heads().len() {
+        let before = noted.clone();
+        let Some(notes) = timeline.notes(number) else {
+            break;
+        };
+        let panic = notes.tell(from, &mut noted);
+        noted.panicked(panic);
+        if let Some(found) = noted.found {
+            return match look_through(timeline, pace, from, Target::Exit(found), before)? {
+                Some(seen) if seen == found => Ok(Some(found)),
+                _ => look_through(timeline, pace, 0, Target::End, search),
+            };
+        }
+        from = timeline.store().heads()[number].exits;
+    }
+    look_through(timeline, pace, from, Target::End, noted)
+}
+
+/// Goes to an exit and from there on, looking.
+fn look_through(
+    timeline: &mut RecordingTimeline,
+    pace: &mut dyn Pace,
+    from: u64,
+    to: Target,
     mut search: Search,
 ) -> Result<Option<u64>, Failure> {
-    go_on(timeline, Target::Exit(0), pace, &mut ())?;
-    run_on(timeline, Target::End, pace, &mut search)?;
+    go_on(timeline, Target::Exit(from), pace, &mut ())?;
+    run_on(timeline, to, pace, &mut search)?;
     Ok(search.found)
 }
 
 /// Looks for the first exit at which something happens.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Search {
     /// A text on a console; else a panic.
     text: Option<Vec<u8>>,
@@ -167,12 +216,19 @@ impl Search {
             ..Search::default()
         }
     }
+
+    /// The kernel panicked at an exit.
+    fn panicked(&mut self, exits: Option<u64>) {
+        if self.text.is_none() && self.found.is_none() {
+            self.found = exits;
+        }
+    }
 }
 
 impl Observer for Search {
     fn turn(&mut self, exits: u64, turn: &Turn, _guest: &mut dyn Guest) {
-        if self.text.is_none() && self.found.is_none() && matches!(turn.exit, Exit::Panic { .. }) {
-            self.found = Some(exits);
+        if matches!(turn.exit, Exit::Panic { .. }) {
+            self.panicked(Some(exits));
         }
     }
 

@@ -14,6 +14,7 @@ use kvm_ioctls::Kvm;
 use super::checkpointing::Checkpointing;
 use super::images::{Images, MachineWish};
 use super::make::{host_facts, open_kvm, random_bytes, random_number};
+use super::marking::Marking;
 use super::new_recording::NewRecording;
 use super::preemption_plan::{CounterWish, PreemptionPlan, PreemptionWish};
 use super::recording::Recording;
@@ -225,6 +226,7 @@ impl Session<'_> {
             }
         };
         self.recording.begin()?;
+        let marking = Marking::begin(self.recording.recording(), &self.operator)?;
         let result = match checkpointing {
             None => machine.run(&mut cpu, &mut disks, &mut recorder, &mut *view),
             Some(checkpointing) => {
@@ -232,6 +234,7 @@ impl Session<'_> {
                 checkpointing.run(parts, &mut recorder, &mut *view, self.front)?
             }
         };
+        marking.end(machine.complete());
         let exits = machine.at().exits;
         let recording = self.recording.recording();
         let ran = close(recorder, result, recording, exits, view, self.front)?;

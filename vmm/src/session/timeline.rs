@@ -31,6 +31,8 @@ pub type RecordingTimeline = Timeline<KvmCpu, Disks, BufReader<File>, Checkpoint
 pub const SPACING: Duration = Duration::from_millis(800);
 /// Exits from one look at the clock to the next.
 const LOOK_EXITS: u64 = 32;
+/// So many of the last checkpoints tell how much room those to come will take.
+const RECENT: usize = 3;
 
 /// Divides the way by what it costs on this host.
 #[derive(Debug)]
@@ -71,7 +73,9 @@ impl Pace for HostPace {
         if self.stops && std::mem::take(&mut self.made) {
             Pause::Stop
         } else if self.since.get_or_insert_with(Instant::now).elapsed() >= self.spacing {
-            Pause::Checkpoint
+            let cost = self.since.map_or(0, |since| since.elapsed().as_millis());
+            let cost = u32::try_from(cost).unwrap_or(u32::MAX);
+            Pause::Checkpoint { cost }
         } else {
             Pause::GoOn
         }
@@ -263,16 +267,22 @@ fn paced(
     last: Option<u64>,
     spacing: Duration,
 ) -> Duration {
-    let (Some(last), Some(here)) = (last, store.heads().last()) else {
+    let (here, used) = (store.heads().last(), store.bytes());
+    let (Some(last), Some(here), Some((exits, bytes))) = (last, here, store.recent(RECENT)) else {
         return spacing;
     };
+    // What the boot of a kernel takes says nothing of what comes after it.
+    if used < wish.budget_bytes / 4 {
+        return spacing;
+    }
     // Exits are no measure of time, but there is no better one of what is to come.
     let left = last.saturating_sub(here.exits);
-    let count = store.heads().len() as u64;
-    let to_come = (left / (here.exits / count).max(1)).saturating_mul(store.bytes_each());
-    let room = wish.budget_bytes.saturating_sub(store.bytes());
-    match to_come > room {
+    let to_come = u128::from(bytes) * u128::from(left) / u128::from(exits.max(1));
+    let room = u128::from(wish.budget_bytes.saturating_sub(used)).max(1);
+    let spacing = match to_come > room {
         true => spacing + spacing / 4,
-        false => (spacing - spacing / 5).max(wish.spacing),
-    }
+        false if 2 * to_come > room => spacing - spacing / 5,
+        false => spacing / 2,
+    };
+    spacing.max(wish.spacing)
 }

@@ -25,10 +25,21 @@ impl Share {
     pub const WHOLE: Share = Share { number: 1, of: 1 };
 
     /// From after which checkpoint to which: without a first one from power-on, without a last one to the end. `None`:
-    /// there are fewer checkpoints than that, and it has nothing of the recording.
-    fn ends(self, checkpoints: usize) -> Option<(Option<usize>, Option<usize>)> {
-        let between = checkpoints as u128 + 1;
-        let end = |number: u64| (between * u128::from(number) / u128::from(self.of)) as usize;
+    /// there are fewer checkpoints than that, or they are too unlike, and it has nothing of the recording. `costs` is what
+    /// it takes to come to each checkpoint from the one before, and from the last to the end.
+    fn ends(self, costs: &[u64]) -> Option<(Option<usize>, Option<usize>)> {
+        let checkpoints = costs.len() - 1;
+        let all: u128 = costs.iter().map(|cost| u128::from(*cost)).sum();
+        // A part belongs to the share that its middle is in.
+        let end = |number: u64| {
+            let mut before = 0;
+            let ends_before = |cost: &&u64| {
+                let middle = 2 * before + u128::from(**cost);
+                before += u128::from(**cost);
+                middle * u128::from(self.of) < 2 * all * u128::from(number)
+            };
+            costs.iter().take_while(ends_before).count()
+        };
         let (first, last) = (end(self.number - 1), end(self.number));
         (first < last).then(|| {
             (
@@ -37,6 +48,30 @@ impl Share {
             )
         })
     }
+}
+
+/// What the parts of a recording of `exits` exits take: to each checkpoint from the one before, and from the last to the
+/// end. Where that is not known it is guessed by how many exits they have.
+fn costs(heads: &[CheckpointHead], exits: Option<u64>) -> Vec<u64> {
+    let last = heads.last().map_or(0, |head| head.exits);
+    let ends = heads.iter().map(|head| (head.exits, u64::from(head.cost)));
+    let ends = ends.chain([(exits.unwrap_or(last).max(last), 0)]);
+    let (cost, known) = (heads.iter().filter(|head| head.cost > 0))
+        .fold((0, 0), |(cost, count), head| {
+            (cost + u64::from(head.cost), count + 1)
+        });
+    let exits_each = (last / heads.len().max(1) as u64).max(1);
+    let cost_each = cost.checked_div(known).unwrap_or(1000).max(1);
+    let mut before = 0;
+    let costs = ends.map(|(exits, cost)| {
+        let passed = exits - std::mem::replace(&mut before, exits);
+        match cost {
+            0 => (u128::from(passed) * u128::from(cost_each) / u128::from(exits_each))
+                .clamp(1, u128::from(u32::MAX)) as u64,
+            cost => cost,
+        }
+    });
+    costs.collect()
 }
 
 /// What is to be checked.
@@ -65,6 +100,19 @@ pub struct Verified {
     pub divergence: Option<String>,
     /// The last exit that was replayed.
     pub exits: u64,
+    /// Of which recording it is, and between which checkpoints.
+    pub place: StretchPlace,
+}
+
+/// What verdicts of several machines are put together by: checks that are in the file of the checkpoints.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StretchPlace {
+    /// The check of the journal's head: it stands for the recording.
+    pub recording: u64,
+    /// The check of the checkpoint at which the stretch begins; `None`: at power-on.
+    pub from: Option<u64>,
+    /// That of the checkpoint at which it ends; `None`: where the recording does.
+    pub to: Option<u64>,
 }
 
 /// Checks a stretch.
@@ -78,16 +126,28 @@ pub fn verify(wish: &VerifyWish, front: &mut dyn Front) -> Result<Verified, Fail
     let console = journal.header().host.console;
     let mut timeline = open_timeline(&recording, journal, &wish.instead, &wish.counter)?;
     let heads: Vec<CheckpointHead> = timeline.store().heads().to_vec();
-    let Some((from, to)) = wish.share.ends(heads.len()) else {
+    let costs = costs(&heads, super::replay::last_exit(&recording));
+    let Some((from, to)) = wish.share.ends(&costs) else {
         return Ok(Verified {
             from: 0,
             to: Some(0),
             stretch: None,
             divergence: None,
             exits: 0,
+            place: StretchPlace {
+                recording: timeline.store().recording(),
+                ..StretchPlace::default()
+            },
         });
     };
     let exit_of = |number: usize| heads[number].exits;
+    let store = &*timeline.store();
+    let check_of = |number: usize| store.check_at(number);
+    let place = StretchPlace {
+        recording: store.recording(),
+        from: from.map(check_of),
+        to: to.map(check_of),
+    };
     let last_exit = to
         .map(exit_of)
         .or_else(|| super::replay::last_exit(&recording));
@@ -116,6 +176,7 @@ pub fn verify(wish: &VerifyWish, front: &mut dyn Front) -> Result<Verified, Fail
         stretch,
         divergence,
         exits,
+        place,
     })
 }
 
@@ -126,22 +187,46 @@ mod tests {
     #[test]
     fn shares_follow_one_another_from_power_on_to_the_end() {
         for checkpoints in 0..40 {
-            for of in 1..50 {
-                let shares = (1..=of).filter_map(|number| Share { number, of }.ends(checkpoints));
-                let shares: Vec<_> = shares.collect();
-                assert_eq!(shares.first().map(|share| share.0), Some(None));
-                assert_eq!(shares.last().map(|share| share.1), Some(None));
-                assert!(
-                    shares
-                        .windows(2)
-                        .all(|pair| pair[0].1 == pair[1].0 && pair[1].0.is_some())
-                );
-                assert!(
-                    shares
-                        .iter()
-                        .all(|(_, to)| to.is_none_or(|to| to < checkpoints))
-                );
+            let unlike = (0..=checkpoints).map(|number| [7, 1, 900, 3][number % 4]);
+            for costs in [vec![1; checkpoints + 1], unlike.collect()] {
+                for of in 1..50 {
+                    let shares = (1..=of).filter_map(|number| Share { number, of }.ends(&costs));
+                    let shares: Vec<_> = shares.collect();
+                    assert_eq!(shares.first().map(|share| share.0), Some(None));
+                    assert_eq!(shares.last().map(|share| share.1), Some(None));
+                    assert!(
+                        shares
+                            .windows(2)
+                            .all(|pair| pair[0].1 == pair[1].0 && pair[1].0.is_some())
+                    );
+                    assert!(
+                        shares
+                            .iter()
+                            .all(|(_, to)| to.is_none_or(|to| to < checkpoints))
+                    );
+                }
             }
         }
+    }
+
+    #[test]
+    fn shares_take_about_as_long_as_each_other() {
+        let costs = [10, 10, 10, 10, 40, 40, 40];
+        let ends = |number| Share { number, of: 2 }.ends(&costs);
+        assert_eq!(ends(1), Some((None, Some(4))));
+        assert_eq!(ends(2), Some((Some(4), None)));
+    }
+
+    #[test]
+    fn what_is_not_known_of_a_part_is_guessed_by_its_exits() {
+        let head = |exits, cost| CheckpointHead {
+            exits,
+            now: 0,
+            cost,
+        };
+        let heads = [head(100, 800), head(300, 0), head(400, 600)];
+        assert_eq!(costs(&heads, Some(500)), [800, 1052, 600, 526]);
+        assert_eq!(costs(&[head(7, 0)], None), [1000, 1]);
+        assert_eq!(costs(&[], None), [1]);
     }
 }

@@ -5,6 +5,7 @@
 
 mod bell;
 mod clock;
+mod marks;
 pub mod net;
 mod operator;
 mod standard_output;
@@ -22,6 +23,7 @@ use hindsight_replay::{Complete, OperatorConsole, World};
 use crate::kvm::{Alarm, Kicker};
 use bell::Bell;
 use clock::HostClock;
+pub use marks::{HeardWish, MarkAsker, MarkWish};
 use net::{Attached, Link, NetError};
 pub use operator::Operator;
 pub use standard_output::{Hold, Shown, StandardOutput};
@@ -57,6 +59,8 @@ pub struct HostWorld {
     /// When the alarm goes off, unless it has; and how much of the host's time the clock had left out when
     /// it was set, which it goes off too early by since.
     alarm_at: Option<(Nanos, Nanos)>,
+    /// The last exit of which all is done.
+    complete: Complete,
 }
 
 impl HostWorld {
@@ -88,6 +92,7 @@ impl HostWorld {
             network: None,
             alarm: Alarm::for_this_thread()?,
             alarm_at: None,
+            complete: Complete::default(),
         };
         let bell = world.operator.bell().clone();
         world.network = link.map(|link| Attached::new(link, bell)).transpose()?;
@@ -179,6 +184,8 @@ impl HostWorld {
 
     fn sleep_until(&mut self, until: Option<Nanos>, room: &Room) -> bool {
         loop {
+            // Whoever wants a mark wakes the thread, and not the machine.
+            self.operator.pass(self.complete);
             self.look_at_link();
             if self.has_input(room) {
                 return true;
@@ -288,6 +295,11 @@ impl World for HostWorld {
         self.operator.bell().set_runs(true);
         self.forget_past_alarm();
         woken
+    }
+
+    fn pass(&mut self, complete: Complete) {
+        self.complete = complete;
+        self.operator.pass(complete);
     }
 
     fn send(&mut self, frame: &[u8]) {

@@ -5,13 +5,15 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::mpsc::RecvTimeoutError;
+use std::sync::mpsc::{RecvTimeoutError, Sender};
 use std::sync::{Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
+use hindsight_replay::Complete;
 use nix::sys::signal::{SigSet, Signal, raise};
 
 use super::bell::Bell;
+use super::marks::{HeardWish, MarkAsker, MarkWish, MarkWishes};
 use super::terminal;
 
 /// From this long after the first signal to stop on, another one does not wait for the recording to be closed.
@@ -44,6 +46,7 @@ pub struct Operator {
     /// The size that the terminal has now, if the guest has not heard of it: columns above rows; else 0.
     size: AtomicU32,
     watched: Mutex<Watched>,
+    marks: MarkWishes,
 }
 
 impl Operator {
@@ -60,6 +63,7 @@ impl Operator {
             Signal::SIGTERM,
             Signal::SIGPWR,
             Signal::SIGUSR1,
+            Signal::SIGUSR2,
             Signal::SIGWINCH,
             Signal::SIGTSTP,
             Signal::SIGCONT,
@@ -99,6 +103,7 @@ impl Operator {
             presses: AtomicU32::new(0),
             size: AtomicU32::new(0),
             watched: Mutex::default(),
+            marks: MarkWishes::default(),
         }
     }
 
@@ -171,6 +176,43 @@ impl Operator {
         }
     }
 
+    /// From now on there is a recording, whose marks `keeper` keeps.
+    pub fn begin_marks(&self, keeper: Sender<HeardWish>) {
+        self.marks.begin(keeper);
+    }
+
+    /// There is no recording any more. What is wanted still is at its last complete exit.
+    pub fn end_marks(&self, last: Complete) {
+        self.marks.end(last);
+    }
+
+    /// Wants the present moment of the recording marked; `false` if there is none, or its machine does not come back.
+    pub fn mark(&self, wish: MarkWish) -> bool {
+        let added = self.marks.add(wish);
+        if added {
+            self.bell.ring_at_once();
+        }
+        added
+    }
+
+    /// The machine is at this exit, all of which is done.
+    pub(crate) fn pass(&self, complete: Complete) {
+        self.marks.pass(complete);
+    }
+
+    /// Wants a mark without a name, of which nobody but the operator is told.
+    pub(crate) fn mark_here(&self, by: MarkAsker) {
+        let (name, reply) = (None, None);
+        if !self.mark(MarkWish { by, name, reply }) {
+            self.notice(match by {
+                MarkAsker::Signal => {
+                    "SIGUSR2 marks a moment of a recording; there is no such recording here"
+                }
+                _ => "there is no recording here that could be marked",
+            });
+        }
+    }
+
     /// Whether the recording is to end, or there is a press of the power button, or a size that the guest has not
     /// heard of.
     pub fn wants(&self) -> bool {
@@ -233,6 +275,7 @@ impl Operator {
                 self.bell.ring_at_once();
             }
             Signal::SIGUSR1 => self.leave(),
+            Signal::SIGUSR2 => self.mark_here(MarkAsker::Signal),
             Signal::SIGWINCH => self.look_at_size(),
             Signal::SIGTSTP => {
                 terminal::restore();
@@ -309,6 +352,21 @@ mod tests {
         assert!(operator.wants() && operator.bell().wait(None));
         assert!(operator.take_leave() && !operator.take_leave());
         assert!(operator.stop_asked().is_none());
+    }
+
+    #[test]
+    fn a_signal_to_mark_wakes_the_machine_and_is_no_input() {
+        let operator = Operator::new(Bell::default());
+        let (give, take) = std::sync::mpsc::channel();
+        operator.take(Signal::SIGUSR2);
+        operator.begin_marks(give);
+        operator.take(Signal::SIGUSR2);
+        assert!(!operator.wants() && operator.bell().wait(None));
+        let at = Complete { exits: 7, now: 9 };
+        operator.pass(at);
+        let (wish, heard_at) = take.try_recv().unwrap();
+        assert_eq!((wish.by, heard_at), (MarkAsker::Signal, at));
+        assert!(take.try_recv().is_err(), "there was nothing to mark before");
     }
 
     #[test]

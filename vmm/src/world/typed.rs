@@ -2,7 +2,8 @@
 //!
 //! A thread reads it into a buffer with an end. A pipe or a file is read no further than the guest reads it: what
 //! does not fit waits with whoever writes. A terminal is read on, because Ctrl-] must be seen while the guest
-//! reads nothing; what is typed into a full buffer is dropped, and the operator is told.
+//! reads nothing; what is typed into a full buffer is dropped, and the operator is told. The keys that are the
+//! operator's own never reach the guest.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -16,11 +17,15 @@ use nix::sys::signal::{SigSet, Signal};
 use rustix::event::{PollFd, PollFlags, poll};
 
 use super::bell::Bell;
+use super::marks::MarkAsker;
 use super::operator::Operator;
 use super::terminal;
 
 /// Ctrl-], as in telnet and virsh: leaves the guest's console.
 const ESCAPE: u8 = 0x1d;
+
+/// Ctrl-^ (Ctrl-6 on many keyboards): marks the present moment of a recording.
+const MARK: u8 = 0x1e;
 
 /// So much waits for the guest where the writer can wait for it.
 const WAITING_MAX: usize = 4096;
@@ -146,7 +151,15 @@ impl Typed {
             if let Some(escape) = escape {
                 typed = &typed[..escape];
             }
-            if self.add(typed) > 0 && !told {
+            // Of what comes before the first key that marks, and after each, only the bytes are the guest's.
+            let mut dropped = 0;
+            for (at, bytes) in typed.split(|byte| terminal && *byte == MARK).enumerate() {
+                if at > 0 {
+                    operator.mark_here(MarkAsker::Key);
+                }
+                dropped += self.add(bytes);
+            }
+            if dropped > 0 && !told {
                 told = true;
                 operator.notice(
                     "the guest does not read its input; what is typed now is dropped until it does. Ctrl-] ends \
@@ -252,6 +265,25 @@ mod tests {
         eventually(|| operator.stop_asked().is_some() && !typed.is_open());
         assert_eq!(typed.count(), PASTED_MAX);
         assert!(typed.take(usize::MAX).iter().all(|byte| *byte == b'x'));
+    }
+
+    #[test]
+    fn a_key_that_marks_is_not_the_guests() {
+        let (typed, operator, mut writer) = piped(true);
+        let (give, take) = std::sync::mpsc::channel();
+        operator.begin_marks(give);
+        writer
+            .write_all(&[MARK, b'a', MARK, MARK, b'b', MARK, ESCAPE])
+            .unwrap();
+        eventually(|| !typed.is_open());
+        operator.end_marks(hindsight_replay::Complete::default());
+        assert_eq!(typed.take(10), b"ab");
+        assert_eq!(take.iter().count(), 4);
+        let (typed, _operator, mut writer) = piped(false);
+        writer.write_all(&[MARK]).unwrap();
+        drop(writer);
+        eventually(|| !typed.is_open());
+        assert_eq!(typed.take(10), [MARK]);
     }
 
     #[test]

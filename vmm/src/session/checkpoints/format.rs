@@ -10,7 +10,7 @@ use super::table::PageName;
 /// First bytes of the file.
 const MAGIC: [u8; 8] = *b"HSchkpts";
 /// The version that this program writes and reads.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Magic, version, nothing, check of the journal's head, check.
 pub(super) const FILE_HEAD_BYTES: usize = 32;
 /// First bytes of a checkpoint.
@@ -53,6 +53,7 @@ pub(super) struct Head {
     pub(super) groups_bytes: u64,
     pub(super) directory_bytes: u32,
     pub(super) core_bytes: u32,
+    pub(super) cost: u32,
     pub(super) directory_check: u64,
     pub(super) core_check: u64,
 }
@@ -68,7 +69,8 @@ impl Head {
         bytes.extend(self.groups_bytes.to_le_bytes());
         bytes.extend(self.directory_check.to_le_bytes());
         bytes.extend(self.core_check.to_le_bytes());
-        bytes.extend(u64::from(self.core_bytes).to_le_bytes());
+        bytes.extend(self.core_bytes.to_le_bytes());
+        bytes.extend(self.cost.to_le_bytes());
         let check = xxh64(&bytes, before);
         bytes.extend(check.to_le_bytes());
         let bytes = bytes.try_into().expect("eight words");
@@ -86,6 +88,7 @@ impl Head {
             directory_check: long(32),
             core_check: long(40),
             core_bytes: long(48) as u32,
+            cost: (long(48) >> 32) as u32,
         };
         let (expected, check) = head.to_bytes(before);
         let is_possible = head.directory_bytes.max(head.core_bytes) <= PACKED_BYTES_MAX;
@@ -106,10 +109,16 @@ pub(super) struct Directory {
     pub(super) groups: Vec<(u32, u64)>,
     /// By ascending place: how many places are skipped, and the name.
     changes: Vec<(u64, u64)>,
+    /// What happened since the checkpoint before; empty if that is not known.
+    pub(super) notes: Vec<u8>,
 }
 
 impl Directory {
-    pub(super) fn new(groups: Vec<(u32, u64)>, changes: &[(PagePlace, PageName)]) -> Directory {
+    pub(super) fn new(
+        groups: Vec<(u32, u64)>,
+        changes: &[(PagePlace, PageName)],
+        notes: Vec<u8>,
+    ) -> Directory {
         let mut next = 0;
         let changes = changes.iter().map(|(place, name)| {
             let number = match place.number() {
@@ -123,6 +132,7 @@ impl Directory {
         Directory {
             changes: changes.collect(),
             groups,
+            notes,
         }
     }
 
@@ -162,6 +172,7 @@ mod tests {
             groups_bytes: 3,
             directory_bytes: 4,
             core_bytes: 5,
+            cost: 7,
             directory_check: 6,
             core_check: 7,
         };
@@ -188,13 +199,14 @@ mod tests {
             (PagePlace::in_memory(4), PageName(0)),
             (PagePlace::on_disks(1 << 48), PageName(2)),
         ];
-        let directory = Directory::new(vec![], &changes);
+        let directory = Directory::new(vec![], &changes, vec![]);
         assert_eq!(directory.changes(5, 9).as_deref(), Some(&changes[..]));
         assert_eq!(directory.changes(4, 9), None);
         assert_eq!(directory.changes(5, 8), None);
         let far = Directory {
             changes: vec![(u64::MAX, 0), (1, 0)],
             groups: vec![],
+            notes: vec![],
         };
         assert_eq!(far.changes(u64::MAX, 9), None);
     }

@@ -8,18 +8,18 @@
 
 mod format;
 mod table;
+mod thin;
 mod unpacked;
 mod writer;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
-use std::ops::ControlFlow;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use hindsight_replay::{
-    CheckpointHead, Checkpoints, CoreState, PAGE_BYTES, PagePlace, PageSink, PageSource,
+    CheckpointHead, Checkpoints, CoreState, Notes, PAGE_BYTES, PagePlace, PageSink, PageSource,
 };
 use rustix::fs::{FlockOperation, Mode, OFlags, flock};
 use serde::Serialize;
@@ -27,7 +27,6 @@ use serde::de::DeserializeOwned;
 use thiserror::Error;
 
 use super::make::random_number;
-use crate::output_file::Unfinished;
 use crate::regular_file::{self, Links};
 use format::{
     CORE_BYTES_MAX, Directory, FILE_HEAD_BYTES, GROUP_BYTES, GROUP_PAGES, HEAD_BYTES, Head,
@@ -35,7 +34,7 @@ use format::{
 };
 use table::{PageName, PageTable};
 use unpacked::Unpacked;
-use writer::{Appended, Background, Group, HANDED_PAGES, Kept, Writer};
+use writer::{Appended, Background, Group, Kept, Rest, Writer};
 
 /// Why checkpoints cannot be kept, or given back.
 #[derive(Debug, Error)]
@@ -67,6 +66,8 @@ pub struct PageLimit {
 /// How far apart what is read at once may be, and how long it is at most.
 const GAP_BYTES: u64 = 256 << 10;
 const SPAN_BYTES_MAX: u64 = 4 << 20;
+/// Notes are not longer than this: some more than what they may be of.
+const NOTES_BYTES_MAX: usize = 32 << 20;
 /// How many groups of pages are unpacked before their pages are given.
 const GROUPS_AT_ONCE: usize = 128;
 
@@ -163,7 +164,7 @@ impl CheckpointFile {
             heads: Vec::new(),
             kept: Vec::new(),
             groups: Vec::new(),
-            unpacked: Unpacked::new()?,
+            unpacked: Unpacked::new(),
             writer: None,
         };
         let mut there = [0; FILE_HEAD_BYTES];
@@ -236,10 +237,13 @@ impl CheckpointFile {
             core_at: directory_at + u64::from(head.directory_bytes),
             core_bytes: head.core_bytes,
             core_check: head.core_check,
+            notes: directory.notes,
+            check,
         };
         let head = CheckpointHead {
             exits: head.exits,
             now: head.now,
+            cost: head.cost,
         };
         self.heads.push(head);
         self.keep((kept, groups));
@@ -257,6 +261,17 @@ impl CheckpointFile {
         &self.heads
     }
 
+    /// A number that stands for the recording: the check of its journal's head.
+    pub fn recording(&self) -> u64 {
+        self.journal
+    }
+
+    /// A number that stands for one of the checkpoints that are kept, those before it, and the recording: the check of its
+    /// head.
+    pub fn check_at(&self, number: usize) -> u64 {
+        self.kept[number].check
+    }
+
     /// Whether more may be written to it.
     pub fn is_open(&self) -> bool {
         self.writer.is_some()
@@ -267,11 +282,17 @@ impl CheckpointFile {
         self.writer.as_ref().map_or(self.end, Background::end)
     }
 
-    /// How many bytes a checkpoint has that is not the first one, on average, by now; 0 if there is none.
-    pub fn bytes_each(&self) -> u64 {
-        let first = self.kept.first().map_or(0, |kept| kept.core_at);
-        let more = (self.heads.len() as u64).saturating_sub(1);
-        self.bytes().saturating_sub(first) / more.max(1)
+    /// Over how many exits the last `count` are spread that are kept by now, or as many as there are, and how many bytes
+    /// they have; `None` if there are too few.
+    pub fn recent(&self, count: usize) -> Option<(u64, u64)> {
+        let last = self.kept.len().checked_sub(1)?;
+        let before = last.saturating_sub(count);
+        let end = |number: usize| {
+            let kept = &self.kept[number];
+            kept.core_at + u64::from(kept.core_bytes)
+        };
+        let exits = self.heads[last].exits - self.heads[before].exits;
+        (before < last).then(|| (exits, end(last) - end(before)))
     }
 
     /// Takes note of what was written by now.
@@ -322,6 +343,13 @@ impl CheckpointFile {
         number.map_or_else(PageTable::default, |number| self.table(number))
     }
 
+    /// What happened since the checkpoint before this one, if that is known.
+    fn notes_at(&self, number: usize) -> Option<Notes> {
+        let bytes = self.kept.get(number).map(|kept| &kept.notes[..])?;
+        let is_possible = !bytes.is_empty() && bytes.len() <= NOTES_BYTES_MAX;
+        is_possible.then(|| postcard::from_bytes(bytes).ok())?
+    }
+
     /// The state of a checkpoint as it is in the file.
     fn packed_core(&self, number: usize) -> Result<Vec<u8>, CheckpointError> {
         let kept = &self.kept[number];
@@ -331,54 +359,6 @@ impl CheckpointFile {
             true => Ok(packed),
             false => Err(CheckpointError::Damaged("a state has another check")),
         }
-    }
-
-    /// The same recording's checkpoints of which `keep` says that they stay, in a file that takes the place of the one at
-    /// `path`. This one is as it was, for whoever has it open.
-    ///
-    /// # Errors
-    ///
-    /// It cannot be read, or there is no room for the other.
-    pub fn thinned(
-        &mut self,
-        path: &Path,
-        keep: impl Fn(usize) -> bool,
-    ) -> Result<CheckpointFile, CheckpointError> {
-        self.settle()?;
-        let unfinished = Unfinished::beside(path, 0o666)?;
-        let file = unfinished.file().try_clone()?;
-        if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
-            return Err(CheckpointError::InUse);
-        }
-        let mut thin = CheckpointFile::read(file, self.place, self.journal, self.limit)?;
-        let mut writer = thin.writer()?;
-        let mut before = None;
-        for number in (0..self.heads.len()).filter(|number| keep(*number)) {
-            writer.begin(None);
-            let mut failed = Ok(());
-            self.give(number, before, &BTreeSet::new(), &mut |place, bytes| {
-                failed = match bytes {
-                    Some(bytes) => writer.page(&(place, *bytes)),
-                    None => {
-                        writer.as_at_power_on(place);
-                        Ok(())
-                    }
-                };
-                match failed {
-                    Ok(()) => ControlFlow::Continue(()),
-                    Err(_) => ControlFlow::Break(()),
-                }
-            })?;
-            failed?;
-            let core = self.packed_core(number)?;
-            thin.heads.push(self.heads[number]);
-            thin.keep(writer.finish_packed(self.heads[number], &core)?);
-            before = Some(number);
-        }
-        unfinished.put(path, true)?;
-        thin.end = writer.end();
-        thin.writer = Some(Background::start(writer)?);
-        Ok(thin)
     }
 
     /// See [`Checkpoints::pages`].
@@ -454,14 +434,12 @@ impl CheckpointFile {
             let count = near.count();
             let mut packed = vec![0; (end - first.at) as usize];
             self.file.read_exact_at(&mut packed, first.at)?;
-            for (group, place) in missing.drain(..count) {
+            let groups = missing.drain(..count).map(|(group, place)| {
                 let start = (place.at - first.at) as usize;
                 let packed = &packed[start..start + place.bytes as usize];
-                if check_of(packed) != place.check {
-                    return Err(CheckpointError::Damaged("pages have another check"));
-                }
-                self.unpacked.keep(group, packed)?;
-            }
+                (group, packed, place.check)
+            });
+            self.unpacked.keep(&groups.collect::<Vec<_>>())?;
         }
         Ok(())
     }
@@ -494,6 +472,7 @@ where
         core: &CoreState<C, S>,
         base: Option<usize>,
         changed: &mut PageSource<'_, E>,
+        notes: Option<&Notes>,
     ) -> Result<Result<usize, CheckpointError>, E> {
         // Those of the last checkpoint are known to whoever writes.
         let table = match self.heads.len().checked_sub(1) == base {
@@ -507,18 +486,16 @@ where
             return Ok(Err(CheckpointError::Closed));
         };
         let mut sent = writer.begin(table);
-        let mut pages = Vec::with_capacity(HANDED_PAGES);
-        for page in changed {
-            pages.push(page?);
-            if pages.len() == HANDED_PAGES && sent.is_ok() {
-                let full = std::mem::replace(&mut pages, Vec::with_capacity(HANDED_PAGES));
-                sent = writer.pages(full);
-            }
+        let mut more = true;
+        while more && sent.is_ok() {
+            let mut batch = writer.empty();
+            more = batch.fill(changed)?;
+            sent = writer.pages(batch);
         }
         let core = postcard::to_stdvec(core).expect("plain values serialise");
-        let sent = sent
-            .and_then(|()| writer.pages(pages))
-            .and_then(|()| writer.finish(head, core));
+        let notes = notes.map(|notes| postcard::to_stdvec(notes).expect("plain values serialise"));
+        let notes = notes.unwrap_or_default();
+        let sent = sent.and_then(|()| writer.finish(Rest { head, core, notes }));
         self.heads.push(head);
         if let Err(error) = sent.and_then(|()| self.catch_up()) {
             return Ok(Err(self.close(error)));
@@ -528,6 +505,10 @@ where
 
     fn settle(&mut self) -> Result<(), CheckpointError> {
         CheckpointFile::settle(self)
+    }
+
+    fn notes(&mut self, number: usize) -> Option<Notes> {
+        self.notes_at(number)
     }
 
     fn load(&mut self, number: usize) -> Result<CoreState<C, S>, CheckpointError> {
@@ -549,32 +530,4 @@ where
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_does_not_stay_in_the_recording_is_said() {
-        let directory = tempfile::tempdir().unwrap();
-        let limit = PageLimit { memory: 1 };
-        let open =
-            |name: &str| CheckpointFile::open(&directory.path().join(name), 1, limit).unwrap();
-        let first = open("checkpoints");
-        first.check_kept().unwrap();
-        let second = open("checkpoints");
-        assert!(matches!(second.check_kept(), Err(CheckpointError::InUse)) && !second.is_open());
-        drop(first);
-        open("checkpoints").check_kept().unwrap();
-        // Neither a directory that is not there, nor what is no file, nor where a link leads to.
-        std::os::unix::fs::symlink("checkpoints", directory.path().join("link")).unwrap();
-        std::fs::create_dir(directory.path().join("directory")).unwrap();
-        for name in ["none/checkpoints", "directory", "link"] {
-            let elsewhere = open(name);
-            let kept = elsewhere.check_kept();
-            assert!(matches!(kept, Err(CheckpointError::NotWritable)), "{name}");
-            assert!(
-                elsewhere.is_open(),
-                "it is of use for as long as it is open"
-            );
-        }
-    }
-}
+mod tests;

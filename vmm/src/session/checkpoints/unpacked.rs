@@ -1,38 +1,42 @@
 //! Pages that were unpacked: a seek wants most of those that the one before wanted.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::io;
+use std::thread;
 
-use super::format::GROUP_BYTES;
+use zstd::bulk::Decompressor;
+
+use super::CheckpointError;
+use super::format::{GROUP_BYTES, check_of};
 
 /// How much is kept, in bytes.
 const BYTES_MAX: usize = 512 << 20;
+/// Each thread has at least so many groups to unpack.
+const GROUPS_EACH: usize = 16;
+/// More threads than this gain nothing.
+const THREADS_MAX: usize = 8;
+
+/// A group of pages as it is in the file: its number, its bytes, and their check.
+pub(super) type Packed<'a> = (u64, &'a [u8], u64);
 
 /// Groups of pages by their numbers. The oldest go first.
+#[derive(Debug)]
 pub(super) struct Unpacked {
     groups: BTreeMap<u64, Vec<u8>>,
     order: VecDeque<u64>,
     bytes: usize,
-    decompressor: zstd::bulk::Decompressor<'static>,
-}
-
-impl std::fmt::Debug for Unpacked {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Unpacked")
-            .field("bytes", &self.bytes)
-            .finish_non_exhaustive()
-    }
+    threads: usize,
 }
 
 impl Unpacked {
     /// Nothing yet.
-    pub(super) fn new() -> io::Result<Unpacked> {
-        Ok(Unpacked {
+    pub(super) fn new() -> Unpacked {
+        let threads = thread::available_parallelism().map_or(1, usize::from);
+        Unpacked {
             groups: BTreeMap::new(),
             order: VecDeque::new(),
             bytes: 0,
-            decompressor: zstd::bulk::Decompressor::new()?,
-        })
+            threads: threads.min(THREADS_MAX),
+        }
     }
 
     /// Whether it is there.
@@ -45,12 +49,29 @@ impl Unpacked {
         self.groups.get(&group).map(Vec::as_slice)
     }
 
-    /// Unpacks and keeps a group that is not there.
-    pub(super) fn keep(&mut self, group: u64, packed: &[u8]) -> io::Result<()> {
-        let pages = self.decompressor.decompress(packed, GROUP_BYTES)?;
-        self.bytes += pages.len();
-        self.groups.insert(group, pages);
-        self.order.push_back(group);
+    /// Checks, unpacks and keeps groups that are not there.
+    pub(super) fn keep(&mut self, groups: &[Packed<'_>]) -> Result<(), CheckpointError> {
+        let each = groups.len().div_ceil(self.threads).max(GROUPS_EACH);
+        let mut shares = groups.chunks(each);
+        let Some(ours) = shares.next() else {
+            return Ok(());
+        };
+        let unpacked: Vec<_> = thread::scope(|scope| {
+            let others: Vec<_> = shares.map(|share| scope.spawn(|| unpack(share))).collect();
+            let ours = unpack(ours);
+            let others = others.into_iter().map(|other| match other.join() {
+                Ok(unpacked) => unpacked,
+                Err(panic) => std::panic::resume_unwind(panic),
+            });
+            std::iter::once(ours).chain(others).collect()
+        });
+        for share in unpacked {
+            for (group, pages) in share? {
+                self.bytes += pages.len();
+                self.groups.insert(group, pages);
+                self.order.push_back(group);
+            }
+        }
         while self.bytes > BYTES_MAX
             && let Some(oldest) = self.order.pop_front()
         {
@@ -58,4 +79,17 @@ impl Unpacked {
         }
         Ok(())
     }
+}
+
+/// Checks and unpacks groups.
+fn unpack(groups: &[Packed<'_>]) -> Result<Vec<(u64, Vec<u8>)>, CheckpointError> {
+    let mut decompressor = Decompressor::new()?;
+    let groups = groups.iter().map(|(group, packed, check)| {
+        if check_of(packed) != *check {
+            return Err(CheckpointError::Damaged("pages have another check"));
+        }
+        let pages = decompressor.decompress(packed, GROUP_BYTES)?;
+        Ok((*group, pages))
+    });
+    groups.collect()
 }

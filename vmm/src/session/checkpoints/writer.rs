@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::thread::JoinHandle;
 
-use hindsight_replay::{CheckpointHead, PAGE_BYTES, PagePlace, is_zero};
+use hindsight_replay::{CheckpointHead, PAGE_BYTES, PagePlace, PageSource, is_zero};
 use xxhash_rust::xxh64::xxh64;
 
 use super::CheckpointError;
@@ -20,12 +20,35 @@ const LEVEL: i32 = 1;
 /// The file is written in pieces of about this length.
 const PIECE_BYTES: usize = 1 << 20;
 /// How many pages are handed over at a time.
-pub(super) const HANDED_PAGES: usize = 64;
-/// And how many times that may wait: 16 MiB.
-const WAITING_MAX: usize = 64;
+const HANDED_PAGES: usize = 64;
+/// And how many times that may wait, 128 MiB: a kernel that boots writes to many pages in a short time.
+const WAITING_MAX: usize = 512;
 
-/// A page and where it is.
-pub(super) type Page = (PagePlace, [u8; PAGE_BYTES]);
+/// So many batches that were written are kept to be filled again: to get their memory anew costs more than to fill it.
+const EMPTIES_MAX: usize = 64;
+
+/// Some pages, and where they are.
+#[derive(Default)]
+pub(super) struct Batch {
+    places: Vec<PagePlace>,
+    pages: Vec<[u8; PAGE_BYTES]>,
+}
+
+impl Batch {
+    /// Takes as many as are handed over at a time, or the rest of them. Whether there may be more.
+    pub(super) fn fill<E>(&mut self, source: &mut PageSource<'_, E>) -> Result<bool, E> {
+        self.places.clear();
+        self.pages.resize(HANDED_PAGES, [0; PAGE_BYTES]);
+        // Read to where it stays: whoever replays waits for it.
+        for page in &mut self.pages {
+            match source(page) {
+                Some(place) => self.places.push(place?),
+                None => return Ok(false),
+            }
+        }
+        Ok(true)
+    }
+}
 
 /// A group of pages in the file.
 #[derive(Clone, Copy, Debug)]
@@ -42,15 +65,27 @@ pub(super) struct Kept {
     pub(super) core_at: u64,
     pub(super) core_bytes: u32,
     pub(super) core_check: u64,
+    /// See [`Directory::notes`].
+    pub(super) notes: Vec<u8>,
+    /// Of its head, which covers all of it and all before it.
+    pub(super) check: u64,
+}
+
+/// A checkpoint but for its pages.
+pub(super) struct Rest {
+    pub(super) head: CheckpointHead,
+    /// Its state.
+    pub(super) core: Vec<u8>,
+    pub(super) notes: Vec<u8>,
 }
 
 /// What is to be done.
 enum Job {
     /// A checkpoint begins, whose pages are those of a table but for what follows; without one, those of the last.
     Begin(Option<PageTable>),
-    Pages(Vec<Page>),
-    /// Its pages are complete, and this is its state, not compressed.
-    End(CheckpointHead, Vec<u8>),
+    Pages(Batch),
+    /// Its pages are complete, and this is the rest, its state not compressed.
+    End(Rest),
     /// Says that all before was done.
     Settle(Sender<()>),
 }
@@ -125,12 +160,16 @@ impl Writer {
     }
 
     /// One of its pages.
-    pub(super) fn page(&mut self, (place, bytes): &Page) -> Result<(), CheckpointError> {
+    pub(super) fn page(
+        &mut self,
+        place: PagePlace,
+        bytes: &[u8; PAGE_BYTES],
+    ) -> Result<(), CheckpointError> {
         let name = match is_zero(bytes) {
             true => PageName::ZEROES,
             false => self.name(bytes)?,
         };
-        self.is_called(*place, name);
+        self.is_called(place, name);
         Ok(())
     }
 
@@ -186,22 +225,19 @@ impl Writer {
         Ok(())
     }
 
-    /// The checkpoint is complete. `core` is its state, not compressed.
-    pub(super) fn finish(
-        &mut self,
-        at: CheckpointHead,
-        core: &[u8],
-    ) -> Result<Appended, CheckpointError> {
-        let core = self.compressor.compress(core)?;
-        self.finish_packed(at, &core)
+    /// The checkpoint is complete. This is the rest of it, its state not compressed.
+    pub(super) fn finish(&mut self, rest: Rest) -> Result<Appended, CheckpointError> {
+        let core = self.compressor.compress(&rest.core)?;
+        self.finish_packed(Rest { core, ..rest })
     }
 
     /// The same of a state that is compressed.
-    pub(super) fn finish_packed(
-        &mut self,
-        at: CheckpointHead,
-        core: &[u8],
-    ) -> Result<Appended, CheckpointError> {
+    pub(super) fn finish_packed(&mut self, rest: Rest) -> Result<Appended, CheckpointError> {
+        let Rest {
+            head: at,
+            core,
+            notes,
+        } = rest;
         if !self.pages.is_empty() {
             self.pack()?;
         }
@@ -220,14 +256,15 @@ impl Writer {
         }
         let added = std::mem::take(&mut self.added);
         let groups = added.iter().map(|group| (group.bytes, group.check));
-        let directory = Directory::new(groups.collect(), &changes);
-        let directory = postcard::to_stdvec(&directory).expect("plain values serialise");
-        let directory = self.compressor.compress(&directory)?;
+        let directory = Directory::new(groups.collect(), &changes, notes);
+        let bytes = postcard::to_stdvec(&directory).expect("plain values serialise");
+        let notes = directory.notes;
+        let directory = self.compressor.compress(&bytes)?;
         let groups_at = self.end + HEAD_BYTES as u64;
         let directory_at = self.packed_at + self.packed.len() as u64;
         let core_at = directory_at + directory.len() as u64;
         self.packed.extend(&directory);
-        self.packed.extend(core);
+        self.packed.extend(&core);
         self.write()?;
         let head = Head {
             exits: at.exits,
@@ -235,8 +272,9 @@ impl Writer {
             groups_bytes: directory_at - groups_at,
             directory_bytes: directory.len() as u32,
             core_bytes: core.len() as u32,
+            cost: at.cost,
             directory_check: check_of(&directory),
-            core_check: check_of(core),
+            core_check: check_of(&core),
         };
         let (bytes, check) = head.to_bytes(self.check);
         // Last: what a kill leaves before is nothing.
@@ -248,6 +286,8 @@ impl Writer {
             core_at,
             core_bytes: head.core_bytes,
             core_check: head.core_check,
+            notes,
+            check,
         };
         Ok((kept, added))
     }
@@ -258,6 +298,7 @@ impl Writer {
 pub(super) struct Background {
     jobs: Option<SyncSender<Job>>,
     done: Receiver<Result<Appended, CheckpointError>>,
+    empties: Receiver<Batch>,
     thread: Option<JoinHandle<()>>,
     end: Arc<AtomicU64>,
 }
@@ -266,13 +307,15 @@ impl Background {
     pub(super) fn start(writer: Writer) -> Result<Background, CheckpointError> {
         let (jobs, wanted) = sync_channel(WAITING_MAX);
         let (report, done) = channel();
+        let (written, empties) = sync_channel(EMPTIES_MAX);
         let end = Arc::new(AtomicU64::new(writer.end()));
         let shared = Arc::clone(&end);
         let thread = std::thread::Builder::new().name("checkpoints".into());
-        let thread = thread.spawn(move || work(writer, &wanted, &report, &shared))?;
+        let thread = thread.spawn(move || work(writer, &wanted, &report, &written, &shared))?;
         Ok(Background {
             jobs: Some(jobs),
             done,
+            empties,
             thread: Some(thread),
             end,
         })
@@ -288,16 +331,21 @@ impl Background {
         jobs.send(job).map_err(|_| CheckpointError::Closed)
     }
 
+    /// One that can be filled.
+    pub(super) fn empty(&self) -> Batch {
+        self.empties.try_recv().unwrap_or_default()
+    }
+
     pub(super) fn begin(&self, table: Option<PageTable>) -> Result<(), CheckpointError> {
         self.send(Job::Begin(table))
     }
 
-    pub(super) fn pages(&self, pages: Vec<Page>) -> Result<(), CheckpointError> {
+    pub(super) fn pages(&self, pages: Batch) -> Result<(), CheckpointError> {
         self.send(Job::Pages(pages))
     }
 
-    pub(super) fn finish(&self, at: CheckpointHead, core: Vec<u8>) -> Result<(), CheckpointError> {
-        self.send(Job::End(at, core))
+    pub(super) fn finish(&self, rest: Rest) -> Result<(), CheckpointError> {
+        self.send(Job::End(rest))
     }
 
     /// What was done by now.
@@ -329,6 +377,7 @@ fn work(
     mut writer: Writer,
     wanted: &Receiver<Job>,
     report: &Sender<Result<Appended, CheckpointError>>,
+    empties: &SyncSender<Batch>,
     end: &AtomicU64,
 ) {
     let mut failed = false;
@@ -346,10 +395,13 @@ fn work(
                 Ok(None)
             }
             Job::Pages(pages) => {
-                let mut pages = pages.iter();
-                pages.try_for_each(|page| writer.page(page)).map(|()| None)
+                let mut each = pages.places.iter().zip(&pages.pages);
+                let written = each.try_for_each(|(place, page)| writer.page(*place, page));
+                // There may be enough of them.
+                let _ = empties.try_send(pages);
+                written.map(|()| None)
             }
-            Job::End(at, core) => writer.finish(at, &core).map(Some),
+            Job::End(rest) => writer.finish(rest).map(Some),
             Job::Settle(_) => unreachable!("it was answered"),
         };
         end.store(writer.end(), Ordering::Relaxed);
