@@ -5,8 +5,8 @@ use std::io::Cursor;
 use hindsight_devices::{Nanos, NoDisks, Storage, StorageError};
 use hindsight_replay::rng::{Rng, mix};
 use hindsight_replay::{
-    Changes, Checkpoints, Closed, Cpu, Detail, End, Exit, Header, JournalReader, Machine, RunError,
-    Stateful, Turn,
+    Changes, CheckpointHead, Checkpoints, Closed, Cpu, Detail, End, Exit, Header, JournalReader,
+    Machine, RunError, Stateful, Turn,
 };
 
 use crate::busy_world;
@@ -82,7 +82,9 @@ impl Toy {
                     result => return result,
                 }
                 recorder.close_frame().expect("a Vec takes everything");
-                let kept = changes.keep((machine, cpu, &mut NoDisks), recorder, store, 0, None);
+                let head = CheckpointHead::of(machine);
+                let here = (&*machine, &mut *cpu, &mut NoDisks);
+                let kept = changes.keep(here, recorder, store, head, None);
                 kept.expect("it is at an exit").expect("there is room");
             }
         })

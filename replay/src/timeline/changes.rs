@@ -71,13 +71,13 @@ impl Changes {
     }
 
     /// Keeps a checkpoint of the machine in `store`: its state, as it is behind this door, with the pages that have
-    /// changed since the one before; what it took to come there; and notes of what happened since, where those are known.
+    /// changed since the one before. `notes` are of what happened since, where that is known.
     pub fn keep<C, S, O, K>(
         &mut self,
         (machine, cpu, disks): (&Machine, &mut C, &mut S),
         door: &O,
         store: &mut K,
-        cost: u32,
+        head: CheckpointHead,
         notes: Option<&Notes>,
     ) -> Result<Result<(), K::Error>, StateError<<C as Cpu>::Error>>
     where
@@ -93,10 +93,6 @@ impl Changes {
         let mut changed = |into: &mut [u8; PAGE_BYTES]| {
             let place = *places.next()?;
             Some(read_page(cpu, disks, place, into).map(|()| place))
-        };
-        let head = CheckpointHead {
-            cost,
-            ..CheckpointHead::of(machine)
         };
         let appended = store.append(head, &core, self.base, &mut changed, notes);
         match &appended {

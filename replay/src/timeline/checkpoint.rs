@@ -20,7 +20,7 @@ pub struct CheckpointHead {
 }
 
 impl CheckpointHead {
-    /// Of a checkpoint of the machine as it is.
+    /// Of a checkpoint of the machine as it is; nothing is known of its cost.
     pub fn of(machine: &Machine) -> CheckpointHead {
         CheckpointHead {
             exits: machine.at().exits,

@@ -135,7 +135,7 @@ where
         notes: Option<&Notes>,
     ) -> Result<Result<(), K::Error>, StateError<<C as Cpu>::Error>> {
         let machine = (&self.machine, &mut self.cpu, &mut self.disks);
-        self.changes.keep(machine, door, store, head.cost, notes)
+        self.changes.keep(machine, door, store, head, notes)
     }
 
     /// What a page holds at power-on.
@@ -164,13 +164,14 @@ where
         }
         let place = core.journal.clone().ok_or(Unusable::NoPlace)?;
         self.note_changes()?;
-        let (changes, power_on) = (&mut self.changes, &self.power_on);
+        let (Changes { base, pages }, power_on) = (&mut self.changes, &self.power_on);
+        let base = *base;
         let put = |cpu: &mut C, disks: &mut S| {
             let (mut written, mut failed) = (Vec::new(), None);
             let mut put = |place: PagePlace, bytes: Option<&[u8; PAGE_BYTES]>| {
                 let first = power_on.get(place);
                 let bytes = bytes.unwrap_or(first);
-                let is_new = changes.base.is_none() && !changes.pages.contains(&place);
+                let is_new = base.is_none() && !pages.contains(&place);
                 if is_new && bytes == first {
                     // Nobody has touched it: it stays so.
                     return ControlFlow::Continue(());
@@ -195,14 +196,14 @@ where
                     ControlFlow::Continue,
                 )
             };
-            let given = store.pages(number, changes.base, &changes.pages, &mut put);
+            let given = store.pages(number, base, pages, &mut put);
             let done = match failed {
                 Some(error) => Err(Unusable::State(error)),
                 None => given.map_err(Unusable::Store),
             };
             if let Err(error) = done {
                 // Neither what they were nor what they were to be.
-                changes.pages.extend(written);
+                pages.extend(written);
                 return Err(error);
             }
             // These were our own, and what they hold is known.
@@ -522,7 +523,8 @@ where
                 Pause::GoOn => {}
                 Pause::Stop => return Ok(Arrival::Stopped),
                 Pause::Checkpoint { cost } => {
-                    self.make_checkpoint(CheckpointHead { cost, ..here })?;
+                    let here = CheckpointHead { cost, ..here };
+                    self.make_checkpoint(here)?;
                     pace.made(here);
                 }
             }

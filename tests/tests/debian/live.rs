@@ -316,7 +316,7 @@ fn a_recorder_that_makes_checkpoints_is_killed_and_they_serve_and_are_right() {
     let (_, ran) = typing.end();
     assert_eq!(ran.code, -1);
     // Each is what a replay comes to.
-    let told = debian.run(&["verify", path(&recording), "--json"]);
+    let told = debian.run(&["verify", path(&recording), "--jobs", "4", "--json"]);
     assert!(told.code == 3 || told.code == 0, "{told:?}");
     let exits = debian.inspect(&recording, &["--json"]).expect(0).json();
     let file = std::fs::metadata(recording.join("checkpoints")).expect("it is there");

@@ -2,7 +2,8 @@
 //! nothing.
 //!
 //! All of it is debug registers, in those that neither the guest nor the way to a place needs (see [`super::debug`]), and
-//! what has no room there is in memory while the guest runs (see [`super::inserted`]); only data is watched by registers alone.
+//! what has no room there is in memory while the guest runs (see [`super::inserted`]);
+//! only data is watched by registers alone.
 //! **A step** is no single-step of KVM's, which sets RFLAGS.TF: instructions leak that or drop it, and an exception
 //! pushes it to the guest's stack. It is breakpoints at all places to which the instruction may lead, found by decoding
 //! it (`step.rs`). What the way goes through meanwhile is left as it is: an exit in the middle of a step is an exit of

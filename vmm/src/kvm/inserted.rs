@@ -350,8 +350,8 @@ impl KvmCpu {
         })
     }
 
-    /// If the guest is at the kernel's entry for #GP, and has just come there by the exception: a program that came to a stop
-    /// of ours is put back before it, and that is told; a frame of the guest's own is moved to where it belongs.
+    /// If the guest is at the kernel's entry for #GP, and has just come there by the exception: a program that came to a
+    /// stop of ours is put back before it, and that is told; a frame of the guest's own is moved to where it belongs.
     fn sort_protection_fault(
         &mut self,
         diversion: &Diversion,

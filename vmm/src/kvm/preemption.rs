@@ -244,8 +244,8 @@ impl KvmCpu {
         Ok(Pass::Hop(hop))
     }
 
-    /// Passes an instruction that leads to itself and has a stop in memory: by a step of KVM's, for the stop would have to be
-    /// back as it comes to it again. It is a branch, which does nothing with the flag that the step sets. Returns KVM's
+    /// Passes an instruction that leads to itself and has a stop in memory: by a step of KVM's, for the stop would have to
+    /// be back as it comes to it again. It is a branch, which does nothing with the flag that the step sets. Returns KVM's
     /// reason if that is another.
     fn step_over(&mut self) -> Result<Option<u32>, KvmError> {
         let wants_window = self.page().wants_window();

@@ -7,7 +7,8 @@ use std::fs::File;
 
 use hindsight_devices::Nanos;
 use hindsight_replay::{
-    Changes, Closed, End, JournalError, Live, Machine, NoteTaker, Observer, Recorder, RunError,
+    Changes, CheckpointHead, Closed, End, JournalError, Live, Machine, NoteTaker, Observer,
+    Recorder, RunError,
 };
 
 use super::Front;
@@ -59,9 +60,11 @@ impl Checkpointing {
                 result => break result,
             }
             recorder.close_frame().map_err(broken)?;
+            // What its cost is to a replay, only a replay knows.
+            let head = CheckpointHead::of(machine);
             let here = (&*machine, &mut *cpu, &mut *disks);
             let (store, notes) = (&mut self.store, notes.since(from));
-            failed = (self.changes).keep(here, recorder, store, 0, notes.as_ref())?;
+            failed = (self.changes).keep(here, recorder, store, head, notes.as_ref())?;
             if failed.is_err() {
                 cpu.forget_changed_pages()?;
             }

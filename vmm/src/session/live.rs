@@ -421,11 +421,7 @@ impl Session<'_> {
             .map_err(|error| Failure::new(Kind::HostFailed, error))?;
         recorder.copy(&mut recording.journal()?, &place, from)?;
         target.begin()?;
-        if let Err(error) = carry_over(
-            &Recording::at(&wish.recording),
-            target.recording(),
-            from.exits,
-        ) {
+        if let Err(error) = carry_over(recording, target.recording(), from.exits) {
             front.notice(&no_marks(&error));
         }
         notice_live(from, front);
