@@ -10,7 +10,8 @@ use hindsight_devices::{Storage, StorageError};
 
 use super::near_by::NearBy;
 use super::place::{Name, Place};
-use super::{Alone, Error, Passed, Ran, Reverse, ReverseError, Stopped, StoppedAt};
+use super::ways::{Alone, Passed, Ran};
+use super::{Error, Reverse, ReverseError, Stopped, StoppedAt};
 use crate::machine::{Cpu, Machine, StateError, Stateful};
 use crate::timeline::checkpoint::Checkpoints;
 use crate::timeline::reverse::{Debuggable, HitKind};
