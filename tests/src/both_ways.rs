@@ -75,8 +75,9 @@ pub fn walk(debugger: &mut Debugger, exit: u64, steps: u64, seed: u64) {
     assert_eq!(state, debugger.state_digest().expect("it is at an exit"));
 }
 
-/// Goes forwards to `count` writes of eight bytes, and back to each of them. Returns where each had led.
-pub fn watch(debugger: &mut Debugger, exit: u64, address: u64, count: usize) -> Vec<u64> {
+/// Goes forwards to `count` writes of eight bytes, and back to each of them. Returns the exit before each, and the address
+/// of the instruction after it.
+pub fn watch(debugger: &mut Debugger, exit: u64, address: u64, count: usize) -> Vec<(u64, u64)> {
     let data = vec![Watchpoint {
         address,
         bytes: 8,
@@ -109,9 +110,9 @@ pub fn watch(debugger: &mut Debugger, exit: u64, address: u64, count: usize) -> 
         assert_eq!((&place(debugger), value(debugger)), (after, *written));
         debugger.reverse_step(&mut || false).expect("it replays");
     }
-    writes
-        .iter()
-        .map(|((.., registers), _)| registers[16])
+    let places = writes.iter().map(|(place, _)| place);
+    places
+        .map(|(exit, _, registers)| (*exit, registers[16]))
         .collect()
 }
 

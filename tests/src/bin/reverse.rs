@@ -37,9 +37,11 @@ fn main() {
         "10 writes of jiffies_64 forwards and backwards in {:.1} s",
         start.elapsed().as_secs_f64()
     );
-    let runs = time_runs_back(&mut debugger, exit, writes[0], 10);
+    let (last, address) = *writes.last().expect("there were ten");
+    let hits = writes.iter().filter(|(_, at)| *at == address).count() as u64;
+    let runs = time_runs_back(&mut debugger, last + 1, address, hits);
     println!(
-        "10 runs back to where it is written: median {:.1} ms, most {:.1} ms",
+        "{hits} runs back to where it is written: median {:.1} ms, most {:.1} ms",
         runs.median, runs.most
     );
     let start = Instant::now();

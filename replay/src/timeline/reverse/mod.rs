@@ -99,6 +99,8 @@ pub struct Mark(Name);
 
 /// Why a recording with such a vCPU cannot be gone along.
 type Error<C, F> = ReverseError<<C as Cpu>::Error, <C as Debuggable>::Hit, F>;
+/// What comes of going along it.
+type Outcome<T, C, F> = Result<T, Error<C, F>>;
 /// Where it was stopped.
 type StoppedAt<C> = Stopped<<C as Debuggable>::Hit>;
 /// A way to where it is.
@@ -146,9 +148,7 @@ where
     /// # Errors
     ///
     /// No machine can be made.
-    pub fn new(
-        mut timeline: Timeline<C, S, R, K, M>,
-    ) -> Result<Reverse<C, S, R, K, M>, Error<C, F>> {
+    pub fn new(mut timeline: Timeline<C, S, R, K, M>) -> Result<Self, Error<C, F>> {
         timeline.come_near(Target::Exit(0))?;
         Ok(Reverse {
             timeline,
@@ -159,7 +159,7 @@ where
     }
 
     /// The timeline, for whoever looks for something on it. When it has been moved, [`Reverse::go_to`] says where to.
-    pub fn timeline(&mut self) -> Result<&mut Timeline<C, S, R, K, M>, Error<C, F>> {
+    pub fn timeline(&mut self) -> Outcome<&mut Timeline<C, S, R, K, M>, C, F> {
         self.quiet()?;
         self.legs.clear();
         self.steps.clear();
