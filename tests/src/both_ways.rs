@@ -10,8 +10,8 @@ use hindsight_vmm::session::{CounterWish, DebugWish, Debugger, RecordedPaths, St
 
 use crate::measure::median;
 
-/// Where a guest is: the last exit, whether nothing has run since, and the general registers.
-type Place = (u64, bool, [u64; 18]);
+/// Where a guest is: the last exit, and the general registers.
+type Place = (u64, [u64; 18]);
 
 /// Opens a recording to be debugged, at an exit.
 pub fn open(recording: &Path, exit: u64) -> Debugger {
@@ -33,7 +33,7 @@ fn seek(debugger: &mut Debugger, exit: u64) {
 
 fn place(debugger: &mut Debugger) -> Place {
     let registers = debugger.registers().expect("the host works").general;
-    (debugger.exit(), debugger.is_at_exit(), registers.0)
+    (debugger.exit(), registers.0)
 }
 
 /// Takes `steps` steps at random in both directions from an exit, and back to it. A step from a place always leads to the
@@ -112,7 +112,7 @@ pub fn watch(debugger: &mut Debugger, exit: u64, address: u64, count: usize) -> 
     }
     let places = writes.iter().map(|(place, _)| place);
     places
-        .map(|(exit, _, registers)| (*exit, registers[16]))
+        .map(|(exit, registers)| (*exit, registers[16]))
         .collect()
 }
 
