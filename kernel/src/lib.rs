@@ -20,3 +20,4 @@ pub use rewrite::{
     Ages, Alternative, Cave, EntryCaves, ModuleLayout, Modules, Patch, QuickCaves, QuickClock,
     QuickPlan, RewriteTargets, Rewritten, Site, SiteKind, Sites, Span, TrapCounts, find_sites,
 };
+pub use symbols::Symbols;

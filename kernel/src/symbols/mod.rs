@@ -3,4 +3,4 @@
 pub(crate) mod btf;
 pub(crate) mod kallsyms;
 
-pub(crate) use kallsyms::Symbols;
+pub use kallsyms::Symbols;

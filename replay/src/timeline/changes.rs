@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use hindsight_devices::{Storage, StorageError};
 
 use super::checkpoint::{CheckpointHead, Checkpoints};
+use super::near::HeldPages;
 use super::notes::Notes;
 use crate::machine::{Cpu, Machine, Outside, PAGE_BYTES, PagePlace, StateError, Stateful};
 
@@ -15,6 +16,8 @@ pub struct Changes {
     pub(super) base: Option<usize>,
     /// Those that may have changed since.
     pub(super) pages: BTreeSet<PagePlace>,
+    /// What some of these hold.
+    pub(super) held: HeldPages,
 }
 
 impl Changes {
@@ -67,7 +70,10 @@ impl Changes {
     fn add(&mut self, memory: Vec<u64>, disks: Vec<u64>) {
         let memory = memory.into_iter().map(PagePlace::in_memory);
         let disks = disks.into_iter().map(PagePlace::on_disks);
-        self.pages.extend(memory.chain(disks));
+        for place in memory.chain(disks) {
+            self.held.remove(&place);
+            self.pages.insert(place);
+        }
     }
 
     /// Keeps a checkpoint of the machine in `store`: its state, as it is behind this door, with the pages that have
@@ -96,7 +102,10 @@ impl Changes {
         };
         let appended = store.append(head, &core, self.base, &mut changed, notes);
         match &appended {
-            Ok(Ok(number)) => self.base = Some(*number),
+            Ok(Ok(number)) => {
+                self.base = Some(*number);
+                self.held.clear();
+            }
             _ => self.pages = pages,
         }
         Ok(appended?.map(drop))

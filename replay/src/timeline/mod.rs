@@ -9,7 +9,10 @@
 
 mod changes;
 mod checkpoint;
+mod near;
 mod notes;
+mod parts;
+mod reverse;
 mod stretch;
 mod travel;
 mod when;
@@ -17,6 +20,7 @@ mod when;
 pub use changes::Changes;
 pub use checkpoint::{CheckpointHead, Checkpoints, PageSink, PageSource};
 pub use notes::{NoteTaker, Notes};
+pub use reverse::{Debuggable, HitKind, Mark, Reverse, ReverseError, Stopped};
 pub use stretch::Stretch;
 pub use travel::{Arrival, Pace, Pause, Target, Timeline, TravelError};
 pub use when::{Anchor, NoMoment, When, is_mark_name};

@@ -19,7 +19,7 @@ use hindsight_replay::{
 use super::make::random_number;
 use super::marking::Marking;
 use super::marks::{carry_over, no_marks};
-use super::moments::{go_on, go_to_moment, here};
+use super::moments::{go_to_moment, here};
 use super::new_recording::NewRecording;
 use super::open::{Here, RecordedImages, RecordedPaths};
 use super::preemption_plan::CounterWish;
@@ -267,7 +267,7 @@ fn come_to(
     let end = match go_to_moment(timeline, when, recording, pace, observer)? {
         Arrival::Ended(end) => Some(end),
         Arrival::CutShort(_) => None,
-        Arrival::Reached | Arrival::Stopped => return Ok(()),
+        Arrival::Reached | Arrival::Stopped | Arrival::AtStop => return Ok(()),
     };
     let exits = here(timeline);
     let before = exits.saturating_sub(1);
@@ -281,7 +281,7 @@ fn come_to(
     }
     // The wish to stop came with the last exit; what was cut short may lack a part of its last one.
     for exit in [exits, before] {
-        if let Arrival::Reached = go_on(timeline, Target::Exit(exit), pace, &mut ())? {
+        if let Arrival::Reached = timeline.go_to(Target::Exit(exit), pace)? {
             return Ok(());
         }
     }

@@ -33,7 +33,7 @@ use crate::failure::Failure;
 use crate::world::{Hold, Shown};
 
 pub use checkpoints::{CheckpointError, CheckpointFile, PageLimit};
-pub use debug::{DebugWish, Debugger, Interrupted, Stopped};
+pub use debug::{DebugWish, Debugger, Interrupted, Progress, ProgressHook, Stopped};
 pub use images::{DiskWish, MachineWish};
 pub use live::{LiveRecordingWish, LiveWish, Lived, keep_moment, live};
 pub use make::{

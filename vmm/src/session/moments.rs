@@ -14,6 +14,63 @@ use super::timeline::{HostPace, RecordingTimeline, SPACING, open_timeline};
 use crate::failure::{Failure, Kind};
 use hindsight_replay::foreign::shown_path;
 
+/// What is said where there is no such moment.
+pub(super) fn no_moment(recording: &Recording, when: &When, why: &str) -> Failure {
+    let recording = shown_path(recording.directory());
+    let message = format!("{recording} has no moment {when}: {why}");
+    Failure::new(Kind::BadInput, message)
+}
+
+/// Where a moment is. Moves about where it has to be looked for, and makes the checkpoints on the way that there are none
+/// of. `None`: `pace` wanted it stopped there.
+///
+/// # Errors
+///
+/// There is no such moment in it, it diverges before, or the host failed.
+pub(super) fn find_moment(
+    timeline: &mut RecordingTimeline,
+    when: &When,
+    recording: &Recording,
+    pace: &mut dyn Pace,
+) -> Result<Option<Target>, Failure> {
+    let when = &unmarked(recording, when)?;
+    let missing = |why: &str| no_moment(recording, when, why);
+    let base = match &when.anchor {
+        Anchor::Exit(exit) => *exit,
+        Anchor::Time(time) if when.offset == 0 => return Ok(Some(Target::Time(*time))),
+        Anchor::End if when.offset == 0 => return Ok(Some(Target::End)),
+        Anchor::Time(time) => {
+            match timeline.go_to(Target::Time(*time), pace)? {
+                Arrival::Reached => {}
+                Arrival::Stopped => return Ok(None),
+                _ => return Err(missing("it ends before")),
+            }
+            here(timeline)
+        }
+        Anchor::End => {
+            if let Arrival::Stopped = timeline.go_to(Target::End, pace)? {
+                return Ok(None);
+            }
+            here(timeline)
+        }
+        Anchor::Crash | Anchor::Console(_) => {
+            let (search, why) = match &when.anchor {
+                Anchor::Console(text) => (Search::console(text), "no console says that"),
+                _ => (Search::default(), "its guest does not panic"),
+            };
+            match find(timeline, pace, search)? {
+                Found::At(exit) => exit,
+                Found::Nowhere => return Err(missing(why)),
+                Found::Stopped => return Ok(None),
+            }
+        }
+        Anchor::Mark(_) => unreachable!("it is an exit by now"),
+    };
+    let exit = base.checked_add_signed(when.offset);
+    let exit = exit.ok_or_else(|| missing("it would be before power-on"))?;
+    Ok(Some(Target::Exit(exit)))
+}
+
 /// Brings a recording to a moment. `observer` sees what happens on the last way there, from the checkpoint that it begins
 /// at.
 ///
@@ -27,48 +84,25 @@ pub(super) fn go_to_moment(
     pace: &mut dyn Pace,
     observer: &mut dyn Observer,
 ) -> Result<Arrival, Failure> {
-    let when = &unmarked(recording, when)?;
-    let missing = |why: &str| {
-        let recording = shown_path(recording.directory());
-        Failure::new(
-            Kind::BadInput,
-            format!("{recording} has no moment {when}: {why}"),
-        )
+    let Some(target) = find_moment(timeline, when, recording, pace)? else {
+        return Err(stopped(timeline));
     };
-    let target = match (&when.anchor, when.offset) {
-        (Anchor::Time(time), 0) => Target::Time(*time),
-        (Anchor::End, 0) => Target::End,
-        (anchor, offset) => {
-            let base = match anchor {
-                Anchor::Exit(exit) => *exit,
-                Anchor::Time(time) => {
-                    match go_on(timeline, Target::Time(*time), pace, &mut ())? {
-                        Arrival::Reached => {}
-                        _ => return Err(missing("it ends before")),
-                    }
-                    here(timeline)
-                }
-                Anchor::End => {
-                    go_on(timeline, Target::End, pace, &mut ())?;
-                    here(timeline)
-                }
-                Anchor::Crash => find(timeline, pace, Search::default())?
-                    .ok_or_else(|| missing("its guest does not panic"))?,
-                Anchor::Console(text) => find(timeline, pace, Search::console(text))?
-                    .ok_or_else(|| missing("no console says that"))?,
-                Anchor::Mark(_) => unreachable!("it is an exit by now"),
-            };
-            let exit = base.checked_add_signed(offset);
-            Target::Exit(exit.ok_or_else(|| missing("it would be before power-on"))?)
-        }
-    };
-    let arrival = go_on(timeline, target, pace, observer)?;
+    timeline.come_near(target)?;
+    let arrival = timeline.run_to(target, pace, observer)?;
+    let missing = |why: &str| Err(no_moment(recording, when, why));
     match (&arrival, target) {
+        (Arrival::Stopped, _) => Err(stopped(timeline)),
         (Arrival::Reached, _) | (_, Target::End) => Ok(arrival),
         (_, Target::Exit(exit)) if here(timeline) == exit => Ok(arrival),
-        (_, Target::Exit(_)) => Err(missing(&format!("its last exit is {}", here(timeline)))),
-        (_, Target::Time(_)) => Err(missing("it ends before")),
+        (_, Target::Exit(_)) => missing(&format!("its last exit is {}", here(timeline))),
+        (_, Target::Time(_)) => missing("it ends before"),
     }
+}
+
+fn stopped(timeline: &mut RecordingTimeline) -> Failure {
+    let exits = here(timeline);
+    let message = format!("stopped at exit {exits}, on the way to the moment");
+    Failure::new(Kind::Different, message)
 }
 
 /// Brings a recording to a moment. Says at which exit that is.
@@ -132,32 +166,12 @@ pub(super) fn here(timeline: &mut RecordingTimeline) -> u64 {
     parts.map_or(0, |(machine, _, _)| machine.at().exits)
 }
 
-/// Goes there, and makes the checkpoints on the way that there are none of.
-pub(super) fn go_on(
-    timeline: &mut RecordingTimeline,
-    target: Target,
-    pace: &mut dyn Pace,
-    observer: &mut dyn Observer,
-) -> Result<Arrival, Failure> {
-    timeline.come_near(target)?;
-    run_on(timeline, target, pace, observer)
-}
-
-/// The same from where it is: the observer sees all that happens up to there.
-fn run_on(
-    timeline: &mut RecordingTimeline,
-    target: Target,
-    pace: &mut dyn Pace,
-    observer: &mut dyn Observer,
-) -> Result<Arrival, Failure> {
-    match timeline.run_to(target, pace, observer)? {
-        Arrival::Stopped => {
-            let exits = here(timeline);
-            let message = format!("stopped at exit {exits}, on the way to the moment");
-            Err(Failure::new(Kind::Different, message))
-        }
-        arrival => Ok(arrival),
-    }
+/// What came of looking for something.
+enum Found {
+    At(u64),
+    Nowhere,
+    /// It was not looked for to the end.
+    Stopped,
 }
 
 /// The first exit at which something happens that is looked for. What happened before a checkpoint may be noted beside it;
@@ -166,7 +180,7 @@ fn find(
     timeline: &mut RecordingTimeline,
     pace: &mut dyn Pace,
     search: Search,
-) -> Result<Option<u64>, Failure> {
+) -> Result<Found, Failure> {
     let (mut noted, mut from) = (search.clone(), 0);
     for number in 0..timeline.store().heads().len() {
         let before = noted.clone();
@@ -175,9 +189,11 @@ fn find(
         };
         let panic = notes.tell(from, &mut noted);
         noted.panicked(panic);
-        if let Some(found) = noted.found {
-            return match look_through(timeline, pace, from, Target::Exit(found), before)? {
-                Some(seen) if seen == found => Ok(Some(found)),
+        if let Some(exit) = noted.found {
+            let seen = look_through(timeline, pace, from, Target::Exit(exit), before)?;
+            return match seen {
+                Found::At(at) if at == exit => Ok(seen),
+                Found::Stopped => Ok(seen),
                 _ => look_through(timeline, pace, 0, Target::End, search),
             };
         }
@@ -193,10 +209,17 @@ fn look_through(
     from: u64,
     to: Target,
     mut search: Search,
-) -> Result<Option<u64>, Failure> {
-    go_on(timeline, Target::Exit(from), pace, &mut ())?;
-    run_on(timeline, to, pace, &mut search)?;
-    Ok(search.found)
+) -> Result<Found, Failure> {
+    if let Arrival::Stopped = timeline.go_to(Target::Exit(from), pace)? {
+        return Ok(Found::Stopped);
+    }
+    Ok(
+        match (timeline.run_to(to, pace, &mut search)?, search.found) {
+            (Arrival::Stopped, _) => Found::Stopped,
+            (_, Some(exit)) => Found::At(exit),
+            (_, None) => Found::Nowhere,
+        },
+    )
 }
 
 /// Looks for the first exit at which something happens.

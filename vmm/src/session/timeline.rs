@@ -98,11 +98,23 @@ pub fn open_timeline(
     instead: &RecordedPaths,
     counter: &CounterWish,
 ) -> Result<RecordingTimeline, Failure> {
+    open_prepared(recording, journal, instead, counter, |_| {})
+}
+
+/// The same, with something to be done to each vCPU before it runs.
+pub(super) fn open_prepared(
+    recording: &Recording,
+    journal: JournalReader<BufReader<File>>,
+    instead: &RecordedPaths,
+    counter: &CounterWish,
+    prepare: impl Fn(&mut KvmCpu) + 'static,
+) -> Result<RecordingTimeline, Failure> {
     let header = journal.header().clone();
     let images = RecordedImages::open(recording, &header, instead)?;
     let counter = counter.clone();
     let make = move || {
-        let (cpu, machine) = images.machine(&header, &counter)?;
+        let (mut cpu, machine) = images.machine(&header, &counter)?;
+        prepare(&mut cpu);
         Ok((machine, cpu, images.fresh_disks()?))
     };
     timeline_of(recording, journal, Box::new(make))
@@ -237,7 +249,9 @@ pub fn index_recording(wish: &IndexWish, front: &mut dyn Front) -> Result<Indexe
             }
             Ok(Arrival::Ended(end)) => break Verdict::Equal(end),
             Ok(Arrival::CutShort(tail)) => break Verdict::CutShort(tail),
-            Ok(Arrival::Reached) => unreachable!("an end is not reached but ended"),
+            Ok(Arrival::Reached | Arrival::AtStop) => {
+                unreachable!("an end is not reached but ended, and nobody debugs it")
+            }
             Err(TravelError::Run(error)) => break Verdict::of(Err(error))?,
             Err(error) => return Err(error.into()),
         }
