@@ -14,8 +14,9 @@ mod symbols;
 pub mod testing;
 
 pub use error::KernelError;
-pub use image::{Code, Elf, Kernel, Segment, setup_header, unpack};
+pub use image::{Code, Elf, Kernel, Segment, initramfs, setup_header, unpack};
 pub use rewrite::{
     Ages, Alternative, Cave, EntryCaves, ModuleLayout, Modules, Patch, QuickCaves, QuickClock,
     QuickPlan, RewriteTargets, Rewritten, Site, SiteKind, Sites, Span, TrapCounts, find_sites,
 };
+pub use symbols::symbol_file;
