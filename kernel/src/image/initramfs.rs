@@ -32,6 +32,13 @@ pub struct Entry {
     content: Range<usize>,
 }
 
+impl Entry {
+    /// Whether it is a symbolic link.
+    pub fn is_link(&self) -> bool {
+        self.mode & 0o170_000 == 0o120_000
+    }
+}
+
 /// The files of an initrd.
 #[derive(Debug, Default)]
 pub struct Initramfs {

@@ -28,9 +28,10 @@ use super::open::RecordedPaths;
 use super::preemption_plan::CounterWish;
 use super::recording::Recording;
 use super::replay::Until;
+use crate::disk::Disks;
 use crate::doctor;
 use crate::failure::{Failure, Kind};
-use crate::kvm::{GuestRegisters, Hit, Stops};
+use crate::kvm::{GuestMemory, GuestRegisters, Hit, Stops};
 
 /// So many exits pass from one look at whether somebody wants it stopped to the next.
 const LOOK_EVERY: u64 = 64;
@@ -71,6 +72,7 @@ pub type Interrupted<'a> = &'a mut dyn FnMut() -> bool;
 /// A replay under a debugger.
 #[derive(Debug)]
 pub struct Debugger {
+    wish: DebugWish,
     replay: Replaying,
     timeline: Kept,
     legs: Vec<Leg>,
@@ -92,14 +94,12 @@ impl Debugger {
         let recording = Recording::at(&wish.recording);
         let exit = match &wish.at {
             None => 0,
-            Some(when) => match until_moment(&recording, &wish.instead, when)? {
-                Until::Exit(exit) => exit,
-                _ => travel(&recording, &wish.instead, &wish.counter, when)?.1,
-            },
+            Some(when) => find_exit(wish, when)?,
         };
         let mut replay = Replaying::begin(recording, &wish.instead, &wish.counter)?;
         let timeline = Kept::at_power_on(&mut replay)?;
         let mut debugger = Debugger {
+            wish: wish.clone(),
             replay,
             timeline,
             legs: Vec::new(),
@@ -175,6 +175,16 @@ impl Debugger {
         self.replay.read(gva, buffer)
     }
 
+    /// The guest's memory.
+    pub fn memory(&self) -> &GuestMemory {
+        self.replay.memory()
+    }
+
+    /// The guest's disks, as they are now.
+    pub fn disks(&self) -> &Disks {
+        self.replay.disks()
+    }
+
     /// Goes to an exit, or to the end of the recording if that comes before.
     ///
     /// # Errors
@@ -184,6 +194,20 @@ impl Debugger {
         self.steps.clear();
         self.go_to_exit(exit.min(self.timeline.before(exit.saturating_add(1))))?;
         self.forward(&Stops::default(), Some(exit), interrupted)
+    }
+
+    /// Goes to a moment.
+    ///
+    /// # Errors
+    ///
+    /// There is none, the replay diverged, or the host failed.
+    pub fn go_to_moment(
+        &mut self,
+        when: &When,
+        interrupted: Interrupted<'_>,
+    ) -> Result<Stopped, Failure> {
+        let exit = find_exit(&self.wish, when)?;
+        self.seek(exit, interrupted)
     }
 
     /// Runs on to the next stop.
@@ -287,6 +311,15 @@ impl Debugger {
         }
         let name = self.name()?;
         self.go_before(name, interrupted)
+    }
+}
+
+/// The exit that is called so.
+fn find_exit(wish: &DebugWish, when: &When) -> Result<u64, Failure> {
+    let recording = Recording::at(&wish.recording);
+    match until_moment(&recording, &wish.instead, when)? {
+        Until::Exit(exit) => Ok(exit),
+        _ => Ok(travel(&recording, &wish.instead, &wish.counter, when)?.1),
     }
 }
 

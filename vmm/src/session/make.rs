@@ -106,6 +106,11 @@ impl LoadedKernel {
         &self.0.content
     }
 
+    /// The kernel itself, unpacked.
+    pub(super) fn elf(&self) -> Result<Elf<'_>, KernelError> {
+        Elf::parse(&self.0.kernel.elf)
+    }
+
     /// What lets it read the time, and print, without exits; `None` if it cannot.
     fn quick_plan(&self, elf: &Elf<'_>) -> Option<QuickPlan> {
         let caves = caves::find(elf)?.quick?;

@@ -6,6 +6,8 @@
 
 mod checkpoints;
 mod debug;
+mod glance;
+mod guest_files;
 mod images;
 pub mod index;
 mod kernel_cache;
@@ -30,6 +32,8 @@ use crate::world::{Hold, Shown};
 
 pub use checkpoints::{CheckpointError, CheckpointFile, PageLimit};
 pub use debug::{DebugWish, Debugger, Interrupted, Stopped};
+pub use glance::{Events, events, watch_stretch};
+pub use guest_files::{GuestFiles, kernel_symbols};
 pub use images::{DiskWish, MachineWish};
 pub use live::{LiveRecordingWish, LiveWish, Lived, live};
 pub use make::{

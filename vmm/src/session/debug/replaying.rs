@@ -7,7 +7,7 @@ use hindsight_replay::{Closed, Cpu, Machine, Registers, Replayer, RunError, Unit
 
 use crate::disk::Disks;
 use crate::failure::{Failure, Kind};
-use crate::kvm::{GuestRegisters, Hit, KvmCpu, Step, Stops};
+use crate::kvm::{GuestMemory, GuestRegisters, Hit, KvmCpu, Step, Stops};
 use crate::session::open::{RecordedImages, RecordedPaths};
 use crate::session::preemption_plan::CounterWish;
 use crate::session::recording::Recording;
@@ -58,6 +58,14 @@ impl Replaying {
             ended: None,
             at_exit: true,
         })
+    }
+
+    pub(super) fn memory(&self) -> &GuestMemory {
+        self.cpu.memory()
+    }
+
+    pub(super) fn disks(&self) -> &Disks {
+        &self.disks
     }
 
     /// The last exit.
