@@ -21,8 +21,8 @@ use hindsight_replay::foreign::shown_lines;
 use hindsight_vmm::failure::Failure;
 
 use commands::{
-    bench, console, debug, diff, disk, doctor, fork, index, inspect, live, pcap, record, replay,
-    run, verify,
+    bench, console, debug, diff, disk, dmesg, doctor, fork, index, inspect, live, maps, pcap, ps,
+    record, replay, run, verify,
 };
 use outcome::{EXIT_CODES, Outcome};
 use tell::{out, tell};
@@ -59,6 +59,12 @@ enum Command {
     Pcap(pcap::Options),
     /// Write a machine's disk as it was at some moment, or list what the guest had changed on it.
     Disk(disk::Options),
+    /// Show the processes that a machine had at some moment.
+    Ps(ps::Options),
+    /// Show what a process had mapped at some moment.
+    Maps(maps::Options),
+    /// Show what the kernel had said by some moment.
+    Dmesg(dmesg::Options),
     /// Drive a replay with gdb, forwards and backwards.
     Debug(debug::Options),
     /// Show the first difference between two recordings, and what led up to it.
@@ -92,6 +98,9 @@ pub fn main() -> ExitCode {
         Command::Console(options) => console::main(&options),
         Command::Pcap(options) => pcap::main(&options),
         Command::Disk(options) => disk::main(&options),
+        Command::Ps(options) => ps::main(&options),
+        Command::Maps(options) => maps::main(&options),
+        Command::Dmesg(options) => dmesg::main(&options),
         Command::Debug(options) => debug::main(&options),
         Command::Diff(options) => diff::main(&options),
         Command::Doctor(options) => doctor::main(&options),

@@ -12,6 +12,7 @@ pub mod rewrite;
 mod symbols;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+pub mod view;
 
 pub use error::KernelError;
 pub use image::{Code, Elf, Kernel, Segment, initramfs, setup_header, unpack};

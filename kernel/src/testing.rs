@@ -350,6 +350,15 @@ impl BtfBuilder {
         self.add(4, name, members.len(), bytes, &words)
     }
 
+    /// Members are a name, a type, and an offset and a size in bits; a size of 0 is no bit field.
+    pub fn bit_fields(&mut self, name: &str, bytes: u32, members: &[(&str, u32, u32, u32)]) -> u32 {
+        let words: Vec<u32> = members
+            .iter()
+            .flat_map(|&(name, of, offset, bits)| [self.name(name), of, bits << 24 | offset])
+            .collect();
+        self.add(1 << 7 | 4, name, members.len(), bytes, &words)
+    }
+
     pub fn enumeration(&mut self, name: &str, constants: &[(&str, u32)]) -> u32 {
         let words: Vec<u32> = constants
             .iter()

@@ -143,22 +143,13 @@ pub fn find(elf: &Elf<'_>) -> Modules {
     if loads.is_empty() {
         return untrapped("the kernel has none of the functions that are looked for");
     }
-    let Some(btf) = types(elf, &symbols) else {
+    let Some(btf) = Btf::of_kernel(elf, &symbols) else {
         return untrapped("the kernel's image does not describe its types (CONFIG_DEBUG_INFO_BTF)");
     };
     match ModuleLayout::find(&btf) {
         Some(layout) => Modules::Trapped { loads, layout },
         None => untrapped("the kernel's struct module is of a form that is not known"),
     }
-}
-
-fn types<'a>(elf: &Elf<'a>, symbols: &Symbols<'_>) -> Option<Btf<'a>> {
-    let between = || {
-        let start = symbols.lookup("__start_BTF")?;
-        let bytes = symbols.lookup("__stop_BTF")?.checked_sub(start)?;
-        elf.at(start, usize::try_from(bytes).ok()?)
-    };
-    Btf::parse(elf.section(".BTF").or_else(between)?)
 }
 
 impl Modules {

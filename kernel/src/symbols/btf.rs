@@ -2,11 +2,15 @@
 //!
 //! Which members `struct module` has, and where, differs between kernels and their configurations. Distributions build
 //! theirs with a description of all types inside (BTF, for eBPF programs that face the same question). This reads
-//! as much of it as that takes: structures, arrays and enumerations, by name. The format is that of Linux,
+//! as much of it as that takes, and as it takes to read structures in the memory of a running kernel: structures, arrays
+//! and enumerations, by name. The format is that of Linux,
 //! Documentation/bpf/btf.rst, "BTF Type and String Encoding".
 //!
 //! A reader of our own rather than a crate: those that exist turn every type of some hundred thousand into a value, and
 //! do not promise to survive bytes that somebody has altered.
+
+use super::kallsyms::Symbols;
+use crate::image::Elf;
 
 const MAGIC: u16 = 0xeb9f;
 const VERSION: u8 = 1;
@@ -72,6 +76,16 @@ struct Head<'a> {
 }
 
 impl<'a> Btf<'a> {
+    /// The types of a kernel, out of its own image.
+    pub(crate) fn of_kernel(elf: &Elf<'a>, symbols: &Symbols<'_>) -> Option<Btf<'a>> {
+        let between = || {
+            let start = symbols.lookup("__start_BTF")?;
+            let bytes = symbols.lookup("__stop_BTF")?.checked_sub(start)?;
+            elf.at(start, usize::try_from(bytes).ok()?)
+        };
+        Btf::parse(elf.section(".BTF").or_else(between)?)
+    }
+
     /// Reads the table of types; `None` if the bytes are no whole one.
     pub(crate) fn parse(bytes: &'a [u8]) -> Option<Btf<'a>> {
         let head = bytes.get(..24)?;
@@ -146,6 +160,33 @@ impl<'a> Btf<'a> {
         })
     }
 
+    /// Offset and size, in bits, of a structure's own bit field.
+    pub(crate) fn bit_field(&self, of: Type, name: &str) -> Option<(u32, u32)> {
+        let head = self.head(self.plain(of)?)?;
+        if !matches!(head.kind, STRUCT | UNION) || !head.has_bit_fields {
+            return None;
+        }
+        let members = head.rest.get(..head.count * MEMBER_BYTES)?;
+        let mut members = members.chunks_exact(MEMBER_BYTES);
+        let bits = members.find_map(|member| {
+            let is_it = self.is_named(u32_at(member, 0)?, name);
+            is_it.then_some(u32_at(member, 8)?)
+        })?;
+        Some((bits & 0x00ff_ffff, bits >> 24)).filter(|(_, count)| *count > 0)
+    }
+
+    /// A member of a member and so on: `path` has dots between their names.
+    pub(crate) fn path(&self, of: Type, path: &str) -> Option<Member> {
+        let start = Member { offset: 0, of };
+        path.split('.').try_fold(start, |outer, name| {
+            let inner = self.member(outer.of, name)?;
+            Some(Member {
+                offset: outer.offset.checked_add(inner.offset)?,
+                of: inner.of,
+            })
+        })
+    }
+
     /// What an array is made of, and how many of them.
     pub(crate) fn elements(&self, of: Type) -> Option<(Type, u32)> {
         let head = self.head(self.plain(of)?)?;
@@ -161,14 +202,24 @@ impl<'a> Btf<'a> {
         (head.kind == PTR).then_some(Type(head.size_or_type))
     }
 
-    /// Size in bytes of a structure, an integer or a pointer.
-    pub(crate) fn bytes(&self, of: Type) -> Option<u32> {
-        let head = self.head(self.plain(of)?)?;
-        match head.kind {
-            PTR => Some(8),
-            INT | STRUCT | UNION | ENUM => Some(head.size_or_type),
-            _ => None,
+    /// Size in bytes of a structure, an integer, a pointer or an array of such.
+    pub(crate) fn bytes(&self, mut of: Type) -> Option<u32> {
+        let mut times = 1_u32;
+        for _ in 0..CHAIN {
+            let head = self.head(self.plain(of)?)?;
+            let each = match head.kind {
+                PTR => 8,
+                INT | STRUCT | UNION | ENUM => head.size_or_type,
+                ARRAY => {
+                    let (element, count) = self.elements(of)?;
+                    (of, times) = (element, times.checked_mul(count)?);
+                    continue;
+                }
+                _ => return None,
+            };
+            return times.checked_mul(each);
         }
+        None
     }
 
     /// The value of a constant of an enumeration of this name.

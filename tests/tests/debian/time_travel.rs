@@ -71,6 +71,7 @@ fn a_recording_is_indexed_and_replays_from_any_moment_to_the_same_end() {
     let shown = debian.replay(&recording, &["--until", &before]).expect(0);
     assert!(!shown.text().contains("boot: alarm"));
 
+    its_kernel_tells_of_itself(&debian, &recording, text);
     in_stretches(&debian, &recording, dir.path());
 
     // A budget is kept to; damaged or deleted, it costs time and nothing else.
@@ -99,6 +100,63 @@ fn a_recording_is_indexed_and_replays_from_any_moment_to_the_same_end() {
             .expect(2);
         assert!(ran.stderr.contains(said), "{moment}: {}", ran.stderr);
     }
+}
+
+/// What the recording's kernel says of processes, mappings and itself, at two moments; `alarm` is an exit of process 1's.
+fn its_kernel_tells_of_itself(debian: &Debian, recording: &Path, alarm: u64) {
+    let look = |command: &str, at: &str, more: &[&str]| {
+        let arguments = [&[command, path(recording), "--at", at, "--json"], more].concat();
+        debian.run(&arguments).expect(0).json()
+    };
+    // Process 1 waits for a program that has just written its first line.
+    let found = look("ps", "console:tsc: rdtsc", &[]);
+    let tasks = found["tasks"].as_array().expect("a list");
+    let user = tasks.iter().filter(|task| task["kernel"] == false);
+    let user: Vec<_> = user.collect();
+    let named = |pid: u64| {
+        let mut all = tasks.iter();
+        all.find(|task| task["pid"] == pid).expect("it is there")
+    };
+    assert_eq!(user.len(), 2, "{found}");
+    assert_eq!(
+        (&user[0]["pid"], &user[0]["parent"]),
+        (&1.into(), &0.into())
+    );
+    assert_eq!(user[0]["executable"], "/init");
+    assert_eq!(user[0]["name"], "init");
+    assert_eq!(user[0]["state"], "S");
+    assert_eq!(user[1]["parent"], 1, "{found}");
+    assert_eq!(user[1]["name"], "tsc");
+    assert_eq!(user[1]["executable"], "/bin/tsc");
+    assert_eq!(user[1]["arguments"], serde_json::json!(["/bin/tsc"]));
+    assert_eq!(user[1]["state"], "R");
+    assert_eq!(found["current"], user[1]["pid"], "{found}");
+    assert_eq!(found["broken"], serde_json::Value::Null);
+    assert_eq!(
+        (&named(2)["name"], &named(2)["parent"]),
+        (&"kthreadd".into(), &0.into())
+    );
+    let of_kthreadd = |task: &&serde_json::Value| task["parent"] == 2 && task["kernel"] == true;
+    assert!(tasks.iter().filter(of_kthreadd).count() > 5, "{found}");
+
+    let at = alarm.to_string();
+    let found = look("maps", &at, &["1"]);
+    let maps = found["maps"].as_array().expect("a list");
+    let has = |name: &str, permissions: &str| {
+        let mut maps = maps.iter();
+        maps.any(|one| one["name"] == name && one["permissions"] == permissions)
+    };
+    assert!(has("/init", "r-xp") && has("[stack]", "rw-p"), "{found}");
+    let ends = maps.iter().map(|one| one["end"].as_u64());
+    assert!(ends.is_sorted(), "{found}");
+
+    let told = debian
+        .run(&["dmesg", path(recording), "--at", &at])
+        .expect(0)
+        .text();
+    let first = told.lines().next().expect("a line");
+    assert!(first.starts_with("[    0.000000] Linux version "), "{told}");
+    assert!(told.contains("] Run /init as init process"), "{told}");
 }
 
 /// Checks an indexed recording by several processes; then a copy whose journal is damaged in one place.

@@ -75,6 +75,12 @@ impl Paging {
         Paging { form, root: cr3 }
     }
 
+    /// That of the tables of four levels below the one at guest-physical address `root`.
+    pub fn long(root: u64) -> Paging {
+        let form = Form::Long { levels: 4 };
+        Paging { form, root }
+    }
+
     /// The guest-physical address of a virtual one; `None` where nothing is mapped. `read` fills a buffer
     /// from guest-physical memory, and says whether it is all RAM.
     pub fn translate(self, gva: u64, read: &dyn Fn(u64, &mut [u8]) -> bool) -> Option<u64> {

@@ -24,6 +24,7 @@ mod run;
 mod state_file;
 mod timeline;
 mod verify;
+mod view;
 
 use hindsight_replay::{Observer, OperatorConsole, Unit};
 
@@ -54,6 +55,7 @@ pub use timeline::{
 };
 
 pub use verify::{Share, Verified, VerifyWish, verify};
+pub use view::{KernelAt, KernelMemory, KernelView};
 
 /// Whoever is in front of a session: hears what is worth saying, and shows the guest's console.
 pub trait Front {
