@@ -21,8 +21,8 @@ use hindsight_replay::foreign::shown_lines;
 use hindsight_vmm::failure::Failure;
 
 use commands::{
-    bench, console, debug, diff, disk, dmesg, doctor, fork, index, inspect, live, maps, pcap, ps,
-    record, replay, run, verify,
+    bench, console, debug, diff, disk, dmesg, doctor, fork, index, inspect, live, maps, mark,
+    marks, pcap, ps, record, replay, run, verify,
 };
 use outcome::{EXIT_CODES, Outcome};
 use tell::{out, tell};
@@ -45,6 +45,10 @@ enum Command {
     Replay(replay::Options),
     /// Make any moment of a recording quick to reach.
     Index(index::Options),
+    /// Give a moment of a recording a name.
+    Mark(mark::Options),
+    /// List the moments of a recording that have names.
+    Marks(marks::Options),
     /// Check a recording in stretches, side by side.
     Verify(verify::Options),
     /// Go on from a moment of a recording as a running machine.
@@ -91,6 +95,8 @@ pub fn main() -> ExitCode {
         Command::Record(options) => record::main(&options),
         Command::Replay(options) => replay::main(&options),
         Command::Index(options) => index::main(&options),
+        Command::Mark(options) => mark::main(&options),
+        Command::Marks(options) => marks::main(&options),
         Command::Verify(options) => verify::main(&options),
         Command::Live(options) => live::main(&options),
         Command::Fork(options) => fork::main(&options),

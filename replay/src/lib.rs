@@ -41,7 +41,7 @@ pub use machine::{
 
 pub use timeline::{
     Anchor, Arrival, CheckpointHead, Checkpoints, NoMoment, Pace, PageSink, PageSource, Pause,
-    Stretch, Target, Timeline, TravelError, When,
+    Stretch, Target, Timeline, TravelError, When, is_mark_name,
 };
 
 /// Why a machine came to its end other than by the run's own ending.

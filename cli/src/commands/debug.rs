@@ -57,7 +57,7 @@ pub(crate) struct Options {
     recording: PathBuf,
     /// Begin at this moment, instead of where the recording begins.
     ///
-    /// An exit number, a guest time such as 12.5s, `crash`, or `console:TEXT`; +N or -N after it is N exits later or
+    /// An exit number, a guest time such as 12.5s, `crash`, `console:TEXT`, or a mark; +N or -N after it is N exits later or
     /// earlier.
     #[arg(long, value_name = "MOMENT")]
     at: Option<When>,

@@ -44,7 +44,8 @@ pub(crate) struct Options {
     /// Which disk: 0 is vda, 1 is vdb, ...
     #[arg(long, value_name = "N", default_value_t = 0)]
     disk: usize,
-    /// The moment: an exit number, a guest time such as 12.5s, `crash`, or `console:TEXT`; without it, the end.
+    /// The moment: an exit number, a guest time such as 12.5s, `crash`, `console:TEXT`, or a mark; without
+    /// it, the end.
     #[arg(long, value_name = "MOMENT")]
     at: Option<When>,
     /// Write the disk to IMG, a raw image with holes.

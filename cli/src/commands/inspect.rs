@@ -13,15 +13,19 @@ use hindsight_replay::{
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use crate::commands::marks::tell_complaints;
 use crate::format::{bytes, seconds, thousands};
 use crate::outcome::Outcome;
 use crate::output::Output;
 use crate::tell::{out, tell};
 use crate::watching::watch;
-use hindsight_replay::foreign::{shown, shown_path};
+use hindsight_replay::foreign::{shown, shown_lines, shown_path};
 use hindsight_vmm::disk::OpenImage;
 use hindsight_vmm::failure::Failure;
-use hindsight_vmm::session::Recording;
+use hindsight_vmm::session::{Marks, Recording};
+
+/// So many marks are shown.
+const MARKS_SHOWN: usize = 20;
 
 /// Options of `inspect`.
 #[derive(Debug, Args)]
@@ -276,6 +280,12 @@ fn overview(
         // The index only saves time; a directory that cannot be written to does without.
         let _ = recording.write_index(&frames);
     }
+    // A file of marks that is none is no reason to tell nothing of the rest.
+    let marks = Marks::read(recording).unwrap_or_else(|error| {
+        tell!("hindsight: {}", shown_lines(error));
+        Marks::default()
+    });
+    tell_complaints(&marks);
     if as_json {
         let value = json!({
             "header": header,
@@ -288,6 +298,7 @@ fn overview(
                 .map(|(exit, what)| json!({"exit": exit, "what": what.to_string()}))
                 .collect::<Vec<_>>(),
             "disks": disks(recording, &header).collect::<Vec<_>>(),
+            "marks": marks.list(),
             "journal": census,
         });
         out!("{value}");
@@ -307,6 +318,18 @@ fn overview(
                 ))
             ),
             None => out!("end         none: {tail}"),
+        }
+        for (at, mark) in marks.list().iter().take(MARKS_SHOWN).enumerate() {
+            out!(
+                "{:<12}{}, exit {}, {}",
+                if at == 0 { "marks" } else { "" },
+                mark.name,
+                thousands(mark.exit),
+                seconds(mark.guest_ns)
+            );
+        }
+        if let more @ 1.. = marks.list().len().saturating_sub(MARKS_SHOWN) {
+            out!("            and {} more", thousands(more as u64));
         }
         print_census(&census);
     }

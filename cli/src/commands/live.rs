@@ -40,7 +40,7 @@ Examples:
 pub(crate) struct Options {
     /// The recording.
     recording: PathBuf,
-    /// The moment: an exit number, a guest time such as 12.5s, `crash`, or `console:TEXT`.
+    /// The moment: an exit number, a guest time such as 12.5s, `crash`, `console:TEXT`, or a mark.
     #[arg(long, value_name = "MOMENT")]
     at: When,
     /// Replay from a saved state at or before the moment instead of from the start.

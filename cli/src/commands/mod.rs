@@ -13,6 +13,8 @@ pub mod inspect;
 pub(crate) mod live;
 pub(crate) mod look;
 pub(crate) mod maps;
+pub(crate) mod mark;
+pub(crate) mod marks;
 pub mod pcap;
 pub(crate) mod ps;
 pub(crate) mod record;

@@ -1,12 +1,12 @@
 //! `hindsight replay`.
 
 use std::convert::Infallible;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use clap::{ArgGroup, Args};
-use hindsight_replay::When;
 use hindsight_replay::foreign::{shown_lines, shown_path};
+use hindsight_replay::{Anchor, When};
 use hindsight_vmm::failure::{Failure, Kind};
 use hindsight_vmm::session::{
     Beginning, RelogWish, ReplayWish, Replayed, SaveWish, Saved, Verdict, replay,
@@ -35,10 +35,11 @@ pub(crate) struct Options {
     /// The latter where the recording holds digests made with the same option.
     #[arg(long, value_name = "memory[=N]", value_parser = parse_verify)]
     verify: Option<Verify>,
-    /// Stop at this moment: an exit number, a guest time such as 12.5s, `end`, `crash`, or `console:TEXT`.
+    /// Stop at this moment: an exit number, a guest time such as 12.5s, `end`, `crash`, `console:TEXT`, or a mark.
     ///
     /// `crash` is the exit at which the guest's kernel panics, `console:TEXT` the one at which TEXT is complete on a
-    /// console. +N or -N after it is N exits later or earlier: crash-100.
+    /// console, a mark is called by its name (`hindsight marks`). +N or -N after it is N exits later or earlier:
+    /// crash-100.
     #[arg(long, value_name = "MOMENT")]
     until: Option<When>,
     /// With --until: save the state of the machine there, for --from.
@@ -49,7 +50,8 @@ pub(crate) struct Options {
     save: Option<PathBuf>,
     /// Begin at a moment, or at a state that was saved by --save, instead of at the start.
     ///
-    /// What names no moment (see --until) is a file; ./5 is a file named 5. The way to a moment is short where
+    /// What names no moment (see --until) is a file; ./5 is a file named 5. So is a file's name that a mark has, too:
+    /// mark:NAME is the mark. The way to a moment is short where
     /// the recording was indexed (`hindsight index`).
     #[arg(long, value_name = "MOMENT|FILE", value_parser = parse_beginning, conflicts_with = "relog")]
     from: Option<Beginning>,
@@ -126,7 +128,13 @@ pub(crate) fn main(options: &Options) -> Result<Outcome, Failure> {
 }
 
 fn parse_beginning(text: &str) -> Result<Beginning, Infallible> {
+    let is_file = Path::new(text).exists();
     Ok(match text.parse() {
+        // A mark may be called as a file is; `mark:` before it says which is meant.
+        Ok(When {
+            anchor: Anchor::Mark(_),
+            ..
+        }) if is_file => Beginning::State(text.into()),
         Ok(when) => Beginning::Moment(when),
         Err(_) => Beginning::State(text.into()),
     })
@@ -234,4 +242,22 @@ fn conclude(replayed: &Replayed, host_ns: u64, json: bool) -> Outcome {
         tell!("  digest {}, memory {memory}", summary.digest);
     }
     outcome
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_replay_begins_at_a_file_where_one_has_the_name_of_a_mark() {
+        let is_state = |text: &str| {
+            let Ok(beginning) = parse_beginning(text);
+            matches!(beginning, Beginning::State(_))
+        };
+        // Tests run in the folder of their crate.
+        assert!(is_state("Cargo.toml") && is_state("./5") && is_state("no/such/file"));
+        for moment in ["mark:Cargo.toml", "login", "5", "crash-1"] {
+            assert!(!is_state(moment), "{moment}");
+        }
+    }
 }

@@ -15,4 +15,4 @@ mod when;
 pub use checkpoint::{CheckpointHead, Checkpoints, PageSink, PageSource};
 pub use stretch::Stretch;
 pub use travel::{Arrival, Pace, Pause, Target, Timeline, TravelError};
-pub use when::{Anchor, NoMoment, When};
+pub use when::{Anchor, NoMoment, When, is_mark_name};

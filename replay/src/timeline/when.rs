@@ -21,6 +21,20 @@ pub enum Anchor {
     Crash,
     /// The exit at which this text was complete on a console.
     Console(String),
+    /// The mark of this name; or, where there is none and the name ends like an offset, the one of the name before that
+    /// (see [`When::marks`]).
+    Mark(String),
+}
+
+/// The longest name of a mark, in bytes.
+const MARK_NAME_BYTES_MAX: usize = 64;
+
+/// Whether a mark may have this name: a letter or `_`, then letters, digits, `-`, `_` and `.`; 64 at most. So a shell
+/// takes it as it is, and it is neither a number nor an option.
+pub fn is_mark_name(text: &str) -> bool {
+    let begins = |first: char| first.is_ascii_alphabetic() || first == '_';
+    let goes_on = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+    text.starts_with(begins) && text.bytes().all(goes_on) && text.len() <= MARK_NAME_BYTES_MAX
 }
 
 /// A moment of a recording: an exit that is named somehow, or some exits before or after it.
@@ -35,8 +49,8 @@ pub struct When {
 /// The text names no moment.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[error(
-    "{0:?} names no moment: expected an exit number, a guest time such as 12.5s, `end`, `crash`, or `console:TEXT`; \
-     +N or -N after it is N exits later or earlier"
+    "{0:?} names no moment: expected an exit number, a guest time such as 12.5s, `end`, `crash`, `console:TEXT`, or \
+     the name of a mark; +N or -N after it is N exits later or earlier"
 )]
 pub struct NoMoment(String);
 
@@ -51,9 +65,37 @@ impl FromStr for When {
 
     fn from_str(text: &str) -> Result<When, NoMoment> {
         let (name, offset) = split_offset(text);
-        let anchor = anchor(name).ok_or_else(|| NoMoment(text.into()))?;
-        Ok(When { anchor, offset })
+        let named = anchor(name).map(|anchor| When { anchor, offset });
+        named.or_else(|| mark(text)).ok_or(NoMoment(text.into()))
     }
+}
+
+impl When {
+    /// Which marks it may be counted from, the one that it is counted from if that exists first, each with how many
+    /// exits later it is. `login-1` may be a mark of that name, or the exit before the mark `login`: no recording
+    /// is at hand where a name is read.
+    pub fn marks(&self) -> Vec<(&str, i64)> {
+        let Anchor::Mark(text) = &self.anchor else {
+            return Vec::new();
+        };
+        let mut marks = vec![(text.as_str(), self.offset)];
+        let (name, offset) = split_offset(text);
+        if name != text {
+            marks.push((name, self.offset.saturating_add(offset)));
+        }
+        marks
+    }
+}
+
+/// A mark, with an offset that cannot be a part of its name.
+fn mark(text: &str) -> Option<When> {
+    let text = text.strip_prefix("mark:").unwrap_or(text);
+    let (name, offset) = match split_offset(text) {
+        (name, offset) if text[name.len()..].starts_with('+') => (name, offset),
+        _ => (text, 0),
+    };
+    let anchor = is_mark_name(name).then(|| Anchor::Mark(name.into()))?;
+    Some(When { anchor, offset })
 }
 
 /// The offset at the end of a name. A text in quotes has none inside.
@@ -121,6 +163,7 @@ impl fmt::Display for When {
             Anchor::End => f.write_str("end")?,
             Anchor::Crash => f.write_str("crash")?,
             Anchor::Console(text) => write!(f, "console:{text:?}")?,
+            Anchor::Mark(name) => write!(f, "mark:{name}")?,
         }
         match self.offset {
             0 => Ok(()),
@@ -155,7 +198,6 @@ mod tests {
         }
         for text in [
             "",
-            "s",
             "-1",
             "+1",
             "1.s",
@@ -163,7 +205,13 @@ mod tests {
             "1.5",
             "12 s",
             "1.0000000001s",
-            "End",
+            "mark:",
+            "mark:1",
+            "a b",
+            "-a",
+            "a\u{e9}",
+            "a++1",
+            "a+1+1",
             "console:",
             "console:\"\"",
             "18446744073709551616",
@@ -174,7 +222,33 @@ mod tests {
         ] {
             assert!(text.parse::<When>().is_err(), "{text:?}");
         }
+        let long = "x".repeat(MARK_NAME_BYTES_MAX);
+        assert!(long.parse::<When>().is_ok() && format!("{long}x").parse::<When>().is_err());
         assert_eq!(moment("console:x+1").to_string(), "console:\"x\"+1");
         assert_eq!(moment("12.5s-3").to_string(), "12.500000000s-3");
+    }
+    #[test]
+    fn a_mark_is_named_by_itself_and_its_name_may_end_like_an_offset() {
+        for (text, marks) in [
+            ("login", vec![("login", 0)]),
+            ("mark:login", vec![("login", 0)]),
+            ("login+10", vec![("login", 10)]),
+            ("login-10", vec![("login-10", 0), ("login", -10)]),
+            ("mark-1", vec![("mark-1", 0), ("mark", -1)]),
+            ("mark-1+0", vec![("mark-1", 0), ("mark", -1)]),
+            ("mark-1-2", vec![("mark-1-2", 0), ("mark-1", -2)]),
+            ("mark:mark-1+7", vec![("mark-1", 7), ("mark", 6)]),
+            // What is something else needs the word before it.
+            ("mark:crash", vec![("crash", 0)]),
+            ("mark:end-1", vec![("end-1", 0), ("end", -1)]),
+            ("crash", vec![]),
+            ("end-1", vec![]),
+            ("_x.y", vec![("_x.y", 0)]),
+        ] {
+            let when: When = text.parse().expect(text);
+            assert_eq!(when.marks(), marks, "{text}");
+        }
+        let when: When = "login+2".parse().unwrap();
+        assert_eq!(when.to_string(), "mark:login+2");
     }
 }

@@ -16,6 +16,7 @@ use hindsight_replay::{
 };
 
 use super::make::random_number;
+use super::marks::{carry_over, no_marks};
 use super::moments::until_moment;
 use super::new_recording::NewRecording;
 use super::open::{RecordedImages, RecordedPaths};
@@ -420,6 +421,13 @@ impl Session<'_> {
         stage.reach(&mut recorder, at, &operator, close_after)?;
         target.begin()?;
         let from = stage.machine.complete();
+        if let Err(error) = carry_over(
+            &Recording::at(&wish.recording),
+            target.recording(),
+            from.exits,
+        ) {
+            front.notice(&no_marks(&error));
+        }
         notice_live(from, front);
         operator.may_leave();
         let door = Session::door(wish, (world, link), from, unit, chaos)?;

@@ -13,6 +13,7 @@ pub mod index;
 mod kernel_cache;
 mod live;
 mod make;
+mod marks;
 mod moments;
 mod new_recording;
 mod open;
@@ -40,7 +41,8 @@ pub use live::{LiveRecordingWish, LiveWish, Lived, live};
 pub use make::{
     LoadedKernel, MACHINE_CMDLINE, MachineError, build, cmdline, describe, host_facts, open_kvm,
 };
-pub use moments::{travel, until_moment};
+pub use marks::{MadeBy, Mark, MarkError, Marks, add_mark, remove_mark};
+pub use moments::{complete_at, travel, until_moment};
 pub use open::{RecordedImages, RecordedPaths};
 pub use preemption_plan::{CounterWish, PreemptionError, PreemptionPlan, PreemptionWish};
 pub use record::{Left, RecordWish, Recorded, record};

@@ -1,8 +1,9 @@
 //! Finds the moments that a recording's user names.
 
 use hindsight_devices::{Nanos, Output};
-use hindsight_replay::{Anchor, Arrival, Exit, Guest, Observer, Target, Turn, When};
+use hindsight_replay::{Anchor, Arrival, Complete, Exit, Guest, Observer, Target, Turn, When};
 
+use super::marks::unmarked;
 use super::open::RecordedPaths;
 use super::preemption_plan::CounterWish;
 use super::recording::Recording;
@@ -17,6 +18,7 @@ fn go_to_moment(
     when: &When,
     recording: &Recording,
 ) -> Result<(), Failure> {
+    let when = &unmarked(recording, when)?;
     let missing = |why: &str| {
         let recording = shown_path(recording.directory());
         Failure::new(
@@ -45,6 +47,7 @@ fn go_to_moment(
                 .ok_or_else(|| missing("its guest does not panic"))?,
             Anchor::Console(text) => find(timeline, Search::console(text))?
                 .ok_or_else(|| missing("no console says that"))?,
+            Anchor::Mark(_) => unreachable!("it is an exit by now"),
         };
     let exit = base.checked_add_signed(when.offset);
     let exit = exit.ok_or_else(|| missing("it would be before power-on"))?;
@@ -72,6 +75,21 @@ pub fn travel(
     Ok((timeline, exits))
 }
 
+/// The exit that a moment is, with guest time there.
+///
+/// # Errors
+///
+/// As of [`travel`].
+pub fn complete_at(
+    recording: &Recording,
+    instead: &RecordedPaths,
+    when: &When,
+) -> Result<Complete, Failure> {
+    let (mut timeline, _) = travel(recording, instead, &CounterWish::default(), when)?;
+    let parts = timeline.parts();
+    Ok(parts.map_or_else(Complete::default, |(machine, _, _)| machine.complete()))
+}
+
 /// Up to where a recording is to be replayed that is replayed from its start.
 ///
 /// # Errors
@@ -82,13 +100,14 @@ pub fn until_moment(
     instead: &RecordedPaths,
     when: &When,
 ) -> Result<Until, Failure> {
+    let when = unmarked(recording, when)?;
     match (&when.anchor, when.offset) {
         (Anchor::Exit(exit), 0) => Ok(Until::Exit(*exit)),
         (Anchor::Time(time), 0) => Ok(Until::Time(*time)),
         (Anchor::End, 0) => Ok(Until::End),
         _ => {
             let counter = CounterWish::default();
-            travel(recording, instead, &counter, when).map(|(_, exits)| Until::Exit(exits))
+            travel(recording, instead, &counter, &when).map(|(_, exits)| Until::Exit(exits))
         }
     }
 }

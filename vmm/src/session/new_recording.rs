@@ -19,7 +19,7 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 
 use super::open::RecordedImages;
-use super::recording::{CHECKPOINTS, FILES, FIRST_DISK, Recording, RecordingError};
+use super::recording::{CHECKPOINTS, FILES, FIRST_DISK, MARKS, Recording, RecordingError};
 use crate::disk::OpenImage;
 
 /// How the directory is called in which a recording stands that has not begun.
@@ -155,7 +155,7 @@ impl NewRecording {
     /// what the last run has left is removed.
     pub(super) fn create_journal(&self) -> Result<File, RecordingError> {
         let place = self.place();
-        for path in ["journal", "index", CHECKPOINTS].map(|name| place.path(name)) {
+        for path in ["journal", "index", CHECKPOINTS, MARKS].map(|name| place.path(name)) {
             remove_file(&path)?;
         }
         let path = place.path("journal");

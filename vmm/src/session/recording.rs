@@ -1,6 +1,7 @@
 //! A recording on disk: a directory that can be copied.
 //!
-//! `journal`, the `kernel` and the `initrd` it ran, and an `index` that can be rebuilt. The images of its disks
+//! `journal`, the `kernel` and the `initrd` it ran, an `index` and `checkpoints` that can be made again, and the
+//! `marks` that somebody has made. The images of its disks
 //! are not copied, for they are large: `disk0`, `disk1`, ... are links to them, and may be replaced by
 //! the images themselves. The other files are regular files, and nothing else is opened in their place.
 //! How a recording is made is in [`super::new_recording`].
@@ -117,14 +118,17 @@ pub fn content(bytes: &[u8]) -> Content {
 
 /// The file that has its checkpoints.
 pub(super) const CHECKPOINTS: &str = "checkpoints";
+/// The file that has its marks.
+pub(super) const MARKS: &str = "marks";
 
 /// The files of a recording.
-pub(crate) const FILES: [&str; 10] = [
+pub(crate) const FILES: [&str; 11] = [
     "journal",
     "kernel",
     "initrd",
     "index",
     CHECKPOINTS,
+    MARKS,
     "disk0",
     "disk1",
     "disk2",
@@ -132,7 +136,7 @@ pub(crate) const FILES: [&str; 10] = [
     "disk4",
 ];
 /// The first of its disks among them.
-pub(crate) const FIRST_DISK: usize = 5;
+pub(crate) const FIRST_DISK: usize = 6;
 const _: () = assert!(FIRST_DISK + Devices::DISKS_MAX == FILES.len());
 
 /// A directory that holds a recording.

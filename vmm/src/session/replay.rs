@@ -10,6 +10,7 @@ use hindsight_replay::{
     Observer, Outside, Recorder, Replayer, RunError, Tail, When,
 };
 
+use super::marks::{carry_over, no_marks, unmarked};
 use super::moments::travel;
 use super::new_recording::NewRecording;
 use super::open::{RecordedImages, RecordedPaths};
@@ -178,7 +179,9 @@ pub fn replay(wish: &ReplayWish, front: &mut dyn Front) -> Result<Replayed, Fail
             Some((relog, NewRecording::create(&relog.output, relog.force)?))
         }
     };
-    let until = match &wish.until {
+    let until = wish.until.as_ref();
+    let until = until.map(|when| unmarked(&recording, when)).transpose()?;
+    let until = match &until {
         None => None,
         Some(When {
             anchor: Anchor::Exit(exit),
@@ -243,6 +246,9 @@ pub fn replay(wish: &ReplayWish, front: &mut dyn Front) -> Result<Replayed, Fail
             let mut relog = Recorder::create(replayer, target.create_journal()?, &header)
                 .map_err(|error| Failure::new(Kind::HostFailed, error))?;
             target.begin()?;
+            if let Err(error) = carry_over(&recording, target.recording(), u64::MAX) {
+                front.notice(&no_marks(&error));
+            }
             let result = machine.run(&mut cpu, &mut disks, &mut relog, &mut *view);
             if result.is_err() {
                 relog
