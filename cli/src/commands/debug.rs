@@ -38,6 +38,14 @@ end
 document seek
 Go to a moment of the recording: seek EXIT, seek 12.5s, seek crash, seek end, seek console:TEXT, seek crash-100.
 end
+define guest-program
+  monitor program
+  source SCRIPT
+  maintenance flush register-cache
+end
+document guest-program
+Load the symbols of the program that the guest's processor runs here, from the guest's own files.
+end
 define when
   monitor when
 end
@@ -190,11 +198,13 @@ impl Listening {
 }
 
 /// Starts a gdb and serves it.
-fn with_gdb(guest: Guest, wish: &DebugWish, options: &Options) -> Result<(), Failure> {
+fn with_gdb(mut guest: Guest, wish: &DebugWish, options: &Options) -> Result<(), Failure> {
     let directory = tempfile::tempdir()?;
     let socket = directory.path().join("gdb");
     let init = directory.path().join("init");
-    std::fs::write(&init, INIT)?;
+    let script = directory.path().join("program");
+    std::fs::write(&init, INIT.replace("SCRIPT", &script.display().to_string()))?;
+    guest.leave_commands_in(script);
     let listener = UnixListener::bind(&socket)?;
     listener.set_nonblocking(true)?;
     // Ctrl-C at the terminal is for gdb, which says so in its own words. A child has no signal blocked.

@@ -4,6 +4,7 @@ mod arch;
 mod files;
 mod memory;
 mod monitor;
+mod program;
 mod server;
 mod target;
 

@@ -1,10 +1,10 @@
 //! What `monitor` asks for: questions to the replay that gdb has no words for.
 
 use gdbstub::target::ext::monitor_cmd::{ConsoleOutput, MonitorCmd, outputln};
-use hindsight_replay::When;
 use hindsight_replay::foreign::{shown, shown_lines};
+use hindsight_replay::{Complete, When};
 use hindsight_vmm::failure::Failure;
-use hindsight_vmm::session::{Stopped, events, watch_stretch};
+use hindsight_vmm::session::{Marks, Stopped, add_mark, events, watch_stretch};
 
 use super::memory::{dump, number};
 use super::target::Guest;
@@ -13,7 +13,11 @@ use crate::format::{seconds, thousands};
 
 const HELP: &str = "\
 monitor when                     tells where the guest is: the last exit, and guest time there
-monitor seek MOMENT              goes to a moment: an exit, 12.5s, crash, end, console:TEXT, crash-100
+monitor seek MOMENT              goes to a moment: an exit, 12.5s, crash, end, console:TEXT, a mark, crash-100
+monitor mark [NAME]              gives the last exit a name
+monitor marks                    lists the names that there are
+monitor program                  tells which program the processor runs
+monitor ps                       lists the processes; monitor tasks, their threads and the kernel's too
 monitor events [FROM [TO]]       lists the journal's events between two exits; without them, those before this place
 monitor console [LINES]          shows the last lines that the guest has written to its console
 monitor physical ADDRESS LENGTH  shows memory by its physical address
@@ -64,6 +68,37 @@ impl Guest {
             thousands(exit),
             seconds(now)
         );
+    }
+
+    /// Gives the last exit a name.
+    fn mark(&self, name: Option<&str>, out: &mut ConsoleOutput<'_>) {
+        let at = Complete {
+            exits: self.debugger.exit(),
+            now: self.debugger.now_ns(),
+        };
+        match add_mark(&self.recording, name, at) {
+            Ok(mark) => outputln!(
+                out,
+                "mark {} is at exit {}",
+                mark.name,
+                thousands(mark.exit)
+            ),
+            Err(error) => outputln!(out, "{}", shown_lines(error)),
+        }
+    }
+
+    fn list_marks(&self, out: &mut ConsoleOutput<'_>) {
+        let marks = match Marks::read(&self.recording) {
+            Ok(marks) => marks,
+            Err(error) => return outputln!(out, "{}", shown_lines(error)),
+        };
+        for mark in marks.list() {
+            let (exit, now) = (thousands(mark.exit), seconds(mark.guest_ns));
+            outputln!(out, "{:<24} exit {exit}, {now}", mark.name);
+        }
+        for complaint in marks.complaints() {
+            outputln!(out, "{}", shown_lines(complaint));
+        }
     }
 
     /// Lists what the journal says of some exits.
@@ -166,6 +201,12 @@ impl MonitorCmd for Guest {
         let words: Vec<&str> = command.split_whitespace().collect();
         match &words[..] {
             ["when"] => self.tell_where(out),
+            ["mark"] => self.mark(None, out),
+            ["mark", name] => self.mark(Some(*name), out),
+            ["marks"] => self.list_marks(out),
+            ["program"] => self.tell_program(out),
+            ["ps"] => self.list_tasks(false, out),
+            ["tasks"] => self.list_tasks(true, out),
             ["events", words @ ..] if words.len() <= 2 => self.list_events(words, out),
             ["console"] => self.show_console(LINES, out),
             ["console", lines] => match lines.parse() {

@@ -3,8 +3,12 @@
 //! What gdb asks for that would change the recorded machine is refused. A stop that cannot be had is refused where gdb asks
 //! for it, and what else cannot be done is told on standard error, for the protocol has no words.
 
+use std::cell::OnceCell;
+use std::path::PathBuf;
+
 use gdbstub::common::Signal;
 use gdbstub::stub::SingleThreadStopReason;
+use gdbstub::target::ext::auxv::AuxvOps;
 use gdbstub::target::ext::base::BaseOps;
 use gdbstub::target::ext::base::reverse_exec::{
     ReplayLogPosition, ReverseCont, ReverseContOps, ReverseStep, ReverseStepOps,
@@ -17,6 +21,7 @@ use gdbstub::target::ext::breakpoints::{
     Breakpoints, BreakpointsOps, HwBreakpoint, HwBreakpointOps, HwWatchpoint, HwWatchpointOps,
     SwBreakpoint, SwBreakpointOps, WatchKind as GdbWatchKind,
 };
+use gdbstub::target::ext::exec_file::ExecFileOps;
 use gdbstub::target::ext::host_io::HostIoOps;
 use gdbstub::target::ext::monitor_cmd::MonitorCmdOps;
 use gdbstub::target::{Target, TargetError, TargetResult};
@@ -25,7 +30,8 @@ use hindsight_replay::foreign::shown_lines;
 use hindsight_vmm::failure::Failure;
 use hindsight_vmm::kvm::{Hit, Stops, WatchKind, Watchpoint};
 use hindsight_vmm::session::{
-    CounterWish, DebugWish, Debugger, GuestFiles, Interrupted, RecordedPaths, Recording, Stopped,
+    CounterWish, DebugWish, Debugger, GuestFiles, Interrupted, KernelView, RecordedPaths,
+    Recording, Stopped,
 };
 
 use super::arch::{Guest64, Registers};
@@ -72,6 +78,10 @@ pub(crate) struct Guest {
     pub(super) instead: RecordedPaths,
     pub(super) counter: CounterWish,
     pub(super) console: OperatorConsole,
+    /// What is known of the kernel to look at it; found out when it is first wanted.
+    pub(super) kernel: OnceCell<Result<KernelView, String>>,
+    /// Where gdb, if we have started it, looks for what it is to do.
+    pub(super) script: Option<PathBuf>,
     pub(super) files: GuestFiles,
     pub(super) open_files: OpenFiles,
     /// Addresses that gdb reads at are physical ones.
@@ -95,6 +105,8 @@ impl Guest {
         let console = recording.journal()?.header().host.console;
         Ok(Guest {
             debugger,
+            kernel: OnceCell::new(),
+            script: None,
             files: GuestFiles::of(&recording, &wish.instead)?,
             recording,
             instead: wish.instead.clone(),
@@ -112,6 +124,11 @@ impl Guest {
     /// What cannot be done on this host, if that is anything: a sentence.
     pub(crate) fn lacks(&self) -> Option<&'static str> {
         self.debugger.lacks()
+    }
+
+    /// Leaves commands for gdb in this file.
+    pub(crate) fn leave_commands_in(&mut self, script: PathBuf) {
+        self.script = Some(script);
     }
 
     /// Asks this while gdb waits for the answer to a question.
@@ -234,6 +251,14 @@ impl Target for Guest {
     }
 
     fn support_monitor_cmd(&mut self) -> Option<MonitorCmdOps<'_, Self>> {
+        Some(self)
+    }
+
+    fn support_exec_file(&mut self) -> Option<ExecFileOps<'_, Self>> {
+        Some(self)
+    }
+
+    fn support_auxv(&mut self) -> Option<AuxvOps<'_, Self>> {
         Some(self)
     }
 
