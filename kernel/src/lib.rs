@@ -20,4 +20,4 @@ pub use rewrite::{
     Ages, Alternative, Cave, EntryCaves, ModuleLayout, Modules, Patch, QuickCaves, QuickClock,
     QuickPlan, RewriteTargets, Rewritten, Site, SiteKind, Sites, Span, TrapCounts, find_sites,
 };
-pub use symbols::symbol_file;
+pub use symbols::{Symbols, symbol_file};

@@ -40,8 +40,9 @@ pub use machine::{
 };
 
 pub use timeline::{
-    Anchor, Arrival, CheckpointHead, Checkpoints, NoMoment, Pace, PageSink, PageSource, Pause,
-    Stretch, Target, Timeline, TravelError, When, is_mark_name,
+    Anchor, Arrival, CheckpointHead, Checkpoints, Debuggable, HitKind, Mark, NoMoment, Pace,
+    PageSink, PageSource, Pause, Reverse, ReverseError, Stopped, Stretch, Target, Timeline,
+    TravelError, When, is_mark_name,
 };
 
 /// Why a machine came to its end other than by the run's own ending.

@@ -1,6 +1,7 @@
 //! What the tests share: a toy CPU, a seeded world, and the runs that bring them together.
 #![forbid(unsafe_code)]
 
+pub mod both_ways;
 pub mod busy_world;
 pub mod debian;
 pub mod drive;
@@ -14,6 +15,7 @@ pub mod sim_world;
 pub mod skip;
 pub mod toy_counter;
 pub mod toy_cpu;
+pub mod toy_debug;
 pub mod toy_disks;
 pub mod toy_driver;
 pub mod toy_memory;

@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::toy_counter::{Pmu, ToyCounter};
+use crate::toy_debug::ToyDebugger;
 use crate::toy_memory::ToyMemory;
 use crate::toy_program::{Op, Plan, Program};
 use hindsight_replay::rng::{Rng, mix};
@@ -125,6 +126,8 @@ pub struct ToyCpu {
     seen: Option<u64>,
     /// How often it was asked what is left open, and what it has not said yet.
     looks: (u64, Vec<LeftOpen>),
+    /// Where it is to be stopped.
+    pub(crate) debugger: ToyDebugger,
 }
 
 /// How many writes may wait: few, so that now and then one does not.
@@ -163,6 +166,7 @@ impl ToyCpu {
             lander: None,
             posted: VecDeque::new(),
             seen: None,
+            debugger: ToyDebugger::default(),
         }
     }
 
@@ -316,6 +320,7 @@ impl ToyCpu {
             lander: None,
             posted: self.posted.clone(),
             seen: self.seen,
+            debugger: ToyDebugger::default(),
         }
     }
 
@@ -323,6 +328,7 @@ impl ToyCpu {
     fn execute(&mut self, op: Op, h: u64) {
         let place = mix(h ^ 1) % (PAGE_BYTES / 8) as u64;
         let register = (h >> 40) as usize % 6;
+        let stored = (op == Op::Store).then_some(place * 8);
         match op {
             Op::Load => self.registers.0[register] ^= self.word(place).1,
             Op::Store => self.store(place, self.registers.0[register].wrapping_add(h)),
@@ -342,6 +348,7 @@ impl ToyCpu {
             Op::Exit(_) => unreachable!("an exit is not executed here"),
         }
         self.step(h);
+        self.debugger.moved(stored);
         if is_branch(h)
             && let Some(pmu) = &self.pmu
         {
@@ -424,8 +431,12 @@ impl Walk for ToyCpu {
             if self.window && self.takes_interrupts() {
                 return Ok(WalkEnd::Back(Back::Window));
             }
-            if !first && stops.contains(&self.registers.rip()) {
+            let is_at_stop = !first && stops.contains(&self.registers.rip());
+            if is_at_stop && !self.debugger.has_stored() {
                 return Ok(WalkEnd::AtStop);
+            }
+            if self.debugger.stops(&self.registers) {
+                return Ok(WalkEnd::Back(Back::Stopped));
             }
             let called = self.pmu.as_ref().is_some_and(Pmu::calls);
             if called || (self.kicks_in_a_row < 3 && self.noise.one_in(24)) {
@@ -484,18 +495,26 @@ impl Cpu for ToyCpu {
 
     fn run(&mut self, horizon: Horizon) -> Result<Back, Broken> {
         self.finish_instruction();
-        let Some(mut lander) = self.lander.take() else {
-            return match self.go(&[])? {
-                WalkEnd::Back(back) => Ok(back),
+        self.debugger.begin();
+        let back = match self.lander.take() {
+            None => match self.go(&[])? {
+                WalkEnd::Back(back) => back,
                 WalkEnd::AtStop => unreachable!("no stop was set"),
-            };
+            },
+            Some(mut lander) => {
+                let back = lander.run(self, horizon);
+                self.lander = Some(lander);
+                back?
+            }
         };
-        let back = lander.run(self, horizon);
-        self.lander = Some(lander);
-        if let Ok(Back::Exit(_)) = back {
-            self.spins = 0;
+        if let Back::Exit(exit) = back {
+            if self.lander.is_some() {
+                self.spins = 0;
+            }
+            let preempted = matches!(exit, Exit::Preempted(_));
+            self.debugger.exited(preempted);
         }
-        back
+        Ok(back)
     }
 
     fn posted(&mut self) -> Result<Option<u8>, Broken> {
@@ -538,6 +557,7 @@ impl Cpu for ToyCpu {
         self.registers.0[14] = mix(h ^ u64::from(vector));
         self.registers.0[16] = 0x10_0000 + 16 * u64::from(vector);
         self.program.enter_handler(vector, h);
+        self.debugger.moved(None);
         Ok(())
     }
 
@@ -646,6 +666,7 @@ impl Stateful for ToyCpu {
         // Nothing of what was before, and nothing that is the host's.
         (self.unfinished, self.spins, self.kicks_in_a_row) = (None, 0, 0);
         self.posted.clear();
+        self.debugger.restored();
         if let Some(lander) = &mut self.lander {
             lander.begin_at_exit()?;
         }

@@ -4,6 +4,7 @@
 
 use std::path::Path;
 
+use hindsight_tests::both_ways;
 use hindsight_tests::debian::{Debian, Ran};
 use tempfile::TempDir;
 
@@ -275,6 +276,20 @@ when
     );
     let replayed = debian.replay(&recording, &["--json"]).expect(0).json();
     assert_eq!(replayed["verdict"], "equal", "{replayed}");
+    goes_both_ways(&debian, &recording);
+}
+
+/// Steps about at random, `HINDSIGHT_STEPS` times, and goes to the writes of a word of the kernel's in both directions.
+fn goes_both_ways(debian: &Debian, recording: &Path) {
+    let steps = std::env::var("HINDSIGHT_STEPS");
+    let steps = steps.map_or(50, |text| text.parse().expect("a number"));
+    let kernel = std::fs::read(debian.kernel()).expect("the kernel can be read");
+    let kernel = hindsight_kernel::unpack(&kernel).expect("it is a kernel");
+    let symbols = hindsight_kernel::Symbols::find(&kernel.elf).expect("it has symbols");
+    let jiffies = symbols.lookup("jiffies_64").expect("it counts them");
+    let mut debugger = both_ways::open(recording, 1200);
+    both_ways::walk(&mut debugger, 1200, steps, 1);
+    both_ways::watch(&mut debugger, 1200, jiffies, 3);
 }
 
 #[test]

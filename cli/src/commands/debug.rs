@@ -204,7 +204,7 @@ fn with_gdb(mut guest: Guest, wish: &DebugWish, options: &Options) -> Result<(),
     let init = directory.path().join("init");
     let script = directory.path().join("program");
     std::fs::write(&init, INIT.replace("SCRIPT", &script.display().to_string()))?;
-    guest.leave_commands_in(script);
+    guest.is_for_our_gdb(script);
     let listener = UnixListener::bind(&socket)?;
     listener.set_nonblocking(true)?;
     // Ctrl-C at the terminal is for gdb, which says so in its own words. A child has no signal blocked.

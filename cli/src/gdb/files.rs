@@ -64,7 +64,8 @@ impl OpenFiles {
 impl Guest {
     /// A file of the guest's, as it is now.
     fn find_file(&mut self, path: &[u8], follow: bool) -> Result<TreeFile, HostIoErrno> {
-        let found = self.files.find(self.debugger.disks(), path, follow);
+        let disks = self.debugger.disks().ok_or(HostIoErrno::ENODEV)?;
+        let found = self.files.find(disks, path, follow);
         match found {
             Ok(found) => found.ok_or(HostIoErrno::ENOENT),
             Err(failure) => {

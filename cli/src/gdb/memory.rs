@@ -11,7 +11,10 @@ const LINE_BYTES: usize = 16;
 const PAGE_BYTES: u64 = 4096;
 
 /// Reads RAM from a physical address on, as far as there is any; returns how many bytes.
-pub(super) fn read_physical(memory: &GuestMemory, address: u64, into: &mut [u8]) -> usize {
+pub(super) fn read_physical(memory: Option<&GuestMemory>, address: u64, into: &mut [u8]) -> usize {
+    let Some(memory) = memory else {
+        return 0;
+    };
     let mut done = 0;
     while done < into.len() {
         let Some(at) = address.checked_add(done as u64) else {
@@ -35,7 +38,7 @@ pub(super) fn number(text: &str) -> Option<u64> {
 }
 
 /// What is at a physical address, in hexadecimal and as text.
-pub(super) fn dump(memory: &GuestMemory, address: u64, bytes: u64) -> String {
+pub(super) fn dump(memory: Option<&GuestMemory>, address: u64, bytes: u64) -> String {
     let mut buffer = vec![0; bytes.min(DUMP_BYTES_MAX) as usize];
     let count = read_physical(memory, address, &mut buffer);
     let mut text = lines(address, &buffer[..count]);

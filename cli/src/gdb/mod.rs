@@ -5,6 +5,7 @@ mod files;
 mod memory;
 mod monitor;
 mod program;
+mod progress;
 mod server;
 mod target;
 

@@ -4,7 +4,7 @@ use gdbstub::target::ext::monitor_cmd::{ConsoleOutput, MonitorCmd, outputln};
 use hindsight_replay::foreign::{shown, shown_lines};
 use hindsight_replay::{Complete, When};
 use hindsight_vmm::failure::Failure;
-use hindsight_vmm::session::{Marks, Stopped, add_mark, events, watch_stretch};
+use hindsight_vmm::session::{Marks, Stopped, add_mark, events};
 
 use super::memory::{dump, number};
 use super::target::Guest;
@@ -45,8 +45,17 @@ impl Guest {
             Err(error) => return outputln!(out, "{}", shown_lines(error)),
         };
         self.forget_interrupts();
-        let mut stop = || self.interrupted.look();
-        match self.debugger.go_to_moment(&when, &mut stop) {
+        let mut is_asked = false;
+        let mut stop = || {
+            is_asked |= self.interrupted.look();
+            is_asked
+        };
+        let stopped = self.debugger.go_to_moment(&when, &mut stop);
+        self.progress.end();
+        if is_asked {
+            outputln!(out, "stopped on the way");
+        }
+        match stopped {
             Ok(Stopped::End(how)) => {
                 outputln!(out, "the recording ends before that: {}", shown_lines(&how));
             }
@@ -131,26 +140,29 @@ impl Guest {
         }
     }
 
-    /// Shows the last lines that were on the console by now. They are computed again by a replay of its own.
+    /// Shows the last lines that were on the console by now. What there is of them is found by going back.
     fn show_console(&mut self, count: usize, out: &mut ConsoleOutput<'_>) {
         let here = self.debugger.exit();
         self.forget_interrupts();
-        let console = self.console;
         let mut back = LINES_EXITS;
         loop {
             let from = here.saturating_sub(back);
-            let transcript = Transcript::new(Vec::new(), Form::Lines, console);
-            let wish = (&self.recording, &self.instead, &self.counter);
-            let watched = watch_stretch(wish, from, here, transcript);
-            let text = watched.and_then(|transcript| transcript.finish());
-            let text = match text {
-                Ok(text) => text.unwrap_or_default(),
+            let mut transcript = Transcript::new(Vec::new(), Form::Lines, self.console);
+            let mut stop = || self.interrupted.look();
+            let watched = self.debugger.watch_from(from, &mut transcript, &mut stop);
+            let text = watched.and_then(|all| Ok((all, transcript.finish()?)));
+            self.progress.end();
+            let (all, text) = match text {
+                Ok((all, text)) => (all, text.unwrap_or_default()),
                 Err(failure) => return outputln!(out, "{}", shown_lines(&failure)),
             };
             let text = String::from_utf8_lossy(&text);
             let lines: Vec<&str> = text.lines().collect();
+            if !all {
+                return outputln!(out, "interrupted");
+            }
             // The first of them may have begun before.
-            if from == 0 || lines.len() > count || self.interrupted.look() {
+            if from == 0 || lines.len() > count {
                 for line in &lines[lines.len().saturating_sub(count)..] {
                     outputln!(out, "{line}");
                 }

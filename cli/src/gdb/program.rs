@@ -25,7 +25,8 @@ impl Guest {
             KernelView::of_recording(&self.recording).map_err(|failure| failure.to_string())
         });
         let kernel = known.as_ref().map_err(Clone::clone)?;
-        let mut memory = kernel.memory(self.debugger.memory());
+        let memory = self.debugger.memory().ok_or("there is no machine")?;
+        let mut memory = kernel.memory(memory);
         Ok(ask(kernel.view(), &mut memory))
     }
 

@@ -30,13 +30,13 @@ use hindsight_replay::foreign::shown_lines;
 use hindsight_vmm::failure::Failure;
 use hindsight_vmm::kvm::{Hit, Stops, WatchKind, Watchpoint};
 use hindsight_vmm::session::{
-    CounterWish, DebugWish, Debugger, GuestFiles, Interrupted, KernelView, RecordedPaths,
-    Recording, Stopped,
+    DebugWish, Debugger, GuestFiles, Interrupted, KernelView, Recording, Stopped,
 };
 
 use super::arch::{Guest64, Registers};
 use super::files::OpenFiles;
 use super::memory::read_physical;
+use super::progress::ProgressLine;
 use crate::format::thousands;
 use crate::tell::tell;
 
@@ -75,8 +75,6 @@ impl std::fmt::Debug for Interrupt {
 pub(crate) struct Guest {
     pub(super) debugger: Debugger,
     pub(super) recording: Recording,
-    pub(super) instead: RecordedPaths,
-    pub(super) counter: CounterWish,
     pub(super) console: OperatorConsole,
     /// What is known of the kernel to look at it; found out when it is first wanted.
     pub(super) kernel: OnceCell<Result<KernelView, String>>,
@@ -87,6 +85,7 @@ pub(crate) struct Guest {
     /// Addresses that gdb reads at are physical ones.
     pub(super) physical: bool,
     pub(super) interrupted: Interrupt,
+    pub(super) progress: ProgressLine,
     stops: Stops,
     /// Which of the breakpoints gdb calls its own software's.
     software: Vec<u64>,
@@ -109,12 +108,11 @@ impl Guest {
             script: None,
             files: GuestFiles::of(&recording, &wish.instead)?,
             recording,
-            instead: wish.instead.clone(),
-            counter: wish.counter.clone(),
             console,
             open_files: OpenFiles::default(),
             physical: false,
             interrupted: Interrupt(Box::new(|| false)),
+            progress: ProgressLine::default(),
             stops: Stops::default(),
             software: Vec::new(),
             wanted: Wanted::Resume,
@@ -126,9 +124,10 @@ impl Guest {
         self.debugger.lacks()
     }
 
-    /// Leaves commands for gdb in this file.
-    pub(crate) fn leave_commands_in(&mut self, script: PathBuf) {
+    /// gdb is on the same terminal, and looks for commands in this file.
+    pub(crate) fn is_for_our_gdb(&mut self, script: PathBuf) {
         self.script = Some(script);
+        self.debugger.on_progress(self.progress.hook());
     }
 
     /// Asks this while gdb waits for the answer to a question.
@@ -153,6 +152,7 @@ impl Guest {
             Wanted::ReverseResume => debugger.reverse_resume(&self.stops, interrupted),
             Wanted::ReverseStep => debugger.reverse_step(interrupted),
         };
+        self.progress.end();
         match stopped {
             Ok(stopped) => Ok(self.reason(stopped)),
             Err(failure) => {

@@ -4,5 +4,5 @@ pub(crate) mod btf;
 pub(crate) mod kallsyms;
 mod symbol_file;
 
-pub(crate) use kallsyms::Symbols;
+pub use kallsyms::Symbols;
 pub use symbol_file::symbol_file;

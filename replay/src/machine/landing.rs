@@ -227,6 +227,11 @@ impl<K: Counter> Lander<K> {
             // Nobody could have landed here: the next exit will be the wrong one.
             return to_exit(cpu);
         }
+        // A debugger may have stopped it right there.
+        let waits = self.near && self.count()? == place.number && cpu.rip() == place.rip;
+        if waits && cpu.is_there()? {
+            return Ok(landed(place.number, place.rip));
+        }
         if !self.near {
             let short = place.number.saturating_sub(margin);
             if self.count()? < short {

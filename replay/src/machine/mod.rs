@@ -161,6 +161,11 @@ impl Machine {
         self.at
     }
 
+    /// Whether nothing of the guest has run since that exit.
+    pub fn is_at_exit(&self) -> bool {
+        self.at_exit
+    }
+
     /// Guest time in nanoseconds.
     pub fn now(&self) -> Nanos {
         self.board.now()

@@ -8,11 +8,15 @@
 //! What checkpoints are kept in is somebody else's ([`Checkpoints`]); that may be damaged or gone, which costs time.
 
 mod checkpoint;
+mod near;
+mod parts;
+mod reverse;
 mod stretch;
 mod travel;
 mod when;
 
 pub use checkpoint::{CheckpointHead, Checkpoints, PageSink, PageSource};
+pub use reverse::{Debuggable, HitKind, Mark, Reverse, ReverseError, Stopped};
 pub use stretch::Stretch;
 pub use travel::{Arrival, Pace, Pause, Target, Timeline, TravelError};
 pub use when::{Anchor, NoMoment, When, is_mark_name};

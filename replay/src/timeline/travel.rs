@@ -3,18 +3,18 @@
 use std::collections::BTreeSet;
 use std::fmt::Display;
 use std::io::{Read, Seek};
-use std::ops::ControlFlow;
 
 use hindsight_devices::{Nanos, Storage, StorageError};
 use thiserror::Error;
 
 use super::checkpoint::{CheckpointHead, Checkpoints};
+use super::near::NearStates;
+use super::parts::{Parts, Unusable};
 use crate::RunError;
 use crate::door::{Closed, Replayer};
 use crate::journal::{JournalError, JournalReader, Tail};
 use crate::machine::{
-    Cpu, DigestError, End, FullDigest, JournalPlace, Machine, Observer, PAGE_BYTES, PagePlace,
-    Pages, StateError, StateOf, Stateful,
+    Cpu, DigestError, End, FullDigest, Machine, Observer, StateError, StateOf, Stateful,
 };
 
 /// Where to go.
@@ -39,6 +39,8 @@ pub enum Arrival {
     CutShort(Tail),
     /// An exit on the way, at which it was to stop.
     Stopped,
+    /// Where its vCPU was to stop, between two exits.
+    AtStop,
 }
 
 /// What is to be done at an exit on the way.
@@ -48,6 +50,8 @@ pub enum Pause {
     GoOn,
     /// Make a checkpoint, if the store has none so late.
     Checkpoint,
+    /// Keep the state in memory, for whoever comes back soon.
+    Keep,
     /// Stop there.
     Stop,
 }
@@ -60,6 +64,8 @@ pub trait Pace {
     fn look(&mut self, here: CheckpointHead) -> Pause;
     /// A checkpoint was made there.
     fn made(&mut self, _here: CheckpointHead) {}
+    /// A way begins at the exit `from`, which leads to the exit `to`, or to the end.
+    fn begin(&mut self, _from: u64, _to: Option<u64>) {}
 }
 
 /// Why a machine is not where it was to go.
@@ -79,185 +85,22 @@ pub enum TravelError<E: std::error::Error, F> {
     Journal(#[from] JournalError),
 }
 
-/// Why a checkpoint does not serve.
-#[derive(Debug, Error)]
-enum Unusable<E: std::error::Error, K: std::error::Error> {
-    #[error("{0}")]
-    Store(K),
-    #[error("{0}")]
-    State(#[from] StateError<E>),
-    #[error("{0}")]
-    Journal(JournalError),
-    #[error("it says nothing of where it is in the recording")]
-    NoPlace,
-    #[error("it is at another exit than it says")]
-    Elsewhere,
-}
-
-/// A machine, with what is lent to it.
-pub(super) struct Parts<C, S> {
-    pub(super) machine: Machine,
-    pub(super) cpu: C,
-    pub(super) disks: S,
-    /// What its pages hold at power-on.
-    power_on: Pages,
-    /// The checkpoint that its pages were last all equal to; without one they were what they are at power-on.
-    pub(super) base: Option<usize>,
-    /// Those that may have changed since.
-    pub(super) changed: BTreeSet<PagePlace>,
-    /// Whether it is at an exit, and the door with it. Else it can only be put somewhere.
-    in_step: bool,
-}
-
-impl<C, S> Parts<C, S>
-where
-    C: Cpu + Stateful<Error = <C as Cpu>::Error>,
-    S: Storage + Stateful<Error = StorageError>,
-{
-    /// Notes which pages have changed since they were noted last.
-    pub(super) fn note_changes(&mut self) -> Result<(), StateError<<C as Cpu>::Error>> {
-        let memory = self.cpu.take_changed_pages().map_err(StateError::Cpu)?;
-        let disks = (self.disks.take_changed_pages()).map_err(StateError::Storage)?;
-        self.may_have_changed(memory, disks);
-        Ok(())
-    }
-
-    /// No checkpoint is known that its pages were equal to: each that may hold anything but zeroes may have changed.
-    fn forget_base(&mut self) -> Result<(), StateError<<C as Cpu>::Error>> {
-        self.base = None;
-        let memory = self.cpu.pages().map_err(StateError::Cpu)?;
-        let disks = self.disks.pages().map_err(StateError::Storage)?;
-        self.may_have_changed(memory, disks);
-        Ok(())
-    }
-
-    fn may_have_changed(&mut self, memory: Vec<u64>, disks: Vec<u64>) {
-        let memory = memory.into_iter().map(PagePlace::in_memory);
-        let disks = disks.into_iter().map(PagePlace::on_disks);
-        self.changed.extend(memory.chain(disks));
-    }
-
-    /// Makes a checkpoint in `store`.
-    fn save<K: Checkpoints<C::State, S::State>, R: Read>(
-        &mut self,
-        store: &mut K,
-        door: &Replayer<R>,
-    ) -> Result<Result<(), K::Error>, StateError<<C as Cpu>::Error>> {
-        let (cpu, disks) = (&mut self.cpu, &mut self.disks);
-        let core = self.machine.save_core(cpu, disks, door)?;
-        self.note_changes()?;
-        let head = self.here();
-        let (base, changed) = (self.base, std::mem::take(&mut self.changed));
-        let mut pages = changed.iter().map(|place| {
-            let mut bytes = [0; PAGE_BYTES];
-            self.read_page(*place, &mut bytes).map(|()| (*place, bytes))
-        });
-        let appended = store.append(head, &core, base, &mut pages);
-        match &appended {
-            Ok(Ok(number)) => self.base = Some(*number),
-            _ => self.changed = changed,
-        }
-        Ok(appended?.map(drop))
-    }
-
-    /// What a page holds at power-on.
-    pub(super) fn at_power_on(&self, place: PagePlace) -> &[u8; PAGE_BYTES] {
-        self.power_on.get(place)
-    }
-
-    pub(super) fn read_page(
-        &mut self,
-        place: PagePlace,
-        into: &mut [u8; PAGE_BYTES],
-    ) -> Result<(), StateError<<C as Cpu>::Error>> {
-        match place.number() {
-            Ok(number) => self.cpu.read_page(number, into).map_err(StateError::Cpu),
-            Err(number) => (self.disks.read_page(number, into)).map_err(StateError::Storage),
-        }
-    }
-
-    /// Makes the machine what it was at a checkpoint of `store`.
-    fn restore<K: Checkpoints<C::State, S::State>>(
-        &mut self,
-        store: &mut K,
-        number: usize,
-    ) -> Result<JournalPlace, Unusable<<C as Cpu>::Error, K::Error>> {
-        let head = store.heads()[number];
-        let core = store.load(number).map_err(Unusable::Store)?;
-        if core.progress.at().exits != head.exits {
-            return Err(Unusable::Elsewhere);
-        }
-        let place = core.journal.clone().ok_or(Unusable::NoPlace)?;
-        self.note_changes()?;
-        let (base, changed, power_on) = (self.base, &mut self.changed, &self.power_on);
-        let put = |cpu: &mut C, disks: &mut S| {
-            let (mut written, mut failed) = (Vec::new(), None);
-            let mut put = |place: PagePlace, bytes: Option<&[u8; PAGE_BYTES]>| {
-                written.push(place);
-                let bytes = bytes.unwrap_or_else(|| power_on.get(place));
-                let put = match place.number() {
-                    Ok(number) if cpu.has_page(number) => {
-                        cpu.write_page(number, bytes).map_err(StateError::Cpu)
-                    }
-                    Err(number) if disks.has_page(number) => {
-                        (disks.write_page(number, bytes)).map_err(StateError::Storage)
-                    }
-                    _ => Err(StateError::Damaged(format!(
-                        "it has a page where there is none: {place:?}"
-                    ))),
-                };
-                put.map_or_else(
-                    |error| {
-                        failed = Some(error);
-                        ControlFlow::Break(())
-                    },
-                    ControlFlow::Continue,
-                )
-            };
-            let given = store.pages(number, base, changed, &mut put);
-            let done = match failed {
-                Some(error) => Err(Unusable::State(error)),
-                None => given.map_err(Unusable::Store),
-            };
-            if let Err(error) = done {
-                // Neither what they were nor what they were to be.
-                changed.extend(written);
-                return Err(error);
-            }
-            // These were our own, and what they hold is known.
-            cpu.take_changed_pages().map_err(StateError::Cpu)?;
-            disks.take_changed_pages().map_err(StateError::Storage)?;
-            Ok(())
-        };
-        self.in_step = false;
-        let (cpu, disks) = (&mut self.cpu, &mut self.disks);
-        self.machine.restore_core(&core, cpu, disks, put)?;
-        self.base = Some(number);
-        self.changed.clear();
-        Ok(place)
-    }
-
-    /// Where it is.
-    fn here(&self) -> CheckpointHead {
-        CheckpointHead {
-            exits: self.machine.at().exits,
-            now: self.machine.now(),
-        }
-    }
-}
-
 /// A machine that can be brought to any moment of its recording. `M` makes one, at power-on.
-pub struct Timeline<C, S, R: Read, K, M> {
+pub struct Timeline<C: Stateful, S: Stateful, R: Read, K, M> {
     make: M,
     parts: Option<Parts<C, S>>,
     door: Replayer<R>,
     store: K,
+    /// States in memory, for whoever comes back soon.
+    near: NearStates<C::State, S::State>,
     /// Checkpoints that did not serve.
     unusable: BTreeSet<usize>,
     complaints: Vec<String>,
 }
 
-impl<C, S, R: Read, K: std::fmt::Debug, M> std::fmt::Debug for Timeline<C, S, R, K, M> {
+impl<C: Stateful, S: Stateful, R: Read, K: std::fmt::Debug, M> std::fmt::Debug
+    for Timeline<C, S, R, K, M>
+{
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let at = self.parts.as_ref().map(|parts| parts.machine.at());
         f.debug_struct("Timeline")
@@ -282,6 +125,7 @@ where
             parts: None,
             door: Replayer::new(journal, None, None),
             store,
+            near: NearStates::default(),
             unusable: BTreeSet::new(),
             complaints: Vec::new(),
         }
@@ -291,6 +135,24 @@ where
     pub fn parts(&mut self) -> Option<(&mut Machine, &mut C, &mut S)> {
         let parts = self.parts.as_mut()?;
         Some((&mut parts.machine, &mut parts.cpu, &mut parts.disks))
+    }
+
+    /// The machine and its vCPU, to look at; `None` before the first travel.
+    pub fn machine(&self) -> Option<(&Machine, &C)> {
+        self.parts
+            .as_ref()
+            .map(|parts| (&parts.machine, &parts.cpu))
+    }
+
+    /// The machine's disks, to look at.
+    pub fn disks(&self) -> Option<&S> {
+        self.parts.as_ref().map(|parts| &parts.disks)
+    }
+
+    /// Whether it is at an exit, nothing of the guest has run since, and it can go on from there.
+    pub fn is_at_exit(&self) -> bool {
+        let parts = self.parts.as_ref();
+        parts.is_some_and(|parts| parts.in_step && parts.machine.is_at_exit())
     }
 
     /// The whole state where the machine is.
@@ -316,9 +178,9 @@ where
     }
 
     /// The machine with its vCPU, its disks and the door, for whoever goes on with them; `None` where nothing goes on:
-    /// before the first travel, and at the end.
+    /// before the first travel, between two exits, and at the end.
     pub fn into_parts(self) -> Option<(Machine, C, S, Replayer<R>)> {
-        let parts = self.parts.filter(|parts| parts.in_step)?;
+        let parts = (self.parts).filter(|parts| parts.in_step && parts.machine.is_at_exit())?;
         Some((parts.machine, parts.cpu, parts.disks, self.door))
     }
 
@@ -330,6 +192,7 @@ where
     /// Takes another store, of checkpoints of the same recording.
     pub fn replace_store(&mut self, store: K) -> Result<K, StateError<<C as Cpu>::Error>> {
         self.unusable.clear();
+        self.near.clear();
         if let Some(parts) = &mut self.parts {
             parts.forget_base()?;
         }
@@ -360,10 +223,18 @@ where
             Target::End => true,
         };
         let here = self.parts.as_ref().filter(|parts| parts.in_step);
+        // Between two exits it is after the first of them.
+        let is_past = |parts: &&Parts<C, S>| {
+            !parts.machine.is_at_exit() && target == Target::Exit(parts.here().exits)
+        };
+        let here = here.filter(|parts| !is_past(parts));
         let here = here.map(Parts::here).filter(is_before);
         let is_nearer = |head: &CheckpointHead| {
             is_before(head) && here.is_none_or(|here| head.exits > here.exits)
         };
+        if self.come_near_in_memory(is_nearer)? {
+            return Ok(());
+        }
         // Whoever only goes on does not wait for what is being kept.
         if self.store.heads().iter().any(is_nearer) {
             self.settle()?;
@@ -390,6 +261,58 @@ where
         }
     }
 
+    /// Puts it at the last state in memory that is wanted, if there is no later checkpoint that is.
+    fn come_near_in_memory(
+        &mut self,
+        is_wanted: impl Fn(&CheckpointHead) -> bool,
+    ) -> Result<bool, TravelError<<C as Cpu>::Error, F>> {
+        let in_store = self.store.heads().iter().filter(|head| is_wanted(head));
+        let in_store = in_store.map(|head| head.exits).max();
+        let is_wanted = |head: &CheckpointHead| {
+            is_wanted(head) && in_store.is_none_or(|exits| head.exits >= exits)
+        };
+        if !self.near.heads().any(|head| is_wanted(&head)) {
+            return Ok(false);
+        }
+        self.settle()?;
+        // Those that are in memory may have gone with what could not be kept.
+        let (Some(parts), Some(state)) = (&mut self.parts, self.near.last(is_wanted)) else {
+            return Ok(false);
+        };
+        let restored = parts.restore(&mut self.store, &state.core, state.base, &state.pages);
+        let put = restored.and_then(|place| self.door.go_to(&place).map_err(Unusable::Journal));
+        parts.in_step = put.is_ok();
+        if let Err(why) = &put {
+            let exits = state.head.exits;
+            self.complaints
+                .push(format!("the state at exit {exits} is of no use: {why}"));
+            self.near.give_up_last();
+        }
+        Ok(put.is_ok())
+    }
+
+    /// The last exit before `exit` that can be had at once; 0 if there is none.
+    pub fn last_before(&self, exit: u64) -> u64 {
+        let heads = self.store.heads().iter().copied().chain(self.near.heads());
+        let before = heads
+            .map(|head| head.exits)
+            .filter(|exits| *exits < exit)
+            .max();
+        before.unwrap_or(0)
+    }
+
+    /// Keeps the state here in memory, if it is not there already and there is room.
+    pub fn keep_here(&mut self) -> Result<(), StateError<<C as Cpu>::Error>> {
+        let parts = self.parts.as_mut().ok_or(StateError::NotAtAnExit)?;
+        let here = parts.here().exits;
+        if !self.near.heads().any(|head| head.exits == here)
+            && let Some((state, new)) = parts.keep(&self.door)?
+        {
+            self.near.keep(state, new);
+        }
+        Ok(())
+    }
+
     /// Puts it at a checkpoint, or without one at power-on. Why that cannot be done.
     pub(super) fn begin_at(
         &mut self,
@@ -411,12 +334,9 @@ where
             self.make()?;
         }
         let parts = self.parts.as_mut().expect("it was made");
-        let restored = parts.restore(&mut self.store, number);
-        let put = restored.and_then(|place| {
-            self.door.go_to(&place).map_err(Unusable::Journal)?;
-            parts.in_step = true;
-            Ok(())
-        });
+        let restored = parts.restore_checkpoint(&mut self.store, number);
+        let put = restored.and_then(|place| self.door.go_to(&place).map_err(Unusable::Journal));
+        parts.in_step = put.is_ok();
         Ok(put.map_err(|why| why.to_string()))
     }
 
@@ -439,21 +359,7 @@ where
         self.parts = None;
         let (machine, cpu, disks) = (self.make)().map_err(TravelError::Make)?;
         self.door.go_to_start()?;
-        let mut parts = Parts {
-            machine,
-            cpu,
-            disks,
-            power_on: Pages::default(),
-            base: None,
-            changed: BTreeSet::new(),
-            in_step: true,
-        };
-        (parts.power_on)
-            .take(&mut parts.cpu, PagePlace::in_memory)
-            .map_err(StateError::Cpu)?;
-        // From here on.
-        parts.note_changes()?;
-        parts.changed.clear();
+        let parts = Parts::new(machine, cpu, disks)?;
         self.parts = Some(parts);
         Ok(())
     }
@@ -486,9 +392,13 @@ where
                 parts
                     .machine
                     .run(&mut parts.cpu, &mut parts.disks, &mut self.door, observer);
-            parts.in_step = matches!(result, Err(RunError::Closed(Closed::Reached(_))));
+            parts.in_step = matches!(
+                result,
+                Err(RunError::Closed(Closed::Reached(_) | Closed::Stopped(_)))
+            );
             match result {
                 Err(RunError::Closed(Closed::Reached(_))) => {}
+                Err(RunError::Closed(Closed::Stopped(_))) => return Ok(Arrival::AtStop),
                 Ok(end) => return Ok(Arrival::Ended(end)),
                 Err(RunError::Closed(Closed::CutShort(tail))) => {
                     return Ok(Arrival::CutShort(tail));
@@ -506,6 +416,7 @@ where
             }
             match pace.look(here) {
                 Pause::GoOn => {}
+                Pause::Keep => self.keep_here()?,
                 Pause::Stop => return Ok(Arrival::Stopped),
                 Pause::Checkpoint => {
                     let last = self.store.heads().last();
@@ -545,6 +456,8 @@ where
     ) -> Result<(), TravelError<<C as Cpu>::Error, F>> {
         self.complaints
             .push(format!("checkpoints cannot be kept: {error}"));
+        // They may rest on what was not kept.
+        self.near.clear();
         if let Some(parts) = &mut self.parts {
             parts.forget_base()?;
         }

@@ -21,6 +21,7 @@ mod posted;
 mod preemption;
 pub mod probe;
 mod real_mode;
+mod reverse;
 mod rewritten;
 mod run_page;
 mod segments;

@@ -1,11 +1,8 @@
-//! Looks at parts of a recording beside whatever else is done with it.
+//! Looks at a part of a journal.
 
-use hindsight_replay::{Observer, Record, Target};
+use hindsight_replay::Record;
 
-use super::open::RecordedPaths;
-use super::preemption_plan::CounterWish;
 use super::recording::Recording;
-use super::timeline::{HostPace, SPACING, open_timeline};
 use crate::failure::Failure;
 
 /// What a journal says of some exits.
@@ -47,22 +44,4 @@ pub fn events(recording: &Recording, from: u64, to: u64, most: usize) -> Result<
         }
     }
     Ok(events)
-}
-
-/// Replays the exits from `from` to `to` for an observer, with a machine of its own.
-///
-/// # Errors
-///
-/// The recording cannot be replayed there.
-pub fn watch_stretch<O: Observer>(
-    (recording, instead, counter): (&Recording, &RecordedPaths, &CounterWish),
-    from: u64,
-    to: u64,
-    mut observer: O,
-) -> Result<O, Failure> {
-    let mut timeline = open_timeline(recording, recording.journal()?, instead, counter)?;
-    let mut pace = HostPace::new(SPACING);
-    timeline.go_to(Target::Exit(from), &mut pace)?;
-    timeline.run_to(Target::Exit(to), &mut pace, &mut observer)?;
-    Ok(observer)
 }

@@ -33,8 +33,8 @@ use crate::failure::Failure;
 use crate::world::{Hold, Shown};
 
 pub use checkpoints::{CheckpointError, CheckpointFile, PageLimit};
-pub use debug::{DebugWish, Debugger, Interrupted, Stopped};
-pub use glance::{Events, events, watch_stretch};
+pub use debug::{DebugWish, Debugger, Interrupted, Progress, ProgressHook, Stopped};
+pub use glance::{Events, events};
 pub use guest_files::{GuestFiles, kernel_symbols};
 pub use images::{DiskWish, MachineWish};
 pub use live::{LiveRecordingWish, LiveWish, Lived, live};

@@ -1,7 +1,9 @@
 //! Finds the moments that a recording's user names.
 
 use hindsight_devices::{Nanos, Output};
-use hindsight_replay::{Anchor, Arrival, Complete, Exit, Guest, Observer, Target, Turn, When};
+use hindsight_replay::{
+    Anchor, Arrival, Complete, Exit, Guest, Observer, Pace, Target, Turn, When,
+};
 
 use super::marks::unmarked;
 use super::open::RecordedPaths;
@@ -12,49 +14,76 @@ use super::timeline::{HostPace, RecordingTimeline, SPACING, open_timeline};
 use crate::failure::{Failure, Kind};
 use hindsight_replay::foreign::shown_path;
 
+/// What is said where there is no such moment.
+pub(super) fn no_moment(recording: &Recording, when: &When, why: &str) -> Failure {
+    let recording = shown_path(recording.directory());
+    let message = format!("{recording} has no moment {when}: {why}");
+    Failure::new(Kind::BadInput, message)
+}
+
+/// Where a moment is. Moves about where it has to be looked for. `None`: `pace` wanted it stopped there.
+pub(super) fn find_moment(
+    timeline: &mut RecordingTimeline,
+    when: &When,
+    recording: &Recording,
+    pace: &mut dyn Pace,
+) -> Result<Option<Target>, Failure> {
+    let when = &unmarked(recording, when)?;
+    let missing = |why: &str| no_moment(recording, when, why);
+    let base = match &when.anchor {
+        Anchor::Exit(exit) => *exit,
+        Anchor::Time(time) if when.offset == 0 => return Ok(Some(Target::Time(*time))),
+        Anchor::End if when.offset == 0 => return Ok(Some(Target::End)),
+        Anchor::Time(time) => {
+            match timeline.go_to(Target::Time(*time), pace)? {
+                Arrival::Reached => {}
+                Arrival::Stopped => return Ok(None),
+                _ => return Err(missing("it ends before")),
+            }
+            here(timeline)
+        }
+        Anchor::End => {
+            if let Arrival::Stopped = timeline.go_to(Target::End, pace)? {
+                return Ok(None);
+            }
+            here(timeline)
+        }
+        Anchor::Mark(_) => unreachable!("it is an exit by now"),
+        Anchor::Crash | Anchor::Console(_) => {
+            let (mut search, why) = match &when.anchor {
+                Anchor::Console(text) => (Search::console(text), "no console says that"),
+                _ => (Search::default(), "its guest does not panic"),
+            };
+            // It is looked for from the start on.
+            timeline.go_to(Target::Exit(0), pace)?;
+            match timeline.run_to(Target::End, pace, &mut search)? {
+                Arrival::Stopped => return Ok(None),
+                _ => search.found.ok_or_else(|| missing(why))?,
+            }
+        }
+    };
+    let exit = base.checked_add_signed(when.offset);
+    let exit = exit.ok_or_else(|| missing("it would be before power-on"))?;
+    Ok(Some(Target::Exit(exit)))
+}
+
 /// Brings a recording to a moment.
 fn go_to_moment(
     timeline: &mut RecordingTimeline,
     when: &When,
     recording: &Recording,
 ) -> Result<(), Failure> {
-    let when = &unmarked(recording, when)?;
-    let missing = |why: &str| {
-        let recording = shown_path(recording.directory());
-        Failure::new(
-            Kind::BadInput,
-            format!("{recording} has no moment {when}: {why}"),
-        )
-    };
-    let base =
-        match &when.anchor {
-            Anchor::Exit(exit) => *exit,
-            Anchor::Time(time) => {
-                match go_on(timeline, Target::Time(*time))? {
-                    Arrival::Reached => {}
-                    _ => return Err(missing("it ends before")),
-                }
-                here(timeline)
-            }
-            Anchor::End => {
-                go_on(timeline, Target::End)?;
-                if when.offset == 0 {
-                    return Ok(());
-                }
-                here(timeline)
-            }
-            Anchor::Crash => find(timeline, Search::default())?
-                .ok_or_else(|| missing("its guest does not panic"))?,
-            Anchor::Console(text) => find(timeline, Search::console(text))?
-                .ok_or_else(|| missing("no console says that"))?,
-            Anchor::Mark(_) => unreachable!("it is an exit by now"),
-        };
-    let exit = base.checked_add_signed(when.offset);
-    let exit = exit.ok_or_else(|| missing("it would be before power-on"))?;
-    match go_on(timeline, Target::Exit(exit))? {
-        Arrival::Reached => Ok(()),
-        _ if here(timeline) == exit => Ok(()),
-        _ => Err(missing(&format!("its last exit is {}", here(timeline)))),
+    // It makes the checkpoints on the way that there are none of.
+    let pace = &mut HostPace::new(SPACING);
+    let target = find_moment(timeline, when, recording, pace)?;
+    let target = target.expect("this pace never stops");
+    match (timeline.go_to(target, pace)?, target) {
+        (Arrival::Reached, _) | (_, Target::End) => Ok(()),
+        (_, Target::Exit(exit)) if here(timeline) == exit => Ok(()),
+        _ => {
+            let why = format!("its last exit is {}", here(timeline));
+            Err(no_moment(recording, when, &why))
+        }
     }
 }
 
@@ -116,18 +145,6 @@ pub fn until_moment(
 fn here(timeline: &mut RecordingTimeline) -> u64 {
     let parts = timeline.parts();
     parts.map_or(0, |(machine, _, _)| machine.at().exits)
-}
-
-/// Goes there, and makes the checkpoints on the way that there are none of.
-fn go_on(timeline: &mut RecordingTimeline, target: Target) -> Result<Arrival, Failure> {
-    Ok(timeline.go_to(target, &mut HostPace::new(SPACING))?)
-}
-
-/// The first exit at which something happens that is looked for from the start on.
-fn find(timeline: &mut RecordingTimeline, mut search: Search) -> Result<Option<u64>, Failure> {
-    go_on(timeline, Target::Exit(0))?;
-    timeline.run_to(Target::End, &mut HostPace::new(SPACING), &mut search)?;
-    Ok(search.found)
 }
 
 /// Looks for the first exit at which something happens.

@@ -201,7 +201,9 @@ pub fn index_recording(wish: &IndexWish, front: &mut dyn Front) -> Result<Indexe
             }
             Ok(Arrival::Ended(end)) => break Verdict::Equal(end),
             Ok(Arrival::CutShort(tail)) => break Verdict::CutShort(tail),
-            Ok(Arrival::Reached) => unreachable!("an end is not reached but ended"),
+            Ok(Arrival::Reached | Arrival::AtStop) => {
+                unreachable!("an end is not reached but ended, and nobody debugs it")
+            }
             Err(TravelError::Run(error)) => break Verdict::of(Err(error))?,
             Err(error) => return Err(error.into()),
         }
