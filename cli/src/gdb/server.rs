@@ -153,7 +153,7 @@ impl BlockingEventLoop for Loop {
     }
 }
 
-/// gdb answers every question of a packet with more than a few registers; this is what it may ask for at once.
+/// What a packet may have. gdb reads files and memory in pieces of about that.
 const PACKET_BYTES: usize = 64 << 10;
 
 /// Lets `peer` debug a replay, until it has had enough. `interrupted` tells whether somebody wants stopped what gdb itself
