@@ -15,9 +15,9 @@ pub mod testing;
 pub mod view;
 
 pub use error::KernelError;
-pub use image::{Code, Elf, Kernel, Segment, setup_header, unpack};
+pub use image::{Code, Elf, Kernel, Segment, initramfs, setup_header, unpack};
 pub use rewrite::{
     Ages, Alternative, Cave, EntryCaves, ModuleLayout, Modules, Patch, QuickCaves, QuickClock,
     QuickPlan, RewriteTargets, Rewritten, Site, SiteKind, Sites, Span, TrapCounts, find_sites,
 };
-pub use symbols::Symbols;
+pub use symbols::{Symbols, symbol_file};

@@ -12,10 +12,12 @@ use clap::Args;
 use hindsight_replay::When;
 use hindsight_replay::foreign::shown_path;
 use hindsight_vmm::failure::{Failure, Kind};
-use hindsight_vmm::session::{DebugWish, Debugger};
+use hindsight_vmm::output_file::Plan;
+use hindsight_vmm::session::{DebugWish, Recording, kernel_symbols};
 use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
 
-use crate::gdb::{Peer, serve};
+use crate::gdb::{Guest, Peer, serve};
 use crate::options::{CounterOptions, InsteadOptions};
 use crate::outcome::Outcome;
 use crate::tell::tell;
@@ -28,12 +30,21 @@ set architecture i386:x86-64
 set confirm off
 set remotetimeout 100000
 set pagination off
+set sysroot target:
 define seek
   monitor seek $arg0
   maintenance flush register-cache
 end
 document seek
-Go to an exit of the recording: seek EXIT.
+Go to a moment of the recording: seek EXIT, seek 12.5s, seek crash, seek end, seek console:TEXT, seek crash-100.
+end
+define guest-program
+  monitor program
+  source SCRIPT
+  maintenance flush register-cache
+end
+document guest-program
+Load the symbols of the program that the guest's processor runs here, from the guest's own files.
 end
 define when
   monitor when
@@ -46,9 +57,9 @@ end
 /// Options of `debug`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Without --listen gdb is started. In it, `seek EXIT` goes to an exit, and reverse-stepi, reverse-continue and the like go
-back. Registers and memory cannot be written, and watchpoints are as many as the guest's CPU has debug registers, four at
-most.
+Without --listen gdb is started. In it, `seek MOMENT` goes to a moment, and reverse-stepi, reverse-continue and the like go
+back; `monitor help` lists what else there is. Registers and memory cannot be written, and watchpoints are as many as the
+guest's CPU has debug registers, four at most.
 docs/time-travel.md says what works on which hosts.")]
 pub(crate) struct Options {
     /// The recording.
@@ -62,9 +73,15 @@ pub(crate) struct Options {
     /// Start no gdb, but wait for one at a socket of this host: unix:PATH, or :PORT of 127.0.0.1.
     #[arg(long, value_name = "unix:PATH|:PORT")]
     listen: Option<Listen>,
-    /// Give gdb this file: the guest's kernel with symbols.
+    /// Give gdb this file: the guest's kernel with symbols. Without it, gdb gets those that the kernel has of itself.
     #[arg(long, value_name = "FILE", conflicts_with = "listen")]
     vmlinux: Option<PathBuf>,
+    /// Write the symbols that the kernel has of itself to an ELF file, for a debugger, and end.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["listen", "at", "vmlinux"])]
+    write_symbols: Option<PathBuf>,
+    /// Replace the file.
+    #[arg(long, requires = "write_symbols")]
+    force: bool,
     #[command(flatten)]
     instead: InsteadOptions,
     #[command(flatten)]
@@ -102,15 +119,36 @@ pub(crate) fn main(options: &Options) -> Result<Outcome, Failure> {
         counter: options.counter.wish(),
         at: options.at.clone(),
     };
-    let debugger = Debugger::open(&wish)?;
-    if let Some(lacks) = debugger.lacks() {
+    if let Some(output) = &options.write_symbols {
+        write_symbols(&wish, output, options.force)?;
+        return Ok(Outcome::Good);
+    }
+    let guest = Guest::open(&wish)?;
+    if let Some(lacks) = guest.lacks() {
         tell!("hindsight: {lacks}");
     }
     match &options.listen {
-        Some(listen) => serve(debugger, wait_at(listen)?)?,
-        None => with_gdb(debugger, options)?,
+        Some(listen) => serve(guest, wait_at(listen)?, || false)?,
+        None => with_gdb(guest, &wish, options)?,
     }
     Ok(Outcome::Good)
+}
+
+/// Writes the kernel's own symbols to a file.
+fn write_symbols(wish: &DebugWish, output: &Path, force: bool) -> Result<(), Failure> {
+    let recording = Recording::at(&wish.recording);
+    let symbols = kernel_symbols(&recording, &wish.instead)?;
+    let symbols = symbols.ok_or_else(|| {
+        let message = "the recorded kernel has no symbols of itself (CONFIG_KALLSYMS)";
+        Failure::new(Kind::BadInput, message)
+    })?;
+    let mut kept = recording.kept();
+    for (path, what) in wish.instead.named() {
+        kept.keep(path, what);
+    }
+    let mut file = Plan::new(output, force, kept)?.begin()?;
+    std::io::Write::write_all(&mut file, &symbols)?;
+    Ok(file.finish()?)
 }
 
 /// Waits for a gdb.
@@ -161,11 +199,13 @@ impl Listening {
 }
 
 /// Starts a gdb and serves it.
-fn with_gdb(debugger: Debugger, options: &Options) -> Result<(), Failure> {
+fn with_gdb(mut guest: Guest, wish: &DebugWish, options: &Options) -> Result<(), Failure> {
     let directory = tempfile::tempdir()?;
     let socket = directory.path().join("gdb");
     let init = directory.path().join("init");
-    std::fs::write(&init, INIT)?;
+    let script = directory.path().join("program");
+    std::fs::write(&init, INIT.replace("SCRIPT", &script.display().to_string()))?;
+    guest.is_for_our_gdb(script);
     let listener = UnixListener::bind(&socket)?;
     listener.set_nonblocking(true)?;
     // Ctrl-C at the terminal is for gdb, which says so in its own words. A child has no signal blocked.
@@ -174,9 +214,17 @@ fn with_gdb(debugger: Debugger, options: &Options) -> Result<(), Failure> {
     interrupt
         .thread_block()
         .map_err(|error| Failure::new(Kind::HostFailed, format!("sigprocmask: {error}")))?;
+    // gdb waits for the answer to a `monitor`, and tells nobody of a Ctrl-C.
+    let interrupts =
+        SignalFd::with_flags(&interrupt, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC);
+    let interrupts =
+        interrupts.map_err(|error| Failure::new(Kind::HostFailed, format!("signalfd: {error}")))?;
     let mut command = Command::new("gdb");
     command.arg("-q").arg("-ix").arg(&init);
-    command.args(&options.vmlinux);
+    if let Some(symbols) = symbols_for_gdb(wish, options, directory.path())? {
+        command.arg("-ex");
+        command.arg(format!("add-symbol-file \"{}\"", symbols.display()));
+    }
     command.arg("-ex");
     command.arg(format!("target remote {}", socket.display()));
     command.args(&options.gdb);
@@ -187,11 +235,34 @@ fn with_gdb(debugger: Debugger, options: &Options) -> Result<(), Failure> {
         Failure::new(Kind::BadInput, message)
     })?;
     let served = match wait_for(&listener, &mut gdb)? {
-        Some(peer) => serve(debugger, peer),
+        Some(peer) => serve(guest, peer, move || {
+            matches!(interrupts.read_signal(), Ok(Some(_)))
+        }),
         None => Ok(()),
     };
     gdb.wait()?;
     served
+}
+
+/// The file that gdb knows the kernel by. It is no program of gdb's: those are the guest's.
+fn symbols_for_gdb(
+    wish: &DebugWish,
+    options: &Options,
+    directory: &Path,
+) -> Result<Option<PathBuf>, Failure> {
+    if options.vmlinux.is_some() {
+        return Ok(options.vmlinux.clone());
+    }
+    let symbols = kernel_symbols(&Recording::at(&wish.recording), &wish.instead)?;
+    let Some(symbols) = symbols else {
+        tell!(
+            "hindsight: the recorded kernel has no symbols of itself; give its file by --vmlinux"
+        );
+        return Ok(None);
+    };
+    let path = directory.join("kernel");
+    std::fs::write(&path, symbols)?;
+    Ok(Some(path))
 }
 
 /// Waits until gdb connects; `None` if it ends before.

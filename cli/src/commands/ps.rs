@@ -3,7 +3,7 @@
 use std::io::BufWriter;
 
 use clap::Args;
-use hindsight_kernel::view::{Listing, Memory, State, Task, View};
+use hindsight_kernel::view::{Listing, Memory, State, Task, View, ViewError};
 use hindsight_replay::foreign::shown;
 use hindsight_vmm::failure::Failure;
 use serde_json::{Value, json};
@@ -63,18 +63,30 @@ pub(crate) fn main(options: &Options) -> Result<Outcome, Failure> {
         });
         out.write(format!("{value}\n").as_bytes());
     } else {
-        let tid = if options.threads { "    TID " } else { "" };
-        let header = format!("    PID {tid}   PPID   UID STAT      START COMMAND\n");
-        out.write(header.as_bytes());
-        for shown in &found.items {
-            out.write(line(shown, options.threads).as_bytes());
-        }
+        out.write(lines(&found.items, options.threads).as_bytes());
         if let Some(why) = &found.broken {
             may_be_more(why);
         }
     }
     out.finish()?;
     Ok(Outcome::Good)
+}
+
+/// The processes as a person reads them, and why there may be more.
+pub(crate) fn table(
+    view: &View,
+    memory: &mut dyn Memory,
+    threads: bool,
+) -> (String, Option<ViewError>) {
+    let found = tasks(view, memory, threads);
+    (lines(&found.items, threads), found.broken)
+}
+
+fn lines(tasks: &[Shown], threads: bool) -> String {
+    let tid = if threads { "    TID " } else { "" };
+    let header = format!("    PID {tid}   PPID   UID STAT      START COMMAND\n");
+    let rows = tasks.iter().map(|shown| line(shown, threads));
+    std::iter::once(header).chain(rows).collect()
 }
 
 fn tasks(view: &View, memory: &mut dyn Memory, threads: bool) -> Listing<Shown> {

@@ -46,11 +46,11 @@ const MXCSR: usize = 24;
 
 /// x86-64 with system registers.
 #[derive(Debug)]
-pub(super) struct Guest64;
+pub(crate) struct Guest64;
 
 /// All registers, in the order of the description.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub(super) struct Registers {
+pub(crate) struct Registers {
     rip: u64,
     bytes: Vec<u8>,
 }

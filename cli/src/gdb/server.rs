@@ -9,7 +9,6 @@ use gdbstub::conn::{Connection, ConnectionExt};
 use gdbstub::stub::run_blocking::{BlockingEventLoop, Event, WaitForStopReasonError};
 use gdbstub::stub::{GdbStub, SingleThreadStopReason};
 use hindsight_vmm::failure::{Failure, Kind};
-use hindsight_vmm::session::Debugger;
 
 use super::target::Guest;
 
@@ -46,6 +45,14 @@ impl Peer {
     fn of(stream: Stream) -> Peer {
         let rest = Some(0);
         Peer { stream, rest }
+    }
+
+    /// The same connection.
+    fn try_clone(&self) -> io::Result<Peer> {
+        Ok(Peer::of(match &self.stream {
+            Stream::Unix(stream) => Stream::Unix(stream.try_clone()?),
+            Stream::Tcp(stream) => Stream::Tcp(stream.try_clone()?),
+        }))
     }
 
     fn read_any(&mut self) -> io::Result<u8> {
@@ -146,14 +153,28 @@ impl BlockingEventLoop for Loop {
     }
 }
 
-/// Lets `peer` debug a replay, until it has had enough.
+/// What a packet may have. gdb reads files and memory in pieces of about that.
+const PACKET_BYTES: usize = 64 << 10;
+
+/// Lets `peer` debug a replay, until it has had enough. `interrupted` tells whether somebody wants stopped what gdb itself
+/// does not stop.
 ///
 /// # Errors
 ///
 /// It says what is no packet of gdb's, or the replay cannot go on.
-pub(crate) fn serve(debugger: Debugger, peer: Peer) -> Result<(), Failure> {
-    let mut guest = Guest::new(debugger);
-    let stub = GdbStub::new(peer);
+pub(crate) fn serve(
+    mut guest: Guest,
+    peer: Peer,
+    mut interrupted: impl FnMut() -> bool + 'static,
+) -> Result<(), Failure> {
+    let mut other = peer.try_clone()?;
+    guest.interrupt_by(move || {
+        // A packet was received, or nobody is there any more.
+        let speaks = !matches!(other.peek(), Ok(None | Some(b'+')));
+        interrupted() || speaks
+    });
+    let stub = GdbStub::builder(peer).packet_buffer_size(PACKET_BYTES);
+    let stub = stub.build().expect("there is a buffer");
     match stub.run_blocking::<Loop>(&mut guest) {
         Ok(_) => Ok(()),
         // It hung up.

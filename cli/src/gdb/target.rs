@@ -3,8 +3,12 @@
 //! What gdb asks for that would change the recorded machine is refused. A stop that cannot be had is refused where gdb asks
 //! for it, and what else cannot be done is told on standard error, for the protocol has no words.
 
+use std::cell::OnceCell;
+use std::path::PathBuf;
+
 use gdbstub::common::Signal;
 use gdbstub::stub::SingleThreadStopReason;
+use gdbstub::target::ext::auxv::AuxvOps;
 use gdbstub::target::ext::base::BaseOps;
 use gdbstub::target::ext::base::reverse_exec::{
     ReplayLogPosition, ReverseCont, ReverseContOps, ReverseStep, ReverseStepOps,
@@ -17,16 +21,23 @@ use gdbstub::target::ext::breakpoints::{
     Breakpoints, BreakpointsOps, HwBreakpoint, HwBreakpointOps, HwWatchpoint, HwWatchpointOps,
     SwBreakpoint, SwBreakpointOps, WatchKind as GdbWatchKind,
 };
-use gdbstub::target::ext::monitor_cmd::{ConsoleOutput, MonitorCmd, MonitorCmdOps, outputln};
+use gdbstub::target::ext::exec_file::ExecFileOps;
+use gdbstub::target::ext::host_io::HostIoOps;
+use gdbstub::target::ext::monitor_cmd::MonitorCmdOps;
 use gdbstub::target::{Target, TargetError, TargetResult};
-use hindsight_replay::ExitNumber;
+use hindsight_replay::OperatorConsole;
 use hindsight_replay::foreign::shown_lines;
 use hindsight_vmm::failure::Failure;
-use hindsight_vmm::kvm::{Hit, StopCounts, Stops, WatchKind, Watchpoint};
-use hindsight_vmm::session::{Debugger, Interrupted, Stopped};
+use hindsight_vmm::kvm::{Hit, Stops, WatchKind, Watchpoint};
+use hindsight_vmm::session::{
+    DebugWish, Debugger, GuestFiles, Interrupted, KernelView, Recording, Stopped,
+};
 
 use super::arch::{Guest64, Registers};
-use crate::format::{seconds, thousands};
+use super::files::OpenFiles;
+use super::memory::read_physical;
+use super::progress::ProgressLine;
+use crate::format::thousands;
 use crate::tell::tell;
 
 /// EPERM, EFAULT.
@@ -44,18 +55,37 @@ enum Wanted {
     ReverseStep,
 }
 
-const HELP: &str = "\
-monitor when          tells where the guest is: the last exit, and guest time there
-monitor stops         tells where the breakpoints are: in debug registers, in memory, or nowhere yet
-monitor seek EXIT     goes to an exit of the recording
-monitor help          this
-After `monitor seek` gdb still shows what it knew: `maintenance flush register-cache`. With the gdb that hindsight \
-starts, `seek EXIT` does both.";
+/// Whether somebody wants stopped what gdb waits for.
+pub(super) struct Interrupt(Box<dyn FnMut() -> bool>);
+
+impl Interrupt {
+    pub(super) fn look(&mut self) -> bool {
+        (self.0)()
+    }
+}
+
+impl std::fmt::Debug for Interrupt {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Interrupt")
+    }
+}
 
 /// A replay, and what gdb wants of it.
 #[derive(Debug)]
-pub(super) struct Guest {
-    debugger: Debugger,
+pub(crate) struct Guest {
+    pub(super) debugger: Debugger,
+    pub(super) recording: Recording,
+    pub(super) console: OperatorConsole,
+    /// What is known of the kernel to look at it; found out when it is first wanted.
+    pub(super) kernel: OnceCell<Result<KernelView, String>>,
+    /// Where gdb, if we have started it, looks for what it is to do.
+    pub(super) script: Option<PathBuf>,
+    pub(super) files: GuestFiles,
+    pub(super) open_files: OpenFiles,
+    /// Addresses that gdb reads at are physical ones.
+    pub(super) physical: bool,
+    pub(super) interrupted: Interrupt,
+    pub(super) progress: ProgressLine,
     stops: Stops,
     /// Which of the breakpoints gdb calls its own software's.
     software: Vec<u64>,
@@ -63,13 +93,51 @@ pub(super) struct Guest {
 }
 
 impl Guest {
-    pub(super) fn new(debugger: Debugger) -> Guest {
-        Guest {
+    /// The recorded machine, where `wish` wants it.
+    ///
+    /// # Errors
+    ///
+    /// A recording or a host that will not do, or a host that failed on the way.
+    pub(crate) fn open(wish: &DebugWish) -> Result<Guest, Failure> {
+        let debugger = Debugger::open(wish)?;
+        let recording = Recording::at(&wish.recording);
+        let console = recording.journal()?.header().host.console;
+        Ok(Guest {
             debugger,
+            kernel: OnceCell::new(),
+            script: None,
+            files: GuestFiles::of(&recording, &wish.instead)?,
+            recording,
+            console,
+            open_files: OpenFiles::default(),
+            physical: false,
+            interrupted: Interrupt(Box::new(|| false)),
+            progress: ProgressLine::default(),
             stops: Stops::default(),
             software: Vec::new(),
             wanted: Wanted::Resume,
-        }
+        })
+    }
+
+    /// What cannot be done on this host, if that is anything: a sentence.
+    pub(crate) fn lacks(&self) -> Option<&'static str> {
+        self.debugger.lacks()
+    }
+
+    /// gdb is on the same terminal, and looks for commands in this file.
+    pub(crate) fn is_for_our_gdb(&mut self, script: PathBuf) {
+        self.script = Some(script);
+        self.debugger.on_progress(self.progress.hook());
+    }
+
+    /// Asks this while gdb waits for the answer to a question.
+    pub(super) fn interrupt_by(&mut self, interrupted: impl FnMut() -> bool + 'static) {
+        self.interrupted = Interrupt(Box::new(interrupted));
+    }
+
+    /// What was meant for something before is not meant for what comes now.
+    pub(super) fn forget_interrupts(&mut self) {
+        self.interrupted.look();
     }
 
     /// Does what was asked for last.
@@ -84,6 +152,7 @@ impl Guest {
             Wanted::ReverseResume => debugger.reverse_resume(&self.stops, interrupted),
             Wanted::ReverseStep => debugger.reverse_step(interrupted),
         };
+        self.progress.end();
         match stopped {
             Ok(stopped) => Ok(self.reason(stopped)),
             Err(failure) => {
@@ -171,51 +240,6 @@ impl Guest {
         self.stops.execution.retain(|at| *at != address);
         self.stops.execution.len() < before
     }
-
-    fn seek(&mut self, exit: u64, out: &mut ConsoleOutput<'_>) {
-        match self.debugger.seek(exit, &mut || false) {
-            Ok(Stopped::End(how)) => {
-                outputln!(out, "the recording ends before that: {}", shown_lines(&how));
-            }
-            Ok(_) => self.tell_where(out),
-            Err(failure) => outputln!(out, "{}", shown_lines(&failure)),
-        }
-    }
-
-    fn tell_stops(&self, out: &mut ConsoleOutput<'_>) {
-        let StopCounts {
-            in_registers,
-            in_memory,
-            nowhere,
-            written_over,
-        } = self.debugger.stop_counts();
-        outputln!(
-            out,
-            "as the guest ran last, with those that steps and places need: {in_registers} in debug registers, \
-             {in_memory} in memory, {nowhere} nowhere (not mapped there)"
-        );
-        if written_over > 0 {
-            outputln!(
-                out,
-                "the guest has written over {written_over} of those in memory"
-            );
-        }
-    }
-
-    fn tell_where(&self, out: &mut ConsoleOutput<'_>) {
-        let (exit, now) = (self.debugger.exit(), self.debugger.now_ns());
-        let place = match (self.debugger.ended(), self.debugger.is_at_exit()) {
-            (Some(_), _) => "the end, at",
-            (None, true) => "at",
-            (None, false) => "after",
-        };
-        outputln!(
-            out,
-            "{place} exit {}, {} of guest time",
-            thousands(exit),
-            seconds(now)
-        );
-    }
 }
 
 impl Target for Guest {
@@ -233,6 +257,18 @@ impl Target for Guest {
     fn support_monitor_cmd(&mut self) -> Option<MonitorCmdOps<'_, Self>> {
         Some(self)
     }
+
+    fn support_exec_file(&mut self) -> Option<ExecFileOps<'_, Self>> {
+        Some(self)
+    }
+
+    fn support_auxv(&mut self) -> Option<AuxvOps<'_, Self>> {
+        Some(self)
+    }
+
+    fn support_host_io(&mut self) -> Option<HostIoOps<'_, Self>> {
+        Some(self)
+    }
 }
 
 impl SingleThreadBase for Guest {
@@ -248,7 +284,11 @@ impl SingleThreadBase for Guest {
     }
 
     fn read_addrs(&mut self, start: u64, data: &mut [u8]) -> TargetResult<usize, Self> {
-        match self.debugger.read(start, data) {
+        let read = match self.physical {
+            true => read_physical(self.debugger.memory(), start, data),
+            false => self.debugger.read(start, data),
+        };
+        match read {
             0 if !data.is_empty() => Err(TargetError::Errno(BAD_ADDRESS)),
             count => Ok(count),
         }
@@ -390,27 +430,5 @@ impl HwWatchpoint for Guest {
         let before = self.stops.data.len();
         self.stops.data.retain(|other| *other != watchpoint);
         Ok(self.stops.data.len() < before)
-    }
-}
-
-impl MonitorCmd for Guest {
-    fn handle_monitor_cmd(
-        &mut self,
-        command: &[u8],
-        mut out: ConsoleOutput<'_>,
-    ) -> Result<(), Failure> {
-        let command = String::from_utf8_lossy(command);
-        let words: Vec<&str> = command.split_whitespace().collect();
-        match words[..] {
-            ["when"] => self.tell_where(&mut out),
-            ["stops"] => self.tell_stops(&mut out),
-            ["seek", exit] => match exit.parse::<ExitNumber>() {
-                Ok(exit) => self.seek(exit.0, &mut out),
-                Err(_) => outputln!(out, "an exit is a number: monitor seek 1000"),
-            },
-            [] | ["help"] => outputln!(out, "{HELP}"),
-            _ => outputln!(out, "there is no such command; monitor help lists them"),
-        }
-        Ok(())
     }
 }

@@ -3,6 +3,7 @@
 mod bzimage;
 mod elf;
 mod formats;
+pub mod initramfs;
 mod lzo;
 mod payload;
 pub mod setup_header;

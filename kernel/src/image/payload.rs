@@ -72,6 +72,33 @@ impl Compression {
             reason: reason.to_string(),
         }
     }
+
+    /// Unpacks what there is a decoder of streams for, one byte more than is expected at most.
+    fn stream(self, packed: &[u8], expected: u64) -> Result<Vec<u8>, KernelError> {
+        let damaged = |error| self.damaged(error);
+        let unlzma = |stream: Result<Stream, liblzma::stream::Error>| {
+            let stream = stream.map_err(|error| self.damaged(error))?;
+            Ok(liblzma::read::XzDecoder::new_stream(packed, stream))
+        };
+        match self {
+            Compression::Gzip => all(flate2::read::GzDecoder::new(packed), expected, packed),
+            Compression::Bzip2 => all(bzip2::read::BzDecoder::new(packed), expected, packed),
+            Compression::Lzma => {
+                let decoder = unlzma(Stream::new_lzma_decoder(LZMA_MEMORY))?;
+                all(decoder, expected, packed)
+            }
+            Compression::Xz => {
+                let decoder = unlzma(Stream::new_stream_decoder(LZMA_MEMORY, 0))?;
+                all(decoder, expected, packed)
+            }
+            Compression::Zstd => {
+                let decoder = zstd::stream::read::Decoder::with_buffer(packed);
+                all(decoder.map_err(damaged)?.single_frame(), expected, packed)
+            }
+            Compression::Lzo | Compression::Lz4 => unreachable!("there is no stream of it"),
+        }
+        .map_err(damaged)
+    }
 }
 
 /// Unpacks a payload, and names its compression.
@@ -95,46 +122,16 @@ pub(crate) fn unpack(payload: &[u8]) -> Result<(Vec<u8>, &'static str), KernelEr
             limit: LIMIT,
         });
     }
-    let damaged = |error| compression.damaged(error);
     let unpacked = match compression {
-        Compression::Gzip => {
-            all(flate2::read::GzDecoder::new(payload), expected, payload).map_err(damaged)
-        }
-        Compression::Bzip2 => {
-            all(bzip2::read::BzDecoder::new(body), expected, body).map_err(damaged)
-        }
-        Compression::Lzma => {
-            let stream = Stream::new_lzma_decoder(LZMA_MEMORY)
-                .map_err(|error| compression.damaged(error))?;
-            all(
-                liblzma::read::XzDecoder::new_stream(body, stream),
-                expected,
-                body,
-            )
-            .map_err(damaged)
-        }
-        Compression::Xz => {
-            let stream = Stream::new_stream_decoder(LZMA_MEMORY, 0)
-                .map_err(|error| compression.damaged(error))?;
-            all(
-                liblzma::read::XzDecoder::new_stream(body, stream),
-                expected,
-                body,
-            )
-            .map_err(damaged)
-        }
-        Compression::Zstd => {
-            let decoder = zstd::stream::read::Decoder::with_buffer(body)
-                .map_err(damaged)?
-                .single_frame();
-            all(decoder, expected, body).map_err(damaged)
-        }
         Compression::Lzo => {
             lzo::unpack(body, expected as usize).map_err(|fault| compression.damaged(fault))
         }
         Compression::Lz4 => {
             lz4(body, expected as usize).map_err(|fault| compression.damaged(fault))
         }
+        // It ends in the size by itself.
+        Compression::Gzip => compression.stream(payload, expected),
+        _ => compression.stream(body, expected),
     }?;
     let found = unpacked.len() as u64;
     if found != expected {
@@ -143,6 +140,33 @@ pub(crate) fn unpack(payload: &[u8]) -> Result<(Vec<u8>, &'static str), KernelEr
             expected,
             found,
         });
+    }
+    Ok((unpacked, compression.name()))
+}
+
+/// Unpacks something that does not say how long it will be, and names its compression.
+///
+/// # Errors
+///
+/// An unknown compression, damaged data, or more than `limit` bytes.
+pub(crate) fn unpack_up_to(
+    packed: &[u8],
+    limit: u64,
+) -> Result<(Vec<u8>, &'static str), KernelError> {
+    let Some(compression) = Compression::of(packed) else {
+        return Err(KernelError::UnknownCompression {
+            found: packed[..packed.len().min(6)].to_vec(),
+        });
+    };
+    let most = usize::try_from(limit).unwrap_or(usize::MAX);
+    let unpacked = match compression {
+        Compression::Lzo => lzo::unpack(packed, most).map_err(|fault| compression.damaged(fault)),
+        Compression::Lz4 => lz4(packed, most).map_err(|fault| compression.damaged(fault)),
+        _ => compression.stream(packed, limit),
+    }?;
+    let found = unpacked.len() as u64;
+    if found > limit {
+        return Err(KernelError::TooLarge { found, limit });
     }
     Ok((unpacked, compression.name()))
 }

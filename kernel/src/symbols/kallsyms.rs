@@ -57,6 +57,26 @@ struct Names<'a> {
     count_at: usize,
 }
 
+/// A symbol.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Symbol {
+    /// Where it is.
+    pub(crate) address: u64,
+    /// How far the next address is that has one; 0 if there is none.
+    pub(crate) bytes: u64,
+    /// What it is, as nm says it.
+    pub(crate) kind: u8,
+    /// What it is called.
+    pub(crate) name: String,
+}
+
+impl Symbol {
+    /// Whether it is known in one file of the kernel's source alone.
+    pub(crate) fn is_local(&self) -> bool {
+        self.kind.is_ascii_lowercase()
+    }
+}
+
 #[derive(Clone, Copy, Debug)]
 enum Addresses<'a> {
     /// 64 bits each (without CONFIG_KALLSYMS_BASE_RELATIVE).
@@ -116,6 +136,38 @@ impl<'a> Symbols<'a> {
             }
         }
         extents
+    }
+
+    /// All of them, in the order of their addresses.
+    pub(crate) fn all(&self) -> impl Iterator<Item = Symbol> {
+        let mut name = Vec::with_capacity(NAME_BYTES);
+        let mut above = 0;
+        self.names.from(0).enumerate().map(move |(index, packed)| {
+            let address = self.addresses.get(index);
+            while above < self.count() && self.addresses.get(above) <= address {
+                above += 1;
+            }
+            let end = if above < self.count() {
+                self.addresses.get(above)
+            } else {
+                address
+            };
+            self.unpack(packed, &mut name);
+            Symbol {
+                address,
+                bytes: end - address,
+                kind: self.kind(packed),
+                name: String::from_utf8_lossy(&name).into_owned(),
+            }
+        })
+    }
+
+    /// The type of a packed name: its first character.
+    fn kind(&self, packed: &[u8]) -> u8 {
+        let first = packed
+            .iter()
+            .map(|&token| self.tokens[usize::from(token)].first());
+        first.flatten().next().copied().unwrap_or(b'?')
     }
 
     fn extent(&self, index: usize) -> Range<u64> {

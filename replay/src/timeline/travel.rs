@@ -151,6 +151,11 @@ where
             .map(|parts| (&parts.machine, &parts.cpu))
     }
 
+    /// The machine's disks, to look at.
+    pub fn disks(&self) -> Option<&S> {
+        self.parts.as_ref().map(|parts| &parts.disks)
+    }
+
     /// Whether it is at an exit, nothing of the guest has run since, and it can go on from there.
     pub fn is_at_exit(&self) -> bool {
         let parts = self.parts.as_ref();

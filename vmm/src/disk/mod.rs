@@ -14,8 +14,10 @@ mod ext;
 mod files;
 mod formats;
 mod image;
+mod lookup;
 mod overlay;
 mod partitions;
+mod path;
 
 use std::path::PathBuf;
 
@@ -28,7 +30,10 @@ pub use export::{ExportError, export};
 pub use ext::{ExtError, Source};
 pub use files::{Change, FileChange, Files, Medium, changed_files, changes};
 pub use image::OpenImage;
+pub use lookup::find_on_disks;
 pub use overlay::{Disks, DisksState, SharedDisks};
+pub use path::TreeFile;
+pub(crate) use path::{Tree, resolve};
 
 /// The unit of the overlay and of the hashes, in bytes.
 pub const BLOCK_BYTES: u64 = 4096;

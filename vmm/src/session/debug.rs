@@ -9,7 +9,8 @@ use std::io::BufReader;
 use std::path::PathBuf;
 
 use hindsight_replay::{
-    Anchor, CheckpointHead, Cpu, Pace, Pause, Reverse, ReverseError, Target, When,
+    Anchor, Arrival, CheckpointHead, Cpu, Observer, Pace, Pause, Reverse, ReverseError, Target,
+    When,
 };
 
 use super::checkpoints::CheckpointFile;
@@ -22,7 +23,7 @@ use super::timeline::{HostPace, Make, SPACING, open_prepared};
 use crate::disk::Disks;
 use crate::doctor;
 use crate::failure::{Failure, Kind};
-use crate::kvm::{GuestRegisters, Hit, KvmCpu, KvmError, StopCounts, Stops};
+use crate::kvm::{GuestMemory, GuestRegisters, Hit, KvmCpu, KvmError, StopCounts, Stops};
 
 /// Why a debugger has the guest back.
 pub type Stopped = hindsight_replay::Stopped<Hit>;
@@ -246,6 +247,16 @@ impl Debugger {
         self.replay.cpu().map_or(0, |cpu| cpu.read(gva, buffer))
     }
 
+    /// The guest's memory.
+    pub fn memory(&self) -> Option<&GuestMemory> {
+        self.replay.machine().map(|(_, cpu)| cpu.memory())
+    }
+
+    /// The guest's disks, as they are now.
+    pub fn disks(&self) -> Option<&Disks> {
+        self.replay.disks()
+    }
+
     /// The digest of the whole state, where it is at an exit.
     ///
     /// # Errors
@@ -286,6 +297,34 @@ impl Debugger {
                 Err(failure)
             }
         }
+    }
+
+    /// Shows an observer what happens from an exit on up to the last one, and is where it was afterwards. Whether all of
+    /// that was seen, and nobody interrupted it.
+    ///
+    /// # Errors
+    ///
+    /// The replay diverged, or the host failed.
+    pub fn watch_from(
+        &mut self,
+        exit: u64,
+        observer: &mut dyn Observer,
+        interrupted: Interrupted<'_>,
+    ) -> Result<bool, Failure> {
+        let here = self.replay.mark()?;
+        let last = self.exit();
+        let pace = &mut DebugPace::new(interrupted, &mut self.progress);
+        let mut watch = || -> Result<bool, Failure> {
+            let timeline = self.replay.timeline()?;
+            if let Arrival::Stopped = timeline.go_to(Target::Exit(exit), pace)? {
+                return Ok(false);
+            }
+            let arrival = timeline.run_to(Target::Exit(last), pace, observer)?;
+            Ok(!matches!(arrival, Arrival::Stopped))
+        };
+        let watched = watch();
+        self.replay.go_to_mark(here)?;
+        watched
     }
 
     /// Runs on to the next stop.

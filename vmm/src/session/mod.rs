@@ -7,6 +7,8 @@
 mod checkpointing;
 mod checkpoints;
 mod debug;
+mod glance;
+mod guest_files;
 mod images;
 pub mod index;
 mod kernel_cache;
@@ -34,6 +36,8 @@ use crate::world::{Hold, Shown};
 
 pub use checkpoints::{CheckpointError, CheckpointFile, PageLimit};
 pub use debug::{DebugWish, Debugger, Interrupted, Progress, ProgressHook, Stopped};
+pub use glance::{Events, events};
+pub use guest_files::{GuestFiles, kernel_symbols};
 pub use images::{DiskWish, MachineWish};
 pub use live::{LiveRecordingWish, LiveWish, Lived, keep_moment, live};
 pub use make::{

@@ -53,6 +53,7 @@ pub(super) fn find_moment(
             }
             here(timeline)
         }
+        Anchor::Mark(_) => unreachable!("it is an exit by now"),
         Anchor::Crash | Anchor::Console(_) => {
             let (search, why) = match &when.anchor {
                 Anchor::Console(text) => (Search::console(text), "no console says that"),
@@ -64,7 +65,6 @@ pub(super) fn find_moment(
                 Found::Stopped => return Ok(None),
             }
         }
-        Anchor::Mark(_) => unreachable!("it is an exit by now"),
     };
     let exit = base.checked_add_signed(when.offset);
     let exit = exit.ok_or_else(|| missing("it would be before power-on"))?;

@@ -183,6 +183,11 @@ where
         self.timeline.machine()
     }
 
+    /// The machine's disks, to look at.
+    pub fn disks(&self) -> Option<&S> {
+        self.timeline.disks()
+    }
+
     /// The last exit.
     pub fn exit(&self) -> u64 {
         self.machine().map_or(0, |(machine, _)| machine.at().exits)

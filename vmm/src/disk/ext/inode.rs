@@ -86,6 +86,11 @@ impl Inode {
         le16(&self.raw, 0) & 0xfff
     }
 
+    /// Both, as in `st_mode`.
+    pub(crate) fn kind_and_mode(&self) -> u16 {
+        le16(&self.raw, 0)
+    }
+
     /// User and group.
     pub(crate) fn owner(&self) -> (u32, u32) {
         let number =
