@@ -1,10 +1,14 @@
 //! Breakpoints that gdb sets in a replay, and where they stop it.
+#![allow(
+    dead_code,
+    reason = "each of the programs that have these tests uses some of it"
+)]
 
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::Command;
 
-use hindsight_kernel::Elf;
+use hindsight_kernel::{Elf, Symbols};
 use hindsight_tests::debian::{Debian, Ran};
 use iced_x86::{Decoder, DecoderOptions, Mnemonic};
 
@@ -84,4 +88,13 @@ pub fn program_functions(debian: &Debian, image: &str) -> Vec<(String, u64)> {
         Some((name.trim().to_string(), address))
     });
     functions.collect()
+}
+
+/// A function of the guest's kernel.
+pub fn kernel_function(debian: &Debian, name: &str) -> u64 {
+    let image = std::fs::read(debian.kernel()).expect("the kernel is there");
+    let kernel = hindsight_kernel::unpack(&image).expect("it is one");
+    let elf = Elf::parse(&kernel.elf).expect("it has an ELF file");
+    let symbols = Symbols::find(elf.file()).expect("it has symbols");
+    symbols.lookup(name).expect("it has that function")
 }
