@@ -99,6 +99,13 @@ impl Straight {
         }
     }
 
+    /// Whether it goes round in a loop in which nothing changes. There, one place is like the other.
+    fn spins(&self) -> bool {
+        let executes = |pair: &[Spot]| pair.iter().all(|spot| spot.executes);
+        let mut pairs = self.spots.windows(2).filter(|pair| executes(pair));
+        pairs.any(|pair| pair[0].registers == pair[1].registers)
+    }
+
     fn is_hit(&self, spot: usize, stops: &ToyStops) -> Option<ToyHit> {
         let spot = self.spots.get(spot)?;
         let rip = spot.registers.rip();
@@ -150,6 +157,19 @@ impl Pace for Random {
             2 => Pause::Keep,
             _ => Pause::GoOn,
         }
+    }
+}
+
+/// Neither.
+struct Calm;
+
+impl Pace for Calm {
+    fn exits(&self) -> u64 {
+        100
+    }
+
+    fn look(&mut self, _: CheckpointHead) -> Pause {
+        Pause::GoOn
     }
 }
 
@@ -260,8 +280,15 @@ impl Walker<'_> {
             }
             Stopped::Hit(found) => {
                 let (spot, hit) = hit.unwrap_or_else(|| panic!("no stop before the end"));
-                self.is_at(spot, &format!("resuming to {stops:?}"));
                 assert_eq!(found, hit);
+                let exit = self.straight.spots[spot].exit;
+                if self.replay.exit() + 1 == exit && matches!(found, ToyHit::Data(_)) {
+                    // It was preempted right after the store, perhaps for an interrupt: that is seen at the exit.
+                    let target = Target::Exit(exit);
+                    let stopped = self.replay.go_to(target, &mut Calm);
+                    assert_eq!(stopped.expect("it replays"), Stopped::Interrupted);
+                }
+                self.is_at(spot, &format!("resuming to {stops:?}"));
             }
             other => panic!("resuming: {other:?}"),
         }
@@ -278,7 +305,8 @@ impl Walker<'_> {
                 self.is_at_some_exit("stepping");
             }
             Stopped::End(_) => {
-                assert_eq!(next, None, "it stepped past an instruction");
+                let passed = self.straight.spots.get(from..).unwrap_or_default();
+                assert_eq!(next, None, "from {from} it stepped past one of {passed:x?}");
                 if from != self.end() {
                     self.steps.push(from);
                 }
@@ -346,6 +374,9 @@ impl Walker<'_> {
 
 fn goes_both_ways(toy: &Toy, seed: u64) {
     let straight = straight(toy, seed);
+    if straight.spins() {
+        return;
+    }
     let mut hosts = 2;
     let make: Make<'_> = Box::new(move || {
         hosts += 1;

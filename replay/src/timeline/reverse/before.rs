@@ -111,7 +111,7 @@ where
                 }
                 Ran::Stopped(_) => self.is_at(arrival)?,
                 Ran::Reached | Ran::Ended if arrival.is_none() => true,
-                Ran::Reached if Some(self.registers()?.rip()) == arrival.map(|(at, _)| at) => true,
+                Ran::Reached if self.is_preempted_at(arrival) => true,
                 ran => return Err(Self::lost(start, format!("a step came to {ran:?}"))),
             };
             if is_there {

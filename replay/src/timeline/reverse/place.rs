@@ -9,6 +9,16 @@ pub(super) enum Leg<P> {
     Arrival { address: u64, number: u64 },
 }
 
+impl<P> Leg<P> {
+    /// What it arrives at.
+    pub(super) fn arrival(&self) -> Option<(u64, u64)> {
+        match self {
+            Leg::Arrival { address, number } => Some((*address, *number)),
+            Leg::Stops { .. } => None,
+        }
+    }
+}
+
 /// Where the guest is, as a way to come there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Place<P> {

@@ -85,6 +85,13 @@ where
         Ok(arrival == Some(here))
     }
 
+    /// Whether the exit that it is at is one at which it was preempted there, before it could be stopped.
+    pub(super) fn is_preempted_at(&self, arrival: Option<(u64, u64)>) -> bool {
+        let at = self.machine().map(|(machine, _)| machine.at());
+        let preempted = at.filter(|at| at.branches != 0);
+        preempted.is_some_and(|at| arrival.is_some_and(|(address, _)| at.rip == address))
+    }
+
     /// Stops after one step.
     pub(super) fn after_one(&mut self) -> Result<C::Stops, Error<C, F>> {
         Ok(self.cpu()?.after_one().map_err(StateError::Cpu)?)
@@ -211,6 +218,7 @@ where
                         return Err(ReverseError::NoRoom(hit));
                     }
                     Ran::Stopped(_) if self.exit() == exit => {}
+                    Ran::Reached if self.is_preempted_at(leg.arrival()) => return Ok(true),
                     ran => return Err(Self::lost(exit, format!("it came to {ran:?}"))),
                 }
                 if near.is_stopped() {
@@ -326,10 +334,7 @@ where
             let hit = match self.run(target, &mut near)? {
                 Ran::Stopped(hit) => hit,
                 Ran::Reached if !in_last => continue,
-                Ran::Reached if Some(self.registers()?.rip()) == arrival.map(|(at, _)| at) => {
-                    // The guest was preempted right there.
-                    return Ok(Passed::Last(last));
-                }
+                Ran::Reached if self.is_preempted_at(arrival) => return Ok(Passed::Last(last)),
                 Ran::Interrupted => return Ok(Passed::Interrupted),
                 Ran::Ended if bound == Name::End => return Ok(Passed::Last(last)),
                 Ran::Reached | Ran::Ended => {
