@@ -10,6 +10,8 @@ use tempfile::TempDir;
 
 #[path = "counted/breakpoints.rs"]
 mod many_breakpoints;
+#[path = "counted/race.rs"]
+mod race;
 
 mod breakpoints;
 
