@@ -49,15 +49,39 @@ echo == the end\\n
 ";
     let (ran, pieces) = debugged(&debian, &recording, script);
     let piece = |name| piece(&pieces, name);
-    assert!(piece("the kernel").contains("panic in section .text"), "{}", ran.text());
-    assert!(piece("the kernel").contains("do_syscall_64 in section"), "{}", ran.text());
-    assert!(piece("the program").contains("race.c"), "{}\n{}", ran.text(), ran.stderr);
-    assert!(piece("the audit").contains("Breakpoint 1, audit (bank="), "{}", ran.text());
+    assert!(
+        piece("the kernel").contains("panic in section .text"),
+        "{}",
+        ran.text()
+    );
+    assert!(
+        piece("the kernel").contains("do_syscall_64 in section"),
+        "{}",
+        ran.text()
+    );
+    assert!(
+        piece("the program").contains("race.c"),
+        "{}\n{}",
+        ran.text(),
+        ran.stderr
+    );
+    assert!(
+        piece("the audit").contains("Breakpoint 1, audit (bank="),
+        "{}",
+        ran.text()
+    );
     assert!(piece("the audit").contains("in main ()"), "{}", ran.text());
-    assert!(piece("the write").contains("Hardware watchpoint 2"), "{}", ran.text());
+    assert!(
+        piece("the write").contains("Hardware watchpoint 2"),
+        "{}",
+        ran.text()
+    );
     let place = piece("where");
     // The innermost frame, and the one that it was called from.
-    assert!(place.contains("#0") && place.contains("transfer (bank="), "{place}");
+    assert!(
+        place.contains("#0") && place.contains("transfer (bank="),
+        "{place}"
+    );
     assert!(place.contains("in serve (bank="), "{place}");
     let source = include_str!("../../../guest-images/programs/race.c");
     let writes = |number: usize| {
