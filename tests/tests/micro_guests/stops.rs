@@ -3,7 +3,6 @@
 
 use std::sync::OnceLock;
 
-use hindsight_guest_images::layout::{STACK3, TASK, TSS, USER_CS, USER_SS};
 use hindsight_tests::skip::skip_stops;
 use hindsight_vmm::kvm::{Hit, Stops, WatchKind, Watchpoint};
 
@@ -324,65 +323,4 @@ fn a_watchpoint_stops_after_each_write_and_not_after_a_read() {
             assert!(replay.memory() == ran.memory);
         }
     });
-}
-
-#[test]
-fn a_program_is_stopped_by_bytes_in_memory_and_its_own_protection_faults_are_where_they_belong() {
-    if let Err(why) = in_time(hindsight_vmm::doctor::check_recorder) {
-        skip(&why);
-        return;
-    }
-    const MACHINE_CHECK: u64 = 18;
-    const ITS_STACK: u64 = 0x4_d008;
-    let guest = Guest::new(|a| {
-        let (mut program, mut again) = (a.create_label(), a.create_label());
-        let (mut refused, mut back) = (a.create_label(), a.create_label());
-        let mut start = a.create_label();
-        a.jmp(start)?;
-        // It faults once for each CLI, which is skipped.
-        a.set_label(&mut refused)?;
-        a.pop(r8)?;
-        a.inc(qword_ptr(rsp))?;
-        a.inc(ebx)?;
-        a.iretq()?;
-        a.set_label(&mut program)?;
-        a.mov(ecx, 3)?;
-        a.set_label(&mut again)?;
-        a.cli()?;
-        a.push(rcx)?;
-        a.pop(rdx)?;
-        a.loop_(again)?;
-        a.ud2()?;
-        a.set_label(&mut start)?;
-        a.lidt(ptr(IDT_POINTER))?;
-        debugging::set_gate(a, 13, refused)?;
-        debugging::set_gate(a, 6, back)?;
-        a.mov(rcx, IDT + 16 * MACHINE_CHECK)?;
-        a.mov(byte_ptr(rcx + 4), 1)?;
-        a.mov(rcx, TSS)?;
-        a.mov(rax, ITS_STACK)?;
-        a.mov(qword_ptr(rcx + 36), rax)?;
-        a.mov(eax, u32::from(TASK))?;
-        a.ltr(ax)?;
-        a.xor(ebx, ebx)?;
-        // One in ring 0, from a stack that is not aligned: of an address that is not canonical.
-        a.mov(rsp, STACK0 - 8)?;
-        a.mov(rsi, 1u64 << 63)?;
-        a.lodsb()?;
-        for word in [USER_SS.into(), STACK3 - 8, 2, USER_CS.into()] {
-            a.mov(rax, word)?;
-            a.push(rax)?;
-        }
-        a.lea(rax, ptr(program))?;
-        a.push(rax)?;
-        a.iretq()?;
-        a.set_label(&mut back)?;
-        out(a, NOBODY, 1)
-    });
-    let ran = in_time({
-        let guest = guest.clone();
-        move |kvm| recorded(kvm, &guest)
-    });
-    assert_eq!(ran.registers()[RBX], 4, "LODSB and each CLI faulted");
-    are_unseen_so(&guest, &ran, Stopping::InMemory);
 }
