@@ -12,6 +12,8 @@ use hindsight_tests::measure::Load;
 use tempfile::TempDir;
 
 mod breakpoints;
+#[path = "debian/cause.rs"]
+mod cause;
 #[path = "debian/debugging.rs"]
 mod debugging;
 #[path = "debian/disks.rs"]
@@ -137,6 +139,7 @@ fn a_crash_that_chaos_brings_out_replays_to_the_same_crash() {
             replayed.stderr
         );
     }
+    cause::is_found(&debian, &recording, dir.path());
 }
 
 fn wait_for_journal(recording: &Path, bytes: u64) {

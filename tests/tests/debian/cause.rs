@@ -1,0 +1,71 @@
+//! The way from a crash to its cause that `docs/time-travel.md` shows, command by command.
+
+use super::*;
+
+/// The commands of that section, without what is said of them: of the program, and of gdb.
+fn commands() -> Vec<String> {
+    let text = include_str!("../../../docs/time-travel.md");
+    let (_, section) = text
+        .split_once("## From a crash to its cause")
+        .expect("it is there");
+    let (section, _) = section.split_once("\n## ").expect("more follows");
+    let lines = section.lines().filter_map(|line| line.strip_prefix("    "));
+    let commands = lines.map(|line| line.split(" # ").next().unwrap_or(line).trim().to_string());
+    commands.collect()
+}
+
+/// Goes that way in a recording of `race` that crashed.
+pub fn is_found(debian: &Debian, recording: &Path, dir: &Path) {
+    let commands = commands();
+    assert!((12..=16).contains(&commands.len()), "{commands:?}");
+    let script: Vec<&str> = commands
+        .iter()
+        .filter_map(|command| command.strip_prefix("(gdb) "))
+        .collect();
+    let file = dir.join("script");
+    let shown = "\necho == seen\\n\nprint from_balance == bank->balance[from]\nprint to_balance == bank->balance[to]\nwhen\n";
+    std::fs::write(&file, script.join("\n") + shown).expect("there is room");
+    for command in commands
+        .iter()
+        .filter_map(|command| command.strip_prefix("hindsight "))
+    {
+        let command = command.split(" | ").next().unwrap_or(command);
+        let words = command.split_whitespace();
+        let mut words: Vec<&str> = words
+            .enumerate()
+            .map(|(number, word)| match number {
+                1 if word == "crash" => path(recording),
+                _ => word,
+            })
+            .collect();
+        if words[0] == "debug" {
+            words.extend(["--", "-batch", "-x", path(&file)]);
+        }
+        let ran = debian.run(&words).expect(0);
+        let text = ran.text();
+        match words[0] {
+            "console" => assert!(text.contains("race: the books do not balance"), "{text}"),
+            "ps" => assert!(text.lines().any(|line| line.contains("/init")), "{text}"),
+            "debug" => is_seen(&ran),
+            _ => {}
+        }
+    }
+    let marks = debian.run(&["marks", path(recording)]).expect(0).text();
+    assert!(marks.contains("lost"), "{marks}");
+}
+
+/// What gdb has shown.
+fn is_seen(ran: &Ran) {
+    let text = ran.text();
+    assert!(
+        text.contains("Breakpoint 1, audit (bank="),
+        "{text}\n{}",
+        ran.stderr
+    );
+    let (way, seen) = text.split_once("== seen").expect("it came to the end");
+    let last = way.rsplit("#0").next().unwrap_or_default();
+    assert!(last.contains("transfer (bank="), "{text}");
+    let line = last.contains("race.c:64") || last.contains("race.c:65");
+    assert!(line && last.contains("serve (bank="), "{text}");
+    assert!(seen.contains(" = 0"), "{text}");
+}
