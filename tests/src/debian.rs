@@ -174,6 +174,11 @@ pub fn copy(from: &Path, to: &Path) {
     std::fs::create_dir_all(to).expect("a directory can be made");
     for entry in std::fs::read_dir(from).expect("the recording is there") {
         let entry = entry.expect("the directory can be read");
+        let kind = entry.file_type().expect("it is there");
+        // A recorder that was killed leaves the socket that it listened at.
+        if !kind.is_file() && !kind.is_symlink() {
+            continue;
+        }
         std::fs::copy(entry.path(), to.join(entry.file_name())).expect("files can be copied");
     }
 }
