@@ -185,11 +185,7 @@ impl Source for Disk {
         self.bytes
     }
 
-    fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), ExtError> {
-        let end = offset.checked_add(into.len() as u64);
-        if end.is_none_or(|end| end > self.bytes) {
-            return Err(ExtError::Damaged("it reaches beyond its end".into()));
-        }
+    fn read_within(&self, offset: u64, into: &mut [u8]) -> Result<(), ExtError> {
         self.read_bytes
             .set(self.read_bytes.get() + into.len() as u64);
         let start = (self.offset + offset) as usize;

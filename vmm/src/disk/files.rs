@@ -219,12 +219,7 @@ impl Source for Reader {
         self.bytes
     }
 
-    fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), ExtError> {
-        // The guest may have written any numbers to where the file system is described.
-        let end = offset.checked_add(into.len() as u64);
-        if end.is_none_or(|end| end > self.bytes) {
-            return Err(ExtError::Damaged("it reaches beyond its end".into()));
-        }
+    fn read_within(&self, offset: u64, into: &mut [u8]) -> Result<(), ExtError> {
         let offset = self.offset + offset;
         let read = match &self.content {
             When::Start(image) => image
@@ -277,11 +272,7 @@ pub(super) mod testing {
             self.bytes
         }
 
-        fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), ExtError> {
-            let end = offset.checked_add(into.len() as u64);
-            if end.is_none_or(|end| end > self.bytes) {
-                return Err(ExtError::Damaged("it reaches beyond its end".into()));
-            }
+        fn read_within(&self, offset: u64, into: &mut [u8]) -> Result<(), ExtError> {
             let start = (self.offset + offset) as usize;
             into.copy_from_slice(&self.data[start..start + into.len()]);
             Ok(())

@@ -25,11 +25,7 @@ impl Source for Present<'_> {
         self.bytes
     }
 
-    fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), ExtError> {
-        let end = offset.checked_add(into.len() as u64);
-        if end.is_none_or(|end| end > self.bytes) {
-            return Err(ExtError::Damaged("it reaches beyond its end".into()));
-        }
+    fn read_within(&self, offset: u64, into: &mut [u8]) -> Result<(), ExtError> {
         let read = self.disks.peek(self.disk, self.offset + offset, into);
         read.map_err(|error| ExtError::Source(error.to_string()))
     }

@@ -59,8 +59,18 @@ pub enum ExtError {
 pub trait Source {
     /// How many there are.
     fn bytes(&self) -> u64;
-    /// Fills `into` with what is at `offset`; an error if that is not all there.
-    fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), ExtError>;
+    /// Fills `into` with what is at `offset`, all of which is there.
+    fn read_within(&self, offset: u64, into: &mut [u8]) -> Result<(), ExtError>;
+
+    /// The same; an error if not all of it is there. The guest may have written any numbers to where the file system is
+    /// described.
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), ExtError> {
+        let end = offset.checked_add(into.len() as u64);
+        match end.is_some_and(|end| end <= self.bytes()) {
+            true => self.read_within(offset, into),
+            false => Err(ExtError::Damaged("it reaches beyond its end".into())),
+        }
+    }
 }
 
 /// A block whose newest content stands in the journal.
