@@ -285,6 +285,13 @@ fn a_guest_that_cannot_be_preempted_is_told_about_and_can_be_stopped() {
     debian.replay(&recording, &[]).expect(0);
 }
 
+/// A command as a shell takes it.
+fn shell_line(command: &std::process::Command) -> String {
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    let quoted = words.map(|word| format!("'{}'", word.to_str().expect("plain words")));
+    quoted.collect::<Vec<_>>().join(" ")
+}
+
 /// Reads on until what has been read has `wanted` in it.
 fn read_until(source: &mut impl Read, shown: &mut Vec<u8>, wanted: &str) {
     let mut buffer = [0; 4096];

@@ -169,13 +169,10 @@ fn a_terminal_is_raw_while_the_guest_has_it_and_the_escape_key_ends_the_recordin
     let (debian, dir) = (Debian::from_env(), scratch());
     let recording = dir.path().join("r");
     let command = debian.recording(&recording, "input", &[]);
-    let words: Vec<String> = std::iter::once(command.get_program())
-        .chain(command.get_args())
-        .map(|word| format!("'{}'", word.to_str().expect("plain words")))
-        .collect();
+    let line = shell_line(&command);
     // script(1) gives the program a terminal of its own, fed from our pipe.
     let mut script = std::process::Command::new("script")
-        .args(["-qefc", &words.join(" "), "/dev/null"])
+        .args(["-qefc", &line, "/dev/null"])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()

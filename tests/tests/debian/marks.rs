@@ -21,11 +21,8 @@ fn a_moment_is_marked_by_key_signal_and_command_and_gone_to_by_name() {
     let recording = dir.path().join("r");
     let (run, pid) = (dir.path().join("run"), dir.path().join("pid"));
     let command = debian.recording(&recording, "input", &[]);
-    let words: Vec<String> = std::iter::once(command.get_program())
-        .chain(command.get_args())
-        .map(|word| format!("'{}'", word.to_str().expect("plain words")))
-        .collect();
-    let text = format!("echo $$ >{}\nexec {}\n", pid.display(), words.join(" "));
+    let line = shell_line(&command);
+    let text = format!("echo $$ >{}\nexec {line}\n", pid.display());
     std::fs::write(&run, text).expect("it can be written");
     let mut script = std::process::Command::new("script")
         .args(["-qec", &format!("sh {}", run.display()), "/dev/null"])

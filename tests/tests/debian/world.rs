@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use hindsight_tests::debian::{Debian, Ran};
 
-use super::{hindsight_escape, read_until, scratch, signal, wait_for_journal};
+use super::{hindsight_escape, read_until, scratch, shell_line, signal, wait_for_journal};
 
 /// How long a recorder may take to close its recording: far less than the guest would run.
 const SOON: Duration = Duration::from_secs(10);
@@ -150,11 +150,8 @@ fn a_terminal_is_as_it_was_after_each_way_to_end() {
         let recording = dir.path().join(name);
         let (run, pid) = (dir.path().join("run"), dir.path().join("pid"));
         let command = debian.recording(&recording, "input", &[]);
-        let words: Vec<String> = std::iter::once(command.get_program())
-            .chain(command.get_args())
-            .map(|word| format!("'{}'", word.to_str().expect("plain words")))
-            .collect();
-        let text = format!("echo $$ >{}\nexec {}\n", pid.display(), words.join(" "));
+        let line = shell_line(&command);
+        let text = format!("echo $$ >{}\nexec {line}\n", pid.display());
         std::fs::write(&run, text).expect("it can be written");
         // A shell that looks at the terminal before and after, and has set it up as nobody else would.
         let shell = format!(
