@@ -4,7 +4,6 @@
 mod children;
 pub mod commands;
 mod format;
-mod front;
 mod gdb;
 mod options;
 mod outcome;
@@ -12,7 +11,9 @@ mod output;
 mod screen;
 mod stretches;
 mod summary;
+mod tasks;
 mod tell;
+pub mod transcript;
 mod watching;
 
 use std::process::ExitCode;

@@ -1,4 +1,4 @@
-//! The guest's console on standard output.
+//! What is in front of a session: the guest's console on standard output, and what is said on standard error.
 
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
@@ -8,10 +8,29 @@ use hindsight_replay::{Guest, LeftOpen, Observer, OperatorConsole, Turn, Unit};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use hindsight_vmm::failure::Failure;
-use hindsight_vmm::session::{View, Viewed};
+use hindsight_vmm::session::{Front, View, Viewed};
 use hindsight_vmm::world::{Shown, StandardOutput};
 
-use crate::front::{Terminal, interrupt_line};
+use crate::tell::{interrupt_line, notice};
+
+/// The terminal that the program was started at, or what stands in its place.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Terminal {
+    /// Do not show the guest's console.
+    pub quiet: bool,
+    /// Show it no earlier than it came when it was recorded.
+    pub real_time: bool,
+}
+
+impl Front for Terminal {
+    fn notice(&mut self, what: &str) {
+        notice(what);
+    }
+
+    fn view(&mut self, viewed: Viewed) -> Result<Box<dyn View>, Failure> {
+        Ok(Box::new(Screen::new(*self, viewed)?))
+    }
+}
 
 /// A guest that makes no exit for this long is spoken of: nothing can be delivered to it.
 const SILENCE: Duration = Duration::from_secs(10);

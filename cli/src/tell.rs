@@ -2,8 +2,9 @@
 //! `println!` and `eprintln!` they do not panic where nobody reads any more.
 
 use std::fmt::Arguments;
-use std::io::{ErrorKind, Write};
+use std::io::{ErrorKind, IsTerminal, Write};
 
+use hindsight_replay::foreign::shown_lines;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::outcome::Outcome;
@@ -51,4 +52,21 @@ pub(crate) fn to_stderr(line: Arguments<'_>) {
         // There is no other place to say that it failed.
         let _ = writeln!(stderr.lock(), "{line}");
     }
+}
+
+/// Says something in lines of its own. A terminal may be raw, and its cursor anywhere in a line that is over.
+pub(crate) fn notice(what: &str) {
+    let what = shown_lines(what);
+    match std::io::stderr().is_terminal() {
+        true => tell!("\rhindsight: {what}\r"),
+        false => tell!("hindsight: {what}"),
+    }
+}
+
+/// The same while the guest writes to the terminal, which may be in the middle of a line.
+pub(crate) fn interrupt_line(what: &str) {
+    if std::io::stderr().is_terminal() {
+        tell!("\r");
+    }
+    notice(what);
 }

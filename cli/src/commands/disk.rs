@@ -8,10 +8,9 @@ use hindsight_replay::{Machine, When};
 use serde_json::json;
 
 use crate::format::{bytes, seconds, thousands};
-use crate::front::Terminal;
 use crate::outcome::Outcome;
 use crate::output::Output;
-use crate::screen::{Screen, progress_bar};
+use crate::screen::{Screen, Terminal, progress_bar};
 use crate::tell::tell;
 use hindsight_replay::foreign::{shown, shown_lines, shown_path};
 use hindsight_vmm::disk::{

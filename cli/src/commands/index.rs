@@ -10,8 +10,8 @@ use hindsight_vmm::session::{IndexWish, RecordedPaths, SPACING, Verdict, index_r
 use serde_json::json;
 
 use crate::format::{bytes, parse_size, seconds, thousands};
-use crate::front::Terminal;
 use crate::outcome::Outcome;
+use crate::screen::Terminal;
 use crate::tell::{out, tell};
 
 /// Options of `index`.

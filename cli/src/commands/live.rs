@@ -13,13 +13,14 @@ use hindsight_vmm::world::Operator;
 use hindsight_vmm::world::net::{Publish, parse_publish};
 
 use crate::commands::run;
-use crate::front::{Terminal, notice};
 use crate::options::{
     CounterOptions, DetailOption, InsteadOptions, NetOption, Verify, network, parse_net,
     parse_seconds, parse_verify, patience,
 };
 use crate::outcome::Outcome;
+use crate::screen::Terminal;
 use crate::summary::Summary;
+use crate::tell::notice;
 
 /// Options of `live`.
 #[derive(Debug, Args)]

@@ -11,12 +11,13 @@ use hindsight_vmm::session::{CounterWish, RecordWish, record};
 use hindsight_vmm::world::Operator;
 
 use crate::commands::run;
-use crate::front::{Terminal, notice};
 use crate::options::{
     DetailOption, MachineOptions, PreemptOption, Verify, parse_seconds, parse_verify, patience,
 };
 use crate::outcome::Outcome;
+use crate::screen::Terminal;
 use crate::summary::Summary;
+use crate::tell::notice;
 
 /// Options of `record`.
 #[derive(Debug, Args)]

@@ -14,9 +14,9 @@ use hindsight_vmm::session::{
 use serde::Serialize;
 
 use crate::format::{bytes, parse_size, seconds, thousands};
-use crate::front::Terminal;
 use crate::options::{CounterOptions, DetailOption, InsteadOptions, Verify, parse_verify};
 use crate::outcome::Outcome;
+use crate::screen::Terminal;
 use crate::summary::{Summary, not_compared};
 use crate::tell::{out, tell};
 

@@ -8,10 +8,11 @@ use hindsight_vmm::failure::{Failure, Kind};
 use hindsight_vmm::session::{Left, Ran, RunWish, run};
 use hindsight_vmm::world::{Operator, Shown};
 
-use crate::front::{Terminal, notice};
 use crate::options::{MachineOptions, RunPreemptOption, patience};
 use crate::outcome::Outcome;
+use crate::screen::Terminal;
 use crate::summary::Summary;
+use crate::tell::notice;
 
 /// Options of `run`.
 #[derive(Debug, Args)]

@@ -15,8 +15,8 @@ use serde_json::json;
 
 use crate::children;
 use crate::format::seconds;
-use crate::front::Terminal;
 use crate::outcome::Outcome;
+use crate::screen::Terminal;
 use crate::stretches::{self, STRETCHES_MAX, StretchVerdict};
 use crate::tell::{out, tell};
 

@@ -9,8 +9,8 @@ use hindsight_vmm::session::{Marks, Stopped, add_mark, events};
 
 use super::memory::{dump, number};
 use super::target::Guest;
-use crate::commands::console::{Form, Transcript};
 use crate::format::{seconds, thousands};
+use crate::transcript::{Form, Transcript};
 
 const HELP: &str = "\
 monitor when                     tells where the guest is: the last exit, and guest time there
@@ -81,7 +81,7 @@ impl Guest {
         );
     }
 
-    /// Gives the last exit a name.
+    /// Tells where the breakpoints are.
     fn tell_stops(&self, out: &mut ConsoleOutput<'_>) {
         let StopCounts {
             in_registers,
@@ -102,6 +102,7 @@ impl Guest {
         }
     }
 
+    /// Gives the last exit a name.
     fn mark(&self, name: Option<&str>, out: &mut ConsoleOutput<'_>) {
         let at = Complete {
             exits: self.debugger.exit(),

@@ -13,7 +13,7 @@ use hindsight_replay::foreign::{shown, shown_lines};
 use hindsight_vmm::session::KernelView;
 
 use super::target::Guest;
-use crate::commands::ps;
+use crate::tasks::table;
 
 /// ESRCH.
 const NO_PROCESS: u8 = 3;
@@ -82,7 +82,7 @@ impl Guest {
 
     /// Lists processes.
     pub(super) fn list_tasks(&self, threads: bool, out: &mut ConsoleOutput<'_>) {
-        match self.ask(|view, memory| ps::table(view, memory, threads)) {
+        match self.ask(|view, memory| table(view, memory, threads)) {
             Ok((table, broken)) => {
                 out.write_raw(table.as_bytes());
                 if let Some(why) = broken {

@@ -76,7 +76,7 @@ impl Changes {
         }
     }
 
-    /// Keeps a checkpoint of the machine in `store`: its state, as it is behind this door, with the pages that have
+    /// Keeps a checkpoint of the machine in `store`: its state, as it is at this door, with the pages that have
     /// changed since the one before. `notes` are of what happened since, where that is known.
     pub fn keep<C, S, O, K>(
         &mut self,

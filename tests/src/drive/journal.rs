@@ -5,10 +5,10 @@
 
 use std::io::sink;
 
-use hindsight_cli::commands::console::{Form, Transcript};
 use hindsight_cli::commands::diff::Comparison;
 use hindsight_cli::commands::inspect::{Listing, Survey};
 use hindsight_cli::commands::pcap::Capture;
+use hindsight_cli::transcript::{Form, Transcript};
 use hindsight_devices::{Board, Nanos, NetSpec, NoDisks, Output, Ram};
 use hindsight_replay::{
     Answer, Back, Cpu, CpuDigest, Event, Exit, FRAME_HEAD_BYTES, FRAME_MAGIC, FRAME_RAW_MAX, Guest,
