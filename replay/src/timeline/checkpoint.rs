@@ -68,6 +68,9 @@ pub trait Checkpoints<C, S> {
     /// Waits until all of them are kept. After an error those that are not have gone.
     fn settle(&mut self) -> Result<(), Self::Error>;
 
+    /// All of one of them will be wanted soon.
+    fn expect(&mut self, _number: usize) {}
+
     /// The state at one of them but for its pages.
     fn load(&mut self, number: usize) -> Result<CoreState<C, S>, Self::Error>;
 

@@ -344,6 +344,7 @@ where
         number: usize,
     ) -> Result<Result<(), String>, TravelError<<C as Cpu>::Error, F>> {
         if self.parts.is_none() {
+            self.store.expect(number);
             self.make()?;
         }
         let parts = self.parts.as_mut().expect("it was made");

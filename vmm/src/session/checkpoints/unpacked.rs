@@ -10,6 +10,8 @@ use super::format::{GROUP_BYTES, check_of};
 
 /// How much is kept, in bytes.
 const BYTES_MAX: usize = 512 << 20;
+/// So many groups are kept at least.
+pub(super) const GROUPS_KEPT: usize = BYTES_MAX / GROUP_BYTES;
 /// Each thread has at least so many groups to unpack.
 const GROUPS_EACH: usize = 16;
 /// More threads than this gain nothing.
@@ -18,11 +20,28 @@ const THREADS_MAX: usize = 8;
 /// A group of pages as it is in the file: its number, its bytes, and their check.
 pub(super) type Packed<'a> = (u64, &'a [u8], u64);
 
+/// Where the pages of a group are: in which slab, from where on, and how many bytes.
+#[derive(Clone, Copy, Debug)]
+struct InSlab {
+    slab: u64,
+    start: usize,
+    bytes: usize,
+}
+
+/// Groups that were unpacked at once, in memory that was had at once: page by page, to have it costs more than to unpack.
+#[derive(Debug)]
+struct Slab {
+    groups: Vec<u64>,
+    memory: Vec<u8>,
+}
+
 /// Groups of pages by their numbers. The oldest go first.
 #[derive(Debug)]
 pub(super) struct Unpacked {
-    groups: BTreeMap<u64, Vec<u8>>,
-    order: VecDeque<u64>,
+    groups: BTreeMap<u64, InSlab>,
+    slabs: VecDeque<Slab>,
+    /// The number of the first slab.
+    first: u64,
     bytes: usize,
     threads: usize,
 }
@@ -33,7 +52,8 @@ impl Unpacked {
         let threads = thread::available_parallelism().map_or(1, usize::from);
         Unpacked {
             groups: BTreeMap::new(),
-            order: VecDeque::new(),
+            slabs: VecDeque::new(),
+            first: 0,
             bytes: 0,
             threads: threads.min(THREADS_MAX),
         }
@@ -46,50 +66,134 @@ impl Unpacked {
 
     /// The pages of a group, if it is there.
     pub(super) fn get(&self, group: u64) -> Option<&[u8]> {
-        self.groups.get(&group).map(Vec::as_slice)
+        let place = self.groups.get(&group)?;
+        let slab = self.slabs.get((place.slab - self.first) as usize)?;
+        slab.memory.get(place.start..place.start + place.bytes)
     }
 
     /// Checks, unpacks and keeps groups that are not there.
     pub(super) fn keep(&mut self, groups: &[Packed<'_>]) -> Result<(), CheckpointError> {
+        let mut memory = vec![0; groups.len() * GROUP_BYTES];
         let each = groups.len().div_ceil(self.threads).max(GROUPS_EACH);
-        let mut shares = groups.chunks(each);
-        let Some(ours) = shares.next() else {
+        let mut shares = groups
+            .chunks(each)
+            .zip(memory.chunks_mut(each * GROUP_BYTES));
+        let Some((ours, to)) = shares.next() else {
             return Ok(());
         };
-        let unpacked: Vec<_> = thread::scope(|scope| {
-            let others: Vec<_> = shares.map(|share| scope.spawn(|| unpack(share))).collect();
-            let ours = unpack(ours);
+        let lengths: Vec<_> = thread::scope(|scope| {
+            let others = shares.map(|(share, to)| scope.spawn(|| unpack(share, to)));
+            let others: Vec<_> = others.collect();
+            let ours = unpack(ours, to);
             let others = others.into_iter().map(|other| match other.join() {
-                Ok(unpacked) => unpacked,
+                Ok(lengths) => lengths,
                 Err(panic) => std::panic::resume_unwind(panic),
             });
             std::iter::once(ours).chain(others).collect()
         });
-        for share in unpacked {
-            for (group, pages) in share? {
-                self.bytes += pages.len();
-                self.groups.insert(group, pages);
-                self.order.push_back(group);
+        let lengths: Vec<Vec<usize>> = lengths.into_iter().collect::<Result<_, _>>()?;
+        let numbers: Vec<u64> = groups.iter().map(|(number, ..)| *number).collect();
+        let slab = self.first + self.slabs.len() as u64;
+        let places = lengths.concat().into_iter().enumerate();
+        let places = places.map(|(at, bytes)| InSlab {
+            slab,
+            start: at * GROUP_BYTES,
+            bytes,
+        });
+        self.groups.extend(numbers.iter().copied().zip(places));
+        self.push(Slab {
+            groups: numbers,
+            memory,
+        });
+        Ok(())
+    }
+
+    fn push(&mut self, slab: Slab) {
+        self.bytes += slab.memory.len();
+        self.slabs.push_back(slab);
+        while self.bytes > BYTES_MAX
+            && let Some(oldest) = self.slabs.pop_front()
+        {
+            self.bytes -= oldest.memory.len();
+            self.first += 1;
+            for group in oldest.groups {
+                self.groups.remove(&group);
             }
         }
-        while self.bytes > BYTES_MAX
-            && let Some(oldest) = self.order.pop_front()
-        {
-            self.bytes -= self.groups.remove(&oldest).map_or(0, |pages| pages.len());
+    }
+
+    /// Takes what another has, none of which is here.
+    pub(super) fn take(&mut self, other: Unpacked) {
+        let first = self.first + self.slabs.len() as u64;
+        let groups = other.groups.into_iter().map(|(group, place)| {
+            let slab = first + (place.slab - other.first);
+            (group, InSlab { slab, ..place })
+        });
+        self.groups.extend(groups);
+        for slab in other.slabs {
+            self.push(slab);
         }
-        Ok(())
     }
 }
 
-/// Checks and unpacks groups.
-fn unpack(groups: &[Packed<'_>]) -> Result<Vec<(u64, Vec<u8>)>, CheckpointError> {
+/// Checks groups, and unpacks them to `memory`, which has room for each. Their lengths.
+fn unpack(groups: &[Packed<'_>], memory: &mut [u8]) -> Result<Vec<usize>, CheckpointError> {
     let mut decompressor = Decompressor::new()?;
-    let groups = groups.iter().map(|(group, packed, check)| {
+    let room = memory.chunks_mut(GROUP_BYTES);
+    let groups = groups.iter().zip(room).map(|((_, packed, check), room)| {
         if check_of(packed) != *check {
             return Err(CheckpointError::Damaged("pages have another check"));
         }
-        let pages = decompressor.decompress(packed, GROUP_BYTES)?;
-        Ok((*group, pages))
+        Ok(decompressor.decompress_to_buffer(packed, room)?)
     });
     groups.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Groups of these numbers, each of as many bytes as that number, unpacked.
+    fn unpacked(numbers: &[u64]) -> Unpacked {
+        let mut unpacked = Unpacked::new();
+        for numbers in numbers.chunks(3) {
+            let contents = numbers.iter().map(|number| {
+                let bytes = vec![*number as u8; *number as usize];
+                zstd::bulk::compress(&bytes, 1).unwrap()
+            });
+            let contents: Vec<Vec<u8>> = contents.collect();
+            let packed = numbers.iter().zip(&contents);
+            let packed = packed.map(|(number, bytes)| (*number, &bytes[..], check_of(bytes)));
+            unpacked.keep(&packed.collect::<Vec<_>>()).unwrap();
+        }
+        unpacked
+    }
+
+    #[test]
+    fn what_was_unpacked_ahead_is_found_beside_what_was_there() {
+        let mut here = unpacked(&[1, 2, 3, 9]);
+        here.take(unpacked(&[200, 4, 150, 7, 8]));
+        for number in [1, 2, 3, 9, 200, 4, 150, 7, 8] {
+            let pages = here.get(number).unwrap();
+            assert_eq!(pages, vec![number as u8; number as usize]);
+        }
+        assert!(!here.has(5) && here.get(5).is_none());
+    }
+
+    #[test]
+    fn the_oldest_go_where_there_is_no_room() {
+        let mut here = unpacked(&[1, 2, 3]);
+        // As if these were as much as is kept.
+        here.bytes = BYTES_MAX - 3 * GROUP_BYTES;
+        here.take(unpacked(&[4, 5, 6]));
+        assert!((1..=6).all(|number| here.has(number)));
+        here.take(unpacked(&[7]));
+        assert!((1..=3).all(|number| here.get(number).is_none()));
+        for number in [4, 5, 6, 7] {
+            assert_eq!(
+                here.get(number).unwrap(),
+                vec![number as u8; number as usize]
+            );
+        }
+    }
 }
