@@ -18,7 +18,7 @@ mod watching;
 
 use std::process::ExitCode;
 
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use hindsight_replay::foreign::shown_lines;
 use hindsight_vmm::failure::Failure;
 
@@ -90,7 +90,8 @@ enum Command {
 
 /// Parses the arguments and does what they say.
 pub fn main() -> ExitCode {
-    let command = Cli::parse().command;
+    let command = Cli::from_arg_matches(&cli().get_matches());
+    let command = command.unwrap_or_else(|error| error.exit()).command;
     let is_doctor = matches!(command, Command::Doctor(_));
     let result = match command {
         Command::Run(options) => run::main(&options),
@@ -115,7 +116,7 @@ pub fn main() -> ExitCode {
         Command::Bench(options) => bench::main(&options),
         Command::Completions { shell } => {
             let mut script = Vec::new();
-            clap_complete::generate(shell, &mut Cli::command(), "hindsight", &mut script);
+            clap_complete::generate(shell, &mut cli(), "hindsight", &mut script);
             out!("{}", String::from_utf8_lossy(&script).trim_end());
             Ok(Outcome::Good)
         }
@@ -134,9 +135,36 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// The commands, whose help is as wide as the terminal.
+fn cli() -> clap::Command {
+    Cli::command().mut_subcommands(|sub| match sub.get_after_help() {
+        Some(text) => {
+            let text = unwrapped(&text.to_string());
+            sub.after_help(text)
+        }
+        None => sub,
+    })
+}
+
+/// A text without the ends of lines that are in its paragraphs. A line that is indented stands by itself.
+fn unwrapped(text: &str) -> String {
+    let mut unwrapped = String::new();
+    for line in text.lines() {
+        let before = unwrapped.lines().next_back().unwrap_or_default();
+        let goes_on = |line: &str| !line.is_empty() && !line.starts_with(' ');
+        if goes_on(line) && goes_on(before) && !unwrapped.ends_with('\n') {
+            unwrapped.push(' ');
+        } else if !unwrapped.is_empty() {
+            unwrapped.push('\n');
+        }
+        unwrapped.push_str(line);
+    }
+    unwrapped
+}
+
 /// The main page, and each command's after it.
 fn print_manual() -> Result<Outcome, Failure> {
-    let mut command = Cli::command();
+    let mut command = cli();
     command.build();
     let mut pages = Vec::new();
     clap_mangen::Man::new(command.clone()).render(&mut pages)?;
@@ -149,4 +177,16 @@ fn print_manual() -> Result<Outcome, Failure> {
     }
     out!("{}", String::from_utf8_lossy(&pages).trim_end());
     Ok(Outcome::Good)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paragraphs_of_help_have_no_ends_of_lines_and_examples_keep_theirs() {
+        let text = "One\nparagraph.\n\nAnother\none.\n\nExamples:\n  a\n  b\n\nThe\nend";
+        let expected = "One paragraph.\n\nAnother one.\n\nExamples:\n  a\n  b\n\nThe end";
+        assert_eq!(unwrapped(text), expected);
+    }
 }
