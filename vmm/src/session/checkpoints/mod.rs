@@ -425,6 +425,7 @@ impl CheckpointFile {
             let unpacked = ahead.join().unwrap_or_else(|panic| resume_unwind(panic));
             self.unpacked.take(unpacked);
         }
+        self.unpacked.make_room();
         let missing = self.missing(groups)?;
         unpack_groups(&self.file, missing, &mut self.unpacked)
     }

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::thread;
 
+use hindsight_replay::PAGE_BYTES;
 use zstd::bulk::Decompressor;
 
 use super::CheckpointError;
@@ -43,18 +44,25 @@ pub(super) struct Unpacked {
     /// The number of the first slab.
     first: u64,
     bytes: usize,
+    bytes_max: usize,
     threads: usize,
 }
 
 impl Unpacked {
     /// Nothing yet.
     pub(super) fn new() -> Unpacked {
+        Unpacked::with_room(BYTES_MAX)
+    }
+
+    /// The same, which keeps no more than this.
+    pub(super) fn with_room(bytes_max: usize) -> Unpacked {
         let threads = thread::available_parallelism().map_or(1, usize::from);
         Unpacked {
             groups: BTreeMap::new(),
             slabs: VecDeque::new(),
             first: 0,
             bytes: 0,
+            bytes_max,
             threads: threads.min(THREADS_MAX),
         }
     }
@@ -111,7 +119,12 @@ impl Unpacked {
     fn push(&mut self, slab: Slab) {
         self.bytes += slab.memory.len();
         self.slabs.push_back(slab);
-        while self.bytes > BYTES_MAX
+    }
+
+    /// Drops what there is no room for. What is wanted now is asked for after that: else some of it would be gone by the
+    /// time that the rest is there.
+    pub(super) fn make_room(&mut self) {
+        while self.bytes > self.bytes_max
             && let Some(oldest) = self.slabs.pop_front()
         {
             self.bytes -= oldest.memory.len();
@@ -144,7 +157,13 @@ fn unpack(groups: &[Packed<'_>], memory: &mut [u8]) -> Result<Vec<usize>, Checkp
         if check_of(packed) != *check {
             return Err(CheckpointError::Damaged("pages have another check"));
         }
-        Ok(decompressor.decompress_to_buffer(packed, room)?)
+        match decompressor.decompress_to_buffer(packed, room) {
+            Err(_) => Err(CheckpointError::Damaged("pages do not unpack")),
+            Ok(bytes) if bytes == 0 || bytes % PAGE_BYTES != 0 => {
+                Err(CheckpointError::Damaged("a group is not of whole pages"))
+            }
+            Ok(bytes) => Ok(bytes),
+        }
     });
     groups.collect()
 }
@@ -153,12 +172,12 @@ fn unpack(groups: &[Packed<'_>], memory: &mut [u8]) -> Result<Vec<usize>, Checkp
 mod tests {
     use super::*;
 
-    /// Groups of these numbers, each of as many bytes as that number, unpacked.
+    /// Groups of these numbers, each of so many pages that hold them, unpacked three at a time.
     fn unpacked(numbers: &[u64]) -> Unpacked {
-        let mut unpacked = Unpacked::new();
+        let mut unpacked = Unpacked::with_room(6 * GROUP_BYTES);
         for numbers in numbers.chunks(3) {
             let contents = numbers.iter().map(|number| {
-                let bytes = vec![*number as u8; *number as usize];
+                let bytes = vec![*number as u8; *number as usize * PAGE_BYTES];
                 zstd::bulk::compress(&bytes, 1).unwrap()
             });
             let contents: Vec<Vec<u8>> = contents.collect();
@@ -169,31 +188,34 @@ mod tests {
         unpacked
     }
 
-    #[test]
-    fn what_was_unpacked_ahead_is_found_beside_what_was_there() {
-        let mut here = unpacked(&[1, 2, 3, 9]);
-        here.take(unpacked(&[200, 4, 150, 7, 8]));
-        for number in [1, 2, 3, 9, 200, 4, 150, 7, 8] {
-            let pages = here.get(number).unwrap();
-            assert_eq!(pages, vec![number as u8; number as usize]);
+    fn assert_has(unpacked: &Unpacked, numbers: &[u64]) {
+        for number in 1..=16 {
+            let pages = vec![number as u8; number as usize * PAGE_BYTES];
+            let expected = numbers.contains(&number).then_some(&pages[..]);
+            assert_eq!(unpacked.get(number), expected, "{number}");
+            assert_eq!(unpacked.has(number), expected.is_some());
         }
-        assert!(!here.has(5) && here.get(5).is_none());
     }
 
     #[test]
-    fn the_oldest_go_where_there_is_no_room() {
+    fn what_was_unpacked_ahead_is_found_beside_what_was_there() {
+        let mut here = unpacked(&[1, 2, 3, 9]);
+        here.take(unpacked(&[16, 4, 15, 7, 8]));
+        assert_has(&here, &[1, 2, 3, 9, 16, 4, 15, 7, 8]);
+    }
+
+    #[test]
+    fn the_oldest_go_where_there_is_no_room_and_only_then() {
         let mut here = unpacked(&[1, 2, 3]);
-        // As if these were as much as is kept.
-        here.bytes = BYTES_MAX - 3 * GROUP_BYTES;
         here.take(unpacked(&[4, 5, 6]));
-        assert!((1..=6).all(|number| here.has(number)));
+        here.make_room();
+        assert_has(&here, &[1, 2, 3, 4, 5, 6]);
         here.take(unpacked(&[7]));
-        assert!((1..=3).all(|number| here.get(number).is_none()));
-        for number in [4, 5, 6, 7] {
-            assert_eq!(
-                here.get(number).unwrap(),
-                vec![number as u8; number as usize]
-            );
-        }
+        assert_has(&here, &[1, 2, 3, 4, 5, 6, 7]);
+        here.make_room();
+        assert_has(&here, &[4, 5, 6, 7]);
+        here.take(unpacked(&[8, 9, 10]));
+        here.make_room();
+        assert_has(&here, &[7, 8, 9, 10]);
     }
 }
