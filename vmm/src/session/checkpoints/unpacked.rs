@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::thread;
 
+use hindsight_replay::PAGE_BYTES;
 use zstd::bulk::Decompressor;
 
 use super::CheckpointError;
@@ -24,17 +25,24 @@ pub(super) struct Unpacked {
     groups: BTreeMap<u64, Vec<u8>>,
     order: VecDeque<u64>,
     bytes: usize,
+    bytes_max: usize,
     threads: usize,
 }
 
 impl Unpacked {
     /// Nothing yet.
     pub(super) fn new() -> Unpacked {
+        Unpacked::with_room(BYTES_MAX)
+    }
+
+    /// The same, which keeps no more than this.
+    pub(super) fn with_room(bytes_max: usize) -> Unpacked {
         let threads = thread::available_parallelism().map_or(1, usize::from);
         Unpacked {
             groups: BTreeMap::new(),
             order: VecDeque::new(),
             bytes: 0,
+            bytes_max,
             threads: threads.min(THREADS_MAX),
         }
     }
@@ -72,12 +80,17 @@ impl Unpacked {
                 self.order.push_back(group);
             }
         }
-        while self.bytes > BYTES_MAX
+        Ok(())
+    }
+
+    /// Drops what there is no room for. What is wanted now is asked for after that: else some of it would be gone by the
+    /// time that the rest is there.
+    pub(super) fn make_room(&mut self) {
+        while self.bytes > self.bytes_max
             && let Some(oldest) = self.order.pop_front()
         {
             self.bytes -= self.groups.remove(&oldest).map_or(0, |pages| pages.len());
         }
-        Ok(())
     }
 }
 
@@ -88,7 +101,13 @@ fn unpack(groups: &[Packed<'_>]) -> Result<Vec<(u64, Vec<u8>)>, CheckpointError>
         if check_of(packed) != *check {
             return Err(CheckpointError::Damaged("pages have another check"));
         }
-        let pages = decompressor.decompress(packed, GROUP_BYTES)?;
+        let pages = decompressor.decompress(packed, GROUP_BYTES);
+        let mut pages = pages.map_err(|_| CheckpointError::Damaged("pages do not unpack"))?;
+        if pages.is_empty() || pages.len() % PAGE_BYTES != 0 {
+            return Err(CheckpointError::Damaged("a group is not of whole pages"));
+        }
+        // There may be many that are not full, and each counts by its length.
+        pages.shrink_to_fit();
         Ok((*group, pages))
     });
     groups.collect()
