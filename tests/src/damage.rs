@@ -12,7 +12,7 @@ pub fn damage(bytes: &mut Vec<u8>, rng: &mut Rng) {
         1 => bytes[at..at + some].fill(0),
         2 => bytes.truncate(at),
         3 => drop(bytes.drain(at..at + some)),
-        4 => bytes.copy_within(at..at + some, rng.below(length - some as u64) as usize),
+        4 => bytes.copy_within(at..at + some, rng.below(length - some as u64 + 1) as usize),
         _ => bytes.extend((0..some).map(|_| rng.number() as u8)),
     }
 }

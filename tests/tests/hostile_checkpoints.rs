@@ -29,7 +29,7 @@ static MEMORY: PeakAlloc = PeakAlloc;
 static TURN: Mutex<()> = Mutex::new(());
 
 /// Changes of a file that are tried, of each kind.
-const MUTATIONS: u64 = 2_500;
+const MUTATIONS: u64 = 2_000;
 
 fn turn() -> MutexGuard<'static, ()> {
     TURN.lock().unwrap_or_else(PoisonError::into_inner)
@@ -128,7 +128,7 @@ fn what_is_read_of_a_damaged_file_is_what_was_written_or_nothing() {
     let _turn = turn();
     let whole = whole();
     let (heads, written) = contents(&mut open(&whole));
-    assert!(heads.len() > 5, "{heads:?}");
+    assert!(heads.len() > 3, "{heads:?}");
     let is_whole = |content: &Content| {
         let pages = content
             .pages

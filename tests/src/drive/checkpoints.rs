@@ -35,13 +35,17 @@ pub const PAGE_LIMIT: PageLimit = PageLimit {
 /// Where the recording ends, for whoever makes checkpoints of it: from the next exit on it would have to have witnesses.
 pub const WALK_EXITS: u64 = WITNESS_EVERY - 1;
 /// From one checkpoint to the next.
-const SPACING_EXITS: u64 = 2;
+const SPACING_EXITS: u64 = 3;
 /// Nobody goes further: a file names exits as it likes.
 const EXITS_MAX: u64 = 2 * WALK_EXITS;
 /// Of so many checkpoints of a file everything is read.
 const READ_MAX: usize = 12;
 /// Pages in a group.
 const GROUP_PAGES: usize = 16;
+/// What an input has of a page: how it begins. The rest is zeroes.
+const PAGE_START: usize = 16;
+/// An input makes no more pages than this of one part.
+const SEALED_PAGES_MAX: usize = 4 * GROUP_PAGES;
 
 /// Reads `data`: its first byte says whether it is a file as it is (even) or contents to be sealed (odd), and then as
 /// [`sealed_checkpoints`] has it.
@@ -119,7 +123,7 @@ pub fn packed(bytes: &[u8]) -> Vec<u8> {
 }
 
 /// The file that an input of this first byte stands for. For each checkpoint it has four parts, each after its length:
-/// exit and time, pages, directory, state. Of the directory what says how long the groups are is made, unless bit 2 is
+/// exit and time, pages (see `PAGE_START`), directory, state. Of the directory what says how long the groups are is made, unless bit 2 is
 /// set; with bit 1 a part says what it says over and over.
 pub fn sealed_checkpoints(first: u8, contents: &[u8]) -> Vec<u8> {
     let times = if first & 2 == 0 { 1 } else { 4096 };
@@ -135,7 +139,18 @@ pub fn sealed_checkpoints(first: u8, contents: &[u8]) -> Vec<u8> {
         let length = numbers.len().min(16);
         words.as_flattened_mut()[..length].copy_from_slice(&numbers[..length]);
         let pages = over_and_over(rest());
-        let groups = pages.chunks(GROUP_PAGES * PAGE_BYTES).map(packed);
+        let pages = pages
+            .chunks(PAGE_START)
+            .take(SEALED_PAGES_MAX)
+            .map(|start| {
+                let mut page = [0; PAGE_BYTES];
+                page[..start.len()].copy_from_slice(start);
+                page
+            });
+        let pages: Vec<_> = pages.collect();
+        let groups = pages
+            .chunks(GROUP_PAGES)
+            .map(|group| packed(group.as_flattened()));
         let groups: Vec<Vec<u8>> = groups.collect();
         let lengths = groups
             .iter()
@@ -181,7 +196,14 @@ pub fn checkpoint_contents(file: &[u8]) -> Vec<u8> {
         let made = postcard::take_from_bytes::<Vec<(u32, u64)>>(&directory);
         let (_, directory) = made.expect("it says how long groups are");
         part(&head[8..24]);
-        part(&groups);
+        let pages = groups.as_chunks::<PAGE_BYTES>().0.iter();
+        part(
+            pages
+                .map(|page| &page[..PAGE_START])
+                .collect::<Vec<_>>()
+                .concat()
+                .as_slice(),
+        );
         part(directory);
         part(&core);
         rest = after;
