@@ -123,8 +123,8 @@ pub fn packed(bytes: &[u8]) -> Vec<u8> {
 }
 
 /// The file that an input of this first byte stands for. For each checkpoint it has four parts, each after its length:
-/// exit and time, pages (see `PAGE_START`), directory, state. Of the directory what says how long the groups are is made, unless bit 2 is
-/// set; with bit 1 a part says what it says over and over.
+/// exit and time, pages (see `PAGE_START`), directory, state. Of the directory what says how long the groups are is
+/// made, unless bit 2 is set; with bit 1 a part says what it says over and over.
 pub fn sealed_checkpoints(first: u8, contents: &[u8]) -> Vec<u8> {
     let times = if first & 2 == 0 { 1 } else { 4096 };
     let over_and_over = |part: &[u8]| {
