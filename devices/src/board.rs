@@ -76,6 +76,11 @@ pub struct BoardState {
 }
 
 impl BoardState {
+    /// Guest time.
+    pub fn now(&self) -> Nanos {
+        self.now
+    }
+
     /// Whether it is the state of a machine with these devices. What a device is must come from the machine's
     /// description alone: a disk that a state has made longer reaches past its image.
     pub fn is_of(&self, devices: &Devices) -> bool {

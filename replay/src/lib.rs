@@ -40,9 +40,9 @@ pub use machine::{
 };
 
 pub use timeline::{
-    Anchor, Arrival, Changes, CheckpointHead, Checkpoints, Debuggable, HitKind, Mark, NoMoment,
-    NoteTaker, Notes, Pace, PageSink, PageSource, Pause, Reverse, ReverseError, Stopped, Stretch,
-    Target, Timeline, TravelError, When, is_mark_name,
+    Anchor, Arrival, Changes, CheckpointHead, Checkpoints, Debuggable, HitKind, Mark,
+    NOTES_BYTES_MAX, NoMoment, NoteTaker, Notes, Pace, PageSink, PageSource, Pause, Reverse,
+    ReverseError, Stopped, Stretch, Target, Timeline, TravelError, When, is_mark_name,
 };
 
 /// Why a machine came to its end other than by the run's own ending.

@@ -3,6 +3,7 @@
 
 pub mod both_ways;
 pub mod busy_world;
+pub mod damage;
 pub mod debian;
 pub mod drive;
 pub mod measure;

@@ -6,12 +6,14 @@ use std::path::PathBuf;
 use hindsight_devices::DiskSpec;
 use hindsight_replay::rng::Rng;
 use hindsight_replay::{Detail, FRAME_HEAD_BYTES, Header, JournalReader, TailReason};
-use hindsight_tests::drive::{Target, drive, seal_journal, sealed};
+use hindsight_tests::drive::{
+    Target, checkpoint_contents, drive, seal_journal, sealed, sealed_checkpoints, walked,
+};
 use hindsight_tests::sim::Scenario;
 
 const SEEDS: u64 = 500;
 
-/// Set, it makes the recordings among the journals anew.
+/// Set, it makes the recordings among the journals anew, and the files among the checkpoints.
 const WRITE: &str = "HINDSIGHT_WRITE_CORPUS";
 
 fn folder(target: Target) -> PathBuf {
@@ -124,20 +126,49 @@ fn contents(journal: &[u8]) -> Vec<u8> {
     data
 }
 
+/// What the corpus has of this name is to be this; makes it so where that is wanted.
+fn is_in_corpus(target: Target, name: &str, data: &[u8]) {
+    let path = folder(target).join(name);
+    if std::env::var_os(WRITE).is_some() {
+        std::fs::write(&path, data).expect("it can be written");
+    }
+    let found = std::fs::read(&path).expect("it reads");
+    assert!(
+        found == data,
+        "{} is of another version; run this test with {WRITE}=1",
+        path.display()
+    );
+}
+
+/// The inputs that are checkpoints, by name: as a file, and as contents to be sealed.
+#[test]
+fn the_corpus_has_checkpoints_of_this_version_of_the_format() {
+    let directory = tempfile::tempdir().expect("there is room");
+    let path = directory.path().join("checkpoints");
+    let count = walked(&path).heads().len();
+    assert!(count > 3, "{count}");
+    let file = std::fs::read(&path).expect("it was written");
+    let contents = checkpoint_contents(&file);
+    let of = |first: u8| [&[first], &contents[..]].concat();
+    // Otherwise compressed, it is the same.
+    let again = sealed_checkpoints(1, &contents);
+    assert_eq!(checkpoint_contents(&again), contents);
+    let inputs = [
+        ("a_file", [&[0], &file[..]].concat()),
+        ("sealed_a_file", of(1)),
+        ("sealed_over_and_over", of(3)),
+        ("sealed_without_lengths", of(5)),
+    ];
+    for (name, data) in inputs {
+        is_in_corpus(Target::Checkpoints, name, &data);
+    }
+}
+
 /// A corpus whose journals are of another version tests the reader's first line alone.
 #[test]
 fn the_corpus_has_recordings_of_this_version_of_the_format() {
     for (name, data) in journals() {
-        let path = folder(Target::Journal).join(name);
-        if std::env::var_os(WRITE).is_some() {
-            std::fs::write(&path, &data).expect("it can be written");
-        }
-        let found = std::fs::read(&path).expect("it reads");
-        assert!(
-            found == data,
-            "{} is of another version; run this test with {WRITE}=1",
-            path.display()
-        );
+        is_in_corpus(Target::Journal, name, &data);
         let journal = match data[0] {
             0 => data[1..].to_vec(),
             first => sealed(first, &data[1..]),

@@ -13,6 +13,7 @@ use hindsight_replay::{
     Arrival, CheckpointHead, Checkpoints, Closed, Exit, Guest, Observer, Pace, Pause, Replayer,
     RunError, StateOf, Stateful, Stretch, Target, Timeline, Turn,
 };
+use hindsight_tests::damage::damage;
 use hindsight_tests::recorded::{Driver, Recorded, Toy};
 use hindsight_tests::sim::machine_of;
 use hindsight_tests::toy_store::ToyStore;
@@ -235,22 +236,10 @@ where
 }
 
 /// What a file has room for: more than any toy's memory.
-const LIMIT: PageLimit = PageLimit { memory: 1 << 10 };
-
-/// Some damage to a file.
-fn damage(bytes: &mut Vec<u8>, rng: &mut Rng) {
-    let length = bytes.len() as u64;
-    let at = rng.below(length) as usize;
-    let some = (1 + rng.below(100)).min(length - at as u64) as usize;
-    match rng.below(6) {
-        0 => bytes[at] ^= 1 << rng.below(8),
-        1 => bytes[at..at + some].fill(0),
-        2 => bytes.truncate(at),
-        3 => drop(bytes.drain(at..at + some)),
-        4 => bytes.copy_within(at..at + some, rng.below(length - some as u64) as usize),
-        _ => bytes.extend((0..some).map(|_| rng.number() as u8)),
-    }
-}
+const LIMIT: PageLimit = PageLimit {
+    memory: 1 << 10,
+    disks: 1 << 10,
+};
 
 /// Checkpoints in files that somebody damages, deletes, or writes to at the same time.
 fn survives_damage<R: Recorded>(recorded: &R, seed: u64) {

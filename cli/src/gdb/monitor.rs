@@ -53,7 +53,7 @@ impl Guest {
             is_asked
         };
         let stopped = self.debugger.go_to_moment(&when, &mut stop);
-        self.progress.end();
+        self.end_way();
         if is_asked {
             outputln!(out, "stopped on the way");
         }
@@ -174,7 +174,7 @@ impl Guest {
             let mut stop = || self.interrupted.look();
             let watched = self.debugger.watch_from(from, &mut transcript, &mut stop);
             let text = watched.and_then(|all| Ok((all, transcript.finish()?)));
-            self.progress.end();
+            self.end_way();
             let (all, text) = match text {
                 Ok((all, text)) => (all, text.unwrap_or_default()),
                 Err(failure) => return outputln!(out, "{}", shown_lines(&failure)),

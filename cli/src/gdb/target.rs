@@ -38,7 +38,7 @@ use super::files::OpenFiles;
 use super::memory::read_physical;
 use super::progress::ProgressLine;
 use crate::format::thousands;
-use crate::tell::tell;
+use crate::tell::{notice, tell};
 
 /// EPERM, EFAULT.
 const NOT_PERMITTED: u8 = 1;
@@ -102,7 +102,7 @@ impl Guest {
         let debugger = Debugger::open(wish)?;
         let recording = Recording::at(&wish.recording);
         let console = recording.journal()?.header().host.console;
-        Ok(Guest {
+        let mut guest = Guest {
             debugger,
             kernel: OnceCell::new(),
             script: None,
@@ -116,7 +116,17 @@ impl Guest {
             stops: Stops::default(),
             software: Vec::new(),
             wanted: Wanted::Resume,
-        })
+        };
+        guest.end_way();
+        Ok(guest)
+    }
+
+    /// A way has come to its end: the line that told of it ends, and what was wrong on the way is told.
+    pub(super) fn end_way(&mut self) {
+        self.progress.end();
+        for complaint in self.debugger.take_complaints() {
+            notice(&complaint);
+        }
     }
 
     /// What cannot be done on this host, if that is anything: a sentence.
@@ -152,7 +162,7 @@ impl Guest {
             Wanted::ReverseResume => debugger.reverse_resume(&self.stops, interrupted),
             Wanted::ReverseStep => debugger.reverse_step(interrupted),
         };
-        self.progress.end();
+        self.end_way();
         match stopped {
             Ok(stopped) => Ok(self.reason(stopped)),
             Err(failure) => {

@@ -19,7 +19,7 @@ mod when;
 
 pub use changes::Changes;
 pub use checkpoint::{CheckpointHead, Checkpoints, PageSink, PageSource};
-pub use notes::{NoteTaker, Notes};
+pub use notes::{NOTES_BYTES_MAX, NoteTaker, Notes};
 pub use reverse::{Debuggable, HitKind, Mark, Reverse, ReverseError, Stopped};
 pub use stretch::Stretch;
 pub use travel::{Arrival, Pace, Pause, Target, Timeline, TravelError};

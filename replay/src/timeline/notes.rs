@@ -8,6 +8,8 @@ use crate::machine::{Exit, Guest, Observer, Turn};
 
 /// More than this is not kept, in bytes.
 const SAID_MAX: usize = 8 << 20;
+/// Notes that are longer, as they are kept or in memory, are none: some more than what two checkpoints may have.
+pub const NOTES_BYTES_MAX: usize = 32 << 20;
 
 /// What the guest wrote to one of its consoles at an exit.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -19,8 +21,15 @@ struct Said {
     bytes: Vec<u8>,
 }
 
+impl Said {
+    /// In memory.
+    fn size(bytes: &[u8]) -> usize {
+        bytes.len() + size_of::<Said>()
+    }
+}
+
 /// What the guest said after one exit and up to another, and whether its kernel panicked.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Notes {
     /// Exits from where they begin to the first panic.
     panic: Option<u64>,
@@ -28,6 +37,28 @@ pub struct Notes {
 }
 
 impl Notes {
+    /// As they are kept.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        postcard::to_stdvec(self).expect("plain values serialise")
+    }
+
+    /// Those that were kept; `None` if these are none, or too many.
+    pub fn from_bytes(bytes: &[u8]) -> Option<Notes> {
+        let (panic, rest) = postcard::take_from_bytes(bytes).ok()?;
+        let (count, mut rest) = postcard::take_from_bytes::<u64>(rest).ok()?;
+        let (mut said, mut size) = (Vec::new(), 0);
+        for _ in 0..count {
+            let (one, after) = postcard::take_from_bytes::<Said>(rest).ok()?;
+            size += Said::size(&one.bytes);
+            if size > NOTES_BYTES_MAX {
+                return None;
+            }
+            said.push(one);
+            rest = after;
+        }
+        rest.is_empty().then_some(Notes { panic, said })
+    }
+
     /// Tells `observer` what was seen, as it would have seen it after exit `from`; returns the first exit at which the guest
     /// panicked. Times are not kept.
     pub fn tell(&self, from: u64, observer: &mut dyn Observer) -> Option<u64> {
@@ -100,7 +131,7 @@ impl Observer for NoteTaker {
             Output::VirtioConsole(bytes) => (true, bytes),
             Output::Frame(_) => return,
         };
-        self.size += bytes.len() + size_of::<Said>();
+        self.size += Said::size(bytes);
         if self.size <= SAID_MAX {
             let since = exits - std::mem::replace(&mut self.last, exits);
             self.notes.said.push(Said {

@@ -29,7 +29,7 @@ pub(super) enum Unusable<E: std::error::Error, K: std::error::Error> {
     Journal(JournalError),
     #[error("it says nothing of where it is in the recording")]
     NoPlace,
-    #[error("it is at another exit than it says")]
+    #[error("it is at another exit or time than it says")]
     Elsewhere,
 }
 
@@ -222,7 +222,7 @@ where
     ) -> Result<JournalPlace, Unusable<<C as Cpu>::Error, K::Error>> {
         let head = store.heads()[number];
         let core = store.load(number).map_err(Unusable::Store)?;
-        if core.progress.at().exits != head.exits {
+        if (core.progress.at().exits, core.board.now()) != (head.exits, head.now) {
             return Err(Unusable::Elsewhere);
         }
         self.restore(store, &core, Some(number), &HeldPages::new())

@@ -66,7 +66,7 @@ fn made_head() -> Vec<u8> {
 }
 
 /// Parts of contents, each after its length in two bytes, little-endian.
-struct Parts<'a>(&'a [u8]);
+pub(super) struct Parts<'a>(pub(super) &'a [u8]);
 
 impl<'a> Iterator for Parts<'a> {
     type Item = &'a [u8];
@@ -269,8 +269,9 @@ struct NoCpu {
     exits: u64,
 }
 
+/// What a CPU that is none does wrong.
 #[derive(Debug)]
-struct Never;
+pub struct Never;
 
 impl std::fmt::Display for Never {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

@@ -3,12 +3,13 @@
 //! The bytes are decoded to steps against a board with one kind of device: accesses of any kind, drivers'
 //! work done properly but for one lie, input from outside, time, a save in the middle. Whatever the
 //! steps are, what `world` asserts after each of them holds. The target [`Target::Journal`] gives a journal to
-//! all that reads one instead, [`Target::Kernel`] loads a kernel, [`Target::Walk`] walks page tables, and
-//! [`Target::Files`] compares the files of a disk.
+//! all that reads one instead, [`Target::Checkpoints`] a file of checkpoints, [`Target::Kernel`] loads a kernel,
+//! [`Target::Walk`] walks page tables, and [`Target::Files`] compares the files of a disk.
 //!
 //! This folder needs nothing of the rest of this crate: `tests/fuzz` builds it alone with a sanitizer, and the
 //! libraries that it drives.
 
+mod checkpoints;
 mod disk;
 mod files;
 mod guest;
@@ -21,6 +22,10 @@ mod world;
 use arbitrary::Unstructured;
 use hindsight_devices::{Devices, DiskSpec, NetSpec};
 
+pub use checkpoints::{
+    CHECKPOINT_MEMORY_MAX, PAGE_LIMIT, Sealed, WALK_EXITS, Walker, checkpoint_contents, journal,
+    packed, read_checkpoints, seal_checkpoints, sealed_checkpoints, walk, walked,
+};
 pub use journal::{MEMORY_BYTES_MAX, read_file, seal_journal, sealed};
 pub use kernel::{Loaded, limit_allocations_by, load_kernel, seal_kernel};
 
@@ -44,6 +49,8 @@ pub enum Target {
     Apic,
     /// Journals, as every command reads them: head, events, tail.
     Journal,
+    /// The checkpoints of a recording: heads, notes, states, pages, and a machine that is put at them.
+    Checkpoints,
     /// What takes a kernel apart, finds what is to be rewritten in it, and loads it.
     Kernel,
     /// The walk of a guest's page tables.
@@ -54,7 +61,7 @@ pub enum Target {
 
 impl Target {
     /// All of them.
-    pub const ALL: [Target; 10] = [
+    pub const ALL: [Target; 11] = [
         Target::Block,
         Target::Net,
         Target::Console,
@@ -62,6 +69,7 @@ impl Target {
         Target::Legacy,
         Target::Apic,
         Target::Journal,
+        Target::Checkpoints,
         Target::Kernel,
         Target::Walk,
         Target::Files,
@@ -77,6 +85,7 @@ impl Target {
             Target::Legacy => "legacy",
             Target::Apic => "apic",
             Target::Journal => "journal",
+            Target::Checkpoints => "checkpoints",
             Target::Kernel => "kernel",
             Target::Walk => "walk",
             Target::Files => "files",
@@ -111,6 +120,7 @@ impl Target {
 pub fn drive(target: Target, data: &[u8]) {
     match target {
         Target::Journal => return journal::read(data),
+        Target::Checkpoints => return checkpoints::read(data),
         Target::Kernel => {
             load_kernel(data);
             return;

@@ -194,6 +194,11 @@ impl Debugger {
         }
     }
 
+    /// What was wrong with the recording's checkpoints since this was asked last: it has cost time and nothing else.
+    pub fn take_complaints(&mut self) -> Vec<String> {
+        self.replay.take_complaints()
+    }
+
     /// The last exit.
     pub fn exit(&self) -> u64 {
         self.replay.exit()

@@ -157,15 +157,19 @@ fn no_room(error: &CheckpointError) -> Failure {
     Failure::new(Kind::HostFailed, message)
 }
 
-/// The pages that the recorded machine's memory has.
+/// The pages that the recorded machine has.
 fn page_limit(header: &Header) -> PageLimit {
     let bytes = header.machine.memory_bytes;
     let end = match bytes.checked_sub(LOW_RAM_END) {
         None | Some(0) => bytes,
         Some(above) => RAM_ABOVE_HOLE + above,
     };
+    let images = header.machine.images.iter();
+    let disks = images.map(|image| image.bytes.div_ceil(PAGE_BYTES as u64));
     PageLimit {
         memory: end / PAGE_BYTES as u64,
+        // The number and the lengths of disks are bounded where a head is read.
+        disks: disks.sum(),
     }
 }
 

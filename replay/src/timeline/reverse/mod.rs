@@ -167,6 +167,11 @@ where
         Ok(&mut self.timeline)
     }
 
+    /// What was wrong with checkpoints since this was asked last: it has cost time.
+    pub fn take_complaints(&mut self) -> Vec<String> {
+        self.timeline.take_complaints()
+    }
+
     /// The vCPU.
     ///
     /// # Errors

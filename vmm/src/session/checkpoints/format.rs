@@ -1,10 +1,15 @@
 //! How checkpoints stand in their file. `docs/journal-format.md` says the same for those who read it elsewhere.
 
-use hindsight_devices::Nanos;
-use hindsight_replay::{PAGE_BYTES, PagePlace};
-use serde::{Deserialize, Serialize};
-use xxhash_rust::xxh64::xxh64;
+use std::io::{self, Read};
 
+use hindsight_devices::Nanos;
+use hindsight_replay::{NOTES_BYTES_MAX, PAGE_BYTES, PagePlace};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use xxhash_rust::xxh64::xxh64;
+use zstd::stream::read::Decoder;
+
+use super::PageLimit;
 use super::table::PageName;
 
 /// First bytes of the file.
@@ -20,10 +25,14 @@ pub(super) const HEAD_BYTES: usize = 64;
 /// How many pages are compressed together: alone, a third more time and a tenth more room.
 pub(super) const GROUP_PAGES: u64 = 16;
 pub(super) const GROUP_BYTES: usize = GROUP_PAGES as usize * PAGE_BYTES;
-/// The state but for its pages, unpacked: devices, and the end of a journal.
-pub(super) const CORE_BYTES_MAX: usize = 64 << 20;
-/// What the pages of a checkpoint are called, unpacked: enough for a terabyte of memory.
-const DIRECTORY_BYTES_MAX: usize = 1 << 30;
+/// The state but for its pages and what is known of blocks on disks, unpacked: some hundred times what one has.
+const CORE_BYTES_MAX: u64 = 8 << 20;
+/// What is known of blocks on disks: enough for half a terabyte of which all was read and written.
+const BLOCKS_BYTES_MAX: u64 = 64 << 20;
+/// What the pages of a checkpoint are called, unpacked.
+const DIRECTORY_BYTES_MAX: u64 = 1 << 30;
+/// What is written has a window of 512 KiB; nobody says more of one than this (8 MiB).
+const WINDOW_LOG_MAX: u32 = 23;
 /// Neither is longer in the file.
 const PACKED_BYTES_MAX: u32 = 128 << 20;
 /// In a directory pages on disks are numbered from here on.
@@ -32,6 +41,27 @@ const DISKS_FROM: u64 = 1 << 52;
 /// The check of something that is long. XXH64 rather than XXH3: emulated hosts have a slow vector unit.
 pub(super) fn check_of(bytes: &[u8]) -> u64 {
     xxh64(bytes, 0)
+}
+
+/// What was packed, if it is not longer than `most`. Memory is taken for what comes out, not for what is said to.
+pub(super) fn unpack(packed: &[u8], most: u64) -> io::Result<Vec<u8>> {
+    let mut decoder = Decoder::with_buffer(packed)?;
+    decoder.window_log_max(WINDOW_LOG_MAX)?;
+    let mut bytes = Vec::new();
+    let count = decoder.take(most + 1).read_to_end(&mut bytes)? as u64;
+    match count <= most {
+        true => Ok(bytes),
+        false => Err(io::ErrorKind::InvalidData.into()),
+    }
+}
+
+/// The core of a checkpoint of a machine with so many pages, unpacked.
+pub(super) fn unpack_core(packed: &[u8], limit: PageLimit) -> io::Result<Vec<u8>> {
+    // Of each 4096 blocks of a disk it is kept in 64 words, of ten bytes at most, which were written, and which were read.
+    unpack(
+        packed,
+        CORE_BYTES_MAX + BLOCKS_BYTES_MAX.min(limit.disks / 2),
+    )
 }
 
 /// The head of the file for the journal whose head has this check.
@@ -103,7 +133,7 @@ impl Head {
 }
 
 /// What a checkpoint adds: groups of pages, and which of a machine's pages are called otherwise than at the one before.
-#[derive(Debug, Default, Serialize, Deserialize)]
+#[derive(Debug, Default, PartialEq, Eq, Serialize)]
 pub(super) struct Directory {
     /// Of each group its length in bytes, and its check.
     pub(super) groups: Vec<(u32, u64)>,
@@ -113,11 +143,38 @@ pub(super) struct Directory {
     pub(super) notes: Vec<u8>,
 }
 
+/// How much there may be in a directory.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct DirectoryLimit {
+    pub(super) groups: u64,
+    pub(super) changes: u64,
+}
+
+impl DirectoryLimit {
+    /// Integers have five bytes at most, or ten.
+    fn bytes(self) -> u64 {
+        let items =
+            (self.groups.saturating_mul(15)).saturating_add(self.changes.saturating_mul(20));
+        items
+            .saturating_add(NOTES_BYTES_MAX as u64 + 30)
+            .min(DIRECTORY_BYTES_MAX)
+    }
+}
+
+/// A Vec at the beginning of `bytes` of at most so many items, which is looked at before there is memory for them; and
+/// what follows it.
+fn take_items<T: DeserializeOwned>(bytes: &[u8], most: u64) -> Option<(Vec<T>, &[u8])> {
+    let (count, _) = postcard::take_from_bytes::<u64>(bytes).ok()?;
+    let items = (count <= most).then(|| postcard::take_from_bytes(bytes))?;
+    items.ok()
+}
+
 impl Directory {
+    /// Notes that are too long are not kept.
     pub(super) fn new(
         groups: Vec<(u32, u64)>,
         changes: &[(PagePlace, PageName)],
-        notes: Vec<u8>,
+        mut notes: Vec<u8>,
     ) -> Directory {
         let mut next = 0;
         let changes = changes.iter().map(|(place, name)| {
@@ -129,6 +186,9 @@ impl Directory {
             next = number + 1;
             (skipped, name.0)
         });
+        if notes.len() > NOTES_BYTES_MAX {
+            notes.clear();
+        }
         Directory {
             changes: changes.collect(),
             groups,
@@ -136,14 +196,31 @@ impl Directory {
         }
     }
 
-    pub(super) fn unpack(packed: &[u8]) -> Option<Directory> {
-        let bytes = zstd::bulk::decompress(packed, DIRECTORY_BYTES_MAX).ok()?;
-        postcard::from_bytes(&bytes).ok()
+    /// As it is in the file, not compressed.
+    pub(super) fn to_bytes(&self) -> Vec<u8> {
+        postcard::to_stdvec(self).expect("plain values serialise")
     }
 
-    /// The changes; `None` if there is a page that a machine with `memory` pages of memory does not have, or a name
-    /// above `names`.
-    pub(super) fn changes(&self, memory: u64, names: u64) -> Option<Vec<(PagePlace, PageName)>> {
+    /// What was packed; `None` if there is more in it than there may be.
+    pub(super) fn unpack(packed: &[u8], limit: DirectoryLimit) -> Option<Directory> {
+        let bytes = unpack(packed, limit.bytes()).ok()?;
+        let (groups, rest) = take_items::<(u32, u64)>(&bytes, limit.groups)?;
+        let (changes, rest) = take_items(rest, limit.changes)?;
+        let (notes, rest) = take_items(rest, NOTES_BYTES_MAX as u64)?;
+        let is_whole = rest.is_empty() && groups.iter().all(|(bytes, _)| *bytes > 0);
+        is_whole.then_some(Directory {
+            groups,
+            changes,
+            notes,
+        })
+    }
+
+    /// The changes; `None` if there is a page that a machine with such pages does not have, or a name above `names`.
+    pub(super) fn changes(
+        &self,
+        limit: PageLimit,
+        names: u64,
+    ) -> Option<Vec<(PagePlace, PageName)>> {
         let mut next = 0u64;
         let place = |(skipped, name): &(u64, u64)| {
             let number = next
@@ -151,7 +228,7 @@ impl Directory {
                 .filter(|number| *number < 1 << 62)?;
             next = number + 1;
             let place = match number.checked_sub(DISKS_FROM) {
-                None => (number < memory).then(|| PagePlace::in_memory(number))?,
+                None => (number < limit.memory).then(|| PagePlace::in_memory(number))?,
                 Some(number) => PagePlace::on_disks(number),
             };
             (*name <= names).then_some((place, PageName(*name)))
@@ -199,15 +276,24 @@ mod tests {
             (PagePlace::in_memory(4), PageName(0)),
             (PagePlace::on_disks(1 << 48), PageName(2)),
         ];
-        let directory = Directory::new(vec![], &changes, vec![]);
-        assert_eq!(directory.changes(5, 9).as_deref(), Some(&changes[..]));
-        assert_eq!(directory.changes(4, 9), None);
-        assert_eq!(directory.changes(5, 8), None);
+        let directory = Directory::new(vec![(7, 8)], &changes, vec![9]);
+        let limit = |memory| PageLimit { memory, disks: 1 };
+        assert_eq!(
+            directory.changes(limit(5), 9).as_deref(),
+            Some(&changes[..])
+        );
+        assert_eq!(directory.changes(limit(4), 9), None);
+        assert_eq!(directory.changes(limit(5), 8), None);
+        let packed = zstd::bulk::compress(&directory.to_bytes(), 1).unwrap();
+        let unpack =
+            |groups, changes| Directory::unpack(&packed, DirectoryLimit { groups, changes });
+        assert_eq!(unpack(1, 3), Some(directory));
+        assert_eq!((unpack(0, 3), unpack(1, 2)), (None, None));
         let far = Directory {
             changes: vec![(u64::MAX, 0), (1, 0)],
             groups: vec![],
             notes: vec![],
         };
-        assert_eq!(far.changes(u64::MAX, 9), None);
+        assert_eq!(far.changes(limit(u64::MAX), 9), None);
     }
 }

@@ -31,8 +31,8 @@ use thiserror::Error;
 use super::make::random_number;
 use crate::regular_file::{self, Links};
 use format::{
-    CORE_BYTES_MAX, Directory, FILE_HEAD_BYTES, GROUP_BYTES, GROUP_PAGES, HEAD_BYTES, Head,
-    check_of, file_head,
+    Directory, DirectoryLimit, FILE_HEAD_BYTES, GROUP_BYTES, GROUP_PAGES, HEAD_BYTES, Head,
+    check_of, file_head, unpack_core,
 };
 use table::{PageName, PageTable};
 use unpacked::{GROUPS_KEPT, Unpacked};
@@ -58,18 +58,20 @@ pub enum CheckpointError {
     Closed,
 }
 
-/// Which pages there can be of a machine: how many of memory, up to the highest; of disks, the file does not say.
+/// Which pages there can be of a machine. What is in its file is bounded by that.
 #[derive(Clone, Copy, Debug)]
 pub struct PageLimit {
     /// One more than the highest number of a page of memory.
     pub memory: u64,
+    /// How many pages all disks have.
+    pub disks: u64,
 }
 
 /// How far apart what is read at once may be, and how long it is at most.
 const GAP_BYTES: u64 = 256 << 10;
 const SPAN_BYTES_MAX: u64 = 4 << 20;
-/// Notes are not longer than this: some more than what they may be of.
-const NOTES_BYTES_MAX: usize = 32 << 20;
+/// What is kept in memory of all directories has no more than this: a hundred times what a recording of an hour has.
+const KEPT_BYTES_MAX: usize = 1 << 30;
 /// How many groups of pages are unpacked before their pages are given.
 const GROUPS_AT_ONCE: usize = 128;
 
@@ -98,6 +100,8 @@ pub struct CheckpointFile {
     heads: Vec<CheckpointHead>,
     kept: Vec<Kept>,
     groups: Vec<Group>,
+    /// How much more may be read to be kept.
+    room_bytes: usize,
     unpacked: Unpacked,
     /// Who unpacks what will be wanted, if anybody does.
     ahead: Option<JoinHandle<Unpacked>>,
@@ -126,14 +130,16 @@ impl CheckpointFile {
         let mut place = Place::NotWritable;
         if let Some(file) = file.ok().filter(is_file) {
             if flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok() {
-                return CheckpointFile::read(file, Place::Kept, journal, limit)?.open_writer();
+                return CheckpointFile::new(file, Place::Kept, journal, limit)
+                    .read()
+                    .open_writer();
             }
             place = Place::InUse;
         }
         match regular_file::open(path, Links::Refuse) {
-            Ok((file, _)) => CheckpointFile::read(file, place, journal, limit),
+            Ok((file, _)) => Ok(CheckpointFile::new(file, place, journal, limit).read()),
             Err(_) => {
-                CheckpointFile::read(tempfile::tempfile()?, place, journal, limit)?.open_writer()
+                CheckpointFile::new(tempfile::tempfile()?, place, journal, limit).open_writer()
             }
         }
     }
@@ -151,32 +157,37 @@ impl CheckpointFile {
         }
     }
 
-    fn read(
-        file: File,
-        place: Place,
-        journal: u64,
-        limit: PageLimit,
-    ) -> Result<CheckpointFile, CheckpointError> {
-        let head = file_head(journal);
-        let mut found = CheckpointFile {
+    /// Reads the checkpoints in `file`, and writes none.
+    pub fn of(file: File, journal: u64, limit: PageLimit) -> CheckpointFile {
+        CheckpointFile::new(file, Place::NotWritable, journal, limit).read()
+    }
+
+    /// The file, of which nothing was read.
+    fn new(file: File, place: Place, journal: u64, limit: PageLimit) -> CheckpointFile {
+        CheckpointFile {
             file,
             place,
             limit,
             journal,
             end: FILE_HEAD_BYTES as u64,
-            check: check_of(&head),
+            check: check_of(&file_head(journal)),
             heads: Vec::new(),
             kept: Vec::new(),
             groups: Vec::new(),
+            room_bytes: KEPT_BYTES_MAX,
             unpacked: Unpacked::new(),
             ahead: None,
             writer: None,
-        };
-        let mut there = [0; FILE_HEAD_BYTES];
-        if found.file.read_exact_at(&mut there, 0).is_ok() && there == head {
-            while found.read_checkpoint().is_some() {}
         }
-        Ok(found)
+    }
+
+    fn read(mut self) -> CheckpointFile {
+        let mut head = [0; FILE_HEAD_BYTES];
+        let is_there = self.file.read_exact_at(&mut head, 0).is_ok();
+        if is_there && head == file_head(self.journal) {
+            while self.read_checkpoint().is_some() {}
+        }
+        self
     }
 
     fn open_writer(mut self) -> Result<CheckpointFile, CheckpointError> {
@@ -222,7 +233,13 @@ impl CheckpointFile {
         if check_of(&packed) != head.directory_check {
             return None;
         }
-        let directory = Directory::unpack(&packed)?;
+        let most = |item: usize| (self.room_bytes / item) as u64;
+        let limit = DirectoryLimit {
+            groups: head.groups_bytes.min(most(size_of::<Group>())),
+            changes: (self.limit.memory + self.limit.disks)
+                .min(most(size_of::<(PagePlace, PageName)>())),
+        };
+        let directory = Directory::unpack(&packed, limit)?;
         let mut at = groups_at;
         let groups = directory.groups.iter().map(|(bytes, check)| {
             let (bytes, check) = (*bytes, *check);
@@ -233,10 +250,13 @@ impl CheckpointFile {
         let groups: Vec<_> = groups.collect();
         let pages = (self.groups.len() + groups.len()) as u64 * GROUP_PAGES;
         let names = PageName::FIRST.0 + pages - 1;
-        let changes = directory.changes(self.limit.memory, names)?;
+        let changes = directory.changes(self.limit, names)?;
         if at != directory_at {
             return None;
         }
+        let kept_bytes =
+            size_of_val(&groups[..]) + size_of_val(&changes[..]) + directory.notes.len();
+        self.room_bytes = self.room_bytes.checked_sub(kept_bytes)?;
         let kept = Kept {
             changes,
             core_at: directory_at + u64::from(head.directory_bytes),
@@ -350,9 +370,7 @@ impl CheckpointFile {
 
     /// What happened since the checkpoint before this one, if that is known.
     fn notes_at(&self, number: usize) -> Option<Notes> {
-        let bytes = self.kept.get(number).map(|kept| &kept.notes[..])?;
-        let is_possible = !bytes.is_empty() && bytes.len() <= NOTES_BYTES_MAX;
-        is_possible.then(|| postcard::from_bytes(bytes).ok())?
+        Notes::from_bytes(&self.kept.get(number)?.notes)
     }
 
     /// The state of a checkpoint as it is in the file.
@@ -540,8 +558,7 @@ where
             sent = writer.pages(batch);
         }
         let core = postcard::to_stdvec(core).expect("plain values serialise");
-        let notes = notes.map(|notes| postcard::to_stdvec(notes).expect("plain values serialise"));
-        let notes = notes.unwrap_or_default();
+        let notes = notes.map(Notes::to_bytes).unwrap_or_default();
         let sent = sent.and_then(|()| writer.finish(Rest { head, core, notes }));
         self.heads.push(head);
         if let Err(error) = sent.and_then(|()| self.catch_up()) {
@@ -564,9 +581,13 @@ where
 
     fn load(&mut self, number: usize) -> Result<CoreState<C, S>, CheckpointError> {
         let packed = self.packed_core(number)?;
-        let bytes = zstd::bulk::decompress(&packed, CORE_BYTES_MAX)?;
-        let core = postcard::from_bytes(&bytes);
-        core.map_err(|_| CheckpointError::Damaged("a state does not decode"))
+        let damaged = CheckpointError::Damaged;
+        let bytes = unpack_core(&packed, self.limit);
+        let bytes = bytes.map_err(|_| damaged("a state does not unpack"))?;
+        match postcard::take_from_bytes(&bytes) {
+            Ok((core, [])) => Ok(core),
+            _ => Err(damaged("a state does not decode")),
+        }
     }
 
     fn pages(

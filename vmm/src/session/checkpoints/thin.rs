@@ -45,7 +45,7 @@ impl CheckpointFile {
         if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
             return Err(CheckpointError::InUse);
         }
-        let mut thin = CheckpointFile::read(file, self.place, self.journal, self.limit)?;
+        let mut thin = CheckpointFile::new(file, self.place, self.journal, self.limit);
         let mut writer = thin.writer()?;
         let mut before = None;
         for number in (0..self.heads.len()).filter(|number| keep(*number)) {
@@ -67,12 +67,10 @@ impl CheckpointFile {
             failed?;
             let core = self.packed_core(number)?;
             let notes = self.notes_between(before, number);
-            let notes =
-                notes.map(|notes| postcard::to_stdvec(&notes).expect("plain values serialise"));
             let rest = Rest {
                 head: self.heads[number],
                 core,
-                notes: notes.unwrap_or_default(),
+                notes: notes.as_ref().map(Notes::to_bytes).unwrap_or_default(),
             };
             thin.heads.push(rest.head);
             thin.keep(writer.finish_packed(rest)?);

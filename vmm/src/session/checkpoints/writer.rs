@@ -257,7 +257,7 @@ impl Writer {
         let added = std::mem::take(&mut self.added);
         let groups = added.iter().map(|group| (group.bytes, group.check));
         let directory = Directory::new(groups.collect(), &changes, notes);
-        let bytes = postcard::to_stdvec(&directory).expect("plain values serialise");
+        let bytes = directory.to_bytes();
         let notes = directory.notes;
         let directory = self.compressor.compress(&bytes)?;
         let groups_at = self.end + HEAD_BYTES as u64;
