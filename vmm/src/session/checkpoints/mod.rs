@@ -7,18 +7,18 @@
 //! any number read.
 
 mod format;
+mod groups;
 mod table;
 mod thin;
 mod unpacked;
 mod writer;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::panic::resume_unwind;
 use std::path::Path;
-use std::thread::{Builder, JoinHandle};
+use std::thread::JoinHandle;
 
 use hindsight_replay::{
     CheckpointHead, Checkpoints, CoreState, Notes, PAGE_BYTES, PagePlace, PageSink, PageSource,
@@ -31,11 +31,12 @@ use thiserror::Error;
 use super::make::random_number;
 use crate::regular_file::{self, Links};
 use format::{
-    Directory, DirectoryLimit, FILE_HEAD_BYTES, GROUP_BYTES, GROUP_PAGES, HEAD_BYTES, Head,
-    check_of, file_head, unpack_core,
+    Directory, DirectoryLimit, FILE_HEAD_BYTES, GROUP_PAGES, HEAD_BYTES, Head, check_of, file_head,
+    unpack_core,
 };
+use groups::group_of;
 use table::{PageName, PageTable};
-use unpacked::{GROUPS_KEPT, Unpacked};
+use unpacked::Unpacked;
 use writer::{Appended, Background, Group, Kept, Rest, Writer};
 
 /// Why checkpoints cannot be kept, or given back.
@@ -67,9 +68,6 @@ pub struct PageLimit {
     pub disks: u64,
 }
 
-/// How far apart what is read at once may be, and how long it is at most.
-const GAP_BYTES: u64 = 256 << 10;
-const SPAN_BYTES_MAX: u64 = 4 << 20;
 /// What is kept in memory of all directories has no more than this: a hundred times what a recording of an hour has.
 const KEPT_BYTES_MAX: usize = 1 << 30;
 /// How many groups of pages are unpacked before their pages are given.
@@ -435,85 +433,6 @@ impl CheckpointFile {
         }
         Ok(())
     }
-
-    /// Reads and unpacks those groups that are not there, in ascending order.
-    fn unpack(&mut self, groups: &[u64]) -> Result<(), CheckpointError> {
-        if let Some(ahead) = self.ahead.take() {
-            // What went wrong there goes wrong again where it matters.
-            let unpacked = ahead.join().unwrap_or_else(|panic| resume_unwind(panic));
-            self.unpacked.take(unpacked);
-        }
-        self.unpacked.make_room();
-        let missing = self.missing(groups)?;
-        unpack_groups(&self.file, missing, &mut self.unpacked)
-    }
-
-    /// Those groups that are not unpacked, as they stand in the file.
-    fn missing(&self, groups: &[u64]) -> Result<Vec<(u64, Group)>, CheckpointError> {
-        let mut missing = BTreeMap::new();
-        for group in groups.iter().filter(|group| !self.unpacked.has(**group)) {
-            let place = self.groups.get(*group as usize).copied();
-            let place = place.filter(|place| place.bytes as usize <= 2 * GROUP_BYTES);
-            let place = place.ok_or(CheckpointError::Damaged("there is no such page"))?;
-            missing.insert(place.at, (*group, place));
-        }
-        Ok(missing.into_values().collect())
-    }
-
-    /// Begins to unpack what one of the checkpoints has, in the background, as far as it can be kept.
-    fn unpack_ahead(&mut self, number: usize) {
-        let pages = PageTable::default().changes_to(&self.table(number));
-        let names = pages.into_iter().map(|(_, name)| name);
-        let groups = names.filter(|name| *name >= PageName::FIRST);
-        let groups: BTreeSet<u64> = groups.map(|name| group_of(name).0).collect();
-        let groups: Vec<u64> = groups.into_iter().take(GROUPS_KEPT).collect();
-        let (Ok(missing), Ok(file)) = (self.missing(&groups), self.file.try_clone()) else {
-            return;
-        };
-        if missing.is_empty() || self.ahead.is_some() {
-            return;
-        }
-        let unpack = move || {
-            let mut unpacked = Unpacked::new();
-            // What cannot be read is missed, and read again, by whoever wants it.
-            let _ = unpack_groups(&file, missing, &mut unpacked);
-            unpacked
-        };
-        self.ahead = Builder::new().name("unpack".into()).spawn(unpack).ok();
-    }
-}
-
-/// Reads and unpacks groups, in the order of the file; neighbours are read at once.
-fn unpack_groups(
-    file: &File,
-    mut missing: Vec<(u64, Group)>,
-    unpacked: &mut Unpacked,
-) -> Result<(), CheckpointError> {
-    while let Some((_, first)) = missing.first().copied() {
-        let mut end = first.at + u64::from(first.bytes);
-        let near = missing.iter().take_while(|(_, place)| {
-            let next = place.at + u64::from(place.bytes);
-            let is_near = place.at <= end + GAP_BYTES && next - first.at <= SPAN_BYTES_MAX;
-            end = if is_near { next } else { end };
-            is_near
-        });
-        let count = near.count();
-        let mut packed = vec![0; (end - first.at) as usize];
-        file.read_exact_at(&mut packed, first.at)?;
-        let groups = missing.drain(..count).map(|(group, place)| {
-            let start = (place.at - first.at) as usize;
-            let packed = &packed[start..start + place.bytes as usize];
-            (group, packed, place.check)
-        });
-        unpacked.keep(&groups.collect::<Vec<_>>())?;
-    }
-    Ok(())
-}
-
-/// The group of a page that is in the file, and its number there.
-fn group_of(name: PageName) -> (u64, usize) {
-    let number = name.0 - PageName::FIRST.0;
-    (number / GROUP_PAGES, (number % GROUP_PAGES) as usize)
 }
 
 impl<C, S> Checkpoints<C, S> for CheckpointFile
