@@ -15,6 +15,7 @@ use super::{CheckpointError, CheckpointFile};
 /// How far apart what is read at once may be, and how long it is at most.
 const GAP_BYTES: u64 = 256 << 10;
 const SPAN_BYTES_MAX: u64 = 4 << 20;
+
 impl CheckpointFile {
     /// Reads and unpacks those groups that are not there, in ascending order.
     pub(super) fn unpack(&mut self, groups: &[u64]) -> Result<(), CheckpointError> {

@@ -1,3 +1,4 @@
+use super::format::GROUP_BYTES;
 use super::*;
 
 #[test]
