@@ -3,28 +3,32 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::panic::resume_unwind;
+use std::sync::mpsc::channel;
 use std::thread::Builder;
 
 use super::format::{GROUP_BYTES, GROUP_PAGES};
 use super::table::{PageName, PageTable};
 use super::unpacked::{GROUPS_KEPT, Unpacked};
 use super::writer::Group;
-use super::{CheckpointError, CheckpointFile};
+use super::{CheckpointError, CheckpointFile, GROUPS_AT_ONCE};
 
 /// How far apart what is read at once may be, and how long it is at most.
 const GAP_BYTES: u64 = 256 << 10;
 const SPAN_BYTES_MAX: u64 = 4 << 20;
 
 impl CheckpointFile {
-    /// Reads and unpacks those groups that are not there, in ascending order.
+    /// Has those groups unpacked, which are in ascending order.
     pub(super) fn unpack(&mut self, groups: &[u64]) -> Result<(), CheckpointError> {
-        if let Some(ahead) = self.ahead.take() {
-            // What went wrong there goes wrong again where it matters.
-            let unpacked = ahead.join().unwrap_or_else(|panic| resume_unwind(panic));
-            self.unpacked.take(unpacked);
-        }
         self.unpacked.make_room();
+        while groups.iter().any(|group| !self.unpacked.has(*group))
+            && let Some(ahead) = &self.ahead
+        {
+            match ahead.recv() {
+                Ok(piece) => self.unpacked.take(piece),
+                // It is done. What went wrong there goes wrong again where it matters.
+                Err(_) => self.ahead = None,
+            }
+        }
         let missing = self.missing(groups)?;
         unpack_groups(&self.file, missing, &mut self.unpacked)
     }
@@ -41,26 +45,36 @@ impl CheckpointFile {
         Ok(missing.into_values().collect())
     }
 
-    /// Begins to unpack what one of the checkpoints has, in the background, as far as it can be kept.
-    pub(super) fn unpack_ahead(&mut self, number: usize) {
+    /// Begins to unpack what one of the checkpoints has.
+    pub(super) fn expect_all(&mut self, number: usize) {
         let pages = PageTable::default().changes_to(&self.table(number));
         let names = pages.into_iter().map(|(_, name)| name);
-        let groups = names.filter(|name| *name >= PageName::FIRST);
-        let groups: BTreeSet<u64> = groups.map(|name| group_of(name).0).collect();
+        self.unpack_ahead(names);
+    }
+
+    /// Begins to unpack the pages of these names, as far as they can be kept, beside whoever puts them somewhere.
+    pub(super) fn unpack_ahead(&mut self, names: impl Iterator<Item = PageName>) {
+        let names = names.filter(|name| *name >= PageName::FIRST);
+        let groups: BTreeSet<u64> = names.map(|name| group_of(name).0).collect();
         let groups: Vec<u64> = groups.into_iter().take(GROUPS_KEPT).collect();
         let (Ok(missing), Ok(file)) = (self.missing(&groups), self.file.try_clone()) else {
             return;
         };
-        if missing.is_empty() || self.ahead.is_some() {
+        if missing.len() <= GROUPS_AT_ONCE || self.ahead.is_some() {
             return;
         }
+        let (sender, ahead) = channel();
         let unpack = move || {
-            let mut unpacked = Unpacked::new();
-            // What cannot be read is missed, and read again, by whoever wants it.
-            let _ = unpack_groups(&file, missing, &mut unpacked);
-            unpacked
+            for groups in missing.chunks(GROUPS_AT_ONCE) {
+                let mut piece = Unpacked::new();
+                let unpacked = unpack_groups(&file, groups.to_vec(), &mut piece);
+                if unpacked.is_err() || sender.send(piece).is_err() {
+                    return;
+                }
+            }
         };
-        self.ahead = Builder::new().name("unpack".into()).spawn(unpack).ok();
+        let started = Builder::new().name("unpack".into()).spawn(unpack);
+        self.ahead = started.is_ok().then_some(ahead);
     }
 }
 

@@ -18,7 +18,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::thread::JoinHandle;
+use std::sync::mpsc::Receiver;
 
 use hindsight_replay::{
     CheckpointHead, Checkpoints, CoreState, Notes, PAGE_BYTES, PagePlace, PageSink, PageSource,
@@ -101,8 +101,8 @@ pub struct CheckpointFile {
     /// How much more may be read to be kept.
     room_bytes: usize,
     unpacked: Unpacked,
-    /// Who unpacks what will be wanted, if anybody does.
-    ahead: Option<JoinHandle<Unpacked>>,
+    /// From whoever unpacks what will be wanted, if anybody does.
+    ahead: Option<Receiver<Unpacked>>,
     /// Who writes more of them, if anybody does.
     writer: Option<Background>,
 }
@@ -404,6 +404,7 @@ impl CheckpointFile {
                 return Ok(());
             }
         }
+        self.unpack_ahead(others.iter().map(|(_, name)| *name));
         let mut rest = others;
         while !rest.is_empty() {
             // The next pages, of some groups.
@@ -495,7 +496,7 @@ where
     }
 
     fn expect(&mut self, number: usize) {
-        self.unpack_ahead(number);
+        self.expect_all(number);
     }
 
     fn load(&mut self, number: usize) -> Result<CoreState<C, S>, CheckpointError> {
