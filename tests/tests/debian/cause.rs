@@ -69,8 +69,7 @@ pub fn is_found(debian: &Debian, recording: &Path, dir: &Path) {
     assert!(marks.contains("lost") && marks.contains("began"), "{marks}");
 }
 
-/// Before anything is wrong, chance decides. Of eight futures one in a hundred or so is alone in all of them: then there are
-/// eight more.
+/// Before anything is wrong, chance decides: for all eight alike in some of the recordings. Then there are eight more.
 fn some_futures_crash_and_some_do_not(debian: &Debian, fork: &[&str]) {
     let mut told = Vec::new();
     for first in ["1", "9", "17"] {

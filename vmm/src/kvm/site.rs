@@ -1,5 +1,5 @@
-//! Which place in its programs a guest is at, as chaos tells places apart: the instruction, and who called the function that it
-//! is in.
+//! Which place in its programs a guest is at, as chaos tells places apart: the instruction, and who called the function
+//! that it is in.
 //!
 //! A program reads the time, or makes any system call, in a library's function, and often by way of one of its own. So the
 //! word on top of the stack says who called the library, and frame pointers, where the program has them, who called that.
