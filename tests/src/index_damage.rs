@@ -292,8 +292,8 @@ pub struct Victim {
 }
 
 impl Victim {
-    /// The recording, which is indexed, with those of its checkpoints that are before the exit `end`; and `moments` exits
-    /// before that.
+    /// The recording, which is indexed, with those of its checkpoints that are before the exit `end`, or the first; and
+    /// `moments` exits before that.
     ///
     /// # Panics
     ///
@@ -301,9 +301,11 @@ impl Victim {
     pub fn new(recording: &Path, moments: u64, end: u64, seed: u64) -> Victim {
         let index = recording.join("checkpoints");
         let mut whole = std::fs::read(&index).expect("it is indexed");
-        let late = parts(&whole).into_iter().find(|part| part.exits >= end);
+        let parts = parts(&whole);
+        // A fast host has none so early.
+        let end = end.max(parts.first().expect("it has a checkpoint").exits + 1);
+        let late = parts.iter().find(|part| part.exits >= end);
         whole.truncate(late.map_or(whole.len(), |part| part.head));
-        assert!(!parts(&whole).is_empty(), "it has a checkpoint");
         remove(&index);
         let mut rng = Rng::new(seed, 60);
         let moments = (0..moments).map(|_| 1 + rng.below(end));
