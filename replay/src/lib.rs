@@ -20,7 +20,7 @@ mod timeline;
 
 pub use door::{
     Chaos, Closed, Difference, Divergence, Live, Patience, Recorder, Replayer, TOLERANCE_NS,
-    WITNESS_EVERY, World, first_difference,
+    Visits, WITNESS_EVERY, World, first_difference,
 };
 pub use journal::{
     Content, CounterFacts, DISK_BYTES_MAX, Detail, EVENT_RAW_MAX, Event, FRAME_HEAD_BYTES,

@@ -283,6 +283,23 @@ fn tell_all(options: &Options, exit: u64, futures: &[Future]) {
         shown_path(&options.recording),
         thousands(exit),
     );
+    if let Some(advice) = advice(panicked, futures.len() - failed) {
+        out!("{advice}");
+    }
+}
+
+/// What to try next, if the `ended` futures that came to an end leave no doubt.
+fn advice(panicked: usize, ended: usize) -> Option<String> {
+    match panicked {
+        _ if ended < 2 => None,
+        0 => Some(format!(
+            "all {ended} ended alike, without a panic; from a later moment, or among more futures, one may"
+        )),
+        _ if panicked == ended => Some(format!(
+            "all {ended} ended alike, in a panic: it was settled by then; an earlier moment leaves more to chance"
+        )),
+        _ => None,
+    }
 }
 
 #[cfg(test)]
@@ -303,6 +320,15 @@ mod tests {
         let last = witnesses.last().map_or(0, |(exits, _)| *exits);
         writer.close_frame(last, 0).unwrap();
         place
+    }
+
+    #[test]
+    fn futures_that_all_end_alike_call_for_another_moment_and_others_do_not() {
+        for undecided in [(0, 0), (0, 1), (1, 1), (1, 8), (7, 8)] {
+            assert_eq!(advice(undecided.0, undecided.1), None, "{undecided:?}");
+        }
+        assert!(advice(8, 8).unwrap().contains("an earlier moment"));
+        assert!(advice(0, 8).unwrap().contains("a later moment"));
     }
 
     #[test]

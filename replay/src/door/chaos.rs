@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 
 use hindsight_devices::Nanos;
 
-use crate::machine::{Horizon, Position, TimeQuery, Unit};
+use crate::machine::{Guest, Horizon, Observer, Position, TimeQuery, Turn, Unit};
 use crate::rng::Rng;
 
 /// A stall is at most this long, unless the next timer is further away. Two or three time slices
@@ -30,6 +30,28 @@ const PREEMPTED_ONE_IN: u64 = 8;
 const BRANCHES_BITS: u64 = 21;
 const ENTRIES_BITS: u64 = 5;
 
+/// How often a guest's programs were at each place. One that looks on at a replay knows what is common there when the
+/// machine goes on with chaos.
+#[derive(Clone, Debug, Default)]
+pub struct Visits(BTreeMap<u64, u64>);
+
+impl Visits {
+    /// One more; how many there are now.
+    fn count(&mut self, site: u64) -> u64 {
+        let visits = self.0.entry(site).or_insert(0);
+        *visits += 1;
+        *visits
+    }
+}
+
+impl Observer for Visits {
+    fn turn(&mut self, _exits: u64, _turn: &Turn, guest: &mut dyn Guest) {
+        if let Some(site) = guest.site() {
+            self.count(site);
+        }
+    }
+}
+
 /// A source of trouble, made of a seed.
 #[derive(Debug)]
 pub struct Chaos {
@@ -37,7 +59,7 @@ pub struct Chaos {
     preempts: Option<Unit>,
     /// How far the guest's time is ahead of the host's.
     ahead_ns: Nanos,
-    visits: BTreeMap<u64, u64>,
+    visits: Visits,
     /// The horizon drawn for the turn after this exit.
     drawn: Option<(u64, Horizon)>,
 }
@@ -49,9 +71,14 @@ impl Chaos {
             rng: Rng::new(seed, 20),
             preempts,
             ahead_ns: 0,
-            visits: BTreeMap::new(),
+            visits: Visits::default(),
             drawn: None,
         }
+    }
+
+    /// The same, for a guest whose programs were at some places before.
+    pub fn after(self, visits: Visits) -> Chaos {
+        Chaos { visits, ..self }
     }
 
     /// The time the guest sees when the host's is `now`.
@@ -81,9 +108,7 @@ impl Chaos {
         let Some(site) = query.site else {
             return false;
         };
-        let visits = self.visits.entry(site).or_insert(0);
-        *visits += 1;
-        let share = SHARE * (1 + *visits / COMMON).pow(2);
+        let share = SHARE * (1 + self.visits.count(site) / COMMON).pow(2);
         self.rng.one_in(share)
     }
 
@@ -149,6 +174,23 @@ mod tests {
         }
         let [common, rare] = stalls;
         assert!(rare > 200 && common < 8 * rare, "{common} and {rare}");
+    }
+
+    #[test]
+    fn a_place_that_was_common_before_is_common_to_chaos_that_begins_later() {
+        let mut stalls = [0, 0];
+        for seed in 0..200 {
+            let mut visits = Visits::default();
+            for _ in 0..1_000 {
+                visits.count(0);
+            }
+            let mut chaos = Chaos::new(seed, None).after(visits);
+            for (site, stalls) in stalls.iter_mut().enumerate() {
+                *stalls += u32::from(chaos.stalls(&query(Some(site as u64), None)));
+            }
+        }
+        let [common, rare] = stalls;
+        assert!(common < 5 && rare > 70, "{common} and {rare}");
     }
 
     #[test]

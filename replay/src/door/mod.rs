@@ -11,7 +11,7 @@ mod recorder;
 mod replayer;
 mod world;
 
-pub use chaos::Chaos;
+pub use chaos::{Chaos, Visits};
 pub use closed::Closed;
 pub use divergence::{Difference, Divergence, first_difference};
 pub use live::{Live, Patience, TOLERANCE_NS};

@@ -10,6 +10,8 @@ use super::exit::Registers;
 pub trait Guest {
     /// The general registers, as the guest left them.
     fn registers(&mut self) -> Registers;
+    /// The place in its programs that it is at: see [`super::TimeQuery::site`].
+    fn site(&mut self) -> Option<u64>;
     /// Reads guest memory at a guest-physical address, as far as there is RAM; returns how many bytes.
     fn read_physical(&mut self, gpa: u64, buffer: &mut [u8]) -> usize;
     /// Reads guest memory at a guest-virtual address, as far as it is mapped; returns how many bytes.
@@ -22,6 +24,10 @@ pub(super) struct View<'a, C>(pub &'a mut C);
 impl<C: Cpu> Guest for View<'_, C> {
     fn registers(&mut self) -> Registers {
         self.0.registers()
+    }
+
+    fn site(&mut self) -> Option<u64> {
+        self.0.site()
     }
 
     fn read_physical(&mut self, gpa: u64, buffer: &mut [u8]) -> usize {

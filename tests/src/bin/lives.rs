@@ -2,7 +2,8 @@
 //! itself, and leave a recording that replays equal.
 //!
 //! `lives [LIVES [SEED]]`, with the environment of [`hindsight_tests::debian`]. Records the guest `net`, indexes it, and
-//! lives on from LIVES (10) moments of it. Prints a line for each and a summary; exit code 1 if one was not right.
+//! lives on from LIVES (10) moments of it: of before it listens, or after it has answered, for a connection of the past is
+//! lost, and whoever was told to end does so. Prints a line for each and a summary; exit code 1 if one was not right.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -18,6 +19,10 @@ use hindsight_tests::session::Watched;
 /// No recording takes so long, not even in an emulated machine that has to share.
 const RUN_LIMIT: Duration = Duration::from_secs(240);
 const ANSWER_WAIT: Duration = Duration::from_secs(20);
+/// One moment in so many is after the guest has answered.
+const ONE_AFTER_IN: u64 = 5;
+/// What that moment is called.
+const ANSWERED: &str = "answered";
 
 fn main() -> ExitCode {
     let arguments: Vec<u64> = std::env::args()
@@ -31,7 +36,13 @@ fn main() -> ExitCode {
     let recording = scratch.path().join("net");
     let port = free_port();
     let publish = ["--json", "--net", "user", "--publish", &format!("{port}:7")];
-    let recorded = run(debian.recording(&recording, "net", &publish), port);
+    // The guest is idle from its answer until it is told to end.
+    let answers = || {
+        debian
+            .run(&["mark", path(&recording), ANSWERED, "--json"])
+            .expect(0);
+    };
+    let recorded = run(debian.recording(&recording, "net", &publish), port, answers);
     let exits = recorded.unwrap_or_else(|why| panic!("it is not recorded: {why}"));
     let start = Instant::now();
     debian.run(&["index", path(&recording)]).expect(0);
@@ -39,10 +50,17 @@ fn main() -> ExitCode {
         "{exits} exits, indexed in {:.0} s",
         start.elapsed().as_secs_f64()
     );
+    let (listens, answered) = (
+        moment(&debian, &recording, "console:net: address"),
+        moment(&debian, &recording, ANSWERED),
+    );
     let mut rng = Rng::new(seed, 50);
     let mut right = 0;
     for number in 1..=lives {
-        let exit = rng.below(exits);
+        let exit = match rng.one_in(ONE_AFTER_IN) {
+            true => answered,
+            false => rng.below(listens),
+        };
         let start = Instant::now();
         let lived = live(&debian, &recording, exit, &scratch.path().join("new"));
         let seconds = start.elapsed().as_secs_f64();
@@ -58,6 +76,13 @@ fn main() -> ExitCode {
     ExitCode::from(u8::from(right != lives))
 }
 
+/// The exit that a moment is.
+fn moment(debian: &Debian, recording: &Path, moment: &str) -> u64 {
+    let arguments = ["mark", path(recording), "--at", moment, "--json"];
+    let mark = debian.run(&arguments).expect(0).json();
+    mark["exit"].as_u64().expect("a mark has an exit")
+}
+
 /// A life of its own from `exit` on, recorded in `new`: its last exit.
 fn live(debian: &Debian, recording: &Path, exit: u64, new: &Path) -> Result<u64, String> {
     let port = free_port();
@@ -67,10 +92,10 @@ fn live(debian: &Debian, recording: &Path, exit: u64, new: &Path) -> Result<u64,
         &["--force", "--record", path(new)],
         &["--net", "user", "--publish", &publish],
     ];
-    let exits = run(debian.command(&arguments.concat()), port)?;
+    let exits = run(debian.command(&arguments.concat()), port, || {})?;
     let replayed = debian.replay(new, &["--verify", "memory"]);
     match replayed.code {
-        0 if replayed.text().contains("net: 2 lines") => Ok(exits),
+        0 if replayed.text().contains(" lines, 0 datagrams") => Ok(exits),
         0 => Err(format!(
             "its console does not say what it was asked:\n{}",
             replayed.text()
@@ -79,8 +104,8 @@ fn live(debian: &Debian, recording: &Path, exit: u64, new: &Path) -> Result<u64,
     }
 }
 
-/// Runs a guest that answers on `port`, and has it answer and end: its last exit.
-fn run(command: std::process::Command, port: u16) -> Result<u64, String> {
+/// Runs a guest that answers on `port`, and has it answer and end, and `answers` called between: its last exit.
+fn run(command: std::process::Command, port: u16, answers: impl FnOnce()) -> Result<u64, String> {
     let watched = Watched::start(command, RUN_LIMIT);
     let address = SocketAddr::from(([127, 0, 0, 1], port));
     let answered = loop {
@@ -91,6 +116,9 @@ fn run(command: std::process::Command, port: u16) -> Result<u64, String> {
         }
         std::thread::sleep(Duration::from_millis(300));
     };
+    if answered {
+        answers();
+    }
     let quit = answered && ask(address, "quit").is_ok();
     let bounded = watched.finish();
     let said = &bounded.ran.stderr;

@@ -4,27 +4,24 @@
 //! `seeks RECORDING [MOMENTS [SEED]]`. Prints a line for each of MOMENTS (200) and a summary; exit code 1 if anything
 //! differed.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Instant;
 
 use hindsight_replay::rng::Rng;
-use hindsight_replay::{Arrival, FullDigest, Target};
 use hindsight_tests::measure::median;
-use hindsight_vmm::session::{
-    CounterWish, HostPace, RecordedPaths, Recording, RecordingTimeline, SPACING, open_timeline,
-};
+use hindsight_tests::seeking::{NEVER, digest, go_to, open, straight};
 
 fn main() -> ExitCode {
     let mut arguments = std::env::args().skip(1);
     let recording = arguments.next().expect("seeks RECORDING [MOMENTS [SEED]]");
+    let recording = Path::new(&recording);
     let mut number = |default: u64| {
         let text = arguments.next();
         text.map_or(default, |text| text.parse().expect("a number"))
     };
     let (count, seed) = (number(200), number(1));
-    let mut timeline = open(&recording);
+    let mut timeline = open(recording);
     let last = timeline
         .store()
         .heads()
@@ -36,9 +33,9 @@ fn main() -> ExitCode {
     let (mut found, mut times) = (Vec::new(), Vec::new());
     for exit in &moments {
         let start = Instant::now();
-        let arrival = go_to(&mut timeline, *exit);
+        // What is measured is what there is.
+        go_to(&mut timeline, *exit, NEVER);
         let took = start.elapsed().as_secs_f64();
-        assert!(matches!(arrival, Arrival::Reached), "{arrival:?}");
         times.push(took);
         found.push(digest(&mut timeline));
         println!("exit {exit}: {took:.2} s");
@@ -49,11 +46,8 @@ fn main() -> ExitCode {
     drop(timeline);
 
     // Without checkpoints, from the start on, each once.
-    let mut sorted: Vec<u64> = moments.clone();
-    sorted.sort_unstable();
-    sorted.dedup();
     let copy = tempfile::tempdir_in(".cache").expect("the checkout can be written");
-    for entry in std::fs::read_dir(&recording).expect("it is a directory") {
+    for entry in std::fs::read_dir(recording).expect("it is a directory") {
         let path = entry.expect("it is there").path();
         let name = path.file_name().expect("it has a name");
         if name != "checkpoints" {
@@ -66,12 +60,7 @@ fn main() -> ExitCode {
             }
         }
     }
-    let mut straight = open(copy.path().to_str().expect("a plain name"));
-    let mut expected: BTreeMap<u64, FullDigest> = BTreeMap::new();
-    for exit in sorted {
-        go_to(&mut straight, exit);
-        expected.insert(exit, digest(&mut straight));
-    }
+    let expected = straight(copy.path(), moments.iter().copied());
     let equal = moments.iter().zip(&found);
     let equal = equal
         .filter(|(exit, found)| expected[exit] == **found)
@@ -84,22 +73,4 @@ fn main() -> ExitCode {
         times.last().copied().unwrap_or_default()
     );
     ExitCode::from(u8::from(equal as u64 != count))
-}
-
-fn open(recording: &str) -> RecordingTimeline {
-    let recording = Recording::at(Path::new(recording));
-    let journal = recording.journal().expect("it can be read");
-    let (instead, counter) = (RecordedPaths::default(), CounterWish::default());
-    open_timeline(&recording, journal, &instead, &counter).expect("it can be opened")
-}
-
-fn go_to(timeline: &mut RecordingTimeline, exit: u64) -> Arrival {
-    // None is made on the way: what is measured is what there is.
-    let mut pace = HostPace::new(1000 * SPACING);
-    let arrival = timeline.go_to(Target::Exit(exit), &mut pace);
-    arrival.unwrap_or_else(|error| panic!("to exit {exit}: {error}"))
-}
-
-fn digest(timeline: &mut RecordingTimeline) -> FullDigest {
-    timeline.digest().expect("it can be digested")
 }

@@ -29,6 +29,7 @@ mod run_page;
 mod segments;
 mod shadow;
 mod signals;
+mod site;
 mod state;
 mod step;
 mod tap;

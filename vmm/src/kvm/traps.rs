@@ -383,30 +383,6 @@ impl KvmCpu {
         }
     }
 
-    /// Where in its programs the guest is, or its kernel works for, as one number: the user-mode
-    /// instruction and the word on top of its stack, which in a library's function says who called it.
-    ///
-    /// Linux begins each task's kernel stack with what the entry from user mode pushed: RIP, CS,
-    /// RFLAGS, RSP, SS. Kernel stacks are aligned (Linux, Documentation/arch/x86/kernel-stacks.rst);
-    /// newer kernels leave two words free above.
-    pub(super) fn user_site(&mut self) -> Option<u64> {
-        const STACK_BYTES: u64 = 16 << 10;
-        let registers = self.page().registers();
-        let view = self.view().ok()?;
-        let (rip, rsp) = if registers.rip() < KERNEL_HALF {
-            (registers.rip(), registers.0[6])
-        } else {
-            let top = (registers.0[6] | (STACK_BYTES - 1)).wrapping_add(1);
-            let words: [u64; 7] = view.words(top.wrapping_sub(56))?;
-            let is_user =
-                |frame: &&[u64]| frame[0] < KERNEL_HALF && matches!(frame[1], 0x23 | 0x33);
-            let frame = [&words[2..], &words[..5]].into_iter().find(is_user)?;
-            (frame[0], frame[3])
-        };
-        let caller = view.words(rsp).map_or(0, |[word]| word);
-        Some(rip ^ caller.rotate_left(32))
-    }
-
     /// Raises #GP(0) for the instruction at `rip`, as the CPU does where it refuses one.
     pub(super) fn raise_gp(&mut self, rip: u64) -> Result<(), KvmError> {
         self.forget_trap();

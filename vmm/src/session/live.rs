@@ -13,13 +13,13 @@ use hindsight_devices::Nanos;
 use hindsight_replay::foreign::shown_path;
 use hindsight_replay::{
     Anchor, Arrival, Chaos, CheckpointHead, Complete, Detail, End, Ending, Header, Host, Live,
-    Machine, Observer, Outside, Pace, Patience, Pause, Recorder, Target, Unit, When,
+    Machine, Observer, Outside, Pace, Patience, Pause, Recorder, Target, Unit, Visits, When,
 };
 
 use super::make::random_number;
 use super::marking::Marking;
 use super::marks::{carry_over, no_marks};
-use super::moments::{go_to_moment, here};
+use super::moments::{go_to_moment, here, stopped};
 use super::new_recording::NewRecording;
 use super::open::{Here, RecordedImages, RecordedPaths};
 use super::preemption_plan::CounterWish;
@@ -35,6 +35,10 @@ use super::{Front, View, Viewed};
 use crate::failure::{Failure, Kind};
 use crate::world::net::{Link, Network};
 use crate::world::{HostWorld, Operator, RawTerminal, Shown};
+
+/// Chaos that begins at a moment is told at which places the guest's programs were in so many exits before: many times
+/// what makes a place a common one, and replayed in about a second where an exit costs most.
+const LOOK_BACK_EXITS: u64 = 2_000;
 
 /// From where a machine is to go on, and how.
 #[derive(Clone, Debug)]
@@ -168,6 +172,10 @@ pub fn live(
         None => failure,
         Some(_) => Failure::new(failure.kind(), format!("{failure}; nothing was written")),
     })?;
+    let visits = match (chaos, &wish.from) {
+        (Some(_), None) => look_back(&mut timeline, &mut pace)?,
+        _ => Visits::default(),
+    };
     timeline.settle()?;
     for complaint in timeline.take_complaints() {
         front.notice(&complaint);
@@ -179,6 +187,7 @@ pub fn live(
         world,
         link,
         chaos,
+        visits,
         stage,
         view,
         unit: header.machine.preemption,
@@ -289,6 +298,20 @@ fn come_to(
     Err(Failure::new(Kind::BadInput, message))
 }
 
+/// At which places the guest's programs were before where the machine is, to which it comes back.
+fn look_back(timeline: &mut RecordingTimeline, pace: &mut dyn Pace) -> Result<Visits, Failure> {
+    let (mut visits, exits) = (Visits::default(), here(timeline));
+    let begin = exits.saturating_sub(LOOK_BACK_EXITS);
+    timeline.come_near(Target::Exit(begin))?;
+    for (to, observer) in [(begin, &mut () as &mut dyn Observer), (exits, &mut visits)] {
+        match timeline.run_to(Target::Exit(to), pace, observer)? {
+            Arrival::Reached => {}
+            _ => return Err(stopped(timeline)),
+        }
+    }
+    Ok(visits)
+}
+
 /// Makes checkpoints on the way, and stops when the operator wants that.
 struct Interruptible<'a> {
     pace: HostPace,
@@ -334,6 +357,8 @@ struct Session<'a> {
     world: HostWorld,
     link: Option<Link>,
     chaos: Option<u64>,
+    /// What chaos is to know of the time before.
+    visits: Visits,
     stage: OnTheWay,
     view: Box<dyn View>,
     unit: Option<Unit>,
@@ -347,7 +372,7 @@ impl Session<'_> {
         (world, link): (HostWorld, Option<Link>),
         from: Complete,
         unit: Option<Unit>,
-        chaos: Option<u64>,
+        chaos: Option<Chaos>,
     ) -> Result<Live<HostWorld>, Failure> {
         let patience = match unit {
             None => Patience::Endless,
@@ -359,7 +384,7 @@ impl Session<'_> {
             .with_patience(patience)
             .with_panic_grace(wish.panic_grace_ns)
             .with_stop(stops_at)
-            .with_chaos(chaos.map(|seed| Chaos::new(seed, unit)));
+            .with_chaos(chaos);
         Ok(live)
     }
 
@@ -370,6 +395,7 @@ impl Session<'_> {
             world,
             link,
             chaos,
+            visits,
             stage: (mut machine, mut cpu, mut disks, _),
             mut view,
             unit,
@@ -378,7 +404,8 @@ impl Session<'_> {
         } = self;
         let from = machine.complete();
         notice_live(from, front);
-        let mut door = Session::door(wish, (world, link), from, unit, chaos)?;
+        let meddler = chaos.map(|seed| Chaos::new(seed, unit).after(visits));
+        let mut door = Session::door(wish, (world, link), from, unit, meddler)?;
         let result = machine.run(&mut cpu, &mut disks, &mut door, &mut *view);
         let shown = view.finish();
         drop(raw);
@@ -410,6 +437,7 @@ impl Session<'_> {
             world,
             link,
             chaos,
+            visits,
             stage: (mut machine, mut cpu, mut disks, replayer),
             mut view,
             unit,
@@ -427,7 +455,8 @@ impl Session<'_> {
         notice_live(from, front);
         operator.may_leave();
         // Last of all: guest time goes on from here.
-        let door = Session::door(wish, (world, link), from, unit, chaos)?;
+        let meddler = chaos.map(|seed| Chaos::new(seed, unit).after(visits));
+        let door = Session::door(wish, (world, link), from, unit, meddler)?;
         let mut recorder = recorder.map_inner(|_| door);
         let marking = Marking::begin(target.recording(), &operator)?;
         let result = machine.run(&mut cpu, &mut disks, &mut recorder, &mut *view);

@@ -99,7 +99,8 @@ pub(super) fn go_to_moment(
     }
 }
 
-fn stopped(timeline: &mut RecordingTimeline) -> Failure {
+/// It was to stop before it came there.
+pub(super) fn stopped(timeline: &mut RecordingTimeline) -> Failure {
     let exits = here(timeline);
     let message = format!("stopped at exit {exits}, on the way to the moment");
     Failure::new(Kind::Different, message)
