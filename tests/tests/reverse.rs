@@ -239,6 +239,8 @@ impl Walker<'_> {
             return;
         }
         let exit = self.replay.exit();
+        // What was written may have left a guest that waits for ever.
+        let stops_at_exits = std::mem::replace(&mut self.pace.stops, true);
         for _ in 0..1 + rng.below(4) {
             let cpu = self.replay.divert(rng.one_in(2));
             cpu.expect("the host works").scribble(rng);
@@ -258,6 +260,7 @@ impl Walker<'_> {
                 break;
             }
         }
+        self.pace.stops = stops_at_exits;
         match rng.below(3) {
             0 => {
                 let ended = self.replay.end_diversion();

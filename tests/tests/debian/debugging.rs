@@ -56,6 +56,7 @@ fn what_is_written_is_thrown_away(
         "\
 break *{puts:#x}
 continue
+guest-program
 echo == in the program\\n
 info registers
 echo == called\\n
