@@ -169,9 +169,9 @@ const RAM_BYTES: u64 = 64 << 20;
 /// So many looks at whether to go on a diversion takes.
 const LOOKS: u64 = 4;
 
-/// Writes at random to registers and memory of a guest at an exit and shortly after it, and lets it run on with that, whatever
-/// becomes of it. Each time the guest is then where it was, and the state at the exit is what it was. Returns how many of
-/// these diversions ran on to an exit.
+/// Writes at random to registers and memory of a guest at an exit and shortly after it, and lets it run on with that,
+/// whatever becomes of it. Each time the guest is then where it was, and the state at the exit is what it was. Returns how
+/// many of these diversions ran on to an exit.
 pub fn divert(debugger: &mut Debugger, exit: u64, rounds: u64, seed: u64) -> u64 {
     let mut rng = Rng::new(seed, 61);
     seek(debugger, exit);

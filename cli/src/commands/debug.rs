@@ -65,9 +65,9 @@ end
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Without --listen gdb is started. In it, `seek MOMENT` goes to a moment, and reverse-stepi, reverse-continue and the like go
-back; `monitor help` lists what else there is. What is written (set var, print f(1)) begins a diversion off the recording, which is
-thrown away by whatever goes back, and by `end-diversion`. Watchpoints are as many as the guest's CPU has debug registers, four at
-most.
+back; `monitor help` lists what else there is. What is written (set var, print f(1)) begins a diversion off the recording,
+which is thrown away by whatever goes back, and by `end-diversion`. Watchpoints are as many as the guest's CPU has debug
+registers, four at most.
 docs/time-travel.md says what works on which hosts.")]
 pub(crate) struct Options {
     /// The recording.
