@@ -1,5 +1,5 @@
-//! The law of diversions on the host's own KVM: whatever a debugger writes to a guest, and wherever that takes it, it is then
-//! where it was, and comes to the recorded end.
+//! The law of diversions on the host's own KVM: whatever a debugger writes to a guest, and wherever that takes it, it is
+//! then where it was, and comes to the recorded end.
 
 use std::io::Cursor;
 
