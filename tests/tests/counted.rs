@@ -297,8 +297,6 @@ fn goes_both_ways(debian: &Debian, recording: &Path) {
     let mut debugger = both_ways::open(recording, 1200);
     both_ways::walk(&mut debugger, 1200, steps, 1);
     both_ways::watch(&mut debugger, 1200, jiffies, 3);
-    let ran_on = both_ways::divert(&mut debugger, 1200, 8, 1);
-    assert!(ran_on > 0, "no diversion came to an exit");
 }
 
 #[test]

@@ -12,7 +12,7 @@ fn piece<'a>(pieces: &'a [(String, String)], name: &str) -> &'a str {
 
 #[test]
 #[ignore = "needs a KVM that can record and a branch counter"]
-fn gdb_finds_the_last_write_of_an_account_goes_by_lines_from_there_and_asks_what_if() {
+fn gdb_finds_the_last_write_of_an_account_and_names_the_function_and_its_line() {
     let (debian, dir) = (Debian::from_env(), scratch());
     let recording = dir.path().join("r");
     // Whether it comes out right or crashes is all the same here.
@@ -45,33 +45,6 @@ echo == over it\\n
 delete
 stepi
 print $bank->balance[$account] == $balance
-echo == out of it\\n
-finish
-echo == into it from its end\\n
-reverse-step
-echo == before it\\n
-reverse-finish
-echo == into it\\n
-step
-echo == a line on\\n
-next
-echo == a line back\\n
-reverse-next
-echo == what if\\n
-print $there = $pc
-print now_ns() > 0
-set var $bank->balance[$account] = 77
-next
-monitor when
-print $bank->balance[$account]
-finish
-echo == it has not been\\n
-reverse-stepi
-stepi
-print $pc == $there
-print $bank->balance[$account] != 77
-continue
-monitor when
 echo == the end\\n
 ";
     let (ran, pieces) = debugged(&debian, &recording, script);
@@ -120,28 +93,4 @@ echo == the end\\n
     let number = digits.and_then(|digits| digits.parse().ok());
     assert!(number.is_some_and(writes), "{place}");
     assert!(piece("over it").contains(" = 1"), "{}", ran.text());
-
-    let within = |name, function: &str| {
-        let text = piece(name);
-        assert!(text.contains(function), "{name}: {text}\n{}", ran.text());
-    };
-    within("out of it", "Run till exit");
-    within("out of it", "serve (bank=");
-    within("into it from its end", "transfer (bank=");
-    within("before it", "serve (bank=");
-    within("into it", "transfer (bank=");
-    let line = |name| piece(name).split_whitespace().next().map(String::from);
-    assert_ne!(line("a line on"), line("a line back"), "{}", ran.text());
-    within("what if", " = 1\n");
-    within("what if", " = 77\n");
-    let not_been = piece("it has not been");
-    assert_eq!(not_been.matches(" = 1\n").count(), 2, "{}", ran.text());
-    for said in [
-        "begins a diversion",
-        "this is a diversion, which began after exit",
-        "the diversion has ended",
-        "the recording ends here",
-    ] {
-        assert_eq!(ran.stderr.matches(said).count(), 1, "{}", ran.stderr);
-    }
 }
