@@ -19,8 +19,8 @@ pub mod rng;
 mod timeline;
 
 pub use door::{
-    Chaos, Closed, Difference, Divergence, Live, Patience, Recorder, Replayer, TOLERANCE_NS,
-    Visits, WITNESS_EVERY, World, first_difference,
+    Chaos, Closed, Difference, Divergence, Live, Nobody, Patience, Recorder, Replayer,
+    TOLERANCE_NS, Visits, WITNESS_EVERY, World, first_difference,
 };
 pub use journal::{
     Content, CounterFacts, DISK_BYTES_MAX, Detail, EVENT_RAW_MAX, Event, FRAME_HEAD_BYTES,

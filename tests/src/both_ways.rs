@@ -163,3 +163,61 @@ pub fn time_runs_back(debugger: &mut Debugger, exit: u64, address: u64, hits: u6
     });
     took(times.collect())
 }
+
+/// Where the random writes of [`divert`] go: RAM that every guest has.
+const RAM_BYTES: u64 = 64 << 20;
+/// So many looks at whether to go on a diversion takes.
+const LOOKS: u64 = 4;
+
+/// Writes at random to registers and memory of a guest at an exit and shortly after it, and lets it run on with that,
+/// whatever becomes of it. Each time the guest is then where it was, and the state at the exit is what it was. Returns how
+/// many of these diversions ran on to an exit.
+pub fn divert(debugger: &mut Debugger, exit: u64, rounds: u64, seed: u64) -> u64 {
+    let mut rng = Rng::new(seed, 61);
+    seek(debugger, exit);
+    let state = debugger.state_digest().expect("it is at an exit");
+    let mut ran_on = 0;
+    for round in 0..rounds {
+        for _ in 0..rng.below(4) {
+            debugger.step(&mut || false).expect("it replays");
+        }
+        let here = place(debugger);
+        let mut registers = debugger.registers().expect("the host works");
+        for _ in 0..rng.below(4) {
+            // Not RSP: mostly it is to run on for a while.
+            let number = [0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13, 14, 15][rng.below(14) as usize];
+            registers.general.0[number] ^= rng.number();
+        }
+        registers.fpu[160] ^= 0xff;
+        debugger.write_registers(&registers).expect("it is written");
+        for _ in 0..rng.below(8) {
+            let gpa = rng.below(RAM_BYTES / 8) * 8;
+            let written = debugger.write_physical(gpa, &rng.number().to_le_bytes());
+            assert!(written.expect("it is written"), "there is RAM");
+        }
+        if rng.one_in(2) {
+            let written = debugger.write(registers.general.0[6], &rng.number().to_le_bytes());
+            assert!(written.expect("it is written"), "there is a stack");
+        }
+        assert_eq!(debugger.diversion(), Some(here.0));
+        assert!(debugger.state_digest().is_err());
+        let mut looks = 0;
+        let mut stop = || {
+            looks += 1;
+            looks > LOOKS
+        };
+        let stopped = match rng.one_in(3) {
+            true => debugger.step(&mut stop),
+            false => debugger.resume(&Stops::default(), &mut stop),
+        };
+        // What the host cannot run ends it too.
+        ran_on += u64::from(stopped.is_ok() && debugger.exit() > here.0);
+        debugger.end_diversion().expect("it is thrown away");
+        assert_eq!(debugger.diversion(), None);
+        assert_eq!(place(debugger), here, "round {round}: {stopped:?}");
+        seek(debugger, exit);
+        let after = debugger.state_digest().expect("it is at an exit");
+        assert_eq!(state, after, "round {round}: {stopped:?}");
+    }
+    ran_on
+}

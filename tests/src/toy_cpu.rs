@@ -201,6 +201,16 @@ impl ToyCpu {
         &self.memory
     }
 
+    /// Writes to a register and to a word of memory, as a debugger does.
+    pub fn scribble(&mut self, rng: &mut Rng) {
+        match rng.below(4) {
+            0 => self.registers.0[17] ^= FLAG_IF,
+            1 => self.registers.0[16] ^= rng.below(64),
+            _ => self.registers.0[rng.below(15) as usize] ^= rng.number(),
+        }
+        self.store(rng.below(1 << 16), rng.number());
+    }
+
     fn takes_interrupts(&self) -> bool {
         self.registers.interrupts_enabled() && !self.shadow
     }

@@ -41,6 +41,8 @@ mod accesses;
 mod console;
 #[path = "micro_guests/debugging.rs"]
 mod debugging;
+#[path = "micro_guests/diversions.rs"]
+mod diversions;
 #[path = "micro_guests/interrupts.rs"]
 mod interrupts;
 #[path = "micro_guests/states.rs"]
@@ -384,6 +386,7 @@ fn proved(guest: &Guest) -> Vec<Ran> {
         let [first, rest @ ..] = recordings;
         states::obeys_the_law(guest, &first);
         stops::are_unseen(guest, &first);
+        diversions::leave_nothing(guest, &first);
         for other in rest {
             // Neither the detail of the journal nor a look at memory changes the run.
             assert_eq!(first.end(), other.end(), "seed {seed}");

@@ -1,5 +1,6 @@
 //! The law of going back: wherever a guest is gone to by stops and steps, forwards and backwards, the next stop on either
-//! side is the one that a straight replay comes to, and from wherever it is it runs on to the recorded end.
+//! side is the one that a straight replay comes to, and from wherever it is it runs on to the recorded end. Diversions on
+//! the way, in which anything is written and done, change nothing of that.
 //!
 //! `HINDSIGHT_SIM_SEEDS` and `HINDSIGHT_SIM_SEED` work as in `simulation.rs`.
 
@@ -231,6 +232,48 @@ impl Walker<'_> {
         self.is_at(spot, what);
     }
 
+    /// Writes something, goes on from there, and mostly does so again. What comes next ends it.
+    fn divert(&mut self, rng: &mut Rng, stops: &ToyStops) {
+        if self.at == self.end() {
+            assert!(self.replay.divert(false).is_err(), "it is the end");
+            return;
+        }
+        let exit = self.replay.exit();
+        // What was written may have left a guest that waits for ever.
+        let stops_at_exits = std::mem::replace(&mut self.pace.stops, true);
+        for _ in 0..1 + rng.below(4) {
+            let cpu = self.replay.divert(rng.one_in(2));
+            cpu.expect("the host works").scribble(rng);
+            assert_eq!(self.replay.diversion(), Some(exit));
+            for _ in 0..rng.below(4) {
+                let stopped = match rng.below(3) {
+                    0 => self.replay.resume(stops, &mut self.pace),
+                    _ => self.replay.step(&mut self.pace),
+                };
+                stopped.unwrap_or_else(|error| panic!("in a diversion: {error}"));
+                assert!(
+                    self.replay.save().is_err(),
+                    "it is no state of the recording"
+                );
+            }
+            if self.replay.ended().is_some() {
+                break;
+            }
+        }
+        self.pace.stops = stops_at_exits;
+        match rng.below(3) {
+            0 => {
+                let ended = self.replay.end_diversion();
+                ended.unwrap_or_else(|error| panic!("back from a diversion: {error}"));
+                self.is_at(self.at, "after a diversion");
+            }
+            1 => self.reverse_step(),
+            _ if rng.one_in(2) => self.reverse_resume(stops),
+            _ => self.seek(rng),
+        }
+        assert_eq!(self.replay.diversion(), None);
+    }
+
     fn seek(&mut self, rng: &mut Rng) {
         let exit = rng.below(self.straight.exits.len() as u64);
         let (target, spot) = match rng.below(8) {
@@ -403,7 +446,8 @@ fn goes_both_ways(toy: &Toy, seed: u64) {
         if rng.one_in(5) {
             stops = straight.stops(&mut rng);
         }
-        match rng.below(12) {
+        match rng.below(14) {
+            12.. => walker.divert(&mut rng, &stops),
             0 | 1 => walker.seek(&mut rng),
             2 | 3 => walker.resume(&stops),
             4..6 => walker.reverse_resume(&stops),

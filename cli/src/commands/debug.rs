@@ -46,6 +46,13 @@ end
 document guest-program
 Load the symbols of the program that the guest's processor runs here, from the guest's own files.
 end
+define end-diversion
+  monitor diversion end
+  maintenance flush register-cache
+end
+document end-diversion
+Throw away what came of what was written: the guest is again where the diversion began.
+end
 define when
   monitor when
 end
@@ -58,8 +65,9 @@ end
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Without --listen gdb is started. In it, `seek MOMENT` goes to a moment, and reverse-stepi, reverse-continue and the like go
-back; `monitor help` lists what else there is. Registers and memory cannot be written, and watchpoints are as many as the
-guest's CPU has debug registers, four at most.
+back; `monitor help` lists what else there is. What is written (set var, print f(1)) begins a diversion off the recording,
+which is thrown away by whatever goes back, and by `end-diversion`. Watchpoints are as many as the guest's CPU has debug
+registers, four at most.
 docs/time-travel.md says what works on which hosts.")]
 pub(crate) struct Options {
     /// The recording.

@@ -95,6 +95,94 @@ impl Registers {
     }
 }
 
+/// Takes one value after the other.
+struct Values<'a>(&'a [u8]);
+
+impl Values<'_> {
+    fn take<const N: usize>(&mut self) -> Option<[u8; N]> {
+        let (value, rest) = self.0.split_first_chunk()?;
+        self.0 = rest;
+        Some(*value)
+    }
+
+    fn long(&mut self) -> Option<u32> {
+        self.take().map(u32::from_le_bytes)
+    }
+
+    fn quad(&mut self) -> Option<u64> {
+        self.take().map(u64::from_le_bytes)
+    }
+}
+
+impl Registers {
+    /// What `present` becomes if all these are written to it; `None` if they are not all there.
+    pub(super) fn written_to(&self, present: &GuestRegisters) -> Option<GuestRegisters> {
+        let (mut guest, mut values) = (present.clone(), Values(&self.bytes));
+        for (_, place, _) in GENERAL {
+            guest.general.0[place] = match place {
+                EFLAGS => values.long()?.into(),
+                _ => values.quad()?,
+            };
+        }
+        for selector in &mut guest.segments {
+            *selector = values.long()? as u16;
+        }
+        for number in 0..8 {
+            let register: [u8; 10] = values.take()?;
+            guest.fpu[ST0 + 16 * number..][..10].copy_from_slice(&register);
+        }
+        let mut controls = [0; X87.len()];
+        for value in &mut controls {
+            *value = values.long()?;
+        }
+        if controls != x87(&present.fpu) {
+            put_x87(controls, &mut guest.fpu);
+        }
+        let sse: [u8; 16 * 16 + 4] = values.take()?;
+        guest.fpu[XMM0..XMM0 + 16 * 16].copy_from_slice(&sse[..16 * 16]);
+        guest.fpu[MXCSR..MXCSR + 4].copy_from_slice(&sse[16 * 16..]);
+        for value in [
+            &mut guest.fs_base,
+            &mut guest.gs_base,
+            &mut guest.kernel_gs_base,
+            &mut guest.cr0,
+            &mut guest.cr2,
+            &mut guest.cr3,
+            &mut guest.cr4,
+            &mut guest.cr8,
+            &mut guest.efer,
+        ] {
+            *value = values.quad()?;
+        }
+        Some(guest)
+    }
+}
+
+/// Puts x87's control registers, as gdb has them, into an FXSAVE area. Of tags that has no more than whether a register is
+/// empty.
+fn put_x87(
+    [control, status, tags, fiseg, fioff, foseg, fooff, opcode]: [u32; 8],
+    fpu: &mut [u8; 512],
+) {
+    let used = (0..8).filter(|register| tags >> (2 * register) & 3 != 3);
+    let used: u32 = used.map(|register| 1 << register).sum();
+    let words = [
+        (0, control),
+        (2, status),
+        (4, used),
+        (6, opcode),
+        (8, fioff),
+        (10, fioff >> 16),
+        (12, fiseg),
+        (16, fooff),
+        (18, fooff >> 16),
+        (20, foseg),
+    ];
+    for (at, value) in words {
+        fpu[at..at + 2].copy_from_slice(&(value as u16).to_le_bytes());
+    }
+}
+
 /// x87's control registers as gdb wants them, out of an FXSAVE area.
 fn x87(fpu: &[u8; 512]) -> [u32; 8] {
     let word = |at: usize| u32::from(u16::from_le_bytes([fpu[at], fpu[at + 1]]));
@@ -261,6 +349,41 @@ mod tests {
             fpu: [0; 512],
         });
         assert_eq!(8 * registers.bytes.len(), bits.sum::<usize>());
+    }
+
+    #[test]
+    fn registers_that_are_written_are_those_that_are_read() {
+        let mut rng = hindsight_replay::rng::Rng::new(1, 1);
+        let mut random = || {
+            let mut guest = GuestRegisters {
+                general: hindsight_replay::Registers([0; 18].map(|_: u64| rng.number())),
+                segments: [0; 6].map(|_: u16| rng.number() as u16),
+                fs_base: rng.number(),
+                gs_base: rng.number(),
+                kernel_gs_base: rng.number(),
+                cr0: rng.number(),
+                cr2: rng.number(),
+                cr3: rng.number(),
+                cr4: rng.number(),
+                cr8: rng.number(),
+                efer: rng.number(),
+                fpu: [0; 512].map(|_: u8| rng.number() as u8),
+            };
+            guest.general.0[EFLAGS] &= 0xffff_ffff;
+            guest
+        };
+        for _ in 0..100 {
+            let (written, present) = (random(), random());
+            let registers = Registers::of(&written);
+            assert_eq!(registers.written_to(&written), Some(written.clone()));
+            let becomes = registers.written_to(&present).expect("they are all there");
+            assert_eq!(Registers::of(&becomes), registers);
+            let short = Registers {
+                rip: 0,
+                bytes: registers.bytes[1..].to_vec(),
+            };
+            assert_eq!(short.written_to(&present), None);
+        }
     }
 
     #[test]

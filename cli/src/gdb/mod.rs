@@ -8,6 +8,7 @@ mod program;
 mod progress;
 mod server;
 mod target;
+mod writes;
 
 pub(crate) use server::{Peer, serve};
 pub(crate) use target::Guest;

@@ -15,6 +15,7 @@ use crate::transcript::{Form, Transcript};
 const HELP: &str = "\
 monitor when                     tells where the guest is: the last exit, and guest time there
 monitor seek MOMENT              goes to a moment: an exit, 12.5s, crash, end, console:TEXT, a mark, crash-100
+monitor diversion [end]          tells where the diversion began that something written has begun, or ends it
 monitor stops                    tells where the breakpoints are: in debug registers, in memory, or nowhere yet
 monitor mark [NAME]              gives the last exit a name
 monitor marks                    lists the names that there are
@@ -48,11 +49,13 @@ impl Guest {
         };
         self.forget_interrupts();
         let mut is_asked = false;
-        let mut stop = || {
-            is_asked |= self.interrupted.look();
-            is_asked
-        };
-        let stopped = self.debugger.go_to_moment(&when, &mut stop);
+        let stopped = self.watch_diversion(|guest| {
+            let mut stop = || {
+                is_asked |= guest.interrupted.look();
+                is_asked
+            };
+            guest.debugger.go_to_moment(&when, &mut stop)
+        });
         self.end_way();
         if is_asked {
             outputln!(out, "stopped on the way");
@@ -66,7 +69,7 @@ impl Guest {
         }
     }
 
-    fn tell_where(&self, out: &mut ConsoleOutput<'_>) {
+    pub(super) fn tell_where(&self, out: &mut ConsoleOutput<'_>) {
         let (exit, now) = (self.debugger.exit(), self.debugger.now_ns());
         let place = match (self.debugger.ended(), self.debugger.is_at_exit()) {
             (Some(_), _) => "the end, at",
@@ -79,6 +82,13 @@ impl Guest {
             thousands(exit),
             seconds(now)
         );
+        if let Some(exit) = self.debugger.diversion() {
+            outputln!(
+                out,
+                "this is a diversion, which began after exit {} of the recording",
+                thousands(exit)
+            );
+        }
     }
 
     /// Tells where the breakpoints are.
@@ -135,7 +145,8 @@ impl Guest {
 
     /// Lists what the journal says of some exits.
     fn list_events(&self, words: &[&str], out: &mut ConsoleOutput<'_>) {
-        let here = self.debugger.exit();
+        let here = self.debugger.diversion();
+        let here = here.unwrap_or_else(|| self.debugger.exit());
         let exit = |text: &&str| text.replace(',', "").parse::<u64>();
         let Ok(words) = words.iter().map(exit).collect::<Result<Vec<u64>, _>>() else {
             return outputln!(out, "an exit is a number: monitor events 1000 1200");
@@ -237,6 +248,9 @@ impl MonitorCmd for Guest {
         match &words[..] {
             ["when"] => self.tell_where(out),
             ["stops"] => self.tell_stops(out),
+            ["diversion"] => self.diversion(false, out),
+            ["diversion", "end"] => self.diversion(true, out),
+            ["mark" | "console", ..] if self.is_refused_in_diversion(out) => {}
             ["mark"] => self.mark(None, out),
             ["mark", name] => self.mark(Some(*name), out),
             ["marks"] => self.list_marks(out),

@@ -1,7 +1,7 @@
 //! A replay as gdb drives one.
 //!
-//! What gdb asks for that would change the recorded machine is refused. A stop that cannot be had is refused where gdb asks
-//! for it, and what else cannot be done is told on standard error, for the protocol has no words.
+//! What gdb writes goes to a diversion (`writes.rs`). A stop that cannot be had is refused where gdb asks for it, and what
+//! else cannot be done is told on standard error, for the protocol has no words.
 
 use std::cell::OnceCell;
 use std::path::PathBuf;
@@ -40,8 +40,7 @@ use super::progress::ProgressLine;
 use crate::format::thousands;
 use crate::tell::{notice, tell};
 
-/// EPERM, EFAULT.
-const NOT_PERMITTED: u8 = 1;
+/// EFAULT.
 const BAD_ADDRESS: u8 = 14;
 /// So many breakpoints there may be: each takes time at each exit.
 const BREAKPOINTS_MAX: usize = 4096;
@@ -155,13 +154,15 @@ impl Guest {
         &mut self,
         interrupted: Interrupted<'_>,
     ) -> Result<SingleThreadStopReason<u64>, Failure> {
-        let debugger = &mut self.debugger;
-        let stopped = match self.wanted {
-            Wanted::Resume => debugger.resume(&self.stops, interrupted),
-            Wanted::Step => debugger.step(interrupted),
-            Wanted::ReverseResume => debugger.reverse_resume(&self.stops, interrupted),
-            Wanted::ReverseStep => debugger.reverse_step(interrupted),
-        };
+        let stopped = self.watch_diversion(|guest| {
+            let (debugger, stops) = (&mut guest.debugger, &guest.stops);
+            match guest.wanted {
+                Wanted::Resume => debugger.resume(stops, interrupted),
+                Wanted::Step => debugger.step(interrupted),
+                Wanted::ReverseResume => debugger.reverse_resume(stops, interrupted),
+                Wanted::ReverseStep => debugger.reverse_step(interrupted),
+            }
+        });
         self.end_way();
         match stopped {
             Ok(stopped) => Ok(self.reason(stopped)),
@@ -191,7 +192,11 @@ impl Guest {
         match stopped {
             Stopped::Begin => log(ReplayLogPosition::Begin),
             Stopped::End(how) => {
-                tell!("hindsight: the recording ends here: {}", shown_lines(&how));
+                let what = match self.debugger.diversion() {
+                    None => "the recording ends here",
+                    Some(_) => "the guest ends here, in the diversion",
+                };
+                tell!("hindsight: {what}: {}", shown_lines(&how));
                 log(ReplayLogPosition::End)
             }
             Stopped::Interrupted => Reason::Signal(Signal::SIGINT),
@@ -288,9 +293,8 @@ impl SingleThreadBase for Guest {
         Ok(())
     }
 
-    fn write_registers(&mut self, _: &Registers) -> TargetResult<(), Self> {
-        tell!("hindsight: a replay does what was recorded: its registers cannot be written");
-        Err(TargetError::Errno(NOT_PERMITTED))
+    fn write_registers(&mut self, registers: &Registers) -> TargetResult<(), Self> {
+        self.write_to_registers(registers)
     }
 
     fn read_addrs(&mut self, start: u64, data: &mut [u8]) -> TargetResult<usize, Self> {
@@ -304,9 +308,8 @@ impl SingleThreadBase for Guest {
         }
     }
 
-    fn write_addrs(&mut self, _: u64, _: &[u8]) -> TargetResult<(), Self> {
-        tell!("hindsight: a replay does what was recorded: its memory cannot be written");
-        Err(TargetError::Errno(NOT_PERMITTED))
+    fn write_addrs(&mut self, start: u64, data: &[u8]) -> TargetResult<(), Self> {
+        self.write_to_memory(start, data)
     }
 
     fn support_resume(&mut self) -> Option<SingleThreadResumeOps<'_, Self>> {

@@ -191,6 +191,11 @@ impl Machine {
         self.panic.as_ref().map(|panic| &panic.reason[..])
     }
 
+    /// The vCPU was given something else to execute: it is not halted any more.
+    pub(crate) fn wake(&mut self) {
+        self.halted = false;
+    }
+
     /// Runs on until the run ends or the door closes. `storage` has the bytes of the machine's disks. A machine whose
     /// run was only stopped ([`Ending::Stopped`], [`Ending::StoppedRunning`]) can run on, as if it had not been.
     pub fn run<C: Cpu, O: Outside + ?Sized>(

@@ -12,7 +12,7 @@ use super::near::NearStates;
 use super::notes::{NoteTaker, Notes};
 use super::parts::{Parts, Unusable};
 use crate::RunError;
-use crate::door::{Closed, Replayer};
+use crate::door::{Closed, Nobody, Replayer};
 use crate::journal::{JournalError, JournalReader, Tail};
 use crate::machine::{
     Cpu, DigestError, End, FullDigest, Machine, Observer, StateError, StateOf, Stateful,
@@ -468,6 +468,36 @@ where
                     self.make_checkpoint(here)?;
                     pace.made(here);
                 }
+            }
+        }
+    }
+
+    /// The machine is not what the recording says any more: it can only be put somewhere.
+    pub(super) fn leave_recording(&mut self) {
+        if let Some(parts) = &mut self.parts {
+            parts.in_step = false;
+        }
+    }
+
+    /// Runs the machine on to its next stop, off its recording, as if nobody were outside.
+    pub(super) fn run_off(
+        &mut self,
+        pace: &mut dyn Pace,
+    ) -> Result<Arrival, TravelError<<C as Cpu>::Error, F>> {
+        let (parts, _) = self.parts_and_door();
+        let mut door = Nobody::default();
+        loop {
+            let look = parts.machine.at().exits.saturating_add(pace.exits().max(1));
+            door.close_after(look);
+            let (cpu, disks) = (&mut parts.cpu, &mut parts.disks);
+            match parts.machine.run(cpu, disks, &mut door, &mut ()) {
+                Ok(end) => return Ok(Arrival::Ended(end)),
+                Err(RunError::Closed(Closed::Stopped(_))) => return Ok(Arrival::AtStop),
+                Err(RunError::Closed(Closed::Reached(_))) => {}
+                Err(error) => return Err(TravelError::Run(error)),
+            }
+            if pace.look(parts.here()) == Pause::Stop {
+                return Ok(Arrival::Stopped);
             }
         }
     }

@@ -26,6 +26,13 @@ impl GuestView<'_> {
             .translate(gva, &|gpa, buffer| self.memory.read(gpa, buffer))
     }
 
+    /// The entries of page tables that forbid to execute what is at an address: where they are in guest-physical memory, and
+    /// what they would be without that.
+    pub fn forbid(&self, gva: u64) -> Vec<(u64, u64)> {
+        let read = |gpa: u64, buffer: &mut [u8]| self.memory.read(gpa, buffer);
+        self.paging.forbid(gva, &read)
+    }
+
     /// Guest-physical addresses and lengths of `bytes` bytes, one piece a page; `None` if they are not all mapped to RAM.
     pub fn pieces(&self, gva: u64, bytes: usize) -> Option<Vec<(u64, usize)>> {
         let (mut pieces, mut done) = (Vec::new(), 0);

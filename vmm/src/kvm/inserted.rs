@@ -303,7 +303,10 @@ impl KvmCpu {
 
     /// Changes the registers and has KVM take them. With that it drops the #DB of a guest that single-steps, which it has
     /// raised for the HLT.
-    fn put_at(&mut self, change: impl FnOnce(&mut kvm_bindings::kvm_regs)) -> Result<(), KvmError> {
+    pub(super) fn put_at(
+        &mut self,
+        change: impl FnOnce(&mut kvm_bindings::kvm_regs),
+    ) -> Result<(), KvmError> {
         self.page().change_registers(change);
         self.vcpu.unfinished = true;
         self.finish_exit()

@@ -7,6 +7,7 @@ mod deadline;
 mod debug;
 mod debugger;
 mod dirty_log;
+mod diverted;
 mod entries;
 mod entry_stub;
 mod error;

@@ -25,6 +25,8 @@ const PRESENT: u64 = 1;
 const USER: u64 = 1 << 2;
 /// An entry of a higher level is a page, and not a table.
 const LARGE: u64 = 1 << 7;
+/// An entry of 64 bits forbids to execute what it leads to.
+const NO_EXECUTE: u64 = 1 << 63;
 /// The address in an entry of 64 bits, whatever flags are beside it.
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
@@ -122,6 +124,30 @@ impl Paging {
         const PTI_USER_TABLES: u64 = 1 << 12;
         let root = self.root & !PTI_USER_TABLES;
         Paging { root, ..self }
+    }
+
+    /// The entries that forbid to execute what is at an address: where each is, and what it would be without that. Only long
+    /// mode is looked at. `read` is as for [`Paging::translate`].
+    pub fn forbid(self, gva: u64, read: &dyn Fn(u64, &mut [u8]) -> bool) -> Vec<(u64, u64)> {
+        let Form::Long { levels } = self.form else {
+            return Vec::new();
+        };
+        let mut forbid = Vec::new();
+        let mut table = self.root & ADDRESS;
+        for level in (0..levels).rev() {
+            let at = table + 8 * (gva >> (12 + 9 * level) & 0x1ff);
+            let Some(entry) = entry64(at, read) else {
+                break;
+            };
+            if entry & NO_EXECUTE != 0 {
+                forbid.push((at, entry & !NO_EXECUTE));
+            }
+            if entry & LARGE != 0 {
+                break;
+            }
+            table = entry & ADDRESS;
+        }
+        forbid
     }
 }
 
@@ -270,6 +296,26 @@ mod tests {
             }
             assert_eq!(tables(levels, 3, 0).translate(form, GVA), None);
         }
+    }
+
+    #[test]
+    fn what_forbids_to_execute_a_page_is_found_at_each_level() {
+        let forbid = |memory: &Words| {
+            let read = |at: u64, buffer: &mut [u8]| memory.read(at, buffer);
+            long(0x1000).forbid(GVA, &read)
+        };
+        // All but the last of these forbid it.
+        let mut memory = tables(4, 0, 0x7000);
+        let found = forbid(&memory);
+        assert_eq!(found.len(), 3);
+        for (at, entry) in found {
+            assert_eq!(memory.words.insert(at, entry), Some(entry | NO_EXECUTE));
+        }
+        assert_eq!(forbid(&memory), []);
+        assert_eq!(memory.translate(long(0x1000), GVA), Some(0x79ab));
+        // What a large page's entry leads to is no table.
+        assert_eq!(forbid(&tables(4, 1, 0x20_0000)).len(), 2);
+        assert_eq!(forbid(&Words::default()), []);
     }
 
     #[test]

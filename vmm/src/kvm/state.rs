@@ -232,6 +232,11 @@ impl KvmCpu {
         Ok(fpu.try_into().expect("it was made with this length"))
     }
 
+    /// Sets them.
+    pub(super) fn write_fxsave_area(&self, area: &[u8; Fpu::BYTES]) -> Result<(), KvmError> {
+        self.put_fpu(&Fpu(area.to_vec()))
+    }
+
     fn fpu(&self) -> Result<Fpu, KvmError> {
         let area = self.vcpu.fd.get_xsave().named("KVM_GET_XSAVE")?;
         Ok(Fpu::of(&area))
@@ -325,14 +330,28 @@ impl KvmCpu {
         Ok(())
     }
 
-    fn put_registers(&mut self, state: &VcpuState) -> Result<(), KvmError> {
+    /// Sets the system registers, and has nothing left of what was known of page tables.
+    pub(super) fn put_system_registers(&self, system: &kvm_sregs) -> Result<(), KvmError> {
         let other = kvm_sregs {
-            cr4: state.system.cr4 ^ CR4_PGE,
-            ..state.system
+            cr4: system.cr4 ^ CR4_PGE,
+            ..*system
         };
-        for system in [&other, &state.system] {
+        for system in [&other, system] {
             self.vcpu.fd.set_sregs(system).named("KVM_SET_SREGS")?;
         }
+        Ok(())
+    }
+
+    fn put_fpu(&self, fpu: &Fpu) -> Result<(), KvmError> {
+        let area = fpu.area();
+        let area = area.ok_or_else(|| refused("the x87 and SSE registers are not complete"))?;
+        // SAFETY: KVM reads as much as the process has enabled by arch_prctl(ARCH_REQ_XCOMP_GUEST_PERM), which this
+        // one never calls: the 4096 bytes that the area has.
+        unsafe { self.vcpu.fd.set_xsave(&area) }.named("KVM_SET_XSAVE")
+    }
+
+    fn put_registers(&mut self, state: &VcpuState) -> Result<(), KvmError> {
+        self.put_system_registers(&state.system)?;
         let present = self.kept_msr_values()?;
         let changed = kept_msrs().zip(state.msrs.iter().zip(present));
         let changed = changed.filter(|(_, (wanted, present))| *wanted != present);
@@ -348,11 +367,7 @@ impl KvmCpu {
         if count < changed.len() {
             return Err(refused("an MSR has a value that it cannot have"));
         }
-        let fpu = state.fpu.area();
-        let fpu = fpu.ok_or_else(|| refused("the x87 and SSE registers are not complete"))?;
-        // SAFETY: KVM reads as much as the process has enabled by arch_prctl(ARCH_REQ_XCOMP_GUEST_PERM), which this
-        // one never calls: the 4096 bytes that the area has.
-        unsafe { self.vcpu.fd.set_xsave(&fpu) }.named("KVM_SET_XSAVE")?;
+        self.put_fpu(&state.fpu)?;
         self.vcpu
             .fd
             .set_regs(&state.registers)

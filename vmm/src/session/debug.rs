@@ -2,11 +2,13 @@
 //! was.
 //!
 //! How it goes along its recording is [`Reverse`]; what is the host's is here: which machine, how often the operator is
-//! asked whether to go on, and what cannot be done without debug registers.
+//! asked whether to go on, and what cannot be done without debug registers. What is written to the machine begins a
+//! diversion, which is thrown away.
 
 use std::fs::File;
 use std::io::BufReader;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use hindsight_replay::{
     Anchor, Arrival, CheckpointHead, Cpu, Observer, Pace, Pause, Reverse, ReverseError, Target,
@@ -23,13 +25,17 @@ use super::timeline::{HostPace, Make, SPACING, open_prepared};
 use crate::disk::Disks;
 use crate::doctor;
 use crate::failure::{Failure, Kind};
-use crate::kvm::{GuestMemory, GuestRegisters, Hit, KvmCpu, KvmError, StopCounts, Stops};
+use crate::kvm::{
+    Alarm, GuestMemory, GuestRegisters, Hit, Kicker, KvmCpu, KvmError, StopCounts, Stops,
+};
 
 /// Why a debugger has the guest back.
 pub type Stopped = hindsight_replay::Stopped<Hit>;
 
 /// So many exits pass from one look at whether somebody wants it stopped to the next.
 const LOOK_EXITS: u64 = 16;
+/// In a diversion a guest may run for ever without an exit, so after this long there is a look in any case.
+const LOOK_AFTER: Duration = Duration::from_millis(100);
 
 /// What is to be debugged.
 #[derive(Clone, Debug)]
@@ -85,6 +91,8 @@ struct DebugPace<'a> {
     hook: Option<&'a mut ProgressHook>,
     from: u64,
     to: Option<u64>,
+    /// Brings the guest back for the next look.
+    alarm: Option<Alarm>,
 }
 
 impl<'a> DebugPace<'a> {
@@ -95,8 +103,21 @@ impl<'a> DebugPace<'a> {
             hook: hook.as_mut(),
             from: 0,
             to: None,
+            alarm: None,
         }
     }
+
+    fn set_alarm(&self) {
+        if let Some(alarm) = &self.alarm {
+            alarm.set(LOOK_AFTER);
+        }
+    }
+}
+
+/// What kicks this thread's vCPU.
+fn alarm() -> Result<Alarm, Failure> {
+    let alarm = Kicker::for_this_thread().and_then(|_| Alarm::for_this_thread());
+    alarm.map_err(|error| Failure::new(Kind::HostFailed, format!("no timer: {error}")))
 }
 
 impl Pace for DebugPace<'_> {
@@ -112,6 +133,7 @@ impl Pace for DebugPace<'_> {
                 to_exit: self.to,
             });
         }
+        self.set_alarm();
         match (self.interrupted)() {
             true => Pause::Stop,
             false => self.host.look(here),
@@ -124,6 +146,7 @@ impl Pace for DebugPace<'_> {
 
     fn begin(&mut self, from: u64, to: Option<u64>) {
         (self.from, self.to) = (from, to);
+        self.set_alarm();
     }
 }
 
@@ -271,6 +294,80 @@ impl Debugger {
         Ok(self.replay.save()?.digest().value())
     }
 
+    /// The last exit before the diversion that there is: the machine is off its recording since something was written.
+    pub fn diversion(&self) -> Option<u64> {
+        self.replay.diversion()
+    }
+
+    /// Ends the diversion: everything is what it was where it began.
+    ///
+    /// # Errors
+    ///
+    /// The replay diverged, or the host failed.
+    pub fn end_diversion(&mut self) -> Result<(), Failure> {
+        Ok(self.replay.end_diversion()?)
+    }
+
+    /// Makes the registers `wanted`, in a diversion that begins here if there is none.
+    ///
+    /// # Errors
+    ///
+    /// They cannot be written here, or the host failed.
+    pub fn write_registers(&mut self, wanted: &GuestRegisters) -> Result<(), Failure> {
+        let present = self.registers()?;
+        if present == *wanted {
+            return Ok(());
+        }
+        let refused = |why: &str| Err(Failure::new(Kind::BadInput, why));
+        if let Some(why) = present.refuses(wanted) {
+            return refused(why);
+        }
+        if self.replay.cpu()?.is_in_instruction() {
+            return refused(
+                "the processor is in the middle of an instruction that makes several accesses: step once before writing",
+            );
+        }
+        let goes_elsewhere = present.general.rip() != wanted.general.rip();
+        let cpu = self.replay.divert(goes_elsewhere)?;
+        Ok(cpu.write_registers(wanted)?)
+    }
+
+    /// Writes memory of the present address space, in a diversion that begins here if there is none. `false`, and nothing is
+    /// changed, if it is not all mapped to RAM.
+    ///
+    /// # Errors
+    ///
+    /// It is the end of the recording, or the host failed.
+    pub fn write(&mut self, gva: u64, bytes: &[u8]) -> Result<bool, Failure> {
+        let mut present = vec![0; bytes.len()];
+        if self.read(gva, &mut present) < bytes.len() {
+            return Ok(false);
+        }
+        Ok(present == bytes || self.replay.divert(false)?.write(gva, bytes)?)
+    }
+
+    /// The same at a guest-physical address.
+    ///
+    /// # Errors
+    ///
+    /// It is the end of the recording, or the host failed.
+    pub fn write_physical(&mut self, gpa: u64, bytes: &[u8]) -> Result<bool, Failure> {
+        let memory = self.memory();
+        if !memory.is_some_and(|memory| memory.is_ram(gpa, bytes.len())) {
+            return Ok(false);
+        }
+        Ok(self.replay.divert(false)?.write_physical(gpa, bytes)?)
+    }
+
+    /// What has to be seen to in a diversion before the guest runs on to these stops.
+    fn begin_to_run(&mut self, stops: &Stops) -> Result<Option<Alarm>, Failure> {
+        if self.diversion().is_none() {
+            return Ok(None);
+        }
+        self.replay.cpu()?.let_execute(&stops.execution)?;
+        alarm().map(Some)
+    }
+
     /// Goes to an exit, or to the end of the recording if that comes before.
     ///
     /// # Errors
@@ -342,7 +439,9 @@ impl Debugger {
         stops: &Stops,
         interrupted: Interrupted<'_>,
     ) -> Result<Stopped, Failure> {
+        let alarm = self.begin_to_run(stops)?;
         let pace = &mut DebugPace::new(interrupted, &mut self.progress);
+        pace.alarm = alarm;
         Ok(self.replay.resume(stops, pace)?)
     }
 
@@ -353,7 +452,9 @@ impl Debugger {
     ///
     /// The replay diverged, or the host failed.
     pub fn step(&mut self, interrupted: Interrupted<'_>) -> Result<Stopped, Failure> {
+        let alarm = self.begin_to_run(&Stops::default())?;
         let pace = &mut DebugPace::new(interrupted, &mut self.progress);
+        pace.alarm = alarm;
         Ok(self.replay.step(pace)?)
     }
 

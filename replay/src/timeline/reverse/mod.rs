@@ -8,9 +8,12 @@
 //! **Backwards** is forwards twice, as in rr: over the stretch before, noting the last stop before the present place; then
 //! to that stop. Stretches are taken from the last one backwards. They begin at checkpoints and at states kept in memory, of
 //! which there are the more the nearer they are to the present place.
+//!
+//! **Diversions** leave the recording, and end where they began (`diversion.rs`).
 
 mod before;
 mod debuggable;
+mod diversion;
 mod near_by;
 mod place;
 mod ways;
@@ -25,6 +28,7 @@ use thiserror::Error;
 use super::checkpoint::Checkpoints;
 use super::travel::{Pace, Target, Timeline, TravelError};
 use crate::machine::{Cpu, Machine, Registers, StateError, StateOf, Stateful};
+use diversion::Diversion;
 use place::{Leg, Name, Place};
 use ways::{Alone, Passed};
 
@@ -66,6 +70,11 @@ pub enum ReverseError<E: std::error::Error, H, F> {
     /// The vCPU cannot stop wherever it would have to on the way.
     #[error("the vCPU cannot stop wherever it would have to on the way")]
     NoRoom(H),
+    /// It is the end of the recording, with which no diversion can begin.
+    #[error(
+        "the recording ends here, and nothing goes on from its end: go back before writing (monitor seek end-1)"
+    )]
+    NothingGoesOn,
     /// There is no such exit.
     #[error("the recording ends before exit {0}")]
     EndsBefore(u64),
@@ -115,8 +124,9 @@ pub struct Reverse<C: Debuggable + Stateful, S: Stateful, R: Read, K, M> {
     legs: Vec<Leg<C::Stops>>,
     /// Where the last steps began, oldest first.
     steps: Vec<PlaceOf<C>>,
-    /// How the recording ends, if this is its end.
+    /// How the recording ends, if this is its end; or the diversion.
     ended: Option<String>,
+    diversion: Option<Diversion>,
 }
 
 impl<C, S, R, K, M> std::fmt::Debug for Reverse<C, S, R, K, M>
@@ -131,6 +141,7 @@ where
             .field("timeline", &self.timeline)
             .field("legs", &self.legs)
             .field("ended", &self.ended)
+            .field("diversion", &self.diversion)
             .finish_non_exhaustive()
     }
 }
@@ -155,15 +166,17 @@ where
             legs: Vec::new(),
             steps: Vec::new(),
             ended: None,
+            diversion: None,
         })
     }
 
-    /// The timeline, for whoever looks for something on it. When it has been moved, [`Reverse::go_to`] says where to.
+    /// The timeline, for whoever looks for something on it. When it has been moved, [`Reverse::go_to`] says where to. A
+    /// diversion is over.
     pub fn timeline(&mut self) -> Outcome<&mut Timeline<C, S, R, K, M>, C, F> {
         self.quiet()?;
         self.legs.clear();
         self.steps.clear();
-        self.ended = None;
+        (self.ended, self.diversion) = (None, None);
         Ok(&mut self.timeline)
     }
 
@@ -208,22 +221,26 @@ where
         self.ended.is_none() && self.timeline.is_at_exit()
     }
 
-    /// How the recording ends, if this is its end.
+    /// How the recording ends, if this is its end; or how the diversion does.
     pub fn ended(&self) -> Option<&str> {
         self.ended.as_deref()
     }
 
     /// Whether it is known where the guest is. After an error it may not be: then go to an exit.
     pub fn is_found(&self) -> bool {
-        self.is_at_exit() || self.ended.is_some() || !self.legs.is_empty()
+        let is_named = self.ended.is_some() || !self.legs.is_empty();
+        self.is_at_exit() || is_named || self.diversion.is_some()
     }
 
     /// The whole state at this exit.
     ///
     /// # Errors
     ///
-    /// It is not at an exit.
+    /// It is not at an exit of the recording.
     pub fn save(&mut self) -> Result<StateOf<C, S>, StateError<<C as Cpu>::Error>> {
+        if self.diversion.is_some() {
+            return Err(StateError::NotAtAnExit);
+        }
         self.timeline.save()
     }
 
@@ -238,12 +255,13 @@ where
         Ok(cpu.registers())
     }
 
-    /// Marks the present place, to come back to.
+    /// Marks the present place, to come back to. A diversion ends: it is the place where it began.
     ///
     /// # Errors
     ///
     /// The replay diverged, or the host failed.
     pub fn mark(&mut self) -> Result<Mark, Error<C, F>> {
+        self.end_diversion()?;
         self.name().map(Mark)
     }
 
@@ -286,6 +304,9 @@ where
         stops: &C::Stops,
         pace: &mut dyn Pace,
     ) -> Result<StoppedAt<C>, Error<C, F>> {
+        if self.diversion.is_some() {
+            return self.go_on_diverted(stops, pace);
+        }
         self.steps.clear();
         self.forward(stops, Target::End, pace)
     }
@@ -299,6 +320,10 @@ where
     pub fn step(&mut self, pace: &mut dyn Pace) -> Result<StoppedAt<C>, Error<C, F>> {
         if let Some(how) = &self.ended {
             return Ok(Stopped::End(how.clone()));
+        }
+        if self.diversion.is_some() {
+            let stops = self.after_one()?;
+            return self.go_on_diverted(&stops, pace);
         }
         if self.legs.len() >= LEGS_MAX {
             let name = self.name()?;
@@ -330,6 +355,7 @@ where
         stops: &C::Stops,
         pace: &mut dyn Pace,
     ) -> Result<StoppedAt<C>, Error<C, F>> {
+        self.end_diversion()?;
         self.steps.clear();
         let name = self.name()?;
         let mut bound = name;
@@ -375,6 +401,7 @@ where
     ///
     /// The replay diverged, or the host failed; the instruction was not found.
     pub fn reverse_step(&mut self, pace: &mut dyn Pace) -> Result<StoppedAt<C>, Error<C, F>> {
+        self.end_diversion()?;
         let Some(before) = self.steps.pop() else {
             let name = self.name()?;
             return self.go_before(name, pace);

@@ -171,7 +171,7 @@ where
         pace: &mut dyn Pace,
     ) -> Result<bool, Error<C, F>> {
         self.legs.clear();
-        self.ended = None;
+        (self.ended, self.diversion) = (None, None);
         self.timeline.come_near(Target::Exit(exit))?;
         self.quiet()?;
         let mut near = NearBy::new(pace, self.here(), Some(exit));
