@@ -36,6 +36,9 @@ const X87: [&str; 8] = [
     "fctrl", "fstat", "ftag", "fiseg", "fioff", "foseg", "fooff", "fop",
 ];
 const SYSTEM: [&str; 7] = ["k_gs_base", "cr0", "cr2", "cr3", "cr4", "cr8", "efer"];
+/// The system call that a program is in, as Linux says it. Without this register gdb takes the target for no Linux, and looks
+/// for no shared libraries. It is none: gdb writes that itself before it calls a function.
+const ORIG_RAX: u64 = u64::MAX;
 /// EFLAGS and segments have 32 bits here.
 const EFLAGS: usize = 17;
 
@@ -73,6 +76,7 @@ impl Registers {
         }
         bytes.extend(&guest.fpu[XMM0..XMM0 + 16 * 16]);
         bytes.extend(&guest.fpu[MXCSR..MXCSR + 4]);
+        bytes.extend(ORIG_RAX.to_le_bytes());
         for base in [guest.fs_base, guest.gs_base] {
             bytes.extend(base.to_le_bytes());
         }
@@ -141,6 +145,7 @@ impl Registers {
         let sse: [u8; 16 * 16 + 4] = values.take()?;
         guest.fpu[XMM0..XMM0 + 16 * 16].copy_from_slice(&sse[..16 * 16]);
         guest.fpu[MXCSR..MXCSR + 4].copy_from_slice(&sse[16 * 16..]);
+        let _orig_rax = values.quad()?;
         for value in [
             &mut guest.fs_base,
             &mut guest.gs_base,
@@ -311,6 +316,8 @@ fn description() -> String {
         add(register(&format!("xmm{number}"), 128, "vec128"));
     }
     add(register("mxcsr", 32, "int"));
+    add("</feature><feature name=\"org.gnu.gdb.i386.linux\">".into());
+    add(register("orig_rax", 64, "int"));
     add("</feature><feature name=\"org.gnu.gdb.i386.segments\">".into());
     for name in ["fs_base", "gs_base"] {
         add(register(name, 64, "int"));
