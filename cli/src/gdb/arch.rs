@@ -36,8 +36,8 @@ const X87: [&str; 8] = [
     "fctrl", "fstat", "ftag", "fiseg", "fioff", "foseg", "fooff", "fop",
 ];
 const SYSTEM: [&str; 7] = ["k_gs_base", "cr0", "cr2", "cr3", "cr4", "cr8", "efer"];
-/// The system call that a program is in, as Linux says it. Without this register gdb takes the target for no Linux, and looks
-/// for no shared libraries. It is none: gdb writes that itself before it calls a function.
+/// The system call that a program is in, as Linux says it. Without this register gdb takes the target for no Linux, and
+/// looks for no shared libraries. It is none: gdb writes that itself before it calls a function.
 const ORIG_RAX: u64 = u64::MAX;
 /// EFLAGS and segments have 32 bits here.
 const EFLAGS: usize = 17;
