@@ -41,7 +41,7 @@ use crate::format::thousands;
 use crate::tell::{notice, tell};
 
 /// EFAULT.
-const BAD_ADDRESS: u8 = 14;
+pub(super) const BAD_ADDRESS: u8 = 14;
 /// So many breakpoints there may be: each takes time at each exit.
 const BREAKPOINTS_MAX: usize = 4096;
 

@@ -6,13 +6,12 @@ use hindsight_replay::foreign::shown_lines;
 use hindsight_vmm::failure::Failure;
 
 use super::arch::Registers;
-use super::target::Guest;
+use super::target::{BAD_ADDRESS, Guest};
 use crate::format::thousands;
 use crate::tell::tell;
 
-/// EPERM, EFAULT.
+/// EPERM.
 const NOT_PERMITTED: u8 = 1;
-const BAD_ADDRESS: u8 = 14;
 
 impl Guest {
     /// Does something that may begin a diversion or end one, and tells of it.

@@ -54,13 +54,16 @@ impl CheckpointFile {
 
     /// Begins to unpack the pages of these names, as far as they can be kept, beside whoever puts them somewhere.
     pub(super) fn unpack_ahead(&mut self, names: impl Iterator<Item = PageName>) {
+        if self.ahead.is_some() {
+            return;
+        }
         let names = names.filter(|name| *name >= PageName::FIRST);
         let groups: BTreeSet<u64> = names.map(|name| group_of(name).0).collect();
         let groups: Vec<u64> = groups.into_iter().take(GROUPS_KEPT).collect();
         let (Ok(missing), Ok(file)) = (self.missing(&groups), self.file.try_clone()) else {
             return;
         };
-        if missing.len() <= GROUPS_AT_ONCE || self.ahead.is_some() {
+        if missing.len() <= GROUPS_AT_ONCE {
             return;
         }
         let (sender, ahead) = channel();

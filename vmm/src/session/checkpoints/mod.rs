@@ -390,6 +390,19 @@ impl CheckpointFile {
         also: &BTreeSet<PagePlace>,
         put: &mut PageSink<'_>,
     ) -> Result<(), CheckpointError> {
+        let given = self.give_wanted(number, base, also, put);
+        // What is still unpacked ahead is wanted no more, and would keep the next to be given waiting.
+        self.ahead = None;
+        given
+    }
+
+    fn give_wanted(
+        &mut self,
+        number: usize,
+        base: Option<usize>,
+        also: &BTreeSet<PagePlace>,
+        put: &mut PageSink<'_>,
+    ) -> Result<(), CheckpointError> {
         let table = self.table(number);
         let mut wanted = self.table_at(base).changes_to(&table);
         wanted.extend(also.iter().map(|place| (*place, table.get(*place))));
