@@ -8,6 +8,7 @@ pub mod debian;
 pub mod drive;
 pub mod index_damage;
 pub mod measure;
+pub mod peak;
 pub mod recorded;
 pub mod requests;
 pub mod seeds;

@@ -6,7 +6,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::ops::ControlFlow;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use hindsight_devices::NoDisks;
 use hindsight_replay::rng::Rng;
@@ -20,28 +19,15 @@ use hindsight_tests::drive::{
     checkpoint_contents, drive, journal, packed, read_checkpoints, seal_checkpoints,
     sealed_checkpoints, walk, walked,
 };
+use hindsight_tests::peak::{peak_bytes, turn};
 use hindsight_vmm::session::CheckpointFile;
 use peak_alloc::PeakAlloc;
 
 #[global_allocator]
 static MEMORY: PeakAlloc = PeakAlloc;
 
-static TURN: Mutex<()> = Mutex::new(());
-
 /// Changes of a file that are tried, of each kind.
 const MUTATIONS: u64 = 2_000;
-
-fn turn() -> MutexGuard<'static, ()> {
-    TURN.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// How many bytes `work` needs beside what there is.
-fn peak_bytes(work: impl FnOnce()) -> usize {
-    let before = MEMORY.current_usage();
-    MEMORY.reset_peak_usage();
-    work();
-    MEMORY.peak_usage() - before
-}
 
 /// A file of checkpoints as a recording has it.
 fn whole() -> Vec<u8> {

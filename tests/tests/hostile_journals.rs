@@ -2,8 +2,6 @@
 //!
 //! What is allocated is counted, by an allocator of this test program's own. So its tests take turns.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
-
 use hindsight_devices::Input;
 use hindsight_replay::rng::Rng;
 use hindsight_replay::{
@@ -11,25 +9,12 @@ use hindsight_replay::{
     JournalReader, TailReason,
 };
 use hindsight_tests::drive::{MEMORY_BYTES_MAX, Target, drive, read_file, seal_journal};
+use hindsight_tests::peak::{peak_bytes, turn};
 use hindsight_tests::sim::Scenario;
 use peak_alloc::PeakAlloc;
 
 #[global_allocator]
 static MEMORY: PeakAlloc = PeakAlloc;
-
-static TURN: Mutex<()> = Mutex::new(());
-
-fn turn() -> MutexGuard<'static, ()> {
-    TURN.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// How many bytes `work` needs beside what there is.
-fn peak_bytes(work: impl FnOnce()) -> usize {
-    let before = MEMORY.current_usage();
-    MEMORY.reset_peak_usage();
-    work();
-    MEMORY.peak_usage() - before
-}
 
 fn header() -> Header {
     Scenario::new(0).header(Detail::Default)
